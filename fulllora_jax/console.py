@@ -1,0 +1,57 @@
+"""What a run prints: plain lines on stderr, progress with rate and time left.
+
+The absl logger stays at its level (Orbax writes hundreds of lines to it).
+"""
+
+import sys
+import time
+
+
+def say(message: str) -> None:
+  """Prints one line of progress or warning to stderr."""
+  print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+  """Prints a warning line to stderr."""
+  say(f'warning: {message}')
+
+
+def duration(seconds: float) -> str:
+  """Formats seconds for people.
+
+  >>> duration(7.2), duration(75), duration(7400)
+  ('7s', '1m15s', '2h03m')
+  """
+  whole = int(round(seconds))
+  if whole < 60:
+    return f'{whole}s'
+  if whole < 3600:
+    return f'{whole // 60}m{whole % 60:02d}s'
+  return f'{whole // 3600}h{whole % 3600 // 60:02d}m'
+
+
+class Progress:
+  """Rate and time left of a loop of `total` items, of which `done` are done.
+
+  The first call to `update` starts the clock, so that compilation, which
+  happens before it, does not spoil the rate.
+  """
+
+  def __init__(self, total: int, done: int = 0):
+    self.total = total
+    self._start_done = done
+    self._start_time = None
+
+  def update(self, done: int) -> str:
+    """Returns e.g. '312.4/s, 1m15s left' for `done` items finished."""
+    now = time.monotonic()
+    if self._start_time is None:
+      self._start_time, self._start_done = now, done
+      return ''
+    elapsed = now - self._start_time
+    rate = (done - self._start_done) / elapsed if elapsed > 0 else 0.0
+    if rate <= 0:
+      return ''
+    left = duration((self.total - done) / rate)
+    return f'{rate:.1f}/s, {left} left'
