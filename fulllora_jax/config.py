@@ -5,12 +5,17 @@ objects. `default` is the protocol of Mo et al. (NeurIPS 2022), which FullLoRA
 (arXiv 2401.01752) inherits; files in configs/ change what differs.
 """
 
-from collections.abc import Mapping
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import config_dict
 
+from fulllora_jax import attacks, models, optim
+from fulllora_jax.adapters import methods
+from fulllora_jax.attacks.losses import LOSSES
+from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.console import warn
 from fulllora_jax.errors import UserError
 
 ConfigDict = config_dict.ConfigDict
@@ -164,6 +169,11 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
+def as_plain(config: ConfigDict) -> dict[str, Any]:
+  """Returns a config as plain dicts, lists, numbers and strings."""
+  return json.loads(to_json(config))
+
+
 def from_mapping(values: Mapping[str, Any]) -> ConfigDict:
   """Reads back what `to_json` wrote, strictly.
 
@@ -191,7 +201,7 @@ def _fill(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
 def flat(config: ConfigDict) -> dict[str, Any]:
   """Flattens to {'train.steps': 100, ...}, for comparing and printing."""
   items = {}
-  for key, value in json.loads(to_json(config)).items():
+  for key, value in as_plain(config).items():
     _flatten(key, value, items)
   return items
 
@@ -220,3 +230,146 @@ def base_config(config: ConfigDict) -> ConfigDict:
   base.eval.attacks = ('clean',)
   base.eval.validation_attack = 'clean'
   return base
+
+
+def threat(config: ConfigDict) -> attacks.Threat:
+  """Returns the threat model of `config.threat`."""
+  return attacks.Threat(norm=config.threat.norm, eps=config.threat.eps)
+
+
+def evaluation_attacks(config: ConfigDict) -> list[attacks.Attack]:
+  """Returns the attacks of `config.eval`."""
+  return [evaluation_attack(config, text) for text in config.eval.attacks]
+
+
+def picture_attack(chosen: list[attacks.Attack]) -> attacks.Attack:
+  """Returns the attack that a report's picture shows: the first of most steps.
+  """
+  return max(chosen, key=lambda attack: attack.steps)
+
+
+def evaluation_attack(config: ConfigDict, text: str) -> attacks.Attack:
+  """Returns one attack, with the step size and restarts of `config.eval`."""
+  step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
+  return attacks.parse(text, threat(config), step_size, config.eval.restarts)
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+  """Checks what can be known before data is read or anything compiled.
+
+  Warns on stderr where the image makes fewer than 16 tokens.
+
+  Raises:
+    UserError: at the first field that is wrong, with its name.
+  """
+  method = methods.get(config.method)
+  models.linear_maps(config.model.name)
+  threat(config)
+  evaluation_attacks(config)
+  evaluation_attack(config, config.eval.validation_attack)
+  if method.branch:
+    methods.branches(
+      config.adapter, method, models.linear_maps(config.model.name)
+    )
+  _choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
+  _choose('model.pool', config.model.pool, ('token', 'mean'))
+  _choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
+  _choose('adapter.dtype', config.adapter.dtype, ('float32', 'bfloat16'))
+  _choose('attack.loss', config.attack.loss, tuple(LOSSES))
+  _choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
+  _choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))
+  if config.adapter.rank < 1:
+    raise UserError(
+      f'adapter.rank {config.adapter.rank}: it must be in 1..min(d_in, d_out) '
+      'of every target'
+    )
+  _check_attack(config)
+  _check_patches(config)
+  _check_recipe('', config, num_devices)
+  if config.base.source == 'train':
+    _check_recipe('base.', config.base, num_devices)
+  for name in ('eval.batch_size', 'eval.restarts'):
+    _positive(name, config.eval[name.removeprefix('eval.')])
+
+
+def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
+  if value not in known:
+    raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}')
+
+
+def _positive(name: str, value: float) -> None:
+  if not value > 0:
+    raise UserError(f'{name} {value}: it must be above 0')
+
+
+def _fraction(name: str, value: float) -> None:
+  if not 0 <= value <= 1:
+    raise UserError(f'{name} {value}: it must be in 0..1')
+
+
+def _check_attack(config: ConfigDict) -> None:
+  step_size = parse_fraction(config.attack.step_size, 'attack.step_size')
+  _positive('attack.step_size', step_size)
+  _positive('attack.steps', config.attack.steps)
+  _positive('attack.restarts', config.attack.restarts)
+  _fraction('attack.eps_warmup', config.attack.eps_warmup)
+  eps = threat(config).eps
+  if step_size > 2 * eps > 0:
+    warn(
+      f'attack.step_size {config.attack.step_size} is over twice threat.eps '
+      f'{config.threat.eps}: every step jumps across the whole ball'
+    )
+  if abs(eps * 255 - round(eps * 255)) > 1e-6 and 0.03 <= eps <= 0.032:
+    warn(f'threat.eps {config.threat.eps} is not 8/255; write 8/255 if meant')
+
+
+def _check_patches(config: ConfigDict) -> None:
+  image, patch = config.data.image_size, config.model.patch_size
+  _positive('model.patch_size', patch)
+  if image % patch or image < patch:
+    raise UserError(
+      f'model.patch_size {patch} does not divide data.image_size {image}; '
+      'change one of them'
+    )
+  tokens = (image // patch) ** 2
+  if tokens < 16:
+    warn(
+      f'model.patch_size {patch} at data.image_size {image} makes only '
+      f'{tokens} tokens; below 16 a ViT learns badly, use a smaller patch'
+    )
+
+
+def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
+  """Checks the optimizer, schedule, augmentation and loop of one training."""
+  train, schedule, augment = recipe.train, recipe.schedule, recipe.augment
+  _choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
+  _choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
+  _positive(f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate)
+  _fraction(f'{prefix}schedule.warmup', schedule.warmup)
+  _fraction(f'{prefix}augment.mix_probability', augment.mix_probability)
+  boundaries = list(schedule.boundaries)
+  if schedule.name == 'step' and (
+    len(boundaries) != len(schedule.factors)
+    or boundaries != sorted(boundaries)
+    or any(not schedule.warmup < b <= 1 for b in boundaries)
+  ):
+    raise UserError(
+      f'{prefix}schedule.boundaries {tuple(boundaries)}: they must rise from '
+      f'schedule.warmup to 1, one for each of schedule.factors '
+      f'{tuple(schedule.factors)}'
+    )
+  for field in (
+    'batch_size', 'accumulate', 'log_every', 'eval_every',
+    'checkpoint_every', 'keep',
+  ):  # fmt: skip
+    _positive(f'{prefix}train.{field}', train[field])
+  if train.steps is None:
+    _positive(f'{prefix}train.epochs', train.epochs)
+  else:
+    _positive(f'{prefix}train.steps', train.steps)
+  if train.batch_size % (train.accumulate * num_devices):
+    raise UserError(
+      f'{prefix}train.batch_size {train.batch_size} does not divide into '
+      f'train.accumulate {train.accumulate} microbatches over {num_devices} '
+      f'devices; use a multiple of {train.accumulate * num_devices}'
+    )

@@ -42,6 +42,15 @@ class Progress:
     self.total = total
     self._start_done = done
     self._start_time = None
+    self._said = time.monotonic()
+
+  def due(self, seconds: float = 5.0) -> bool:
+    """Returns whether `seconds` have passed since it last said so."""
+    now = time.monotonic()
+    if now - self._said < seconds:
+      return False
+    self._said = now
+    return True
 
   def update(self, done: int) -> str:
     """Returns e.g. '312.4/s, 1m15s left' for `done` items finished."""

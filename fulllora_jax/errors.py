@@ -1,10 +1,11 @@
 """Errors that a user can mend, and how the commands show them."""
 
-from collections.abc import Callable, Sequence
+import re
 import sys
+import traceback
+from collections.abc import Callable, Sequence
 
-from absl import app
-from absl import flags
+from absl import app, flags
 
 
 class UserError(ValueError):
@@ -18,15 +19,61 @@ class UserError(ValueError):
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses absl flags; whatever a config file or flag raises is bad input."""
   try:
-    return flags.FLAGS(argv)
-  except UserError as error:
-    _exit(str(error))
-  except FileNotFoundError as error:
-    _exit(f'--config: no such file: {error.filename or error}')
-  except AttributeError as error:  # config_flags, for an unknown field
-    _exit(f'unknown config field: {error}')
-  except (flags.Error, KeyError, TypeError, ValueError, SyntaxError) as error:
-    _exit(f'cannot read the flags: {error}')
+    arguments = flags.FLAGS(argv)
+    for flag in flags.FLAGS.flag_values_dict().values():
+      # config_flags keeps an unreadable file to itself until it is used.
+      getattr(flag, 'lock', None)
+    return arguments
+  except flags.Error as error:
+    _exit(_without_traceback(str(error)))
+  except OSError as error:
+    reason = re.search(r'\[Errno \d+\] (.+)', str(error))
+    _exit(f'config file: {reason.group(1) if reason else error}')
+  except Exception as error:
+    _exit(_unknown_field(argv, error) or _config_fault(error))
+
+
+def _without_traceback(text: str) -> str:
+  """Keeps the last line of the traceback that config_flags quotes, if any."""
+  if 'Error whilst parsing config file' not in text:
+    return text
+  last = text.strip().splitlines()[-1]
+  return f'config file: {last.removeprefix(f"{__name__}.UserError: ")}'
+
+
+def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
+  """Names the --config.field=value that is to blame, or returns None.
+
+  The error of config_flags begins with the one part of the path that it did
+  not find, and may go on to a similar name.
+  """
+  if not isinstance(error, AttributeError | KeyError | TypeError):
+    return None
+  text = str(error)
+  part = re.match(r'\W*(\w+)', text)
+  path = re.search(r'Attempting to lookup: ([\w.]+)', text)
+  similar = re.search(r'Did you mean "(\w+)"', text)
+  for argument in argv[1:]:
+    flag = argument.split('=')[0]
+    fields = flag.split('.')[1:]
+    if (part and part.group(1) in fields) or (
+      path and path.group(1) == '.'.join(fields)
+    ):
+      hint = f'; did you mean "{similar.group(1)}"?' if similar else ''
+      return f'unknown config field: {flag}{hint}'
+  return None
+
+
+def _config_fault(error: Exception) -> str:
+  """Says what a config file raised, and on which of its lines."""
+  where = ''
+  for frame, line in traceback.walk_tb(error.__traceback__):
+    # The name under which config_flags loads the file of --config.
+    if frame.f_globals.get('__name__', '').endswith('_config'):
+      where = f'{frame.f_code.co_filename}, line {line}: '
+  return _without_traceback(
+    f'config file: {where}{type(error).__name__}: {error}'
+  )
 
 
 def _exit(message: str) -> None:
