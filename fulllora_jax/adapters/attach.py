@@ -1,0 +1,252 @@
+"""Attaching LNLoRA branches to any linen model, from outside.
+
+`flax.linen.intercept_methods` sees each call of a Dense, DenseGeneral or Conv
+whose path a target matches and adds the branch's output to it. The model's own
+`params` keep their tree; the branches live in the collection `lnlora`, under
+the path of the map they stand beside. The model needs no change.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fulllora_jax.adapters.lnlora import LNLoRA
+from fulllora_jax.errors import UserError
+
+COLLECTION = 'lnlora'
+LINEAR_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)
+_WRAPPED = ('CIRCULAR', 'CAUSAL', 'REFLECT')  # paddings made outside the conv
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModel:
+  """A linen model with branches beside the maps its targets match.
+
+  Attributes:
+    model: the linen module, unchanged.
+    targets: regular expression of a whole module path (joined by '/') -> the
+      branch that stands there. The first that matches is taken.
+  """
+
+  model: nn.Module
+  targets: Mapping[str, LNLoRA]
+
+  def init_adapter(
+    self, key: jax.Array, params: Any, *args: Any, **kwargs: Any
+  ) -> dict[str, Any]:
+    """Draws the branches' parameters for existing base parameters.
+
+    Args:
+      key: a PRNG key.
+      params: the base's `params` collection.
+      *args: what the model is called with, e.g. images [B, H, W, C].
+      **kwargs: likewise.
+
+    Returns:
+      The `lnlora` collection. With it the adapted model computes exactly what
+      the base computes, since every B is zero.
+
+    Raises:
+      UserError: a target matches no linear map, or a rank does not fit.
+    """
+    if not self.targets:
+      return {}
+    seen: dict[str, str | None] = {}
+
+    def draw(key, params):
+      with nn.intercept_methods(self._interceptor(seen)):
+        _, variables = self.model.apply(
+          {'params': params},
+          *args,
+          **kwargs,
+          rngs={'params': key},
+          mutable=[COLLECTION],
+        )
+      return variables
+
+    # Only the drawing is run: the forward pass is dead code to the compiler.
+    variables = jax.jit(draw)(key, params)
+    unmatched = [t for t in self.targets if t not in seen.values()]
+    if unmatched:
+      raise UserError(
+        f'adapter target {unmatched[0]!r} matches no linear map; the model '
+        f'has: {", ".join(sorted(seen))}'
+      )
+    return variables[COLLECTION]
+
+  def apply(
+    self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+  ) -> Any:
+    """Runs the model; with no `lnlora` in `variables`, the bare base."""
+    if not variables.get(COLLECTION):
+      return self.model.apply(variables, *args, **kwargs)
+    with nn.intercept_methods(self._interceptor()):
+      return self.model.apply(variables, *args, **kwargs)
+
+  def _interceptor(self, seen: dict[str, str | None] | None = None):
+    """Makes the interceptor; notes each linear map's path and target."""
+
+    def intercept(next_fun, args, kwargs, context):
+      y = next_fun(*args, **kwargs)
+      module = context.module
+      if context.method_name != '__call__' or not isinstance(
+        module, LINEAR_TYPES
+      ):
+        return y
+      path = '/'.join(module.path)
+      target = self._match(path)
+      if seen is not None:
+        seen[path] = target
+      if target is None:
+        return y
+      x = args[0] if args else kwargs['inputs']
+      return y + _branch_output(module, self.targets[target], path, x, y)
+
+    return intercept
+
+  def _match(self, path: str) -> str | None:
+    return next((t for t in self.targets if re.fullmatch(t, path)), None)
+
+
+def attach(model: nn.Module, targets: Mapping[str, LNLoRA]) -> AdaptedModel:
+  """Adapts a linen model built from Dense, DenseGeneral and Conv.
+
+  Args:
+    model: any linen module.
+    targets: regular expression of a module path -> the branch beside it.
+
+  Returns:
+    The adapted model; its `init_adapter` draws the `lnlora` collection and
+    its `apply` takes `{'params': ..., 'lnlora': ...}`.
+
+  Raises:
+    UserError: a target is no regular expression. (Targets that match nothing
+      and ranks that do not fit are found by `init_adapter`.)
+
+  >>> import jax, jax.numpy as jnp
+  >>> from flax import linen as nn
+  >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
+  >>> x = jnp.ones((2, 4))
+  >>> params = model.init(jax.random.key(0), x)['params']
+  >>> adapted = attach(model, {'layers_.*': LNLoRA(rank=2, alpha=2)})
+  >>> lnlora = adapted.init_adapter(jax.random.key(1), params, x)
+  >>> sorted(lnlora['layers_0'])
+  ['ln_bias', 'ln_scale', 'lora_a', 'lora_b']
+  >>> adapted.apply({'params': params, 'lnlora': lnlora}, x).shape
+  (2, 3)
+  """
+  for target in targets:
+    try:
+      re.compile(target)
+    except re.error as error:
+      raise UserError(
+        f'adapter target {target!r} is not a regular expression: {error}'
+      ) from None
+  return AdaptedModel(model, dict(targets))
+
+
+def _branch_output(
+  module: nn.Module, branch: LNLoRA, path: str, x: jax.Array, y: jax.Array
+) -> jax.Array:
+  """Runs the branch beside `module`; draws its parameters when initialising."""
+  rows = _rows(module, path, x.astype(y.dtype))
+  d_out = math.prod(y.shape[rows.ndim - 1 :])
+  if not module.has_variable(COLLECTION, 'lora_a'):
+    if not module.is_mutable_collection(COLLECTION):
+      raise UserError(
+        f'the adapter has no parameters for {path}: it was made for other '
+        'targets'
+      )
+    branch.check_rank(path, rows.shape[-1], d_out)
+    drawn = branch.init(module.make_rng('params'), rows.shape[-1], d_out)
+    for name, value in drawn.items():
+      module.put_variable(COLLECTION, name, value)
+  parameters = {n: module.get_variable(COLLECTION, n) for n in branch.names()}
+  return branch(parameters, rows).reshape(y.shape)
+
+
+def _rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:
+  """Brings the map's input to [..., d_in], as its kernel would multiply it."""
+  if isinstance(module, nn.Conv):
+    return _conv_patches(module, path, x)
+  if isinstance(module, nn.Dense):
+    return x
+  if module.batch_dims:
+    raise UserError(
+      f'{path}: DenseGeneral with batch_dims cannot be adapted; leave it out '
+      'of adapter.targets'
+    )
+  axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
+  axes = tuple(axis % x.ndim for axis in axes)
+  x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+  return x.reshape(*x.shape[: x.ndim - len(axes)], -1)
+
+
+def _conv_patches(module: nn.Conv, path: str, x: jax.Array) -> jax.Array:
+  """Extracts the flattened receptive fields, in (spatial, channel) order."""
+  size = module.kernel_size
+  size = (size,) if isinstance(size, int) else tuple(size)
+  ndim = len(size)
+  if module.feature_group_count != 1 or module.padding in (
+    'CIRCULAR',
+    'CAUSAL',
+  ):
+    raise UserError(
+      f'{path}: a Conv with groups or {module.padding} padding cannot be '
+      'adapted; leave it out of adapter.targets'
+    )
+  if x.ndim != ndim + 2:
+    raise UserError(f'{path}: a Conv of unbatched input cannot be adapted')
+  strides, dilation, input_dilation = (
+    (value or 1,) * ndim if not isinstance(value, tuple) else value
+    for value in (
+      module.strides,
+      module.kernel_dilation,
+      module.input_dilation,
+    )
+  )
+  if (
+    strides == size
+    and module.padding == 'VALID'
+    and dilation == input_dilation == (1,) * ndim
+  ):
+    return _tiles(x, size)
+  letters = 'HWD'[:ndim]
+  patches = jax.lax.conv_general_dilated_patches(
+    x,
+    filter_shape=size,
+    window_strides=strides,
+    padding=_explicit_padding(module.padding, ndim),
+    lhs_dilation=input_dilation,
+    rhs_dilation=dilation,
+    dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
+  )
+  # These come in (channel, spatial) order; kernels flatten the other way.
+  split = patches.reshape(*patches.shape[:-1], x.shape[-1], -1)
+  return jnp.swapaxes(split, -1, -2).reshape(patches.shape)
+
+
+def _tiles(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
+  """Cuts x [B, *spatial, C] into tiles that do not overlap, without a conv."""
+  ndim = len(size)
+  counts = [n // s for n, s in zip(x.shape[1:-1], size, strict=True)]
+  used = [slice(n * s) for n, s in zip(counts, size, strict=True)]
+  x = x[(slice(None), *used)]
+  pairs = [d for pair in zip(counts, size, strict=True) for d in pair]
+  x = x.reshape(x.shape[0], *pairs, x.shape[-1])
+  order = [0, *range(1, 2 * ndim, 2), *range(2, 2 * ndim + 1, 2), 2 * ndim + 1]
+  return x.transpose(order).reshape(x.shape[0], *counts, -1)
+
+
+def _explicit_padding(padding, ndim: int):
+  if isinstance(padding, str):
+    return padding
+  if isinstance(padding, int):
+    return [(padding, padding)] * ndim
+  return [(p, p) if isinstance(p, int) else tuple(p) for p in padding]

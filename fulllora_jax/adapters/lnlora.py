@@ -1,0 +1,118 @@
+"""The LNLoRA branch: a learnable LayerNorm in front of a low-rank map.
+
+FullLoRA (arXiv 2401.01752) adds to a frozen linear map `y = x W + b`
+
+    y = x W + b + (alpha / r) * LN(x) A B
+    LN(x) = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
+
+over the last axis of x: [..., d_in], with A: [d_in, r] random and
+B: [r, d_out] zero, so that the adapted map starts as the frozen one, exactly.
+
+There is no `merge`: LN is not linear in x, so LNLoRA cannot be folded into W.
+(Plain LoRA could be, and is kept apart too, to have one road for both.)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fulllora_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LNLoRA:
+  """One branch's shape; its arrays live in the `lnlora` collection.
+
+  Attributes:
+    rank: r, in 1..min(d_in, d_out).
+    alpha: the branch is scaled by alpha / rank.
+    layer_norm: False leaves out the LayerNorm: plain LoRA (Hu et al., 2021,
+      arXiv 2106.09685).
+    epsilon: added to the variance. Over raw pixels (patch embedding) a small
+      one divides by almost nothing and amplifies an attacker's noise.
+    dtype: name of the parameters' dtype.
+  """
+
+  rank: int
+  alpha: float
+  layer_norm: bool = True
+  epsilon: float = 1e-6
+  dtype: str = 'float32'
+
+  def init(self, key: jax.Array, d_in: int, d_out: int) -> dict[str, jax.Array]:
+    """Draws the branch's parameters.
+
+    Args:
+      key: a PRNG key.
+      d_in: the frozen map's input dimension.
+      d_out: its output dimension.
+
+    Returns:
+      lora_a [d_in, rank], uniform in +-1/sqrt(d_in) as the LoRA reference
+      code draws it; lora_b [rank, d_out], zeros; with the LayerNorm also
+      ln_scale [d_in], ones, and ln_bias [d_in], zeros.
+    """
+    dtype = jnp.dtype(self.dtype)
+    bound = d_in**-0.5
+    parameters = {
+      'lora_a': jax.random.uniform(
+        key, (d_in, self.rank), dtype, -bound, bound
+      ),
+      'lora_b': jnp.zeros((self.rank, d_out), dtype),
+    }
+    if self.layer_norm:
+      parameters['ln_scale'] = jnp.ones((d_in,), dtype)
+      parameters['ln_bias'] = jnp.zeros((d_in,), dtype)
+    return parameters
+
+  def names(self) -> tuple[str, ...]:
+    """Returns the names of the branch's parameters."""
+    norm = ('ln_scale', 'ln_bias') if self.layer_norm else ()
+    return ('lora_a', 'lora_b', *norm)
+
+  def check_rank(self, path: str, d_in: int, d_out: int) -> None:
+    """Raises UserError if the rank is not in 1..min(d_in, d_out)."""
+    if not 1 <= self.rank <= min(d_in, d_out):
+      raise UserError(
+        f'adapter.rank {self.rank} does not fit {path} ({d_in} -> {d_out}): '
+        f'it must be in 1..{min(d_in, d_out)}; lower adapter.rank, or leave '
+        'this target out'
+      )
+
+  def __call__(
+    self, parameters: dict[str, jax.Array], x: jax.Array
+  ) -> jax.Array:
+    """Computes (alpha / r) LN(x) A B.
+
+    Args:
+      parameters: what `init` returned, possibly trained.
+      x: [..., d_in], the frozen map's input, of any float dtype.
+
+    Returns:
+      [..., d_out] in x's dtype. The LayerNorm computes in float32.
+    """
+    if self.layer_norm:
+      normed = layer_norm(
+        x, parameters['ln_scale'], parameters['ln_bias'], self.epsilon
+      )
+    else:
+      normed = x
+    a = parameters['lora_a'].astype(x.dtype)
+    b = parameters['lora_b'].astype(x.dtype)
+    return (self.alpha / self.rank) * ((normed @ a) @ b)
+
+
+def layer_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+  """Normalises the last axis of x in float32; returns x's dtype.
+
+  Ba et al., 2016, arXiv 1607.06450, equation 3, with a learnable scale and
+  bias of shape [d].
+  """
+  wide = x.astype(jnp.float32)
+  mean = wide.mean(axis=-1, keepdims=True)
+  variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
+  normed = (wide - mean) * jax.lax.rsqrt(variance + epsilon)
+  return (normed * scale + bias).astype(x.dtype)
