@@ -1,0 +1,101 @@
+"""Projected gradient ascent (Madry et al., 2018, arXiv 1706.06083).
+
+    x_0     = a random point of the ball around x
+    x_{t+1} = project(x_t + step_size * direction(grad L(f(x_t), y)))
+
+The gradient is that of the *sum* of per-example losses, so what happens to one
+image never depends on its batch, nor on how the batch is sharded.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fulllora_jax.attacks import losses
+from fulllora_jax.attacks.threat import Threat
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+
+
+def pgd(
+  keys: jax.Array,
+  logits_fn: LogitsFn,
+  x: jax.Array,
+  labels: jax.Array,
+  threat: Threat,
+  *,
+  steps: int,
+  step_size: jax.Array | float,
+  restarts: int = 1,
+  loss: str = 'ce',
+  random_start: bool = True,
+) -> jax.Array:
+  """Searches each image's ball for a point of high loss.
+
+  Args:
+    keys: PRNG keys [B], one for each image, or one key, from which an image's
+      key follows by its place in the batch.
+    logits_fn: images [B, H, W, C] -> logits [B, K], deterministic.
+    x: images [B, H, W, C], float32 in [0, 1].
+    labels: int [B], or soft labels float [B, K].
+    threat: the ball and the box.
+    steps: number of ascent steps, static.
+    step_size: in [0, 1] pixels.
+    restarts: number of independent starts, static; each image keeps the point
+      that is misclassified, and of several the one of highest loss.
+    loss: 'ce' or 'margin' (losses.py).
+    random_start: False starts at x (and makes restarts pointless).
+
+  Returns:
+    x_adv [B, H, W, C], float32, in the ball and the box; no gradient flows
+    through it.
+  """
+  loss_fn = losses.LOSSES[loss]
+  keys = _per_example(keys, x.shape[0])
+
+  def total_loss(x_adv):
+    return loss_fn(logits_fn(x_adv), labels).sum()
+
+  def ascend(_, x_adv):
+    gradient = jax.grad(total_loss)(x_adv)
+    step = step_size * threat.direction(gradient)
+    return threat.project(x, x_adv + step)
+
+  def attempt(restart):
+    start = x
+    if random_start:
+      fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+      start = threat.random_start(fold_in(keys, restart), x)
+    return jax.lax.fori_loop(0, steps, ascend, start)
+
+  def strength(x_adv):
+    logits = logits_fn(x_adv)
+    return ~losses.correct(logits, labels), loss_fn(logits, labels)
+
+  def keep_stronger(restart, best):
+    x_best, broken_best, loss_best = best
+    x_new = attempt(restart)
+    broken, value = strength(x_new)
+    stronger = (broken & ~broken_best) | (
+      (broken == broken_best) & (value > loss_best)
+    )
+    pick = stronger.reshape(-1, *[1] * (x.ndim - 1))
+    return (
+      jnp.where(pick, x_new, x_best),
+      broken | broken_best,
+      jnp.where(stronger, value, loss_best),
+    )
+
+  x_adv = attempt(0)
+  if restarts > 1:
+    first = (x_adv, *strength(x_adv))
+    x_adv, _, _ = jax.lax.fori_loop(1, restarts, keep_stronger, first)
+  return jax.lax.stop_gradient(x_adv)
+
+
+def _per_example(keys: jax.Array, batch_size: int) -> jax.Array:
+  if keys.ndim == 1:
+    return keys
+  places = jnp.arange(batch_size)
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, places)

@@ -1,0 +1,146 @@
+"""Threat models: what an attacker may do to an image.
+
+Images are float32 [B, H, W, C] in the box [0, 1]; eps is a radius in those
+units around each image, so the literature's 8 of 255 levels is 8/255. All
+arithmetic stays in float32: in bfloat16, x + 8/255 can land 8.99/255 away.
+"""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+
+from fulllora_jax.errors import UserError
+
+NORMS = ('linf', 'l2')
+
+
+def parse_fraction(text: str | float, name: str = 'eps') -> float:
+  """Reads a number or a fraction written as text.
+
+  Args:
+    text: a number, '0.031', or a fraction such as '8/255'.
+    name: what it is, for the error.
+
+  Raises:
+    UserError: if it is neither, or not finite.
+
+  >>> parse_fraction('1/4'), parse_fraction(0.5)
+  (0.25, 0.5)
+  """
+  try:
+    value = float(Fraction(text) if isinstance(text, str) else text)
+  except (ValueError, TypeError, ZeroDivisionError):
+    value = math.nan
+  if not math.isfinite(value):
+    raise UserError(f'{name}: cannot read {text!r}; write e.g. 8/255 or 0.031')
+  return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Threat:
+  """A ball around each image, cut by the box [0, 1].
+
+  Attributes:
+    norm: 'linf' or 'l2'.
+    eps: the radius in [0, 1] pixels: a number, or text such as '8/255'.
+
+  Raises:
+    UserError: unknown norm, eps negative, or above 1 for linf.
+
+  >>> Threat(norm='linf', eps='8/255') == Threat(norm='linf', eps=8 / 255)
+  True
+  """
+
+  norm: str = 'linf'
+  eps: float = 8 / 255
+
+  def __post_init__(self):
+    if self.norm not in NORMS:
+      raise UserError(
+        f'threat.norm: unknown norm {self.norm!r}; known: {", ".join(NORMS)}'
+      )
+    if isinstance(self.eps, jax.Array):  # a scaled threat inside jit
+      return
+    eps = parse_fraction(self.eps, 'threat.eps')
+    if eps < 0:
+      raise UserError(f'threat.eps: {self.eps} is negative')
+    if self.norm == 'linf' and eps > 1:
+      raise UserError(
+        f'threat.eps: {self.eps} is above 1, but pixels are in [0, 1]; did '
+        f'you mean {eps:g}/255?'
+      )
+    object.__setattr__(self, 'eps', eps)
+
+  def scaled(self, factor: jax.Array | float) -> 'Threat':
+    """Returns the threat with eps times `factor`, which may be traced."""
+    return dataclasses.replace(
+      self, eps=jnp.asarray(self.eps * factor, jnp.float32)
+    )
+
+  def random_start(self, keys: jax.Array, x: jax.Array) -> jax.Array:
+    """Draws a point uniformly from each image's ball, then cuts to the box.
+
+    Args:
+      keys: PRNG keys [B], one for each image, so that an image's start does
+        not depend on its batch.
+      x: images [B, H, W, C].
+
+    Returns:
+      x_adv [B, H, W, C]. Source: Madry et al., 2018, section 2.1.
+    """
+    draw = _uniform_linf if self.norm == 'linf' else _uniform_l2
+    delta = jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
+    return self.project(x, x + self.eps * delta)
+
+  def direction(self, gradient: jax.Array) -> jax.Array:
+    """Steepest ascent direction of unit norm, for each image [B, H, W, C].
+
+    linf: sign(g); l2: g / ||g||, zero where the gradient is zero.
+    """
+    if self.norm == 'linf':
+      return jnp.sign(gradient)
+    return gradient / jnp.maximum(_l2_norm(gradient), 1e-12)
+
+  def project(self, x: jax.Array, x_adv: jax.Array) -> jax.Array:
+    """Projects x_adv into each image's ball, then into the box [0, 1].
+
+    Clipping to the box moves towards x, which lies in it, so the result is in
+    both. All arrays are [B, H, W, C].
+    """
+    if self.norm == 'linf':
+      x_adv = jnp.clip(x_adv, x - self.eps, x + self.eps)
+    else:
+      delta = x_adv - x
+      norm = jnp.maximum(_l2_norm(delta), 1e-12)
+      x_adv = x + delta * jnp.minimum(1.0, self.eps / norm)
+    return jnp.clip(x_adv, 0.0, 1.0)
+
+  def distance(self, x: jax.Array, x_adv: jax.Array) -> jax.Array:
+    """Returns the norm of x_adv - x for each image, [B]."""
+    delta = (x_adv - x).reshape(x.shape[0], -1)
+    if self.norm == 'linf':
+      return jnp.abs(delta).max(axis=1)
+    return jnp.sqrt(jnp.square(delta).sum(axis=1))
+
+
+def _l2_norm(a: jax.Array) -> jax.Array:
+  """Norm of each image, [B, 1, 1, 1]."""
+  return jnp.sqrt(
+    jnp.square(a).sum(axis=tuple(range(1, a.ndim)), keepdims=True)
+  )
+
+
+def _uniform_linf(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+
+
+def _uniform_l2(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A uniform point of the unit ball: a direction times u^(1/dimension)."""
+  direction_key, radius_key = jax.random.split(key)
+  direction = jax.random.normal(direction_key, shape)
+  direction /= jnp.maximum(jnp.linalg.norm(direction.ravel()), 1e-12)
+  radius = jax.random.uniform(radius_key) ** (1 / math.prod(shape))
+  return radius * direction
