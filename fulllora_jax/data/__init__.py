@@ -1,0 +1,17 @@
+"""Data sets as uint8 images in host memory or on disk, batches by step."""
+
+from fulllora_jax.data.pipeline import (
+  batch_indices,
+  eval_batches,
+  train_batches,
+)
+from fulllora_jax.data.sources import Dataset, Split, open_dataset
+
+__all__ = [
+  'Dataset',
+  'Split',
+  'batch_indices',
+  'eval_batches',
+  'open_dataset',
+  'train_batches',
+]

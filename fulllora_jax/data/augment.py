@@ -1,0 +1,116 @@
+"""Augmentation on the device, inside the jitted step; images in [0, 1]."""
+
+import jax
+import jax.numpy as jnp
+
+_SWITCH_PROBABILITY = 0.5  # of cutmix where mixup is on too, as in timm
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+  """Converts uint8 pixels 0..255 of any shape to float32 in [0, 1]."""
+  return images.astype(jnp.float32) / 255
+
+
+def augment(
+  key: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  *,
+  num_classes: int,
+  crop_padding: int,
+  flip: bool,
+  mixup: float,
+  cutmix: float,
+  mix_probability: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Crops and flips every image, then mixes the batch with its reverse.
+
+  Crop, flip and mixing are drawn from `key` and the row alone. Mixing follows
+  timm's batch mode: with `mix_probability` the whole batch is mixed, by mixup
+  (Zhang et al., 2018, arXiv 1710.09412) or cutmix (Yun et al., 2019, arXiv
+  1905.04899), with equal chance where both are on.
+
+  Args:
+    key: a PRNG key.
+    images: float32 [B, H, W, C] in [0, 1].
+    labels: int [B].
+    num_classes: K.
+    crop_padding: pixels of zeros around the image from which a window of its
+      size is cut; 0: no crop.
+    flip: whether to mirror images left to right, with probability 1/2.
+    mixup: alpha of lambda ~ Beta(alpha, alpha); 0: off.
+    cutmix: the same for cutmix.
+    mix_probability: in [0, 1].
+
+  Returns:
+    float32 [B, H, W, C] images in [0, 1], and the labels: untouched if mixing
+    is off (mix_probability or both alphas 0), otherwise float32 [B, K] rows
+    that sum to 1.
+  """
+  image_key, mix_key = jax.random.split(key)
+  images = _crop_and_flip(image_key, images, crop_padding, flip)
+  if mix_probability <= 0 or (mixup <= 0 and cutmix <= 0):
+    return images, labels
+  soft_labels = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+  return _mix(mix_key, images, soft_labels, mixup, cutmix, mix_probability)
+
+
+def _crop_and_flip(key, images, padding, flip):
+  if padding <= 0 and not flip:
+    return images
+  rows = jnp.arange(images.shape[0])
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+  def one(key, image):
+    crop_key, flip_key = jax.random.split(key)
+    if padding > 0:
+      image = _random_crop(crop_key, image, padding)
+    if flip:
+      image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+    return image
+
+  return jax.vmap(one)(keys, images)
+
+
+def _random_crop(key, image, padding):
+  padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+  top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+  return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+
+
+def _mix(key, images, labels, mixup, cutmix, probability):
+  """Mixes float32 [B, H, W, C] images and [B, K] labels."""
+  apply_key, switch_key, key = jax.random.split(key, 3)
+
+  def by_mixup():
+    lam = jax.random.beta(key, mixup, mixup)
+    return lam * images + (1 - lam) * images[::-1], lam
+
+  def by_cutmix():
+    lam_key, box_key = jax.random.split(key)
+    lam = jax.random.beta(lam_key, cutmix, cutmix)
+    box = _box(box_key, images.shape[1:3], lam)
+    lam = 1 - jnp.mean(box.astype(jnp.float32))  # of the clipped box
+    return jnp.where(box[None, :, :, None], images[::-1], images), lam
+
+  if mixup > 0 and cutmix > 0:
+    use_cutmix = jax.random.bernoulli(switch_key, _SWITCH_PROBABILITY)
+    mixed, lam = jax.lax.cond(use_cutmix, by_cutmix, by_mixup)
+  else:
+    mixed, lam = by_cutmix() if cutmix > 0 else by_mixup()
+  apply = jax.random.bernoulli(apply_key, probability)
+  lam = jnp.where(apply, lam, 1.0)
+  images = jnp.where(apply, mixed, images)
+  return images, lam * labels + (1 - lam) * labels[::-1]
+
+
+def _box(key, size, lam):
+  """Returns a bool [H, W] box of area share 1 - lam, clipped by the border."""
+  inside = []
+  for axis_key, length in zip(jax.random.split(key), size, strict=True):
+    side = (length * jnp.sqrt(1 - lam)).astype(jnp.int32)
+    low = jax.random.randint(axis_key, (), 0, length) - side // 2
+    position = jnp.arange(length)
+    # As timm: half a side before and after the centre.
+    inside.append((position >= low) & (position < low + 2 * (side // 2)))
+  return inside[0][:, None] & inside[1][None, :]

@@ -1,0 +1,142 @@
+"""Batches: pure functions of the step, read ahead by threads."""
+
+import functools
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from fulllora_jax.data.rng import generator
+from fulllora_jax.data.sources import Split
+from fulllora_jax.errors import UserError
+
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+def batch_indices(
+  num_examples: int, batch_size: int, step: int, seed: int
+) -> np.ndarray:
+  """Returns the examples of one training batch, a function of its arguments.
+
+  Training reads an endless stream: a permutation of all examples, then another
+  one, and so on. Batch k is `stream[k * B:(k + 1) * B]`, so no example is
+  dropped at the end of an epoch and any step can be computed at once.
+
+  Args:
+    num_examples: n > 0.
+    batch_size: B > 0; may exceed n.
+    step: k >= 0.
+    seed: >= 0.
+
+  Returns:
+    int64 [B], values in [0, n).
+  """
+  first = step * batch_size
+  epochs = range(
+    first // num_examples, (first + batch_size - 1) // num_examples + 1
+  )
+  stream = np.concatenate(
+    [_permutation(num_examples, seed, epoch) for epoch in epochs]
+  )
+  offset = first % num_examples
+  return stream[offset : offset + batch_size]
+
+
+# Two threads read ahead within at most a few epochs.
+@functools.lru_cache(maxsize=4)
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+  return generator(seed, 'epoch order', epoch).permutation(num_examples)
+
+
+def train_batches(
+  split: Split,
+  batch_size: int,
+  seed: int,
+  start: int,
+  stop: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields this process's rows of the training batches of [start, stop).
+
+  Args:
+    split: what to train on.
+    batch_size: B, of all processes together.
+    seed: of the order.
+    start: first step; costs the same at any step.
+    stop: the step after the last one.
+    process_index: which contiguous rows of the global batch, in
+      [0, process_count).
+    process_count: P, a divisor of B.
+
+  Yields:
+    {'image': uint8 [B/P, H, W, C], 'label': int32 [B/P]}.
+
+  Raises:
+    UserError: if P does not divide B; later, if an image cannot be read.
+  """
+  if batch_size % process_count:
+    raise UserError(
+      f'train.batch_size={batch_size} is not a multiple of the '
+      f'{process_count} processes'
+    )
+  rows = batch_size // process_count
+  mine = slice(process_index * rows, (process_index + 1) * rows)
+
+  def batch(step):
+    indices = batch_indices(len(split), batch_size, step, seed)[mine]
+    return {'image': split.fetch(indices), 'label': split.labels[indices]}
+
+  return _prefetched(grain.MapDataset.range(start, stop).map(batch))
+
+
+def eval_batches(
+  split: Split, batch_size: int, num_examples: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields every example once, in order, or an evenly spaced subset.
+
+  Args:
+    split: what to evaluate on, N examples.
+    batch_size: B; the last batch is filled up with its mask False.
+    num_examples: n, at most; 0 or more than N: all. The subset is the examples
+      floor(i * N / n), the same ones for everybody.
+
+  Yields:
+    {'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B] (in
+    the split), 'mask': bool [B]}; filled rows repeat the first example.
+
+  Raises:
+    UserError: if num_examples is negative or batch_size is not positive.
+  """
+  if num_examples < 0 or batch_size < 1:
+    raise UserError(
+      f'evaluation of {num_examples} examples in batches of {batch_size}: the '
+      'first must be 0 (all) or more, the second 1 or more'
+    )
+  count = min(num_examples or len(split), len(split))
+  chosen = np.arange(count, dtype=np.int64) * len(split) // count
+
+  def batch(number):
+    indices = chosen[number * batch_size : (number + 1) * batch_size]
+    mask = np.arange(batch_size) < len(indices)
+    filler = np.full(batch_size - len(indices), chosen[0])
+    indices = np.concatenate([indices, filler])
+    return {
+      'image': split.fetch(indices),
+      'label': split.labels[indices],
+      'index': indices.astype(np.int32),
+      'mask': mask,
+    }
+
+  num_batches = -(-count // batch_size)
+  return _prefetched(grain.MapDataset.range(num_batches).map(batch))
+
+
+def _prefetched(dataset: grain.MapDataset) -> Iterator[dict[str, np.ndarray]]:
+  """Iterates with threads that end with the iteration, however it ends."""
+  iterator = iter(dataset.to_iter_dataset(_READ_OPTIONS))
+  try:
+    yield from iterator
+  finally:
+    iterator.close()

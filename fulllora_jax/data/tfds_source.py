@@ -1,0 +1,216 @@
+"""A TensorFlow Datasets set, read at random from ArrayRecord files."""
+
+import contextlib
+import io
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from fulllora_jax import console
+from fulllora_jax.config import ConfigDict
+from fulllora_jax.data import builders, images, records
+from fulllora_jax.errors import UserError
+
+_PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
+
+
+def open_tfds(data: ConfigDict) -> records.Source:
+  """Opens a set by its tfds name, preparing it first if it is missing.
+
+  TensorFlow is never imported here; preparation is a process of its own.
+
+  Args:
+    data: the fields of config.data.
+
+  Returns:
+    The source, with images resized to data.image_size.
+
+  Raises:
+    UserError: if the set is unknown, not prepared, prepared in another format,
+      damaged, lacks a split, or is no image classification set.
+  """
+  directory = builders.data_dir(data.dir)
+  builder = _prepared(data, directory)
+  image_key, label_key = _keys(data.name, builder.info)
+  features = builder.info.features
+  channels = 1 if features[image_key].shape[-1] == 1 else 3
+  if features[image_key].np_dtype != np.uint8:
+    raise UserError(
+      f'data.name={data.name}: its images are {features[image_key].np_dtype}, '
+      'only uint8 images can be used'
+    )
+  train_split = _split(data.train_split, 'train_split', builder)
+  test_split = _test_split(data, builder)
+  if train_split == test_split:
+    raise UserError(
+      f'data.test_split={test_split} is also data.train_split; name another'
+    )
+
+  def records_of(split):
+    read, size = _reader(data, builder, split, (image_key, label_key), channels)
+    return records.Records(split, size, read)
+
+  return records.Source(
+    name=data.name,
+    image_shape=(data.image_size, data.image_size, channels),
+    label_names=tuple(features[label_key].names),
+    train=records_of(train_split),
+    test=records_of(test_split),
+  )
+
+
+def _prepared(data: ConfigDict, directory: str) -> tfds.core.DatasetBuilder:
+  """Returns the builder of a prepared set, preparing it first if need be.
+
+  Raises:
+    UserError: if that is not wanted or fails, with the command to run instead.
+  """
+  builder = builders.get(data.name, directory)
+  if not builders.formats(builder):
+    reason = _prepare(data, directory)
+    builder = builders.get(data.name, directory)
+    # Looked at again whatever the outcome: another process may have done it.
+    if not builders.formats(builder):
+      raise UserError(_not_prepared(data.name, directory, reason))
+  found = builders.formats(builder)
+  if builders.FORMAT not in found:
+    raise UserError(
+      'data.name: ' + builders.other_format(data.name, directory, found)
+    )
+  return builder
+
+
+def _not_prepared(name: str, directory: str, reason: str) -> str:
+  base_name = name.split('/')[0].split(':')[0]
+  return (
+    f'data.name={name} is not prepared in {directory} ({reason}); run '
+    f'`{builders.prepare_command(name, directory)}` on a machine with network '
+    f'and TensorFlow, then copy {os.path.join(directory, base_name)} here'
+  )
+
+
+def _prepare(data: ConfigDict, directory: str) -> str:
+  """Prepares a set in a child process; returns why it failed, or ''."""
+  if not data.prepare:
+    return 'data.prepare is false'
+  console.say(f'preparing {data.name} in {directory}, once')
+  return _run_preparation(data.name, directory)
+
+
+def _run_preparation(name: str, directory: str) -> str:
+  """Runs the command, passing on its progress; returns why it failed, or ''."""
+  module = 'fulllora_jax.data.prepare'
+  command = [
+    sys.executable,
+    '-m',
+    module,
+    f'--name={name}',
+    f'--dir={directory}',
+  ]
+  paths = [_PACKAGE_PARENT, os.environ.get('PYTHONPATH', '')]
+  env = dict(
+    os.environ,
+    CUDA_VISIBLE_DEVICES='',
+    JAX_PLATFORMS='cpu',
+    PYTHONPATH=os.pathsep.join(filter(None, paths)),
+  )
+  reason = ''
+  with subprocess.Popen(
+    command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+  ) as child:
+    # newline='' also ends lines at the carriage returns of progress bars.
+    for line in io.TextIOWrapper(child.stdout, errors='replace', newline=''):
+      if line.startswith('error: '):
+        reason = line.removeprefix('error: ').strip()
+      else:
+        sys.stderr.write(line)
+  if child.returncode and not reason:
+    reason = f'the preparation ended with status {child.returncode}'
+  return reason
+
+
+def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
+  """Returns the keys of the image and of the label in an example."""
+  features = info.features
+  if not isinstance(features, tfds.features.FeaturesDict):
+    features = {}
+  keys = info.supervised_keys
+  if not (keys and len(keys) == 2 and all(key in features for key in keys)):
+    keys = list(features)
+  found = []
+  for kind in (tfds.features.Image, tfds.features.ClassLabel):
+    matching = [key for key in keys if isinstance(features[key], kind)]
+    if len(matching) != 1:
+      raise UserError(
+        f'data.name={name}: need one image and one class label in an example, '
+        f'found {len(matching)} {kind.__name__} among '
+        f'{", ".join(features) or "no features"}; another config of the set '
+        'may have them'
+      )
+    found += matching
+  return tuple(found)
+
+
+def _split(name: str, field: str, builder: tfds.core.DatasetBuilder) -> str:
+  try:
+    _ = builder.info.splits[name].num_examples
+  except ValueError as error:
+    raise UserError(
+      f'data.{field}={name}: {builder.info.name} has the splits '
+      f'{", ".join(builder.info.splits)} (and slices like train[:90%])'
+    ) from error
+  return name
+
+
+def _test_split(data: ConfigDict, builder: tfds.core.DatasetBuilder) -> str:
+  if data.test_split:
+    return _split(data.test_split, 'test_split', builder)
+  for name in ('test', 'validation'):
+    if name in builder.info.splits:
+      return name
+  return _split('test', 'test_split', builder)
+
+
+def _reader(data, builder, split, keys, channels):
+  """Returns the `read` of a split's Records, and the number of examples."""
+  image_key, label_key = keys
+  where = f'data.name={data.name} in {builder.data_dir}, split {split}'
+  # Images are decoded here by Pillow alone, to be the same with or without
+  # OpenCV, and not at all where only labels are asked for.
+  decoders = {
+    key: tfds.decode.SkipDecoding()
+    for key, feature in builder.info.features.items()
+    if isinstance(feature, tfds.features.Image)
+  }
+  with _readable(where):
+    source = builder.as_data_source(split, decoders=decoders)
+
+  def read(indices, with_images):
+    with _readable(where):
+      examples = source.__getitems__([int(i) for i in indices])
+      labels = np.array([example[label_key] for example in examples], np.int32)
+      if not with_images:
+        return None, labels
+      decoded = [
+        images.decode(example[image_key], data.image_size, channels)
+        for example in examples
+      ]
+    return np.stack(decoded), labels
+
+  return read, len(source)
+
+
+@contextlib.contextmanager
+def _readable(where: str):
+  """Turns what damaged files raise into one line that names them."""
+  try:
+    yield
+  except (RuntimeError, *images.BROKEN) as error:
+    raise UserError(
+      f'{where}: the files are damaged or incomplete '
+      f'({builders.first_line(error)}); delete the folder and prepare it again'
+    ) from error
