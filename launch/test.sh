@@ -1,0 +1,30 @@
+#!/bin/bash
+# Lints, checks the format and runs every test; exits non-zero if any fails.
+#
+#   launch/test.sh [-k wilson ...]
+#
+# Arguments go to pytest. VENV and PYTHON choose the environment and the
+# interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+enter_environment test
+
+failed=()
+check() {
+  local name=$1
+  shift
+  "$python" -m "$@" || failed+=("$name")
+}
+# All of them, so that one run shows all there is to mend.
+check 'ruff check' ruff check
+check 'ruff format' ruff format --check
+check tests pytest tests "$@"
+check doctests pytest --doctest-modules fulllora_jax -q
+
+if ((${#failed[@]})); then
+  say "FAILED: $(IFS=,; echo "${failed[*]}")"
+  exit 1
+fi
+say "All passed in $SECONDS s."
