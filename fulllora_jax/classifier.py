@@ -1,0 +1,157 @@
+"""The product: a robust classifier from a published adapter and its base."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fulllora_jax import build, checkpoint, config, pretrained
+from fulllora_jax import state as state_lib
+from fulllora_jax.adapters import AdaptedModel
+from fulllora_jax.errors import UserError
+from fulllora_jax.state import Tree
+
+
+class RobustClassifier:
+  """A frozen base with its adapter; made by `load`.
+
+  Images are float32 [B, H, W, C] in [0, 1], of `metadata['image_shape']`;
+  normalisation is the model's own first line. Each new batch size compiles
+  once.
+
+  Attributes:
+    metadata: a mapping with at least `image_shape`, `num_classes`,
+      `label_names`, `threat`, `normalisation` and `base_fingerprint`.
+    model: the adapted linen model.
+    variables: its `params` (head as trained) and `lnlora` collections.
+    base_variables: the base's own `params`.
+  """
+
+  def __init__(
+    self,
+    model: AdaptedModel,
+    variables: Tree,
+    base_variables: Tree,
+    metadata: Mapping[str, Any],
+  ):
+    self.model = model
+    self.variables = variables
+    self.base_variables = base_variables
+    self.metadata = metadata
+    self._apply = jax.jit(model.apply)
+
+  def logits(self, images: jax.Array | np.ndarray) -> jax.Array:
+    """Returns the adapted model's logits, float32 [B, K].
+
+    Raises:
+      UserError: images of another shape or dtype, or outside [0, 1].
+    """
+    return self._apply(self.variables, self._checked(images))
+
+  def predict(self, images: jax.Array | np.ndarray) -> jax.Array:
+    """Returns the classes, int [B]; `metadata['label_names']` names them."""
+    return self.logits(images).argmax(axis=-1)
+
+  def base_logits(self, images: jax.Array | np.ndarray) -> jax.Array:
+    """Returns the base's logits [B, K], as if there were no adapter."""
+    return self._apply(self.base_variables, self._checked(images))
+
+  def _checked(self, images) -> jax.Array:
+    expected = tuple(self.metadata['image_shape'])
+    if getattr(images, 'dtype', None) != np.float32:
+      raise UserError(
+        f'images have dtype {getattr(images, "dtype", type(images).__name__)}, '
+        'expected float32 in [0, 1]; divide uint8 pixels by 255'
+      )
+    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+      raise UserError(
+        f'images have shape {tuple(images.shape)}, expected [B, H, W, C] with '
+        f'[H, W, C] = {list(expected)}'
+      )
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+      raise UserError(
+        f'images have values in [{low:g}, {high:g}], expected [0, 1]; do not '
+        'normalise them, the model does'
+      )
+    return jnp.asarray(images)
+
+
+def load(
+  path: str | os.PathLike,
+  base: str | os.PathLike | None = None,
+  which: str = 'best',
+) -> RobustClassifier:
+  """Loads an adapter onto its base.
+
+  Args:
+    path: a work directory, or the `best/` or `last/` in one.
+    base: the base's work directory or artefact; None takes the place that
+      the adapter's metadata names, relative to the adapter.
+    which: 'best' or 'last', where `path` is a work directory.
+
+  Raises:
+    UserError: nothing there, damaged, another base, or any leaf missing,
+      extra or misshaped (naming it).
+  """
+  directory = pretrained.find_artefact(path, which)
+  adapter, metadata = checkpoint.read_artefact(directory)
+  cfg = config.from_mapping(metadata['config'])
+  built = build.build(cfg, metadata['num_classes'])
+  shapes = build.shapes(built, tuple(metadata['image_shape']))
+  trainable, frozen = state_lib.split(shapes, built.mask(shapes))
+  checkpoint.check_leaves(trainable, adapter, str(directory))
+  if metadata['base'] is None:  # trained from scratch: its own base
+    base_variables = {'params': adapter['params']}
+  else:
+    base_variables = {'params': _load_base(directory, metadata, base, frozen)}
+  base_variables = jax.device_put(base_variables)
+  return RobustClassifier(
+    built.model,
+    state_lib.override(base_variables, jax.device_put(adapter)),
+    base_variables,
+    metadata,
+  )
+
+
+def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
+  """Returns the hash that ties an adapter to its base.
+
+  It covers the frozen leaves; where none is frozen (method `full`), all of the
+  base's.
+  """
+  pruned = state_lib.prune(frozen)
+  return state_lib.fingerprint(pruned or {'params': base_params})
+
+
+def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
+  source = base or os.path.normpath(directory / metadata['base'])
+  try:
+    params, _ = pretrained.load_base(source)
+  except UserError as error:
+    raise UserError(
+      f'{directory} needs its base: {error} (fulllora_jax.load takes it as '
+      'base=...)'
+    ) from None
+  variables = {'params': params}
+  expected = state_lib.prune(frozen)
+  names = state_lib.named_leaves(expected)
+  found = state_lib.named_leaves(variables)
+  difference = state_lib.first_difference(
+    names, {path: leaf for path, leaf in found.items() if path in names}
+  )
+  if difference:
+    raise UserError(f'{source} is not the base of {directory}: {difference}')
+  kept = state_lib.select(variables, names)
+  fingerprint = base_fingerprint(params, kept)
+  if fingerprint != metadata['base_fingerprint']:
+    raise UserError(
+      f'{source} is another base than {directory} was trained on: fingerprint '
+      f'{fingerprint[:12]}..., expected '
+      f'{metadata["base_fingerprint"][:12]}...; give the right one'
+    )
+  return params

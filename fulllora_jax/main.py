@@ -1,0 +1,39 @@
+"""Trains a robust adapter for a frozen ViT and reports on it.
+
+  python -m fulllora_jax.main --config configs/cifar10.py
+
+Any field can be set: --config.train.batch_size=128. A config may have
+variants: --config configs/cifar10.py:tiny. Killed runs resume with the same
+command.
+"""
+
+import os
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from fulllora_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A file of configs/, with its variant after a colon.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where the run lives. Default: runs/<config.name>.'
+)
+flags.mark_flag_as_required('config')
+
+
+def main(argv: Sequence[str]) -> None:
+  """Reads the flags, then one call."""
+  del argv
+  from fulllora_jax import sharding, train  # after the flags: JAX is slow
+
+  sharding.enable_compilation_cache()
+  config = _CONFIG.value
+  workdir = _WORKDIR.value or os.path.join('runs', config.name)
+  train.train_and_evaluate(config, workdir)
+
+
+if __name__ == '__main__':
+  errors.run(main)

@@ -1,0 +1,49 @@
+"""Base weights: where a frozen ViT comes from.
+
+Today from a run of ours that trained every parameter (method `standard` or
+`full`). Published checkpoints get their home here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from fulllora_jax import checkpoint
+from fulllora_jax.errors import UserError
+from fulllora_jax.state import Tree
+
+
+def find_artefact(path: str | Path, which: str = 'best') -> Path:
+  """Returns the artefact directory in a work directory, or the path itself.
+
+  Args:
+    path: a work directory, or the artefact directory in it.
+    which: 'best' or 'last', for a work directory.
+
+  Raises:
+    UserError: neither is there.
+  """
+  path = Path(path).expanduser().absolute()
+  if (path / which).is_dir():
+    return path / which
+  if path.is_dir() and any(p.name.isdigit() for p in path.iterdir()):
+    return path
+  raise UserError(
+    f'{path} holds no {which}/ of a finished run, and no adapter either; give '
+    'the work directory of a run, or the best/ or last/ in one'
+  )
+
+
+def load_base(path: str | Path) -> tuple[Tree, dict[str, Any]]:
+  """Reads the base's `params` as numpy arrays, and the metadata.
+
+  Raises:
+    UserError: no artefact there, damaged, or one that holds an adapter only.
+  """
+  directory = find_artefact(path)
+  tree, metadata = checkpoint.read_artefact(directory)
+  if metadata['method'] not in ('standard', 'full'):
+    raise UserError(
+      f'base.source: {directory} is an adapter (method {metadata["method"]}), '
+      'not a whole model; give a run of method standard or full'
+    )
+  return tree['params'], metadata

@@ -1,0 +1,30 @@
+"""Where a result comes from: versions and devices."""
+
+import importlib.metadata
+import platform
+
+import jax
+
+import fulllora_jax
+
+_PACKAGES = (
+  'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets',
+  'grain', 'numpy',
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of fulllora_jax, Python and what computes."""
+  found = {
+    'fulllora_jax': fulllora_jax.__version__,
+    'python': platform.python_version(),
+  }
+  for package in _PACKAGES:
+    found[package] = importlib.metadata.version(package)
+  return found
+
+
+def device() -> str:
+  """Returns e.g. '8 x TPU v4' or '1 x cpu'."""
+  devices = jax.devices()
+  return f'{len(devices)} x {devices[0].device_kind}'

@@ -1,0 +1,237 @@
+"""Evaluating a finished run: its base, its best and its last weights.
+
+The weights are read back from the published artefacts, so what is evaluated is
+what `fulllora_jax.load` gives.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulllora_jax import (
+  checkpoint,
+  classifier,
+  data,
+  pretrained,
+  provenance,
+  robustness,
+  sharding,
+)
+from fulllora_jax import config as config_lib
+from fulllora_jax.attacks import Attack, Threat
+from fulllora_jax.console import say
+
+WEIGHTS = ('base', 'best', 'last')
+
+
+class FinishedRun:
+  """The artefacts of a work directory, evaluated under one threat model.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    dataset: that `config.data` names.
+    threat: to evaluate under.
+    eps_text: its eps as the user wrote it, for the records.
+    batch_size: of the evaluation; the result does not depend on it.
+  """
+
+  def __init__(
+    self,
+    config,
+    workdir: Path,
+    dataset: data.Dataset,
+    threat: Threat,
+    eps_text: str,
+    batch_size: int,
+  ):
+    self.config = config
+    self.workdir = workdir
+    self.dataset = dataset
+    self.eps_text = eps_text
+    self._mesh = sharding.make_mesh()
+    self._loaded: dict[str, classifier.RobustClassifier] = {}
+    self._variables: dict[tuple, Any] = {}
+    self._records: dict[tuple, dict[str, Any]] = {}
+    self.evaluator = robustness.Evaluator(
+      self.load('best').model.apply,
+      threat,
+      self._mesh,
+      batch_size,
+      config.seed,
+    )
+
+  def load(self, which: str) -> classifier.RobustClassifier:
+    """Loads `best` or `last`, once."""
+    if which not in self._loaded:
+      self._loaded[which] = classifier.load(self.workdir, which=which)
+    return self._loaded[which]
+
+  def has_base(self) -> bool:
+    """Returns whether the run started from a base, not from scratch."""
+    return self.load('best').metadata['base'] is not None
+
+  def variables(self, weights: str) -> tuple[tuple, Any]:
+    """Returns what identifies the weights, and the weights on the mesh."""
+    if weights == 'base':
+      identity, tree = ('base',), self.load('best').base_variables
+    else:
+      loaded = self.load(weights)
+      # `best` may be the very step that is `last`: evaluate it once.
+      identity, tree = ('step', loaded.metadata['step']), loaded.variables
+    if identity not in self._variables:
+      self._variables[identity] = sharding.replicate(tree, self._mesh)
+    return identity, self._variables[identity]
+
+  def evaluate(
+    self, weights: str, attack: Attack, split: str, num_examples: int = 0
+  ) -> dict[str, Any]:
+    """Evaluates one of base, best, last; returns its record for the report."""
+    identity, variables = self.variables(weights)
+    key = (identity, attack, split, num_examples)
+    if key not in self._records:
+      outcome = self.evaluator.evaluate(
+        variables,
+        getattr(self.dataset, split),
+        attack,
+        num_examples,
+        title=f'{weights} {attack.label}',
+      )
+      self._records[key] = outcome.record()
+    threat = self.evaluator.threat
+    return {
+      'weights': weights,
+      'split': split,
+      'attack': attack.name,
+      'steps': attack.steps,
+      'step_size': attack.step_size,
+      'restarts': attack.restarts,
+      'norm': threat.norm,
+      'eps': self.eps_text,
+      'eps_value': threat.eps,
+      'dtype': self.config.model.dtype,
+      'matmul_precision': self.evaluator.precision,
+      'seed': self.config.seed,
+      **self._records[key],
+    }
+
+  def evaluate_all(
+    self,
+    weights: Sequence[str],
+    attacks: Sequence[Attack],
+    split: str,
+    num_examples: int = 0,
+  ) -> list[dict[str, Any]]:
+    """Evaluates every weights under every attack, saying each result."""
+    records = []
+    for attack in attacks:
+      for name in weights:
+        record = self.evaluate(name, attack, split, num_examples)
+        records.append(record)
+        say(
+          f'{name:<4}  {attack.label:<10}  {record["accuracy"]:.1%} of '
+          f'{record["num_examples"]} {split} images'
+        )
+    return records
+
+  def examples(self, attack: Attack, count: int = 8) -> dict[str, Any] | None:
+    """Attacks base and best on a few test images, for a picture."""
+    if attack.name == 'clean':
+      return None
+    chosen = np.linspace(0, len(self.dataset.test) - 1, count).astype(int)
+    clean = self.dataset.test.fetch(chosen).astype(np.float32) / 255
+    labels = self.dataset.test.labels[chosen]
+    _, base = self.variables('base')
+    _, best = self.variables('best')
+    _, base_predictions = self.evaluator.adversarial(
+      base, clean, labels, attack
+    )
+    adversarial, predictions = self.evaluator.adversarial(
+      best, clean, labels, attack
+    )
+    return {
+      'clean': clean,
+      'adversarial': adversarial,
+      'labels': labels,
+      'base_predictions': base_predictions,
+      'robust_predictions': predictions,
+      'label_names': self.dataset.label_names,
+      'eps': self.eps_text,
+      'norm': self.evaluator.threat.norm,
+      'attack': attack.label,
+    }
+
+
+def assemble_report(
+  run: FinishedRun,
+  evaluations: list[dict[str, Any]],
+  parameters: dict[str, Any],
+  seconds: dict[str, float],
+) -> dict[str, Any]:
+  """Returns the report of a run, as report.json holds it."""
+  config, metadata = run.config, run.load('best').metadata
+  return {
+    'config_name': config.name,
+    'method': config.method,
+    'dataset': run.dataset.name,
+    'threat': metadata['threat'],
+    'parameters': parameters,
+    'base_fingerprint': metadata['base_fingerprint'],
+    'evaluations': evaluations,
+    'best_step': metadata['step'],
+    'best_validation': metadata['validation'],
+    'last_step': run.load('last').metadata['step'],
+    'adapter_bytes': checkpoint.size_on_disk(
+      pretrained.find_artefact(run.workdir, 'best')
+    ),
+    'label_names': list(run.dataset.label_names),
+    'versions': provenance.versions(),
+    'device': provenance.device(),
+    'seed': config.seed,
+    'seconds': seconds,
+    'config': config_lib.as_plain(config),
+  }
+
+
+def artefact_metadata(
+  config,
+  dataset: data.Dataset,
+  fingerprint: str,
+  base: str | None,
+  validation: dict[str, Any],
+) -> dict[str, Any]:
+  """Returns the metadata an adapter is published with.
+
+  Args:
+    config: of the run.
+    dataset: trained on.
+    fingerprint: of the base (classifier.py).
+    base: the base's artefact, relative to this one; None: from scratch.
+    validation: the score that chose `best`, its attack and step.
+  """
+  threat = config_lib.threat(config)
+  return {
+    'config_name': config.name,
+    'method': config.method,
+    'dataset': dataset.name,
+    'image_shape': list(dataset.image_shape),
+    'num_classes': dataset.num_classes,
+    'label_names': list(dataset.label_names),
+    'threat': {
+      'norm': threat.norm,
+      'eps': config.threat.eps,
+      'eps_value': threat.eps,
+    },
+    'normalisation': {
+      'mean': list(config.model.mean),
+      'std': list(config.model.std),
+    },
+    'base_fingerprint': fingerprint,
+    'base': base,
+    'validation': validation,
+    'versions': provenance.versions(),
+    'device': provenance.device(),
+    'config': config_lib.as_plain(config),
+  }

@@ -1,0 +1,63 @@
+"""Devices: the mesh, where arrays live on it, and the compilation cache."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh of all devices (or the given) with one axis, `data`."""
+  return Mesh(np.array(devices or jax.devices()), ('data',))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of batches: the first axis over `data`."""
+  return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Puts a tree whole on every device, in buffers of its own.
+
+  `device_put` may alias its input; a donated state must not share memory with
+  arrays that live on.
+  """
+  return jax.device_put(tree, replicated(mesh), may_alias=False)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+  """Makes global arrays of this process's rows of a batch."""
+  sharding = batch_sharded(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows)
+    for name, rows in batch.items()
+  }
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+  """Returns the smallest multiple of the device count >= batch_size."""
+  return -(-batch_size // mesh.size) * mesh.size
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs on disk, in the user's cache directory.
+
+  JAX_COMPILATION_CACHE_DIR names another place; set empty, it turns it off.
+  """
+  default = os.path.join(
+    os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'),
+    'fulllora_jax',
+    'xla',
+  )
+  path = os.environ.get('JAX_COMPILATION_CACHE_DIR', default)
+  if path:
+    jax.config.update('jax_compilation_cache_dir', path)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

@@ -1,0 +1,176 @@
+"""What learns and what is frozen: the split, the train state, the table.
+
+A tree split by a mask keeps its structure; the leaves of the other half are
+`optax.MaskedNode`, which holds no array. So optax's masked optimizers, `jax.
+grad` and the checkpoint all see the trainable leaves only.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+Tree = Any
+
+
+class TrainState(NamedTuple):
+  """What a train step changes, and the only thing it is given to donate."""
+
+  step: jax.Array  # int32 [], the number of finished steps
+  trainable: Tree  # variables with the frozen leaves masked out
+  opt_state: optax.OptState
+
+
+def create(trainable: Tree, tx: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first step."""
+  return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+
+
+def split(variables: Tree, mask: Tree) -> tuple[Tree, Tree]:
+  """Splits variables into (trainable, frozen) by a tree of bools."""
+  trainable = jax.tree.map(
+    lambda learns, v: v if learns else optax.MaskedNode(), mask, variables
+  )
+  frozen = jax.tree.map(
+    lambda learns, v: optax.MaskedNode() if learns else v, mask, variables
+  )
+  return trainable, frozen
+
+
+def merge(trainable: Tree, frozen: Tree) -> Tree:
+  """Joins what `split` took apart.
+
+  >>> variables = {'w': 1, 'b': 2}
+  >>> merge(*split(variables, {'w': True, 'b': False})) == variables
+  True
+  """
+  return jax.tree.map(
+    lambda t, f: f if _is_masked(t) else t,
+    trainable,
+    frozen,
+    is_leaf=_is_masked,
+  )
+
+
+def prune(tree: Tree) -> dict[str, Any]:
+  """Drops the masked leaves and the branches they leave empty."""
+  flat = traverse_util.flatten_dict(tree)
+  return traverse_util.unflatten_dict(
+    {path: leaf for path, leaf in flat.items() if not _is_masked(leaf)}
+  )
+
+
+def override(variables: Tree, pruned: Tree) -> Tree:
+  """Returns variables with the leaves of a pruned tree put in."""
+  flat = traverse_util.flatten_dict(variables)
+  flat.update(traverse_util.flatten_dict(pruned))
+  return traverse_util.unflatten_dict(flat)
+
+
+def select(tree: Tree, names) -> Tree:
+  """Returns the leaves whose path (joined by '/') is in `names`."""
+  return traverse_util.unflatten_dict(
+    {
+      tuple(n.split('/')): v
+      for n, v in named_leaves(tree).items()
+      if n in names
+    }
+  )
+
+
+def named_leaves(tree: Tree) -> dict[str, Any]:
+  """Returns path -> leaf, e.g. 'lnlora/embedding/lora_a'; masked ones not."""
+  flat = traverse_util.flatten_dict(tree, sep='/')
+  return {
+    path: leaf for path, leaf in sorted(flat.items()) if not _is_masked(leaf)
+  }
+
+
+def count(tree: Tree) -> int:
+  """Returns the number of parameters."""
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def fingerprint(tree: Tree) -> str:
+  """Returns SHA-256 over path, shape, dtype and bytes of every leaf, in hex."""
+  digest = hashlib.sha256()
+  for path, leaf in named_leaves(tree).items():
+    array = np.asarray(leaf)
+    digest.update(f'{path} {array.shape} {array.dtype}\n'.encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def parameter_counts(variables: Tree, mask: Tree) -> dict[str, Any]:
+  """Counts parameters.
+
+  Returns:
+    base: all of the plain model's; trainable: those that learn, adapter and
+    head included; fraction: trainable / base.
+  """
+  trainable, _ = split(variables, mask)
+  base, learns = count(variables['params']), count(trainable)
+  return {'base': base, 'trainable': learns, 'fraction': learns / base}
+
+
+def parameter_table(variables: Tree, mask: Tree) -> str:
+  """Formats a table of parameter groups: name, shape, count, learns or not.
+
+  The same leaf of every block makes one row, e.g.
+  `params/Transformer/encoderblock_*/LayerNorm_0/scale  12 x (768,)`.
+  """
+  groups: dict[tuple, int] = {}
+  learns = traverse_util.flatten_dict(mask, sep='/')
+  for path, leaf in named_leaves(variables).items():
+    name = re.sub(r'block_\d+', 'block_*', path)
+    group = (name, tuple(leaf.shape), learns[path])
+    groups[group] = groups.get(group, 0) + 1
+  rows = [('parameters', 'shape', 'count', '')]
+  for (name, shape, learning), times in groups.items():
+    size = times * int(np.prod(shape))
+    shown = f'{times} x {shape}' if times > 1 else f'{shape}'
+    rows.append((name, shown, f'{size:,}', 'trained' if learning else 'frozen'))
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  lines = [
+    f'{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}'.rstrip()
+    for a, b, c, d in rows
+  ]
+  totals = parameter_counts(variables, mask)
+  lines.append(
+    f'{totals["trainable"]:,} parameters learn: {totals["fraction"]:.2%} of '
+    f"the base's {totals['base']:,}"
+  )
+  return '\n'.join(lines)
+
+
+def _is_masked(leaf: Any) -> bool:
+  return isinstance(leaf, optax.MaskedNode)
+
+
+def first_difference(
+  expected: Mapping[str, Any], found: Mapping[str, Any]
+) -> str | None:
+  """Compares two {path: array or shape}; says the first difference in words.
+
+  Returns:
+    None if the same paths have the same shapes and dtypes on both sides.
+  """
+  for path in sorted(expected.keys() | found.keys()):
+    if path not in found:
+      return f'{path} is missing'
+    if path not in expected:
+      return f'{path} is not expected'
+    want, have = expected[path], found[path]
+    if tuple(want.shape) != tuple(have.shape):
+      return (
+        f'{path} has shape {tuple(have.shape)}, expected {tuple(want.shape)}'
+      )
+    if np.dtype(want.dtype) != np.dtype(have.dtype):
+      return f'{path} has dtype {have.dtype}, expected {want.dtype}'
+  return None

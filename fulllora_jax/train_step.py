@@ -1,0 +1,247 @@
+"""Algorithm 1: one step of adversarial finetuning, as a pure function.
+
+    for each batch (x, y):
+      x_adv <- argmax over the ball around x of L(f(x_adv), y)       (PGD)
+      phi   <- phi - lr * grad_phi L(f_{theta, phi}(x_adv), y)       (optax)
+
+phi are the trainable leaves (the LNLoRA branches and the head in FullLoRA),
+theta the frozen ones. `compile_train_step` wraps jit, shardings and donation
+around it; to read what a step does, read `train_step`.
+"""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from fulllora_jax import optim, sharding
+from fulllora_jax.attacks import Threat, losses, pgd
+from fulllora_jax.data import augment
+from fulllora_jax.objectives import Objective
+from fulllora_jax.state import TrainState, Tree, merge
+
+Metrics = dict[str, jax.Array]
+
+
+class Purpose(enum.IntEnum):
+  """What a random number is for: folded into the key of the step."""
+
+  AUGMENT = 0
+  ATTACK = 1
+  DROPOUT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerAttack:
+  """The inner maximisation: PGD in a ball that may grow over training."""
+
+  threat: Threat
+  steps: int
+  step_size: float
+  restarts: int
+  loss: str
+  random_start: bool
+  eps_warmup: float  # fraction of training
+  total_steps: int
+
+  def __call__(self, keys, logits_fn, x, labels, step) -> jax.Array:
+    """Returns x_adv [B, H, W, C]; `keys` are one for each image."""
+    factor = optim.warmup_factor(step, self.total_steps, self.eps_warmup)
+    threat = self.threat.scaled(factor) if self.eps_warmup else self.threat
+    return pgd(
+      keys,
+      logits_fn,
+      x,
+      labels,
+      threat,
+      steps=self.steps,
+      step_size=self.step_size * factor,
+      restarts=self.restarts,
+      loss=self.loss,
+      random_start=self.random_start,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+  """What stays the same from step to step.
+
+  Attributes:
+    apply: (variables, images, **kwargs) -> logits [B, K].
+    tx: the masked optimizer.
+    learning_rate: step -> learning rate, for the metrics.
+    objective: the outer loss.
+    attack: the inner maximisation; None trains on clean images.
+    augment: (key, images, labels) -> (images, labels).
+    accumulate: microbatches of a step.
+    dropout: whether the training forward pass draws random numbers.
+  """
+
+  apply: Callable[..., jax.Array]
+  tx: optax.GradientTransformation
+  learning_rate: optax.Schedule
+  objective: Objective
+  attack: InnerAttack | None
+  augment: Callable[..., tuple[jax.Array, jax.Array]]
+  accumulate: int = 1
+  dropout: bool = False
+
+
+def train_step(
+  algorithm: Algorithm,
+  state: TrainState,
+  frozen: Tree,
+  batch: Mapping[str, jax.Array],
+  root_key: jax.Array,
+) -> tuple[TrainState, Metrics]:
+  """Makes one step.
+
+  A step whose loss or gradient is not finite changes nothing but the step
+  count, and says so in its metrics.
+
+  Args:
+    algorithm: what stays the same; static.
+    state: before the step.
+    frozen: the other half of the variables; no gradient is taken of it.
+    batch: image uint8 [B, H, W, C] and label int32 [B].
+    root_key: of the run; every random number follows from it and the step.
+
+  Returns:
+    The new state, and metrics: scalars, and `nonfinite`, bool [1 + leaves],
+    whether the loss and each gradient leaf (in the order of
+    `jax.tree.leaves`) was not finite.
+  """
+  key = jax.random.fold_in(root_key, state.step)
+  x, labels = algorithm.augment(
+    jax.random.fold_in(key, Purpose.AUGMENT),
+    augment.to_unit(batch['image']),
+    batch['label'],
+  )
+  places = jnp.arange(x.shape[0])
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
+
+  def microbatch_gradient(microbatch):
+    return _gradient(algorithm, state, frozen, *microbatch)
+
+  gradient, metrics = _mean_over_microbatches(
+    microbatch_gradient, (keys, x, labels), algorithm.accumulate
+  )
+  updates, opt_state = algorithm.tx.update(
+    gradient, state.opt_state, state.trainable
+  )
+  updated = (optax.apply_updates(state.trainable, updates), opt_state)
+
+  finite = [jnp.isfinite(metrics['loss'])]
+  finite += [jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]
+  metrics['nonfinite'] = ~jnp.stack(finite)
+  metrics['gradient_norm'] = optax.tree.norm(gradient)
+  metrics['learning_rate'] = jnp.asarray(algorithm.learning_rate(state.step))
+  good = ~metrics['nonfinite'].any()
+  trainable, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(good, new, old),
+    updated,
+    (state.trainable, state.opt_state),
+  )
+  return TrainState(state.step + 1, trainable, opt_state), metrics
+
+
+def _gradient(
+  algorithm: Algorithm,
+  state: TrainState,
+  frozen: Tree,
+  keys: jax.Array,
+  x: jax.Array,
+  labels: jax.Array,
+) -> tuple[Tree, Metrics]:
+  """The two lines of Algorithm 1, up to the optimizer."""
+
+  def logits_fn(images):  # deterministic, as every attack needs it
+    return algorithm.apply(merge(state.trainable, frozen), images)
+
+  fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+  x_adv = x
+  if algorithm.attack is not None:
+    x_adv = algorithm.attack(
+      fold_in(keys, Purpose.ATTACK), logits_fn, x, labels, state.step
+    )
+
+  def mean_loss(trainable):
+    outcome = algorithm.objective(
+      lambda images: _training_logits(
+        algorithm, merge(trainable, frozen), images, keys
+      ),
+      x,
+      x_adv,
+      labels,
+    )
+    return outcome.loss.mean(), outcome.logits
+
+  (loss, logits), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
+    state.trainable
+  )
+  metrics = {'loss': loss}
+  if algorithm.attack is None:
+    metrics |= _scores('clean', logits, labels)
+  else:
+    metrics |= _scores('clean', logits_fn(x), labels)
+    metrics |= _scores('robust', logits, labels)
+  return gradient, metrics
+
+
+def _training_logits(algorithm, variables, images, keys) -> jax.Array:
+  if not algorithm.dropout:
+    return algorithm.apply(variables, images)
+  key = jax.random.fold_in(keys[0], Purpose.DROPOUT)
+  return algorithm.apply(variables, images, train=True, rngs={'dropout': key})
+
+
+def _scores(name: str, logits: jax.Array, labels: jax.Array) -> Metrics:
+  return {
+    f'{name}_loss': losses.cross_entropy(logits, labels).mean(),
+    f'{name}_accuracy': losses.correct(logits, labels).mean(),
+  }
+
+
+def _mean_over_microbatches(
+  function: Callable, batch: Any, accumulate: int
+) -> Any:
+  """Averages function(microbatch) over `accumulate` equal microbatches.
+
+  Microbatch i takes rows i, i + accumulate, ..., so that each device splits
+  its own rows and nothing moves between devices.
+  """
+  if accumulate == 1:
+    return function(batch)
+  microbatches = jax.tree.map(
+    lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), batch
+  )
+  shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], microbatches))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  def add(total, microbatch):
+    return jax.tree.map(jnp.add, total, function(microbatch)), None
+
+  total, _ = jax.lax.scan(add, zeros, microbatches)
+  return jax.tree.map(lambda t: t / accumulate, total)
+
+
+def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> Callable:
+  """Wraps `train_step` in jit: batch sharded, state replicated and donated.
+
+  Returns:
+    (state, frozen, batch, root_key) -> (state, metrics). The state given is
+    used up; the frozen leaves are not.
+  """
+  whole = sharding.replicated(mesh)
+  return jax.jit(
+    functools.partial(train_step, algorithm),
+    donate_argnums=0,
+    in_shardings=(whole, whole, sharding.batch_sharded(mesh), whole),
+    out_shardings=(whole, whole),
+  )

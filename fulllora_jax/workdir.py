@@ -1,0 +1,98 @@
+"""The work directory of a run: claimed once, for one config.
+
+    config.json     what the run was started with
+    base/           the work directory of the base's standard training
+    checkpoints/    adapter, optimizer state and step; the newest few
+    best/ last/     adapter and metadata only: what one would publish
+    metrics.jsonl   report.json   report.md   curves.png   examples.png
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from fulllora_jax import config as config_lib
+from fulllora_jax.errors import UserError
+
+# What may change between the runs that share a directory: it decides how a run
+# is watched, not what it computes.
+_FREE_TO_CHANGE = (
+  'data.dir',
+  'data.prepare',
+  'log.tensorboard',
+  'train.keep',
+  'train.log_every',
+  'train.checkpoint_every',
+)
+
+
+def claim(workdir: str | os.PathLike, config) -> Path:
+  """Makes the directory, or takes it up again for the same config.
+
+  Returns:
+    Its absolute path.
+
+  Raises:
+    UserError: it cannot be written, or holds a run with another config (the
+      message names what differs).
+  """
+  path = Path(workdir).expanduser().absolute()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except OSError as error:
+    raise UserError(
+      f'--workdir: cannot write to {path}: {error.strerror}; choose another'
+    ) from None
+  saved = path / 'config.json'
+  if saved.exists():
+    _check_same(path, read_config(path), config)
+  write_text(saved, config_lib.to_json(config) + '\n')
+  return path
+
+
+def read_config(workdir: str | os.PathLike):
+  """Returns the config a run was started with.
+
+  Raises:
+    UserError: there is no run, or its config cannot be read.
+  """
+  path = Path(workdir).expanduser().absolute() / 'config.json'
+  try:
+    values = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise UserError(
+      f'--workdir: {path.parent} holds no run (no config.json); run '
+      'fulllora_jax.main with this --workdir first'
+    ) from None
+  except (OSError, ValueError) as error:
+    raise UserError(f'--workdir: cannot read {path}: {error}') from None
+  return config_lib.from_mapping(values)
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  temporary = path.with_name(f'{path.name}.tmp')
+  temporary.write_text(text)
+  os.replace(temporary, path)
+
+
+def _check_same(path: Path, saved, config) -> None:
+  old, new = config_lib.flat(saved), config_lib.flat(config)
+  for free in _FREE_TO_CHANGE:
+    for prefix in ('', 'base.'):
+      old.pop(prefix + free, None)
+      new.pop(prefix + free, None)
+  changed = [
+    f'{key} {old.get(key)!r} -> {new.get(key)!r}'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  ]
+  if changed:
+    shown = '; '.join(changed[:5]) + ('; ...' if len(changed) > 5 else '')
+    raise UserError(
+      f'--workdir: {path} holds a run with another config ({shown}); give '
+      'this run another --workdir, or the old values to go on with that one'
+    )
