@@ -1,6 +1,6 @@
 """FullLoRA on scikit-learn's 8 x 8 digits: the embedded default.
 
-  python -m fulllora_jax.main --config configs/digits.py
+python -m fulllora_jax.main --config configs/digits.py
 """
 
 from fulllora_jax import config as config_lib
@@ -24,12 +24,22 @@ def get_config(variant: str = ''):
   c.augment.update(crop_padding=1, flip=False, mix_probability=0.0)
   c.optimizer = config_lib.adamw(learning_rate=3e-3, weight_decay=1e-4)
   c.schedule = config_lib.cosine(warmup=0.05)
-  c.train.update(steps=1000, batch_size=64, log_every=100, eval_every=200,
-                 checkpoint_every=200)
+  c.train.update(
+    steps=1000,
+    batch_size=64,
+    log_every=100,
+    eval_every=200,
+    checkpoint_every=200,
+  )
   c.base.optimizer = config_lib.adamw(learning_rate=1e-3, weight_decay=0.05)
   c.base.schedule = config_lib.cosine(warmup=0.05)
   c.base.augment = type(c)(c.augment.to_dict())
-  c.base.train.update(steps=800, batch_size=64, log_every=200, eval_every=400,
-                      checkpoint_every=200)
+  c.base.train.update(
+    steps=800,
+    batch_size=64,
+    log_every=200,
+    eval_every=400,
+    checkpoint_every=200,
+  )
   c.eval.step_size = '0.01'
   return c

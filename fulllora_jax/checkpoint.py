@@ -120,7 +120,14 @@ def save_artefact(
   meta = dict(metadata) | {
     'format': FORMAT,
     'step': step,
-    'checksums': _checksums(adapter),
+    'leaves': {
+      path: {
+        'shape': list(leaf.shape),
+        'dtype': str(leaf.dtype),
+        'crc32': _checksum(leaf),
+      }
+      for path, leaf in state_lib.named_leaves(adapter).items()
+    },
   }
   manager = _manager(directory, keep=1, asynchronous=False)
   for later in [s for s in manager.all_steps() if s > step]:
@@ -142,30 +149,40 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
     UserError: there is none, it is damaged (naming the leaf where one is), or
       another version of fulllora_jax wrote it.
   """
-  steps = [p for p in _step_folders(directory)]
+  steps = sorted(int(folder.name) for folder in _step_folders(directory))
   if not steps:
-    raise UserError(
-      f'{directory} holds no adapter; run fulllora_jax.main first'
-    )
-  newest = max(steps, key=lambda p: int(p.name))
-  metadata = _read_json(newest / 'metadata' / 'metadata')
+    raise UserError(f'{directory} holds no adapter; train one there first')
+  newest = directory / str(steps[-1])
+  try:
+    metadata = json.loads((newest / 'metadata' / 'metadata').read_text())
+  except (OSError, ValueError) as error:
+    raise _damaged(newest, error) from None
   if metadata.get('format') != FORMAT:
     raise UserError(
       f'{newest} has format {metadata.get("format")!r}, this version of '
       f'fulllora_jax reads {FORMAT}'
     )
+  target = traverse_util.unflatten_dict(
+    {
+      path: np.empty(leaf['shape'], leaf['dtype'])
+      for path, leaf in metadata['leaves'].items()
+    },
+    sep='/',
+  )
   try:
     with ocp.StandardCheckpointer() as reader:
-      shapes = reader.metadata(newest / 'adapter').item_metadata.tree
-      target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)
       tree = reader.restore(newest / 'adapter', target)
-    _verify(tree, metadata['checksums'])
+    _verify(tree, {p: leaf['crc32'] for p, leaf in metadata['leaves'].items()})
   except Exception as error:  # Orbax and TensorStore raise bare Exception
-    reason = ' '.join(str(error).split())[:200]
-    raise UserError(
-      f'{newest} is damaged: {reason}; restore it from a copy or train again'
-    ) from None
+    raise _damaged(newest, error) from None
   return tree, metadata
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+  reason = ' '.join(str(error).split())[:200]
+  return UserError(
+    f'{path} is damaged: {reason}; restore it from a copy or train again'
+  )
 
 
 def check_leaves(expected: Tree, found: Tree, source: str) -> None:
@@ -203,15 +220,6 @@ def _step_folders(directory: Path) -> list[Path]:
   if not directory.is_dir():
     return []
   return [p for p in directory.iterdir() if p.name.isdigit() and p.is_dir()]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f'{path} is damaged: {error}; restore it from a copy or train again'
-    ) from None
 
 
 def _numbered(tree: Tree) -> dict[str, Any]:

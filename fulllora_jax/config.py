@@ -243,8 +243,7 @@ def evaluation_attacks(config: ConfigDict) -> list[attacks.Attack]:
 
 
 def picture_attack(chosen: list[attacks.Attack]) -> attacks.Attack:
-  """Returns the attack that a report's picture shows: the first of most steps.
-  """
+  """Returns the attack that a report's picture shows: of most steps."""
   return max(chosen, key=lambda attack: attack.steps)
 
 
@@ -264,20 +263,18 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   """
   method = methods.get(config.method)
   models.linear_maps(config.model.name)
-  threat(config)
-  evaluation_attacks(config)
-  evaluation_attack(config, config.eval.validation_attack)
+  validate_evaluation(config)
   if method.branch:
     methods.branches(
       config.adapter, method, models.linear_maps(config.model.name)
     )
-  _choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
-  _choose('model.pool', config.model.pool, ('token', 'mean'))
-  _choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
-  _choose('adapter.dtype', config.adapter.dtype, ('float32', 'bfloat16'))
-  _choose('attack.loss', config.attack.loss, tuple(LOSSES))
-  _choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
-  _choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))
+  choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
+  choose('model.pool', config.model.pool, ('token', 'mean'))
+  choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
+  choose('adapter.dtype', config.adapter.dtype, ('float32', 'bfloat16'))
+  choose('attack.loss', config.attack.loss, tuple(LOSSES))
+  choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
+  choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))
   if config.adapter.rank < 1:
     raise UserError(
       f'adapter.rank {config.adapter.rank}: it must be in 1..min(d_in, d_out) '
@@ -288,11 +285,25 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   _check_recipe('', config, num_devices)
   if config.base.source == 'train':
     _check_recipe('base.', config.base, num_devices)
-  for name in ('eval.batch_size', 'eval.restarts'):
-    _positive(name, config.eval[name.removeprefix('eval.')])
 
 
-def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
+def validate_evaluation(config: ConfigDict) -> None:
+  """Checks `config.threat` and `config.eval`; raises UserError."""
+  threat(config)
+  evaluation_attacks(config)
+  evaluation_attack(config, config.eval.validation_attack)
+  _positive('eval.batch_size', config.eval.batch_size)
+  step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
+  _positive('eval.step_size', step_size)
+  for field in ('num_examples', 'validation_examples'):
+    if config.eval[field] < 0:
+      raise UserError(
+        f'eval.{field} {config.eval[field]}: give 0 for all, or a number'
+      )
+
+
+def choose(name: str, value: str, known: tuple[str, ...]) -> None:
+  """Raises UserError unless the field's value is one of the known."""
   if value not in known:
     raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}')
 
@@ -342,8 +353,8 @@ def _check_patches(config: ConfigDict) -> None:
 def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
   """Checks the optimizer, schedule, augmentation and loop of one training."""
   train, schedule, augment = recipe.train, recipe.schedule, recipe.augment
-  _choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
-  _choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
+  choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
+  choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
   _positive(f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate)
   _fraction(f'{prefix}schedule.warmup', schedule.warmup)
   _fraction(f'{prefix}augment.mix_probability', augment.mix_probability)

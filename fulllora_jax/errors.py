@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(ValueError):
@@ -23,6 +23,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     for flag in flags.FLAGS.flag_values_dict().values():
       # config_flags keeps an unreadable file to itself until it is used.
       getattr(flag, 'lock', None)
+    if flags.FLAGS['verbosity'].using_default_value:
+      flags.FLAGS.verbosity = logging.WARNING  # Orbax says a lot at INFO
     return arguments
   except flags.Error as error:
     _exit(_without_traceback(str(error)))

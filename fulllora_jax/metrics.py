@@ -23,6 +23,7 @@ from typing import Any
 
 from fulllora_jax.console import say, warn
 from fulllora_jax.errors import UserError
+from fulllora_jax.workdir import replace_file
 
 _CLOSE_SECONDS = 10.0  # TensorFlow alone takes two or three to import
 _QUEUE_LINES = 100_000  # bounds the memory spent on a writer that hangs
@@ -133,16 +134,6 @@ def finite(value: Any) -> float | None:
   """
   number = float(value)
   return number if math.isfinite(number) else None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-  """Writes a file whole or not at all, whenever the process is killed."""
-  temporary = path.with_name(f'{path.name}.tmp')
-  with temporary.open('wb') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from fulllora_jax.console import duration
 from fulllora_jax.errors import UserError
-from fulllora_jax.metrics import replace_file
 from fulllora_jax.pictures import draw_curves, draw_examples
+from fulllora_jax.workdir import replace_file
 
 _WEIGHTS = ('base', 'best', 'last')
 _METHODS = {

@@ -4,6 +4,9 @@ The weights are read back from the published artefacts, so what is evaluated is
 what `fulllora_jax.load` gives.
 """
 
+import json
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,17 @@ from fulllora_jax import (
   data,
   pretrained,
   provenance,
+  report,
   robustness,
   sharding,
 )
 from fulllora_jax import config as config_lib
 from fulllora_jax.attacks import Attack, Threat
 from fulllora_jax.console import say
+from fulllora_jax.workdir import replace_file
 
 WEIGHTS = ('base', 'best', 'last')
+SPLITS = ('train', 'validation', 'test')
 
 
 class FinishedRun:
@@ -36,6 +42,7 @@ class FinishedRun:
     threat: to evaluate under.
     eps_text: its eps as the user wrote it, for the records.
     batch_size: of the evaluation; the result does not depend on it.
+    precision: of matrix products, 'highest' or 'default'.
   """
 
   def __init__(
@@ -46,6 +53,7 @@ class FinishedRun:
     threat: Threat,
     eps_text: str,
     batch_size: int,
+    precision: str = 'highest',
   ):
     self.config = config
     self.workdir = workdir
@@ -61,6 +69,7 @@ class FinishedRun:
       self._mesh,
       batch_size,
       config.seed,
+      precision,
     )
 
   def load(self, which: str) -> classifier.RobustClassifier:
@@ -69,9 +78,10 @@ class FinishedRun:
       self._loaded[which] = classifier.load(self.workdir, which=which)
     return self._loaded[which]
 
-  def has_base(self) -> bool:
-    """Returns whether the run started from a base, not from scratch."""
-    return self.load('best').metadata['base'] is not None
+  def weights(self) -> tuple[str, ...]:
+    """Returns base, best, last; no base where the run began from scratch."""
+    from_scratch = self.load('best').metadata['base'] is None
+    return WEIGHTS[1:] if from_scratch else WEIGHTS
 
   def variables(self, weights: str) -> tuple[tuple, Any]:
     """Returns what identifies the weights, and the weights on the mesh."""
@@ -164,20 +174,80 @@ class FinishedRun:
     }
 
 
+def evaluate_again(
+  config,
+  workdir: str | os.PathLike,
+  weights: Sequence[str],
+  split: str,
+  precision: str,
+) -> dict[str, Any]:
+  """Evaluates a finished run as `config.eval` and `config.threat` now say.
+
+  Prints the table and writes the result to the run's `evaluations/`.
+
+  Args:
+    config: the run's, with what is asked for now put in.
+    workdir: of the run.
+    weights: of base, best, last; empty for all there are.
+    split: train, validation or test.
+    precision: of matrix products, 'highest' or 'default'.
+
+  Returns:
+    The result, with the keys of report.json.
+
+  Raises:
+    UserError: bad input, before anything is computed.
+  """
+  config_lib.validate_evaluation(config)
+  for name, known in (('weights', WEIGHTS), ('split', SPLITS)):
+    for value in weights if name == 'weights' else [split]:
+      config_lib.choose(f'--{name}', value, known)
+  started = time.monotonic()
+  workdir = Path(workdir).expanduser().absolute()
+  pretrained.find_artefact(workdir)
+  run = FinishedRun(
+    config,
+    workdir,
+    data.open_dataset(config.data, config.seed),
+    config_lib.threat(config),
+    config.threat.eps,
+    config.eval.batch_size,
+    precision,
+  )
+  evaluations = run.evaluate_all(
+    weights or run.weights(),
+    config_lib.evaluation_attacks(config),
+    split,
+    config.eval.num_examples,
+  )
+  seconds = {'evaluate': time.monotonic() - started}
+  result = assemble_report(run, evaluations, seconds)
+  folder = workdir / 'evaluations'
+  folder.mkdir(exist_ok=True)
+  path = folder / f'{len(list(folder.iterdir())) + 1:03d}.json'
+  replace_file(path, json.dumps(result, indent=2).encode())
+  say(f'\n{report.summary_table(result)}\n\nresult: {path}')
+  return result
+
+
 def assemble_report(
   run: FinishedRun,
   evaluations: list[dict[str, Any]],
-  parameters: dict[str, Any],
   seconds: dict[str, float],
 ) -> dict[str, Any]:
   """Returns the report of a run, as report.json holds it."""
   config, metadata = run.config, run.load('best').metadata
+  threat = run.evaluator.threat
   return {
     'config_name': config.name,
     'method': config.method,
     'dataset': run.dataset.name,
-    'threat': metadata['threat'],
-    'parameters': parameters,
+    'threat': {
+      'norm': threat.norm,
+      'eps': run.eps_text,
+      'eps_value': threat.eps,
+    },
+    'parameters': metadata['parameters'],
     'base_fingerprint': metadata['base_fingerprint'],
     'evaluations': evaluations,
     'best_step': metadata['step'],
@@ -198,6 +268,7 @@ def assemble_report(
 def artefact_metadata(
   config,
   dataset: data.Dataset,
+  parameters: dict[str, Any],
   fingerprint: str,
   base: str | None,
   validation: dict[str, Any],
@@ -207,6 +278,7 @@ def artefact_metadata(
   Args:
     config: of the run.
     dataset: trained on.
+    parameters: their counts (state.py).
     fingerprint: of the base (classifier.py).
     base: the base's artefact, relative to this one; None: from scratch.
     validation: the score that chose `best`, its attack and step.
@@ -228,6 +300,7 @@ def artefact_metadata(
       'mean': list(config.model.mean),
       'std': list(config.model.std),
     },
+    'parameters': parameters,
     'base_fingerprint': fingerprint,
     'base': base,
     'validation': validation,

@@ -68,16 +68,15 @@ def train_and_evaluate(
   """
   config_lib.validate(config, jax.device_count())
   workdir = workdir_lib.claim(workdir, config)
-  finished = workdir / 'report.json'
-  if finished.exists():
+  if (workdir / 'report.md').exists():  # it is written last
     say(f'{workdir} holds a finished run of this config')
-    result = json.loads(finished.read_text())
+    result = json.loads((workdir / 'report.json').read_text())
   else:
     dataset = dataset or data.open_dataset(config.data, config.seed)
     base = _ensure_base(config, workdir, dataset)
     training = Training(config, workdir, dataset, base)
     seconds = training.run()
-    result = _report(config, workdir, dataset, training.counts, seconds)
+    result = _report(config, workdir, dataset, seconds)
   say(f'\n{report.summary_table(result)}\n\nreport: {workdir}/report.md')
   return result
 
@@ -99,7 +98,6 @@ def _report(
   config,
   workdir: Path,
   dataset: data.Dataset,
-  parameters: dict[str, Any],
   train_seconds: float,
 ) -> dict[str, Any]:
   """Evaluates the finished run and writes its report."""
@@ -112,17 +110,16 @@ def _report(
     config.threat.eps,
     config.eval.batch_size,
   )
-  weights = results.WEIGHTS if run.has_base() else results.WEIGHTS[1:]
   attacks = config_lib.evaluation_attacks(config)
   evaluations = run.evaluate_all(
-    weights, attacks, 'test', config.eval.num_examples
+    run.weights(), attacks, 'test', config.eval.num_examples
   )
   examples = run.examples(config_lib.picture_attack(attacks))
   seconds = {
     'train': train_seconds,
     'evaluate': time.monotonic() - started,
   }
-  result = results.assemble_report(run, evaluations, parameters, seconds)
+  result = results.assemble_report(run, evaluations, seconds)
   history = read_metrics(workdir / 'metrics.jsonl')
   report.write_report(workdir, result, history, examples)
   return result
@@ -308,7 +305,12 @@ class Training:
     directory = self.workdir / which
     base = os.path.relpath(self.base, directory) if self.base else None
     metadata = results.artefact_metadata(
-      self.config, self.dataset, self.fingerprint, base, self.best
+      self.config,
+      self.dataset,
+      self.counts,
+      self.fingerprint,
+      base,
+      self.best,
     )
     checkpoint.save_artefact(directory, step, self.state.trainable, metadata)
 

@@ -1,10 +1,10 @@
 """The work directory of a run: claimed once, for one config.
 
-    config.json     what the run was started with
-    base/           the work directory of the base's standard training
-    checkpoints/    adapter, optimizer state and step; the newest few
-    best/ last/     adapter and metadata only: what one would publish
-    metrics.jsonl   report.json   report.md   curves.png   examples.png
+config.json     what the run was started with
+base/           the work directory of the base's standard training
+checkpoints/    adapter, optimizer state and step; the newest few
+best/ last/     adapter and metadata only: what one would publish
+metrics.jsonl   report.json   report.md   curves.png   examples.png
 """
 
 import json
@@ -49,7 +49,7 @@ def claim(workdir: str | os.PathLike, config) -> Path:
   saved = path / 'config.json'
   if saved.exists():
     _check_same(path, read_config(path), config)
-  write_text(saved, config_lib.to_json(config) + '\n')
+  replace_file(saved, f'{config_lib.to_json(config)}\n'.encode())
   return path
 
 
@@ -72,10 +72,13 @@ def read_config(workdir: str | os.PathLike):
   return config_lib.from_mapping(values)
 
 
-def write_text(path: Path, text: str) -> None:
-  """Writes a file whole or not at all."""
+def replace_file(path: Path, content: bytes) -> None:
+  """Writes a file whole or not at all, whenever the process is killed."""
   temporary = path.with_name(f'{path.name}.tmp')
-  temporary.write_text(text)
+  with temporary.open('wb') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
   os.replace(temporary, path)
 
 

@@ -1,17 +1,30 @@
-"""Fixtures of the data tests: prepared digits, folders of images."""
+"""Fixtures: prepared digits, folders of images, commands, 8 CPU devices."""
 
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fulllora_jax import config
+# Before JAX starts: the tests' own process has 8 devices, and programs compiled
+# once are shared by all the processes that tests start.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
+_CACHE = pathlib.Path(tempfile.gettempdir()) / 'fulllora_jax_test_cache'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from fulllora_jax import config  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config):
+  for kind in ('DeprecationWarning', 'PendingDeprecationWarning'):
+    config.addinivalue_line('filterwarnings', f'error::{kind}')
 
 
 @pytest.fixture(scope='session')
@@ -22,7 +35,7 @@ def run_python():
     return subprocess.run(
       [sys.executable, *args],
       cwd=ROOT,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu', **env},
+      env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', **env},
       capture_output=True,
       text=True,
       timeout=120,
