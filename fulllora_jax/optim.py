@@ -48,7 +48,8 @@ def _step_decay(schedule, peak, total_steps, warmup) -> optax.Schedule:
     schedule.boundaries, schedule.factors, strict=True
   ):
     # join_schedules counts the steps of `main` from the end of the warm-up.
-    scales[round(boundary * total_steps) - warmup] = factor / last
+    start = round(boundary * total_steps) - warmup
+    scales[start] = scales.get(start, 1.0) * factor / last
     last = factor
   return optax.piecewise_constant_schedule(peak, scales)
 

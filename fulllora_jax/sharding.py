@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,10 +28,10 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """Puts a tree whole on every device, in buffers of its own.
 
-  `device_put` may alias its input; a donated state must not share memory with
-  arrays that live on.
+  A donated state must not share memory with arrays that live on, and
+  `device_put` to several devices aliases its input whatever `may_alias` says.
   """
-  return jax.device_put(tree, replicated(mesh), may_alias=False)
+  return jax.device_put(jax.tree.map(jnp.copy, tree), replicated(mesh))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _branch_output(
   """Runs the branch beside `module`; draws its parameters when initialising."""
   rows = _rows(module, path, x.astype(y.dtype))
   d_out = math.prod(y.shape[rows.ndim - 1 :])
-  if not module.has_variable(COLLECTION, 'lora_a'):
+  if not all(module.has_variable(COLLECTION, n) for n in branch.names()):
     if not module.is_mutable_collection(COLLECTION):
       raise UserError(
         f'the adapter has no parameters for {path}: it was made for other '
@@ -177,13 +177,13 @@ def _rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:
     return _conv_patches(module, path, x)
   if isinstance(module, nn.Dense):
     return x
-  if module.batch_dims:
+  if module.batch_dims not in ((), []):  # 0 is a batch dimension
     raise UserError(
       f'{path}: DenseGeneral with batch_dims cannot be adapted; leave it out '
       'of adapter.targets'
     )
-  axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
-  axes = tuple(axis % x.ndim for axis in axes)
+  axes = (module.axis,) if isinstance(module.axis, int) else module.axis
+  axes = sorted(axis % x.ndim for axis in axes)  # as DenseGeneral sorts them
   x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
   return x.reshape(*x.shape[: x.ndim - len(axes)], -1)
 
@@ -193,10 +193,7 @@ def _conv_patches(module: nn.Conv, path: str, x: jax.Array) -> jax.Array:
   size = module.kernel_size
   size = (size,) if isinstance(size, int) else tuple(size)
   ndim = len(size)
-  if module.feature_group_count != 1 or module.padding in (
-    'CIRCULAR',
-    'CAUSAL',
-  ):
+  if module.feature_group_count != 1 or module.padding in _WRAPPED:
     raise UserError(
       f'{path}: a Conv with groups or {module.padding} padding cannot be '
       'adapted; leave it out of adapter.targets'
@@ -204,7 +201,7 @@ def _conv_patches(module: nn.Conv, path: str, x: jax.Array) -> jax.Array:
   if x.ndim != ndim + 2:
     raise UserError(f'{path}: a Conv of unbatched input cannot be adapted')
   strides, dilation, input_dilation = (
-    (value or 1,) * ndim if not isinstance(value, tuple) else value
+    (value or 1,) * ndim if isinstance(value, int | None) else tuple(value)
     for value in (
       module.strides,
       module.kernel_dilation,

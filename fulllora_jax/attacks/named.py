@@ -89,7 +89,7 @@ def parse(
       raise UserError(f'attack: {name} takes no steps, but got {text!r}')
     steps = 1 if name == 'fgsm' else 0
     return Attack(name, steps, float(threat.eps) * steps, 0)
-  if dash and not (count.isdigit() and int(count) > 0):
+  if dash and not (count.isdecimal() and int(count) > 0):
     raise UserError(f'attack: {text!r} has no number of steps; write {name}-20')
   if name == 'cw_linf' and threat.norm != 'linf':
     raise UserError(

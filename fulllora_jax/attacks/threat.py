@@ -32,7 +32,7 @@ def parse_fraction(text: str | float, name: str = 'eps') -> float:
   """
   try:
     value = float(Fraction(text) if isinstance(text, str) else text)
-  except (ValueError, TypeError, ZeroDivisionError):
+  except (ValueError, TypeError, ArithmeticError):
     value = math.nan
   if not math.isfinite(value):
     raise UserError(f'{name}: cannot read {text!r}; write e.g. 8/255 or 0.031')

@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fulllora_jax.adapters import LNLoRA
+from fulllora_jax.adapters.lnlora import layer_norm
+from fulllora_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(1, 2, (4, 5, 6)).astype(np.float32)
+PARAMETERS = {
+  'lora_a': RNG.normal(size=(6, 2)).astype(np.float32),
+  'lora_b': RNG.normal(size=(2, 3)).astype(np.float32),
+  'ln_scale': RNG.normal(1, 0.5, 6).astype(np.float32),
+  'ln_bias': RNG.normal(0, 0.5, 6).astype(np.float32),
+}
+
+
+def numpy_norm(x, epsilon):
+  x = np.asarray(x, np.float64)
+  centred = x - x.mean(-1, keepdims=True)
+  variance = (centred**2).mean(-1, keepdims=True)
+  normed = centred / np.sqrt(variance + epsilon)
+  return normed * PARAMETERS['ln_scale'] + PARAMETERS['ln_bias']
+
+
+@pytest.mark.parametrize('epsilon', [1e-6, 0.5])
+def test_branch_is_alpha_over_rank_times_norm_then_a_then_b(epsilon):
+  branch = LNLoRA(rank=2, alpha=7.0, epsilon=epsilon)
+  expected = numpy_norm(X, epsilon) @ PARAMETERS['lora_a'].astype(np.float64)
+  expected = 3.5 * expected @ PARAMETERS['lora_b']
+  found = branch(PARAMETERS, jnp.asarray(X))
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_norm_it_is_plain_lora():
+  branch = LNLoRA(rank=2, alpha=1.0, layer_norm=False)
+  plain = {name: PARAMETERS[name] for name in branch.names()}
+  assert set(plain) == {'lora_a', 'lora_b'}
+  expected = 0.5 * X @ plain['lora_a'] @ plain['lora_b']
+  found = branch(plain, jnp.asarray(X))
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norm_is_accurate_far_from_zero():
+  x = (1000 + RNG.normal(0, 0.1, (3, 6))).astype(np.float32)
+  found = layer_norm(x, PARAMETERS['ln_scale'], PARAMETERS['ln_bias'], 1e-6)
+  np.testing.assert_allclose(found, numpy_norm(x, 1e-6), atol=2e-2)
+
+
+def test_norm_of_a_bfloat16_input_is_computed_in_float32():
+  x = jnp.asarray(X + 20, jnp.bfloat16)
+  wide = layer_norm(
+    x.astype(jnp.float32), jnp.ones(6), jnp.zeros(6), epsilon=1e-6
+  )
+  found = layer_norm(x, jnp.ones(6), jnp.zeros(6), epsilon=1e-6)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
+
+
+def test_output_has_the_inputs_dtype():
+  branch = LNLoRA(rank=2, alpha=2.0)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    x = jax.ShapeDtypeStruct((4, 6), dtype)
+    found = jax.eval_shape(branch, PARAMETERS, x)
+    assert (found.shape, found.dtype) == ((4, 3), dtype)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_init_draws_a_and_leaves_b_zero(dtype):
+  branch = LNLoRA(rank=8, alpha=8.0, dtype=dtype)
+  drawn = branch.init(jax.random.key(0), 100, 20)
+  assert {n: (*a.shape, a.dtype.name) for n, a in drawn.items()} == {
+    'lora_a': (100, 8, dtype),
+    'lora_b': (8, 20, dtype),
+    'ln_scale': (100, dtype),
+    'ln_bias': (100, dtype),
+  }
+  assert set(drawn) == set(branch.names())
+  a = np.asarray(drawn['lora_a'], np.float32)
+  assert 0.09 < np.abs(a).max() < 0.1005  # 1 / sqrt(100), or bfloat16 above
+  assert abs(a.std() - 0.1 / np.sqrt(3)) < 0.005
+  assert not drawn['lora_b'].any() and not drawn['ln_bias'].any()
+  assert (drawn['ln_scale'] == 1).all()
+
+
+def test_another_key_draws_another_a():
+  branch = LNLoRA(rank=2, alpha=2.0)
+  first, second = (
+    branch.init(jax.random.key(seed), 6, 3)['lora_a'] for seed in (0, 1)
+  )
+  assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize('rank', [0, -1, 4])
+def test_check_rank_names_the_path_and_the_bounds(rank):
+  with pytest.raises(
+    UserError, match=rf'rank {rank} does not fit head \(6 -> 3\).* in 1\.\.3'
+  ):
+    LNLoRA(rank=rank, alpha=1.0).check_rank('head', 6, 3)
+
+
+def test_check_rank_takes_the_bounds_themselves():
+  for rank in (1, 3):
+    LNLoRA(rank=rank, alpha=1.0).check_rank('head', 6, 3)

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fulllora_jax.attacks import Attack, Threat, losses, parse, pgd
+from fulllora_jax.errors import UserError
+
+LINF = Threat('linf', 0.1)
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.uniform(size=(4, 3, 3, 1)), jnp.float32)
+LABELS = jnp.array([0, 1, 2, 0])
+KEYS = jax.random.split(jax.random.key(0), 4)
+W = jnp.asarray(RNG.normal(size=(9, 3)), jnp.float32)
+
+
+def network(x):
+  return jnp.tanh(x.reshape(x.shape[0], -1) @ W)
+
+
+@pytest.mark.parametrize(
+  ('text', 'attack', 'label'),
+  [
+    ('clean', Attack('clean', 0, 0.0, 0), 'clean'),
+    ('fgsm', Attack('fgsm', 1, 0.1, 0), 'fgsm'),
+    ('pgd-20', Attack('pgd', 20, 0.02, 3), 'pgd-20'),
+    (' pgd-1 ', Attack('pgd', 1, 0.02, 3), 'pgd-1'),
+    ('pgd', Attack('pgd', 20, 0.02, 3), 'pgd-20'),
+    ('cw_linf-100', Attack('cw_linf', 100, 0.02, 3), 'cw_linf-100'),
+    ('cw_linf', Attack('cw_linf', 20, 0.02, 3), 'cw_linf-20'),
+  ],
+)
+def test_parse_reads(text, attack, label):
+  found = parse(text, LINF, 0.02, restarts=3)
+  assert found == attack
+  assert found.label == label
+
+
+@pytest.mark.parametrize('label', ['clean', 'fgsm', 'pgd-7', 'cw_linf-7'])
+def test_a_label_reads_as_its_attack(label):
+  assert parse(label, LINF, 0.02).label == label
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('autoattack', "unknown attack 'autoattack'; known: clean, fgsm, pgd"),
+    ('', "unknown attack ''"),
+    ('PGD-20', "unknown attack 'PGD-20'"),
+    ('fgsm-3', "fgsm takes no steps, but got 'fgsm-3'"),
+    ('clean-1', 'clean takes no steps'),
+    ('pgd-0', "'pgd-0' has no number of steps; write pgd-20"),
+    ('pgd-x', "'pgd-x' has no number of steps"),
+    ('pgd-', "'pgd-' has no number of steps"),
+    ('pgd--5', "'pgd--5' has no number of steps"),
+    ('pgd-²', 'has no number of steps'),
+    ('cw_linf-1.5', 'has no number of steps; write cw_linf-20'),
+  ],
+)
+def test_parse_refuses(text, message):
+  with pytest.raises(UserError, match=f'^attack: .*{message}'):
+    parse(text, LINF, 0.02)
+
+
+def test_cw_linf_needs_the_linf_ball():
+  with pytest.raises(UserError, match='cw_linf needs threat.norm linf.* l2'):
+    parse('cw_linf-20', Threat('l2', 0.5), 0.02)
+
+
+def test_restarts_must_be_positive():
+  with pytest.raises(UserError, match='restarts must be at least 1, .* 0'):
+    parse('pgd-20', LINF, 0.02, restarts=0)
+
+
+def test_clean_is_x_itself():
+  assert parse('clean', LINF, 0.02)(KEYS, network, X, LABELS, LINF) is X
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_fgsm_is_one_step_of_size_eps_along_the_gradient(norm):
+  threat = Threat(norm, 0.1)
+  found = parse('fgsm', threat, 0.02)(KEYS, network, X, LABELS, threat)
+  gradient = jax.grad(
+    lambda x: losses.cross_entropy(network(x), LABELS).sum()
+  )(X)  # fmt: skip
+  if norm == 'linf':
+    step = jnp.sign(gradient)
+  else:
+    norms = jnp.linalg.norm(gradient.reshape(4, -1), axis=1)
+    step = gradient / norms.reshape(4, 1, 1, 1)
+  expected = jnp.clip(X + 0.1 * step, 0, 1)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('text', 'loss'), [('pgd-3', 'ce'), ('cw_linf-3', 'margin')]
+)
+def test_pgd_and_cw_linf_are_pgd_on_their_loss(text, loss):
+  found = parse(text, LINF, 0.02, restarts=2)(KEYS, network, X, LABELS, LINF)
+  expected = pgd(
+    KEYS, network, X, LABELS, LINF,
+    steps=3, step_size=0.02, restarts=2, loss=loss,
+  )  # fmt: skip
+  np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,219 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fulllora_jax import config, models, state
+from fulllora_jax.errors import UserError
+
+IMAGES = jnp.asarray(
+  np.random.default_rng(0).uniform(size=(2, 8, 8, 3)), jnp.float32
+)
+BLOCK = 'Transformer/encoderblock_0/'
+ATTENTION = f'{BLOCK}MultiHeadDotProductAttention_1/'
+# The tree of an AugReg checkpoint at width 8, 1 block, 2 heads, 4 tokens.
+AUGREG = {
+  'cls': (1, 1, 8),
+  'embedding/kernel': (4, 4, 3, 8),
+  'embedding/bias': (8,),
+  'Transformer/posembed_input/pos_embedding': (1, 5, 8),
+  f'{BLOCK}LayerNorm_0/scale': (8,),
+  f'{BLOCK}LayerNorm_0/bias': (8,),
+  f'{ATTENTION}query/kernel': (8, 2, 4),
+  f'{ATTENTION}query/bias': (2, 4),
+  f'{ATTENTION}key/kernel': (8, 2, 4),
+  f'{ATTENTION}key/bias': (2, 4),
+  f'{ATTENTION}value/kernel': (8, 2, 4),
+  f'{ATTENTION}value/bias': (2, 4),
+  f'{ATTENTION}out/kernel': (2, 4, 8),
+  f'{ATTENTION}out/bias': (8,),
+  f'{BLOCK}LayerNorm_2/scale': (8,),
+  f'{BLOCK}LayerNorm_2/bias': (8,),
+  f'{BLOCK}MlpBlock_3/Dense_0/kernel': (8, 16),
+  f'{BLOCK}MlpBlock_3/Dense_0/bias': (16,),
+  f'{BLOCK}MlpBlock_3/Dense_1/kernel': (16, 8),
+  f'{BLOCK}MlpBlock_3/Dense_1/bias': (8,),
+  'Transformer/encoder_norm/scale': (8,),
+  'Transformer/encoder_norm/bias': (8,),
+  'head/kernel': (8, 10),
+  'head/bias': (10,),
+}
+PUBLISHED = {  # parameters with 1000 classes, and the patch size
+  'vit_ti': (5_717_416, 16),
+  'vit_s': (22_050_664, 16),
+  'vit_b': (86_567_656, 16),
+  'vit_l': (304_326_632, 16),
+  'vit_h': (632_045_800, 14),
+}
+
+
+def shapes_of(model, image_size=8):
+  images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)['params']
+
+
+@pytest.fixture(scope='module')
+def tiny(tiny_config, fill):
+  """Makes (model, random parameters) of the tiny ViT with changed fields."""
+
+  def make(**changed):
+    model = models.create(tiny_config(**changed).model, 10)
+    return model, fill(shapes_of(model))
+
+  return make
+
+
+def test_parameter_tree_is_that_of_augreg(tiny):
+  _, params = tiny()
+  found = state.named_leaves(params)
+  assert {path: leaf.shape for path, leaf in found.items()} == AUGREG
+  assert {leaf.dtype for leaf in found.values()} == {jnp.dtype('float32')}
+
+
+def test_every_published_size_has_a_count():
+  assert {*models.names()} == {*PUBLISHED, 'vit'}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_sizes_have_the_published_parameter_count(name):
+  c = config.default()
+  count, c.model.patch_size = PUBLISHED[name]
+  c.model.name = name
+  assert state.count(shapes_of(models.create(c.model, 1000), 224)) == count
+
+
+def numpy_vit(p, images, mean, std, pool='token'):
+  """The ViT of the paper's equations 1-4 with one block and two heads."""
+  p = {path: np.asarray(a, np.float64) for path, a in p.items()}
+  x = (np.asarray(images, np.float64) - mean) / std
+  x = x.reshape(2, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 4, 48)
+  x = x @ p['embedding/kernel'].reshape(48, 8) + p['embedding/bias']
+  if pool == 'token':
+    x = np.concatenate([np.tile(p['cls'], (2, 1, 1)), x], axis=1)
+  x = x + p['Transformer/posembed_input/pos_embedding']
+  x = x + numpy_attention(p, numpy_norm(p, f'{BLOCK}LayerNorm_0', x))
+  h = numpy_norm(p, f'{BLOCK}LayerNorm_2', x)
+  h = numpy_dense(p, f'{BLOCK}MlpBlock_3/Dense_0', h)
+  h = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+  x = x + numpy_dense(p, f'{BLOCK}MlpBlock_3/Dense_1', h)
+  x = numpy_norm(p, 'Transformer/encoder_norm', x)
+  x = x[:, 0] if pool == 'token' else x.mean(axis=1)
+  return numpy_dense(p, 'head', x)
+
+
+def numpy_dense(p, path, x):
+  return x @ p[f'{path}/kernel'] + p[f'{path}/bias']
+
+
+def numpy_norm(p, path, x):
+  x = x - x.mean(-1, keepdims=True)
+  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+  return x * p[f'{path}/scale'] + p[f'{path}/bias']
+
+
+def numpy_attention(p, x):
+  q, k, v = (
+    np.einsum('btd,dhe->bhte', x, p[f'{ATTENTION}{name}/kernel'])
+    + p[f'{ATTENTION}{name}/bias'][:, None]
+    for name in ('query', 'key', 'value')
+  )
+  scores = np.exp(q @ k.swapaxes(-1, -2) / np.sqrt(4))
+  weights = scores / scores.sum(-1, keepdims=True)
+  out = np.einsum('bhte,hed->btd', weights @ v, p[f'{ATTENTION}out/kernel'])
+  return out + p[f'{ATTENTION}out/bias']
+
+
+@pytest.mark.parametrize('pool', ['token', 'mean'])
+def test_logits_equal_those_of_a_numpy_vit(tiny, pool):
+  mean, std = (0.1, 0.5, 0.7), (0.2, 0.3, 0.5)
+  model, params = tiny(pool=pool, mean=mean, std=std)
+  logits = jax.jit(model.apply)({'params': params}, IMAGES)
+  named = state.named_leaves(params)
+  expected = numpy_vit(named, IMAGES, np.array(mean), np.array(std), pool)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mean_pooling_has_no_class_token(tiny):
+  _, params = tiny(pool='mean')
+  assert 'cls' not in params
+  assert params['Transformer']['posembed_input']['pos_embedding'].shape == (
+    1, 4, 8,
+  )  # fmt: skip
+
+
+def test_a_constant_image_of_the_mean_is_nothing_but_biases(tiny):
+  model, params = tiny(mean=(0.3, 0.4, 0.5), std=(0.1, 0.2, 0.3))
+  gray = jnp.tile(jnp.array([0.3, 0.4, 0.5]), (1, 8, 8, 1))
+  changed = params | {
+    'embedding': {**params['embedding'], 'kernel': jnp.ones((4, 4, 3, 8))}
+  }
+  apply = jax.jit(model.apply)
+  logits = apply({'params': params}, gray)
+  np.testing.assert_array_equal(logits, apply({'params': changed}, gray))
+  assert not np.array_equal(
+    apply({'params': params}, IMAGES), apply({'params': changed}, IMAGES)
+  )
+
+
+def test_dropout_is_drawn_only_when_training(tiny):
+  model, params = tiny(dropout=0.5)
+  apply = jax.jit(model.apply, static_argnames='train')
+  evaluated = apply({'params': params}, IMAGES)
+  without = jax.jit(tiny()[0].apply)({'params': params}, IMAGES)
+  np.testing.assert_allclose(evaluated, without, rtol=1e-5, atol=1e-6)
+  trained = [
+    apply(
+      {'params': params},
+      IMAGES,
+      train=True,
+      rngs={'dropout': jax.random.key(seed)},
+    )
+    for seed in (0, 0, 1)
+  ]
+  np.testing.assert_array_equal(trained[0], trained[1])
+  assert not np.allclose(trained[0], trained[2])
+  assert not np.allclose(trained[0], evaluated)
+
+
+def test_bfloat16_computes_float32_logits_near_the_float32_ones(tiny):
+  model, params = tiny(dtype='bfloat16')
+  assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+  logits = jax.jit(model.apply)({'params': params}, IMAGES)
+  expected = jax.jit(tiny()[0].apply)({'params': params}, IMAGES)
+  assert logits.dtype == jnp.float32
+  assert not np.array_equal(logits, expected)
+  np.testing.assert_allclose(logits, expected, atol=0.1)
+
+
+@pytest.mark.parametrize(
+  ('changed', 'message'),
+  [
+    (
+      {'name': 'vit_giant'},
+      r"unknown model 'vit_giant'; known: vit_ti, .*vit$",
+    ),
+    (
+      {'width': None, 'mlp_dim': None},
+      "'vit' has a free size: set model.width, model.mlp_dim",
+    ),
+    ({'num_heads': 3}, 'model.width 8 is not a multiple of model.num_heads 3'),
+  ],
+)
+def test_create_refuses(tiny_config, changed, message):
+  c = tiny_config()
+  for field, value in changed.items():
+    c.model[field] = value
+  with pytest.raises(UserError, match=message):
+    models.create(c.model, 10)
+
+
+def test_linear_maps_refuses_an_unknown_model():
+  with pytest.raises(UserError, match="unknown model 'resnet'"):
+    models.linear_maps('resnet')
+
+
+def test_a_published_size_can_be_changed_in_one_field():
+  c = config.default()
+  c.model.name, c.model.depth = 'vit_ti', 2
+  model = models.create(c.model, 10)
+  assert (model.width, model.depth, model.num_heads) == (192, 2, 3)

@@ -1,0 +1,195 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fulllora_jax import build, config, state
+
+VARIABLES = {
+  'params': {
+    'head': {'bias': jnp.arange(3.0), 'kernel': jnp.ones((2, 3))},
+    'block': {'scale': jnp.full(2, 7.0)},
+  },
+  'lnlora': {'block': {'lora_b': jnp.zeros((1, 2), jnp.bfloat16)}},
+}
+MASK = {
+  'params': {
+    'head': {'bias': True, 'kernel': False},
+    'block': {'scale': False},
+  },
+  'lnlora': {'block': {'lora_b': True}},
+}
+TRAINED = {'lnlora/block/lora_b', 'params/head/bias'}
+FROZEN = {'params/block/scale', 'params/head/kernel'}
+
+
+def same(left, right):
+  """Whether two trees hold the very same arrays."""
+  return jax.tree.structure(left) == jax.tree.structure(right) and all(
+    a is b
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+  )
+
+
+def test_split_parts_the_leaves_and_keeps_the_tree():
+  trainable, frozen = state.split(VARIABLES, MASK)
+  assert set(state.named_leaves(trainable)) == TRAINED
+  assert set(state.named_leaves(frozen)) == FROZEN
+  assert trainable['params']['head']['kernel'] == optax.MaskedNode()
+  assert len(jax.tree.leaves(trainable)) == len(jax.tree.leaves(frozen)) == 2
+
+
+def test_merge_undoes_split():
+  trainable, frozen = state.split(VARIABLES, MASK)
+  assert same(state.merge(trainable, frozen), VARIABLES)
+  assert not same(state.merge(frozen, frozen), VARIABLES)
+
+
+@pytest.mark.parametrize('learns', [True, False])
+def test_all_or_nothing_may_learn(learns):
+  mask = jax.tree.map(lambda _: learns, MASK)
+  trainable, frozen = state.split(VARIABLES, mask)
+  full, empty = (trainable, frozen) if learns else (frozen, trainable)
+  assert same(full, VARIABLES) and not jax.tree.leaves(empty)
+  assert same(state.merge(trainable, frozen), VARIABLES)
+
+
+def test_prune_leaves_no_empty_branch():
+  trainable, frozen = state.split(VARIABLES, MASK)
+  assert state.prune(trainable).keys() == {'params', 'lnlora'}
+  assert state.prune(trainable)['params'].keys() == {'head'}
+  assert state.prune(frozen).keys() == {'params'}
+  assert set(state.named_leaves(state.prune(frozen))) == FROZEN
+
+
+def test_override_puts_pruned_leaves_in():
+  trainable, _ = state.split(VARIABLES, MASK)
+  changed = jax.tree.map(lambda a: a + 1, state.prune(trainable))
+  found = state.named_leaves(state.override(VARIABLES, changed))
+  before = state.named_leaves(VARIABLES)
+  assert found.keys() == before.keys()
+  for path, leaf in found.items():
+    assert (leaf is before[path]) == (path in FROZEN)
+  np.testing.assert_array_equal(found['params/head/bias'], [1, 2, 3])
+
+
+def test_select_takes_leaves_by_name():
+  found = state.select(VARIABLES, {'params/head/bias', 'no/such'})
+  assert found == {
+    'params': {'head': {'bias': found['params']['head']['bias']}}
+  }
+  assert found['params']['head']['bias'] is VARIABLES['params']['head']['bias']
+
+
+def test_named_leaves_are_sorted_paths():
+  assert list(state.named_leaves(VARIABLES)) == sorted(TRAINED | FROZEN)
+
+
+def test_create_is_step_zero_with_the_optimizers_state():
+  trainable, _ = state.split(VARIABLES, MASK)
+  made = state.create(trainable, optax.masked(optax.trace(0.9), MASK))
+  assert made.step == 0 and made.step.dtype == jnp.int32
+  assert same(made.trainable, trainable)
+  moments = jax.tree.leaves(made.opt_state)
+  assert sorted(m.shape for m in moments) == [(1, 2), (3,)]
+
+
+def with_leaf(**leaves):
+  return {'a': np.arange(6, dtype=np.float32), 'b': np.zeros(2), **leaves}
+
+
+@pytest.mark.parametrize(
+  'changed',
+  [
+    with_leaf(
+      a=np.nextafter(np.arange(6), [0, 1, 2, 3, 4, 9], dtype=np.float32)
+    ),
+    with_leaf(a=np.arange(6, dtype=np.float32).reshape(2, 3)),
+    with_leaf(a=np.arange(6, dtype=np.float32).view(np.int32)),
+    with_leaf(b=-np.zeros(2)),
+    with_leaf(c=np.zeros(0)),
+    {'A': with_leaf()['a'], 'b': with_leaf()['b']},
+    {'a': with_leaf()},
+  ],
+)
+def test_fingerprint_changes_with_one(changed):
+  assert state.fingerprint(changed) != state.fingerprint(with_leaf())
+
+
+def test_fingerprint_is_that_of_the_values_wherever_they_live():
+  tree = with_leaf(b=np.zeros(2, np.float32))
+  reordered = dict(reversed(tree.items()))
+  assert state.fingerprint(reordered) == state.fingerprint(tree)
+  on_device = jax.tree.map(jnp.asarray, tree)
+  assert state.fingerprint(on_device) == state.fingerprint(tree)
+  masked = {**tree, 'c': optax.MaskedNode()}
+  assert state.fingerprint(masked) == state.fingerprint(tree)
+  strided = {**tree, 'a': np.repeat(tree['a'], 2)[::2]}
+  assert state.fingerprint(strided) == state.fingerprint(tree)
+  assert len(state.fingerprint(tree)) == 64
+
+
+def test_count_and_counts():
+  assert state.count(VARIABLES) == 3 + 6 + 2 + 2
+  assert state.parameter_counts(VARIABLES, MASK) == {
+    'base': 11,
+    'trainable': 5,
+    'fraction': 5 / 11,
+  }
+
+
+def test_parameter_table_of_a_small_tree():
+  variables = {
+    'params': {
+      **{f'block_{i}': {'kernel': jnp.zeros((30, 40))} for i in range(2)},
+      'head': {'bias': jnp.zeros(10)},
+    }
+  }
+  mask = {
+    'params': {
+      **{f'block_{i}': {'kernel': False} for i in range(2)},
+      'head': {'bias': True},
+    }
+  }
+  assert state.parameter_table(variables, mask).splitlines() == [
+    'parameters             shape         count',
+    'params/block_*/kernel  2 x (30, 40)  2,400  frozen',
+    'params/head/bias       (10,)            10  trained',
+    "10 parameters learn: 0.41% of the base's 2,410",
+  ]
+
+
+def test_parameter_table_groups_the_blocks_of_vit_b():
+  c = config.default()
+  built = build.build(c, 10)
+  variables = build.shapes(built, (32, 32, 3))
+  table = state.parameter_table(variables, built.mask(variables))
+  rows = table.splitlines()
+  assert len(rows) == 1 + 24 + 28 + 1  # base, branches
+  norm = 'params/Transformer/encoderblock_*/LayerNorm_0/scale'
+  row = next(row for row in rows if row.startswith(f'{norm} '))
+  assert row.split() == [norm, '12', 'x', '(768,)', '9,216', 'frozen']
+  assert sum(row.endswith(' trained') for row in rows) == 28 + 2
+  assert rows[-1] == (
+    "4,174,570 parameters learn: 4.90% of the base's 85,152,010"
+  )
+
+
+def test_first_difference_says_what_differs():
+  shape = jax.ShapeDtypeStruct
+  one = {'a/w': shape((2, 3), jnp.float32), 'b': np.zeros(2)}
+  assert state.first_difference(one, dict(one)) is None
+  for found, message in [
+    ({'b': one['b']}, 'a/w is missing'),
+    ({**one, 'aa': one['b']}, 'aa is not expected'),
+    (
+      {**one, 'a/w': shape((3, 2), jnp.float32)},
+      'a/w has shape (3, 2), expected (2, 3)',
+    ),
+    (
+      {**one, 'a/w': shape((2, 3), jnp.bfloat16)},
+      'a/w has dtype bfloat16, expected float32',
+    ),
+  ]:
+    assert state.first_difference(one, found) == message
