@@ -56,8 +56,9 @@ def init_variables(
   Raises:
     UserError: as `AdaptedModel.init_adapter`.
   """
-  adapter = built.model.init_adapter(key, params, _one_image(image_shape))
-  return {'params': params} | ({COLLECTION: adapter} if adapter else {})
+  base = {'params': params}
+  adapter = built.model.init_adapter(key, base, _one_image(image_shape))
+  return base | ({COLLECTION: adapter} if adapter else {})
 
 
 def shapes(built: Built, image_shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -15,13 +15,16 @@ from ml_collections import config_flags
 
 from fulllora_jax import errors
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A file of configs/, with its variant after a colon.'
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where the run lives. Default: runs/<config.name>.'
-)
-flags.mark_flag_as_required('config')
+
+def define_flags() -> None:
+  """Defines --config and --workdir."""
+  config_flags.DEFINE_config_file(
+    'config', None, 'A file of configs/, with its variant after a colon.'
+  )
+  flags.DEFINE_string(
+    'workdir', None, 'Where the run lives. Default: runs/<config.name>.'
+  )
+  flags.mark_flag_as_required('config')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,10 +33,11 @@ def main(argv: Sequence[str]) -> None:
   from fulllora_jax import sharding, train  # after the flags: JAX is slow
 
   sharding.enable_compilation_cache()
-  config = _CONFIG.value
-  workdir = _WORKDIR.value or os.path.join('runs', config.name)
+  config = flags.FLAGS.config
+  workdir = flags.FLAGS.workdir or os.path.join('runs', config.name)
   train.train_and_evaluate(config, workdir)
 
 
 if __name__ == '__main__':
+  define_flags()
   errors.run(main)

@@ -38,13 +38,17 @@ class AdaptedModel:
   targets: Mapping[str, LNLoRA]
 
   def init_adapter(
-    self, key: jax.Array, params: Any, *args: Any, **kwargs: Any
+    self,
+    key: jax.Array,
+    variables: Mapping[str, Any],
+    *args: Any,
+    **kwargs: Any,
   ) -> dict[str, Any]:
-    """Draws the branches' parameters for existing base parameters.
+    """Draws the branches' parameters for an existing base.
 
     Args:
       key: a PRNG key.
-      params: the base's `params` collection.
+      variables: the base's collections, `{'params': ...}` and any other.
       *args: what the model is called with, e.g. images [B, H, W, C].
       **kwargs: likewise.
 
@@ -59,26 +63,26 @@ class AdaptedModel:
       return {}
     seen: dict[str, str | None] = {}
 
-    def draw(key, params):
+    def draw(key, variables):
       with nn.intercept_methods(self._interceptor(seen)):
-        _, variables = self.model.apply(
-          {'params': params},
+        _, drawn = self.model.apply(
+          variables,
           *args,
           **kwargs,
           rngs={'params': key},
           mutable=[COLLECTION],
         )
-      return variables
+      return drawn
 
     # Only the drawing is run: the forward pass is dead code to the compiler.
-    variables = jax.jit(draw)(key, params)
+    drawn = jax.jit(draw)(key, dict(variables))
     unmatched = [t for t in self.targets if t not in seen.values()]
     if unmatched:
       raise UserError(
         f'adapter target {unmatched[0]!r} matches no linear map; the model '
         f'has: {", ".join(sorted(seen))}'
       )
-    return variables[COLLECTION]
+    return drawn[COLLECTION]
 
   def apply(
     self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -123,7 +127,7 @@ def attach(model: nn.Module, targets: Mapping[str, LNLoRA]) -> AdaptedModel:
 
   Returns:
     The adapted model; its `init_adapter` draws the `lnlora` collection and
-    its `apply` takes `{'params': ..., 'lnlora': ...}`.
+    its `apply` takes the base's collections and `lnlora`.
 
   Raises:
     UserError: a target is no regular expression. (Targets that match nothing
@@ -133,12 +137,12 @@ def attach(model: nn.Module, targets: Mapping[str, LNLoRA]) -> AdaptedModel:
   >>> from flax import linen as nn
   >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
   >>> x = jnp.ones((2, 4))
-  >>> params = model.init(jax.random.key(0), x)['params']
+  >>> variables = model.init(jax.random.key(0), x)
   >>> adapted = attach(model, {'layers_.*': LNLoRA(rank=2, alpha=2)})
-  >>> lnlora = adapted.init_adapter(jax.random.key(1), params, x)
+  >>> lnlora = adapted.init_adapter(jax.random.key(1), variables, x)
   >>> sorted(lnlora['layers_0'])
   ['ln_bias', 'ln_scale', 'lora_a', 'lora_b']
-  >>> adapted.apply({'params': params, 'lnlora': lnlora}, x).shape
+  >>> adapted.apply({**variables, 'lnlora': lnlora}, x).shape
   (2, 3)
   """
   for target in targets:

@@ -35,6 +35,10 @@ class Method:
   adversarial: bool
   source: str
 
+  def trains_less_than_all(self) -> bool:
+    """Returns whether some of the base's parameters stay frozen."""
+    return self.learns is not _everything
+
 
 def _everything(collection: str, path: str, head: str) -> bool:
   return True

@@ -51,7 +51,7 @@ def adapt(model, targets, x):
   """Returns the adapted model and its variables."""
   adapted = attach(model, targets)
   params = init_params(model, x)
-  lnlora = adapted.init_adapter(KEY, params, x)
+  lnlora = adapted.init_adapter(KEY, {'params': params}, x)
   return adapted, {'params': params, COLLECTION: lnlora}
 
 
@@ -158,7 +158,7 @@ def test_branch_without_norm_is_the_map_with_kernel_a_b(name, fill):
   adapted = attach(nn.Sequential([linear]), {'layers_0': PLAIN})
   shapes = jax.eval_shape(adapted.model.init, KEY, x)['params']
   params = fill(shapes)
-  drawn = jax.eval_shape(adapted.init_adapter, KEY, params, x)
+  drawn = jax.eval_shape(adapted.init_adapter, KEY, {'params': params}, x)
   lnlora = fill(drawn, seed=1)
   ab = lnlora['layers_0']['lora_a'] @ lnlora['layers_0']['lora_b']
   kernel = ab.reshape(params['layers_0']['kernel'].shape)
@@ -277,7 +277,9 @@ def test_another_key_draws_other_branches_but_each_its_own():
   x = jnp.ones((1, 4))
   model = Unrolled()
   adapted, variables = adapt(model, {'.*': PLAIN}, x)
-  again = adapted.init_adapter(jax.random.key(1), variables['params'], x)
+  again = adapted.init_adapter(
+    jax.random.key(1), {'params': variables['params']}, x
+  )
   draws = [
     np.asarray(tree[f'block_{i}']['dense']['lora_a'])
     for tree in (variables[COLLECTION], again)
@@ -328,7 +330,7 @@ def test_what_cannot_be_adapted_says_so(linear, shape, message):
   x = jnp.zeros(shape)
   params = jax.eval_shape(adapted.model.init, KEY, x)['params']
   with pytest.raises(UserError, match=f'layers_0.*{message}'):
-    jax.eval_shape(adapted.init_adapter, KEY, params, x)
+    jax.eval_shape(adapted.init_adapter, KEY, {'params': params}, x)
 
 
 @pytest.mark.parametrize('missing', ['conv', 'conv/ln_scale'])
@@ -342,3 +344,21 @@ def test_an_adapter_made_for_other_targets_is_refused(missing):
   other = state.select(variables[COLLECTION], kept)
   with pytest.raises(UserError, match='no parameters for conv'):
     adapted.apply({**variables, COLLECTION: other}, IMAGES)
+
+
+def test_a_model_with_other_collections_is_adapted():
+  class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(4, name='dense')(x)
+      return nn.BatchNorm(use_running_average=True, name='norm')(x)
+
+  x = jnp.ones((2, 3))
+  variables = Normed().init(KEY, x)
+  adapted = attach(Normed(), {'dense': LNLoRA(rank=1, alpha=1)})
+  lnlora = adapted.init_adapter(KEY, variables, x)
+  assert list(lnlora) == ['dense']
+  np.testing.assert_array_equal(
+    adapted.apply({**variables, 'lnlora': lnlora}, x),
+    Normed().apply(variables, x),
+  )
