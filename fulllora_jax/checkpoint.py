@@ -38,10 +38,12 @@ class TrainingCheckpoints:
     step = int(state.step)
     adapter = state_lib.prune(state.trainable)
     optimizer = _numbered(state.opt_state)
-    meta = {
-      'notes': dict(notes),
-      'checksums': _checksums({'adapter': adapter, 'optimizer': optimizer}),
-    }
+    meta = _sealed(
+      {
+        'notes': dict(notes),
+        'checksums': _checksums({'adapter': adapter, 'optimizer': optimizer}),
+      }
+    )
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -64,9 +66,9 @@ class TrainingCheckpoints:
       UserError: there are checkpoints, but none is whole.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
+    for number, step in enumerate(steps):
       try:
-        return self._restore_step(step, like)
+        restored = self._restore_step(step, like)
       # Orbax and TensorStore raise bare Exception for damaged files.
       except Exception as error:
         reason = str(error).strip().split('\n')[0][:200]
@@ -74,7 +76,10 @@ class TrainingCheckpoints:
           f'checkpoint {self._directory / str(step)} is damaged ({reason}); '
           'trying the one before'
         )
-        self._manager.delete(step)
+        continue
+      for damaged in steps[:number]:
+        self._manager.delete(damaged)  # Orbax saves no step twice
+      return restored
     if steps:
       raise UserError(
         f'no checkpoint in {self._directory} is whole (tried steps '
@@ -93,15 +98,16 @@ class TrainingCheckpoints:
         meta=ocp.args.JsonRestore(),
       ),
     )
+    meta = _unsealed(restored.meta)
     arrays = {'adapter': restored.adapter, 'optimizer': restored.optimizer}
-    _verify(arrays, restored.meta['checksums'])
+    _verify(arrays, meta['checksums'])
     leaves = [restored.optimizer[k] for k in sorted(restored.optimizer)]
     state = TrainState(
       step=jax.device_put(np.int32(step), like.step.sharding),
       trainable=state_lib.override(like.trainable, restored.adapter),
       opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
     )
-    return state, restored.meta['notes']
+    return state, meta['notes']
 
   def close(self) -> None:
     """Waits until the last save is whole on disk."""
@@ -136,7 +142,7 @@ def save_artefact(
     step,
     args=ocp.args.Composite(
       adapter=ocp.args.StandardSave(adapter),
-      metadata=ocp.args.JsonSave(meta),
+      metadata=ocp.args.JsonSave(_sealed(meta)),
     ),
   )
   manager.close()
@@ -153,15 +159,7 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
   if not steps:
     raise UserError(f'{directory} holds no adapter; train one there first')
   newest = directory / str(steps[-1])
-  try:
-    metadata = json.loads((newest / 'metadata' / 'metadata').read_text())
-  except (OSError, ValueError) as error:
-    raise _damaged(newest, error) from None
-  if metadata.get('format') != FORMAT:
-    raise UserError(
-      f'{newest} has format {metadata.get("format")!r}, this version of '
-      f'fulllora_jax reads {FORMAT}'
-    )
+  metadata = _read_metadata(newest)
   target = traverse_util.unflatten_dict(
     {
       path: np.empty(leaf['shape'], leaf['dtype'])
@@ -176,6 +174,19 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
   except Exception as error:  # Orbax and TensorStore raise bare Exception
     raise _damaged(newest, error) from None
   return tree, metadata
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+  try:
+    values = json.loads((path / 'metadata' / 'metadata').read_text())
+    if values['format'] == FORMAT:
+      return _unsealed(values)
+  except (KeyError, OSError, TypeError, ValueError) as error:
+    raise _damaged(path, error) from None
+  raise UserError(
+    f'{path} has format {values["format"]!r}, this version of fulllora_jax '
+    f'reads {FORMAT}'
+  )
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -240,6 +251,24 @@ def _checksums(tree: Tree) -> dict[str, int]:
 
 def _checksum(leaf: Any) -> int:
   return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+
+
+def _sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds a checksum of JSON-able values."""
+  plain = json.loads(json.dumps(values))
+  return plain | {'crc32': _text_checksum(plain)}
+
+
+def _unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Takes it off again; ValueError where it does not match."""
+  rest = dict(values)
+  if rest.pop('crc32', None) != _text_checksum(rest):
+    raise ValueError('the checksum of the metadata does not match')
+  return rest
+
+
+def _text_checksum(values: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _verify(tree: Tree, checksums: Mapping[str, int]) -> None:

@@ -100,7 +100,7 @@ def default() -> ConfigDict:
 
   c.base = b = ConfigDict()
   # train: first train it here by method `standard`, with what follows;
-  # or the work directory of a run of ours.
+  # scratch: no base (methods full and standard); or a run's work directory.
   b.source = 'train'
   b.optimizer = adamw(learning_rate=1e-3, weight_decay=0.05)
   b.schedule = cosine(warmup=0.05)
@@ -203,10 +203,13 @@ def from_mapping(values: Mapping[str, Any]) -> ConfigDict:
   """Reads back what `to_json` wrote, strictly.
 
   Raises:
-    UserError: if a field is unknown here, naming it.
+    UserError: if a field is unknown here, naming it, or of another type.
   """
   config = default()
-  _fill(config, values, '')
+  try:
+    _fill(config, values, '')
+  except (AttributeError, TypeError) as error:
+    raise UserError(f'saved config: it is damaged ({error})') from None
   return config
 
 
@@ -292,6 +295,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   if method.branch:
     methods.branches(
       config.adapter, method, models.linear_maps(config.model.name)
+    )
+  if config.base.source == 'scratch' and method.trains_less_than_all():
+    raise UserError(
+      f'base.source scratch: method {config.method} freezes a base, so it '
+      'needs one; give train, or the work directory of a run'
     )
   choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
   choose('model.pool', config.model.pool, ('token', 'mean'))

@@ -73,6 +73,8 @@ def train_and_evaluate(
     result = json.loads((workdir / 'report.json').read_text())
   else:
     dataset = dataset or data.open_dataset(config.data, config.seed)
+    # The adapter must fit: hours of training the base may come first.
+    build.shapes(build.build(config, dataset.num_classes), dataset.image_shape)
     base = _ensure_base(config, workdir, dataset)
     training = Training(config, workdir, dataset, base)
     seconds = training.run()
@@ -83,10 +85,11 @@ def train_and_evaluate(
 
 def _ensure_base(config, workdir: Path, dataset: data.Dataset) -> Path | None:
   """Returns the base's artefact, trained first where the config says so."""
-  if config.method == 'standard' and config.base.source == 'scratch':
+  source = config.base.source
+  if source == 'scratch' or (config.method == 'standard' and source == 'train'):
     return None
-  if config.base.source != 'train':
-    return pretrained.find_artefact(config.base.source)
+  if source != 'train':
+    return pretrained.find_artefact(source)
   directory = workdir / 'base'
   say(f'base: {config.model.name} by method standard, in {directory}')
   train_and_evaluate(config_lib.base_config(config), directory, dataset)

@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
+import types
 
 import numpy as np
 import pytest
@@ -16,8 +18,15 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 _CACHE = pathlib.Path(tempfile.gettempdir()) / 'fulllora_jax_test_cache'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+# Compiling, which is most of the tests' time, takes half as long.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
-from fulllora_jax import config  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import small_digits  # noqa: E402
+
+from fulllora_jax import config, data, sharding  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -38,7 +47,7 @@ def run_python():
       env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', **env},
       capture_output=True,
       text=True,
-      timeout=120,
+      timeout=300,
     )
 
   return run
@@ -88,3 +97,96 @@ def write_images(tmp_path):
     return folder
 
   return write
+
+
+@pytest.fixture(scope='session')
+def fill():
+  """Fills a tree of shapes with normal values of deviation `scale`."""
+
+  def fill_tree(shapes, seed=0, scale=0.3):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+      lambda s: jnp.asarray(rng.normal(0, scale, s.shape), s.dtype), shapes
+    )
+
+  return fill_tree
+
+
+@pytest.fixture(scope='session')
+def tiny_config():
+  """Makes configs of a ViT with 1 block of width 8 on 8x8 images, 4 tokens."""
+
+  def make(method='fulllora', **model):
+    tiny = config.default()
+    tiny.method = method
+    tiny.model.name, tiny.model.patch_size = 'vit', 4
+    tiny.model.width, tiny.model.depth = 8, 1
+    tiny.model.num_heads, tiny.model.mlp_dim = 2, 16
+    tiny.model.update(model)
+    tiny.adapter.rank, tiny.adapter.alpha = 2, 2.0
+    tiny.data.image_size = 8
+    return tiny
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def digits(digits_dir):
+  """The digits data set, open."""
+  small = small_digits.get_config()
+  small.data.dir = str(digits_dir)
+  return data.open_dataset(small.data, seed=0)
+
+
+@pytest.fixture
+def small_config(digits_dir):
+  """The config of tests/small_digits.py, on prepared data."""
+  small = small_digits.get_config()
+  small.data.dir = str(digits_dir)
+  return small
+
+
+@pytest.fixture(scope='session')
+def small_command(digits_dir):
+  """The arguments of `python` that train tests/small_digits.py."""
+  file = pathlib.Path(small_digits.__file__)
+  return (
+    '-m',
+    'fulllora_jax.main',
+    f'--config={file}',
+    f'--config.data.dir={digits_dir}',
+  )
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory, run_python, small_command):
+  """A run of `small_command` to its end: workdir, stderr, modules imported.
+
+  Nobody writes into the workdir; `finished_copy` is for that.
+  """
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  done = run_python(
+    *small_command, f'--workdir={workdir}', PYTHONPROFILEIMPORTTIME='1'
+  )
+  lines = done.stderr.splitlines()
+  said = [line for line in lines if not line.startswith('import time:')]
+  assert done.returncode == 0, '\n'.join(said)
+  modules = {line.split('|')[-1].strip() for line in lines if '|' in line}
+  return types.SimpleNamespace(
+    workdir=workdir, stderr='\n'.join(said), modules=modules
+  )
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+  """The finished run's workdir, to damage."""
+  return pathlib.Path(shutil.copytree(finished.workdir, tmp_path / 'copied'))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """Runs in this process use 1 of its 8 devices: they compile faster."""
+  make_mesh = sharding.make_mesh
+  monkeypatch.setattr(
+    sharding, 'make_mesh', lambda: make_mesh(jax.devices()[:1])
+  )

@@ -11,7 +11,7 @@ import pytest
 
 from fulllora_jax import metrics
 from fulllora_jax.errors import UserError
-from fulllora_jax.metrics import MetricWriter, read_metrics, replace_file
+from fulllora_jax.metrics import MetricWriter, read_metrics
 
 
 def write(workdir, steps, start_step=0, tensorboard=False):
@@ -100,23 +100,6 @@ def test_unwritable_directory(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match='cannot write .*metrics.jsonl'):
     MetricWriter(tmp_path / 'file', tensorboard=False, start_step=0)
-
-
-def test_replace_file_leaves_the_old_one_until_the_end(tmp_path, monkeypatch):
-  path = tmp_path / 'report.json'
-  replace_file(path, b'old')
-
-  def killed(*unused):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr('os.replace', killed)
-    with pytest.raises(KeyboardInterrupt):
-      replace_file(path, b'new')
-  assert path.read_bytes() == b'old'
-  replace_file(path, b'new')
-  assert path.read_bytes() == b'new'
-  assert list(tmp_path.iterdir()) == [path]
 
 
 def test_without_tensorflow(tmp_path, monkeypatch, capsys):

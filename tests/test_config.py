@@ -1,0 +1,189 @@
+"""Configs: each file of configs/, the saved form, and what is refused."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from fulllora_jax import config as config_lib
+from fulllora_jax.errors import UserError
+
+FILES = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
+EVERY_CONFIG = pytest.mark.parametrize('variant', ['', 'tiny'])
+
+
+def load(file, variant=''):
+  return runpy.run_path(str(file))['get_config'](variant)
+
+
+def changed(**fields):
+  """Returns the default config with fields such as train__steps changed."""
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
+  return config
+
+
+@EVERY_CONFIG
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_every_config_validates(file, variant, capsys):
+  config = load(file, variant)
+  config_lib.validate(config, num_devices=1)
+  config_lib.validate(config_lib.base_config(config), num_devices=1)
+  assert capsys.readouterr().err == ''
+
+
+@EVERY_CONFIG
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_saved_config_reads_back_the_same(file, variant):
+  config = load(file, variant)
+  read = config_lib.from_mapping(json.loads(config_lib.to_json(config)))
+  assert read.to_dict() == config.to_dict()
+  assert isinstance(read.eval.attacks, tuple)
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_every_config_says_its_command(file):
+  assert f'--config configs/{file.name}' in file.read_text()
+
+
+@pytest.mark.parametrize(
+  'values, name',
+  [
+    ({'rnak': 1}, 'unknown field rnak'),
+    ({'adapter': {'rnak': 1}}, 'unknown field adapter.rnak'),
+    ({'base': {'train': {'stesp': 1}}}, 'unknown field base.train.stesp'),
+    ({'adapter': {'rank': 'four'}}, 'damaged .*'),
+    ({'adapter': 4}, 'damaged .*'),
+    ({'seed': {'value': 4}}, 'damaged .*'),
+    ([], 'damaged .*'),
+  ],
+)
+def test_saved_config_that_does_not_fit_is_refused(values, name):
+  with pytest.raises(UserError, match=f'^saved config: .*{name}'):
+    config_lib.from_mapping(values)
+
+
+def test_flat_names_every_field_by_its_path():
+  flat = config_lib.flat(changed(train__steps=7))
+  assert flat['train.steps'] == 7
+  assert flat['base.train.batch_size'] == 512
+  assert flat['eval.attacks'][0] == 'clean'
+
+
+def test_base_is_trained_on_clean_images_by_its_own_recipe():
+  config = changed(base__train__steps=7, base__optimizer__learning_rate=0.5)
+  before = config.to_dict()
+  base = config_lib.base_config(config)
+  assert base.method == 'standard'
+  assert base.base.source == 'scratch'
+  assert base.train.steps == 7
+  assert base.optimizer.learning_rate == 0.5
+  assert base.eval.attacks == ('clean',)
+  assert base.eval.validation_attack == 'clean'
+  for same in ('model', 'data', 'seed', 'threat'):
+    assert base[same] == config[same]
+  base.train.steps = 8
+  base.model.width = 9
+  assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+  'field, value, words',
+  [
+    ('method', 'fullora', 'method.*fullora.*known: fulllora'),
+    ('model__name', 'vit_x', 'model.name.*vit_x.*known: vit_ti'),
+    ('model__pool', 'max', 'model.pool.*max.*token, mean'),
+    ('model__dtype', 'int8', 'model.dtype.*float32, bfloat16'),
+    ('model__patch_size', 5, 'patch_size 5 does not divide.*image_size 32'),
+    ('model__patch_size', 64, 'patch_size 64 does not divide'),
+    ('model__patch_size', 0, 'model.patch_size 0: .*above 0'),
+    ('adapter__rank', 0, 'adapter.rank 0.*1..min'),
+    ('adapter__rank', -3, 'adapter.rank -3.*1..min'),
+    ('adapter__head', 'thawed', 'adapter.head.*train, frozen, lnlora'),
+    ('adapter__dtype', 'int8', 'adapter.dtype.*float32, bfloat16'),
+    ('adapter__overrides', ('qeury.rank=2',), 'qeury.*targets are.*query'),
+    ('adapter__overrides', ('query.rnak=2',), 'cannot read.*target.field'),
+    ('threat__norm', 'l1', 'threat.norm.*l1.*linf, l2'),
+    ('threat__eps', '8', r'threat.eps: 8 is above 1.*did you mean 8/255'),
+    ('threat__eps', '-1/255', 'threat.eps.*negative'),
+    ('threat__eps', 'eight', "threat.eps: cannot read 'eight'.*8/255"),
+    ('attack__step_size', '2/0', "attack.step_size: cannot read '2/0'"),
+    ('attack__step_size', '0', 'attack.step_size .*above 0'),
+    ('attack__steps', 0, 'attack.steps 0: .*above 0'),
+    ('attack__restarts', 0, 'attack.restarts 0: .*above 0'),
+    ('attack__loss', 'dlr', 'attack.loss.*dlr.*ce, margin'),
+    ('attack__eps_warmup', 1.5, 'attack.eps_warmup 1.5: .*0..1'),
+    ('data__cache', 'disk', 'data.cache.*auto, memory, stream'),
+    ('data__on_broken', 'ignore', 'data.on_broken.*refuse, skip'),
+    ('optimizer__name', 'lion', 'optimizer.name.*lion.*sgd, adamw'),
+    ('optimizer__learning_rate', 0.0, 'optimizer.learning_rate.*above 0'),
+    ('schedule__name', 'linear', 'schedule.name.*constant, step, cosine'),
+    ('schedule__warmup', -0.1, 'schedule.warmup -0.1: .*0..1'),
+    ('schedule__boundaries', (0.5,), 'schedule.boundaries.*one for each'),
+    ('schedule__boundaries', (0.9, 0.8), 'schedule.boundaries.*must rise'),
+    ('schedule__boundaries', (0.9, 1.1), 'schedule.boundaries.*to 1'),
+    ('augment__mix_probability', 2.0, 'augment.mix_probability 2.0: .*0..1'),
+    ('train__batch_size', 63, 'batch_size 63 .*8 devices.*multiple of 8'),
+    ('train__batch_size', 0, 'train.batch_size 0: .*above 0'),
+    ('train__accumulate', 3, 'accumulate 3 microbatches.*multiple of 24'),
+    ('train__accumulate', 0, 'train.accumulate 0: .*above 0'),
+    ('train__log_every', 0, 'train.log_every 0: .*above 0'),
+    ('train__eval_every', 0, 'train.eval_every 0: .*above 0'),
+    ('train__checkpoint_every', 0, 'train.checkpoint_every 0: .*above 0'),
+    ('train__keep', 0, 'train.keep 0: .*above 0'),
+    ('train__steps', 0, 'train.steps 0: .*above 0'),
+    ('train__epochs', 0.0, 'train.epochs 0.0: .*above 0'),
+    ('base__source', 'scratch', 'scratch: method fulllora .* needs one'),
+    ('base__train__batch_size', 9, r'base\.train.batch_size 9'),
+    ('base__optimizer__name', 'lion', r'base\.optimizer.name.*lion'),
+    ('eval__attacks', ('pdg-20',), "unknown attack 'pdg-20'.*known.*pgd"),
+    ('eval__attacks', ('clean-3',), 'clean takes no steps'),
+    ('eval__attacks', ('pgd-0',), "'pgd-0' has no number of steps"),
+    ('eval__restarts', 0, 'restarts must be at least 1'),
+    ('eval__validation_attack', 'aa', "unknown attack 'aa'"),
+    ('eval__batch_size', 0, 'eval.batch_size 0: .*above 0'),
+    ('eval__step_size', 'x', "eval.step_size: cannot read 'x'"),
+    ('eval__step_size', '0', 'eval.step_size .*above 0'),
+    ('eval__num_examples', -1, 'eval.num_examples -1: give 0 for all'),
+    ('eval__validation_examples', -1, 'eval.validation_examples -1: give 0'),
+  ],
+)
+def test_a_bad_field_is_refused_by_its_name(field, value, words):
+  with pytest.raises(UserError, match=words) as caught:
+    config_lib.validate(changed(**{field: value}), num_devices=8)
+  assert '\n' not in str(caught.value)
+
+
+def test_an_attack_that_does_not_fit_the_norm_is_refused():
+  config = changed(threat__norm='l2', threat__eps='0.5')
+  with pytest.raises(UserError, match='cw_linf needs threat.norm linf'):
+    config_lib.validate_evaluation(config)
+
+
+def test_the_recipe_of_a_base_that_is_not_trained_here_is_not_checked():
+  config = changed(base__source='elsewhere', base__train__batch_size=9)
+  config_lib.validate(config, num_devices=8)
+
+
+@pytest.mark.parametrize(
+  'fields, words',
+  [
+    ({'model__patch_size': 16}, 'only 4 tokens; below 16'),
+    ({'attack__step_size': '20/255'}, 'over twice threat.eps 8/255'),
+    ({'threat__eps': '0.031'}, '0.031 is not 8/255'),
+  ],
+)
+def test_what_is_only_doubtful_is_a_warning(fields, words, capsys):
+  config_lib.validate(changed(**fields), num_devices=8)
+  error = capsys.readouterr().err
+  assert error.startswith('warning: ')
+  assert words in error
+  assert error.count('\n') == 1
+
+
+def test_good_values_give_no_warning(capsys):
+  config_lib.validate(changed(), num_devices=8)
+  assert capsys.readouterr().err == ''

@@ -1,0 +1,41 @@
+"""Where a base may come from, and what is refused."""
+
+import pytest
+
+from fulllora_jax import checkpoint, pretrained
+from fulllora_jax.errors import UserError
+
+
+def test_a_work_directory_stands_for_its_best(finished):
+  best, last = finished.workdir / 'best', finished.workdir / 'last'
+  assert pretrained.find_artefact(finished.workdir) == best
+  assert pretrained.find_artefact(finished.workdir, 'last') == last
+  assert pretrained.find_artefact(last) == last
+
+
+def test_the_path_may_be_relative(finished, monkeypatch):
+  monkeypatch.chdir(finished.workdir)
+  best = finished.workdir / 'best'
+  assert pretrained.find_artefact('best') == best
+  assert pretrained.find_artefact('.') == best
+
+
+@pytest.mark.parametrize('place', ['.', 'nowhere', 'file'])
+def test_no_run_there(tmp_path, place):
+  (tmp_path / 'file').touch()
+  with pytest.raises(UserError, match='holds no best/ of a finished run'):
+    pretrained.find_artefact(tmp_path / place)
+
+
+def test_a_base_is_all_params(finished):
+  params, metadata = pretrained.load_base(finished.workdir / 'base')
+  tree, _ = checkpoint.read_artefact(finished.workdir / 'base' / 'best')
+  assert list(tree) == ['params']
+  assert list(params) == list(tree['params'])
+  assert metadata['method'] == 'standard'
+  assert metadata['base'] is None
+
+
+def test_an_adapter_is_no_base(finished):
+  with pytest.raises(UserError, match=r'base.source: .* adapter.*fulllora'):
+    pretrained.load_base(finished.workdir)

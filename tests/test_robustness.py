@@ -1,0 +1,157 @@
+"""Evaluation counts every example once, and only clean-correct as robust."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fulllora_jax import attacks, data, sharding
+from fulllora_jax.robustness import Evaluator
+
+THREAT = attacks.Threat('linf', 0.1)
+CLEAN = attacks.parse('clean', THREAT, 0.05)
+PGD = attacks.parse('pgd-3', THREAT, 0.05)
+DEVICES = pytest.mark.parametrize('devices', [1, 8])
+
+
+@pytest.fixture
+def split():
+  """13 images of 3 classes."""
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (13, 4, 4, 1), np.uint8)
+  labels = np.arange(13, dtype=np.int32) % 3
+  return data.Split('test', labels, lambda indices: pixels[indices])
+
+
+def linear(variables, images):
+  return images.reshape(images.shape[0], -1) @ variables
+
+
+@pytest.fixture
+def weights(split):
+  """Fits the split to the clean images, nearly."""
+  images = split.fetch(np.arange(13)).reshape(13, -1) / 255
+  targets = np.eye(3)[split.labels]
+  return np.linalg.lstsq(images, targets, rcond=0.15)[0].astype(np.float32)
+
+
+def evaluator(apply=linear, devices=1, batch_size=8, seed=0):
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  return Evaluator(apply, THREAT, mesh, batch_size, seed)
+
+
+def evaluate(split, weights, attack=PGD, num_examples=0, **kwargs):
+  one = evaluator(**kwargs)
+  weights = sharding.replicate(weights, one.mesh)
+  return one.evaluate(weights, split, attack, num_examples)
+
+
+@DEVICES
+def test_no_example_is_dropped(split, weights, devices):
+  outcome = evaluate(split, weights, devices=devices)
+  assert outcome.indices.tolist() == list(range(13))
+  assert outcome.record()['num_examples'] == 13
+
+
+@DEVICES
+def test_a_constant_classifier_scores_the_class_prior(split, devices):
+  def always(label):
+    row = jnp.zeros((1, 3)).at[0, label].set(1.0)
+    return lambda variables, images: row + 0 * images.mean((1, 2))
+
+  for label in range(3):
+    one = evaluator(always(label), devices)
+    for attack in (CLEAN, PGD):
+      record = one.evaluate(jnp.zeros(()), split, attack).record()
+      right = int((split.labels == label).sum())
+      assert record['num_correct'] == right
+      assert record['accuracy'] == right / 13
+      low, high = record['interval']
+      assert low < right / 13 < high
+
+
+def test_clean_accuracy_is_that_of_the_logits(split, weights):
+  images = split.fetch(np.arange(13)).reshape(13, -1) / np.float32(255)
+  right = (images @ weights).argmax(axis=1) == split.labels
+  assert 0 < right.sum() < 13
+  outcome = evaluate(split, weights, CLEAN)
+  np.testing.assert_array_equal(outcome.clean, right)
+  np.testing.assert_array_equal(outcome.robust, right)
+
+
+def test_an_attack_lowers_accuracy(split, weights):
+  outcome = evaluate(split, weights)
+  assert 0 < outcome.robust.sum() < outcome.clean.sum()
+  assert not (outcome.robust & ~outcome.clean).any()
+
+
+class Mending:
+  """An attack that makes every image be classified correctly."""
+
+  name = 'mending'
+
+  def __call__(self, keys, logits_fn, x, labels, threat):
+    return jnp.zeros_like(x).at[:, 0, 0, 0].set(labels)
+
+
+def test_an_image_that_is_wrong_when_clean_is_never_robust(split):
+  def apply(variables, images):
+    return jax.nn.one_hot(images[:, 0, 0, 0].astype(int), 3)
+
+  outcome = evaluator(apply).evaluate(jnp.zeros(()), split, Mending())
+  assert 0 < outcome.clean.sum() < 13
+  np.testing.assert_array_equal(outcome.robust, outcome.clean)
+
+
+def test_neither_batch_size_nor_devices_change_the_result(split, weights):
+  expected = evaluate(split, weights, batch_size=13)
+  for devices, batch_size in ((1, 1), (1, 5), (8, 8), (8, 1), (4, 32)):
+    outcome = evaluate(split, weights, devices=devices, batch_size=batch_size)
+    for found, wanted in zip(outcome, expected, strict=True):
+      np.testing.assert_array_equal(found, wanted)
+
+
+def test_random_starts_follow_from_the_seed_and_the_example(split):
+  starts = {}
+
+  class Noting:
+    name = 'noting'
+
+    def __call__(self, keys, logits_fn, x, labels, threat):
+      jax.debug.callback(note, keys, labels)
+      return x
+
+  def note(keys, labels):
+    noted.extend(jax.random.key_data(keys).tolist())
+
+  for seed, batch_size in ((0, 13), (0, 5), (1, 13)):
+    noted = []
+    evaluator(batch_size=batch_size, seed=seed).evaluate(
+      jnp.zeros((16, 3)), split, Noting()
+    )
+    jax.effects_barrier()
+    starts[seed, batch_size] = noted[:13]
+  assert starts[0, 13] == starts[0, 5]
+  assert len({tuple(key) for key in starts[0, 13]}) == 13
+  assert starts[0, 13] != starts[1, 13]
+
+
+def test_a_subset_is_spread_evenly(split, weights):
+  everything = evaluate(split, weights)
+  some = evaluate(split, weights, num_examples=4)
+  assert some.indices.tolist() == [0, 3, 6, 9]
+  np.testing.assert_array_equal(some.robust, everything.robust[some.indices])
+  assert evaluate(split, weights, num_examples=99).record() == (
+    everything.record()
+  )
+
+
+def test_adversarial_images_stay_in_the_ball(split, weights):
+  images = split.fetch(np.arange(5)).astype(np.float32) / 255
+  x_adv, predictions = evaluator().adversarial(
+    weights, images, split.labels[:5], PGD
+  )
+  assert 0.09 < np.abs(x_adv - images).max() <= 0.1 + 1e-6
+  assert x_adv.min() >= 0 and x_adv.max() <= 1
+  logits = x_adv.reshape(5, -1) @ weights
+  np.testing.assert_array_equal(predictions, logits.argmax(axis=1))
