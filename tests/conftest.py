@@ -19,9 +19,6 @@ os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 _CACHE = pathlib.Path(tempfile.gettempdir()) / 'fulllora_jax_test_cache'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
-# Compiling, which is most of the tests' time, takes half as long. The commands
-# that tests start (`run_python`) compile as they do for users.
-os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -37,9 +34,6 @@ def pytest_configure(config):
     config.addinivalue_line('filterwarnings', f'error::{kind}')
 
 
-_AS_USERS = {'JAX_NUM_CPU_DEVICES': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
-
-
 @pytest.fixture(scope='session')
 def run_python():
   """Runs `python ARGS` as a user would, from the repository root."""
@@ -48,7 +42,7 @@ def run_python():
     return subprocess.run(
       [sys.executable, *args],
       cwd=ROOT,
-      env={**os.environ, **_AS_USERS, **env},
+      env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', **env},
       capture_output=True,
       text=True,
       timeout=300,

@@ -40,11 +40,7 @@ def kill_when(condition, command):
   process = subprocess.Popen(
     [sys.executable, *command],
     cwd=ROOT,
-    env={
-      **os.environ,
-      'JAX_NUM_CPU_DEVICES': '1',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',  # as users compile
-    },
+    env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1'},
     stderr=subprocess.PIPE,
     text=True,
     start_new_session=True,
