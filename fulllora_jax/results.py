@@ -199,9 +199,7 @@ def evaluate_again(
     UserError: bad input, before anything is computed.
   """
   config_lib.validate_evaluation(config)
-  for name, known in (('weights', WEIGHTS), ('split', SPLITS)):
-    for value in weights if name == 'weights' else [split]:
-      config_lib.choose(f'--{name}', value, known)
+  config_lib.choose('--split', split, SPLITS)
   started = time.monotonic()
   workdir = Path(workdir).expanduser().absolute()
   pretrained.find_artefact(workdir)
@@ -214,6 +212,8 @@ def evaluate_again(
     config.eval.batch_size,
     precision,
   )
+  for name in weights:
+    config_lib.choose('--weights', name, run.weights())
   evaluations = run.evaluate_all(
     weights or run.weights(),
     config_lib.evaluation_attacks(config),

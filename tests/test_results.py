@@ -165,3 +165,11 @@ def test_a_run_that_is_not_finished_is_refused(again):
 def test_a_run_from_scratch_has_no_base_to_evaluate(run_of, finished):
   assert run_of(finished.workdir).weights() == ('base', 'best', 'last')
   assert run_of(finished.workdir / 'base').weights() == ('best', 'last')
+
+
+def test_a_run_from_scratch_has_no_base_to_evaluate(finished):
+  config = workdir.read_config(finished.workdir / 'base')
+  with pytest.raises(UserError, match="weights: unknown 'base'; known: best"):
+    results.evaluate_again(
+      config, finished.workdir / 'base', ['base'], 'test', 'highest'
+    )

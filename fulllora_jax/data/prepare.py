@@ -31,6 +31,7 @@ _TIMEOUT = 5  # seconds
 
 
 def main(argv: Sequence[str]) -> None:
+  """Prepares the set of --name, unless it is there already."""
   del argv  # checked by errors.run
   if not _NAME.value:
     raise UserError('--name is missing, e.g. --name=cifar10')
