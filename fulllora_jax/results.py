@@ -200,6 +200,8 @@ def evaluate_again(
   """
   config_lib.validate_evaluation(config)
   config_lib.choose('--split', split, SPLITS)
+  for name in weights:
+    config_lib.choose('--weights', name, WEIGHTS)
   started = time.monotonic()
   workdir = Path(workdir).expanduser().absolute()
   pretrained.find_artefact(workdir)
@@ -212,7 +214,7 @@ def evaluate_again(
     config.eval.batch_size,
     precision,
   )
-  for name in weights:
+  for name in weights:  # a run from scratch has no base
     config_lib.choose('--weights', name, run.weights())
   evaluations = run.evaluate_all(
     weights or run.weights(),

@@ -167,7 +167,7 @@ def test_a_run_from_scratch_has_no_base_to_evaluate(run_of, finished):
   assert run_of(finished.workdir / 'base').weights() == ('best', 'last')
 
 
-def test_a_run_from_scratch_has_no_base_to_evaluate(finished):
+def test_the_base_of_a_run_from_scratch_is_refused(finished):
   config = workdir.read_config(finished.workdir / 'base')
   with pytest.raises(UserError, match="weights: unknown 'base'; known: best"):
     results.evaluate_again(
