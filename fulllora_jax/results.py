@@ -24,7 +24,7 @@ from fulllora_jax import (
   sharding,
 )
 from fulllora_jax import config as config_lib
-from fulllora_jax.attacks import Attack, Threat
+from fulllora_jax.attacks import Attack
 from fulllora_jax.console import say
 from fulllora_jax.workdir import replace_file
 
@@ -36,12 +36,9 @@ class FinishedRun:
   """The artefacts of a work directory, evaluated under one threat model.
 
   Args:
-    config: of the run.
+    config: of the run; its `threat` and `eval` say what to evaluate under.
     workdir: of the run.
     dataset: that `config.data` names.
-    threat: to evaluate under.
-    eps_text: its eps as the user wrote it, for the records.
-    batch_size: of the evaluation; the result does not depend on it.
     precision: of matrix products, 'highest' or 'default'.
   """
 
@@ -50,24 +47,20 @@ class FinishedRun:
     config,
     workdir: Path,
     dataset: data.Dataset,
-    threat: Threat,
-    eps_text: str,
-    batch_size: int,
     precision: str = 'highest',
   ):
     self.config = config
     self.workdir = workdir
     self.dataset = dataset
-    self.eps_text = eps_text
     self._mesh = sharding.make_mesh()
     self._loaded: dict[str, classifier.RobustClassifier] = {}
     self._variables: dict[tuple, Any] = {}
     self._records: dict[tuple, dict[str, Any]] = {}
     self.evaluator = robustness.Evaluator(
       self.load('best').model.apply,
-      threat,
+      config_lib.threat(config),
       self._mesh,
-      batch_size,
+      config.eval.batch_size,
       config.seed,
       precision,
     )
@@ -119,7 +112,7 @@ class FinishedRun:
       'step_size': attack.step_size,
       'restarts': attack.restarts,
       'norm': threat.norm,
-      'eps': self.eps_text,
+      'eps': self.config.threat.eps,
       'eps_value': threat.eps,
       'dtype': self.config.model.dtype,
       'matmul_precision': self.evaluator.precision,
@@ -168,7 +161,7 @@ class FinishedRun:
       'base_predictions': base_predictions,
       'robust_predictions': predictions,
       'label_names': self.dataset.label_names,
-      'eps': self.eps_text,
+      'eps': self.config.threat.eps,
       'norm': self.evaluator.threat.norm,
       'attack': attack.label,
     }
@@ -209,9 +202,6 @@ def evaluate_again(
     config,
     workdir,
     data.open_dataset(config.data, config.seed),
-    config_lib.threat(config),
-    config.threat.eps,
-    config.eval.batch_size,
     precision,
   )
   for name in weights:  # a run from scratch has no base
@@ -246,7 +236,7 @@ def assemble_report(
     'dataset': run.dataset.name,
     'threat': {
       'norm': threat.norm,
-      'eps': run.eps_text,
+      'eps': config.threat.eps,
       'eps_value': threat.eps,
     },
     'parameters': metadata['parameters'],

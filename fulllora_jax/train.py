@@ -109,9 +109,6 @@ def _report(
     config,
     workdir,
     dataset,
-    config_lib.threat(config),
-    config.threat.eps,
-    config.eval.batch_size,
   )
   attacks = config_lib.evaluation_attacks(config)
   evaluations = run.evaluate_all(

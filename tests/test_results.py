@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from fulllora_jax import attacks, checkpoint, data, results, workdir
-from fulllora_jax import config as config_lib
 from fulllora_jax.errors import UserError
 from fulllora_jax.robustness import Evaluator
 
@@ -18,9 +17,6 @@ def run_of(small_config, digits, one_device):
       small_config,
       directory,
       digits,
-      config_lib.threat(small_config),
-      small_config.threat.eps,
-      small_config.eval.batch_size,
     )
 
   return make

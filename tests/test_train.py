@@ -310,9 +310,6 @@ def test_one_device_and_eight_count_the_same(
     small_config,
     finished.workdir,
     digits,
-    config_lib.threat(small_config),
-    small_config.threat.eps,
-    small_config.eval.batch_size,
   )
   records = run.evaluate_all(
     ('best', 'last'), config_lib.evaluation_attacks(small_config), 'test', 60
