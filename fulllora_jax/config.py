@@ -68,13 +68,13 @@ def default() -> ConfigDict:
   d.prepare = True  # prepare (download) a missing set on first use
 
   c.threat = t = ConfigDict()
-  t.norm = 'linf'  # linf | l2, in [0, 1] pixels
+  t.norm = 'linf'  # linf | l2, in [0, 1] pixels; evaluations know l1 too
   t.eps = '8/255'
 
   c.attack = k = ConfigDict()  # the inner maximisation
   k.steps = 10
   k.step_size = '2/255'
-  k.loss = 'ce'  # ce | margin
+  k.loss = 'ce'  # ce | margin | dlr
   k.random_start = True
   k.restarts = 1
   k.eps_warmup = 0.0  # fraction of training over which eps rises from 0
@@ -110,11 +110,12 @@ def default() -> ConfigDict:
   b.train.batch_size = 512
 
   c.eval = e = ConfigDict()
-  e.attacks = ('clean', 'fgsm', 'pgd-20', 'cw_linf-20')  # name[-steps]
+  # name[-steps]; autoattack and its attacks too (attacks/named.py)
+  e.attacks = ('clean', 'fgsm', 'pgd-20', 'cw_linf-20')
   e.step_size = '2/255'
   e.restarts = 1
   e.batch_size = 256
-  e.num_examples = 0  # of the test split; 0: all
+  e.num_examples = 0  # of the test split, chosen by the seed; 0: all
   e.validation_attack = 'pgd-10'
   e.validation_examples = 1000  # at most; 0: all
 
@@ -270,9 +271,10 @@ def evaluation_attacks(config: ConfigDict) -> list[attacks.Attack]:
   return [evaluation_attack(config, text) for text in config.eval.attacks]
 
 
-def picture_attack(chosen: list[attacks.Attack]) -> attacks.Attack:
+def picture_attack(chosen: list[attacks.Attack]) -> attacks.Attack | None:
   """Returns the attack that a report's picture shows: of most steps."""
-  return max(chosen, key=lambda attack: attack.steps)
+  single = [attack for attack in chosen if not attack.version]
+  return max(single, key=lambda attack: attack.steps, default=None)
 
 
 def evaluation_attack(config: ConfigDict, text: str) -> attacks.Attack:
@@ -324,7 +326,12 @@ def validate_evaluation(config: ConfigDict) -> None:
   """Checks `config.threat` and `config.eval`; raises UserError."""
   threat(config)
   evaluation_attacks(config)
-  evaluation_attack(config, config.eval.validation_attack)
+  validation = evaluation_attack(config, config.eval.validation_attack)
+  if validation.version:
+    raise UserError(
+      f'eval.validation_attack {validation.label}: an ensemble takes too long '
+      'to choose among checkpoints; give pgd-10'
+    )
   _positive('eval.batch_size', config.eval.batch_size)
   step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
   _positive('eval.step_size', step_size)

@@ -1,9 +1,14 @@
-"""Evaluates a finished run again, without training.
+"""Evaluates a finished run again, or a model that is not ours.
 
+  python -m fulllora_jax.evaluate --workdir runs/digits --attack autoattack
   python -m fulllora_jax.evaluate --workdir runs/cifar10 \\
-      --attack pgd-100,cw_linf-20 --eps 4/255
+      --attack clean,pgd-100,cw_linf-20 --eps 2/255,4/255,8/255
+  python -m fulllora_jax.evaluate --logits my_model:logits --data cifar10 \\
+      --attack autoattack --num_examples 1000 --workdir evaluated/my_model
 
-The table goes to the terminal, the whole result to RUN/evaluations/.
+The table goes to the terminal, the whole result, the picture of an eps sweep
+and the adversarial images of AutoAttack to WORKDIR/evaluations/. A killed
+AutoAttack goes on with the same command.
 """
 
 from collections.abc import Sequence
@@ -14,38 +19,60 @@ from fulllora_jax import errors
 
 
 def define_flags() -> None:
-  """Defines --workdir and what may differ from the run's own evaluation."""
-  flags.DEFINE_string('workdir', None, 'Of the run to evaluate.')
-  flags.DEFINE_list(
-    'attack', [], 'clean, fgsm, pgd-20, cw_linf-20, ... Default: as the run.'
-  )
-  flags.DEFINE_string('norm', None, 'linf or l2. Default: as the run.')
+  """Defines what is evaluated, and under what."""
   flags.DEFINE_string(
-    'eps', None, 'In [0, 1] pixels, e.g. 8/255. Default: as the run.'
+    'workdir', None, 'Of the run; with --logits, where the result goes.'
   )
-  flags.DEFINE_string('step_size', None, 'Likewise.')
-  flags.DEFINE_integer('restarts', None, 'Default: as the run.')
+  flags.DEFINE_list(
+    'attack',
+    [],
+    'clean, fgsm, pgd-20, cw_linf-20, autoattack, autoattack-plus, '
+    'autoattack-rand, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, '
+    'square-1000, ... Default: as the run, or autoattack.',
+  )
+  flags.DEFINE_string('norm', None, 'linf, l2 or l1. Default: as the run.')
+  flags.DEFINE_list(
+    'eps', [], 'In [0, 1] pixels, e.g. 4/255,8/255. Default: as the run.'
+  )
+  flags.DEFINE_string(
+    'step_size', None, 'Of PGD. Default: as the run, in proportion to eps.'
+  )
+  flags.DEFINE_integer('restarts', None, 'Of PGD. Default: as the run.')
   flags.DEFINE_list('weights', [], 'Of base, best, last. Default: all')
   flags.DEFINE_string('split', 'test', 'train, validation or test.')
   flags.DEFINE_integer(
-    'num_examples', None, 'Spread evenly over the split; 0: all.'
+    'num_examples', None, 'Chosen at random by the seed; 0: all.'
+  )
+  flags.DEFINE_integer(
+    'seed', None, 'Of attacks and choice of examples. Default: as the run.'
   )
   flags.DEFINE_integer('batch_size', None, 'Default: as the run.')
   flags.DEFINE_enum(
     'precision', 'highest', ['highest', 'default'], 'Of matrix products.'
   )
+  flags.DEFINE_string(
+    'logits',
+    None,
+    'module:function of images float32 [B, H, W, C] in [0, 1] to logits '
+    '[B, K], to evaluate in place of a run.',
+  )
+  flags.DEFINE_string('data', None, 'With --logits: a tfds set, or folder:...')
+  flags.DEFINE_integer('image_size', None, 'With --logits, in pixels.')
   flags.DEFINE_string('data_dir', None, 'Default: as the run.')
   flags.mark_flag_as_required('workdir')
 
 
 def main(argv: Sequence[str]) -> None:
-  """Reads the flags into the run's config, then evaluates."""
+  """Reads the flags into a config, then evaluates."""
   del argv
   given = flags.FLAGS
   from fulllora_jax import results, sharding, workdir  # JAX is slow to import
 
   sharding.enable_compilation_cache()
-  config = workdir.read_config(given.workdir)
+  if given.logits:
+    config = workdir.config_without_run(given.data, given.image_size)
+  else:
+    config = workdir.read_config(given.workdir)
   for part, field, flag in (
     ('eval', 'attacks', tuple(given.attack) or None),
     ('eval', 'step_size', given.step_size),
@@ -53,14 +80,31 @@ def main(argv: Sequence[str]) -> None:
     ('eval', 'batch_size', given.batch_size),
     ('eval', 'num_examples', given.num_examples),
     ('threat', 'norm', given.norm),
-    ('threat', 'eps', given.eps),
     ('data', 'dir', given.data_dir),
   ):
     if flag is not None:
       config[part][field] = flag
-  results.evaluate_again(
-    config, given.workdir, given.weights, given.split, given.precision
-  )
+  common = dict(eps=given.eps, scale_steps=given.step_size is None)
+  if given.logits:
+    results.evaluate_function(
+      given.logits,
+      config,
+      given.workdir,
+      given.split,
+      given.precision,
+      seed=given.seed or 0,
+      **common,
+    )
+  else:
+    results.evaluate_again(
+      config,
+      given.workdir,
+      given.weights,
+      given.split,
+      given.precision,
+      seed=given.seed,
+      **common,
+    )
 
 
 if __name__ == '__main__':

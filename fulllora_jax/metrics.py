@@ -23,7 +23,7 @@ from typing import Any
 
 from fulllora_jax.console import say, warn
 from fulllora_jax.errors import UserError
-from fulllora_jax.workdir import replace_file
+from fulllora_jax.files import replace_file
 
 _CLOSE_SECONDS = 10.0  # TensorFlow alone takes two or three to import
 _QUEUE_LINES = 100_000  # bounds the memory spent on a writer that hangs

@@ -1,4 +1,4 @@
-"""The two pictures of a report: learning curves and adversarial examples.
+"""The pictures of a report: curves and adversarial examples.
 
 Figures are drawn without pyplot, which would keep global state and look for a
 screen.
@@ -18,9 +18,15 @@ from fulllora_jax.errors import UserError
 
 # Told apart by people of any colour vision (Okabe and Ito, 2008).
 _CLEAN, _ROBUST, _LOSS = '#0072B2', '#D55E00', '#555555'
+_LINES = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_STYLES = ('-', '--', ':', '-.')
 _RIGHT, _WRONG = '#007a52', '#c02020'
 _MAX_COLUMNS = 8
-_NORMS = {'linf': r'$\ell_\infty$', 'l2': r'$\ell_2$'}
+_NORMS = {
+  'linf': r'$\ell_\infty$',
+  'l2': r'$\ell_2$',
+  'l1': r'$\ell_1$',
+}
 
 
 def draw_curves(
@@ -60,6 +66,55 @@ def draw_curves(
       frameon=False,
       fontsize=9,
     )
+  _save(figure, path)
+
+
+def draw_radii(
+  evaluations: Sequence[Mapping[str, Any]], path: str | os.PathLike
+) -> None:
+  """Draws robust accuracy against eps, a line for each attack and weights.
+
+  Args:
+    evaluations: records with weights, attack, steps, norm, eps_value, eps as
+      the config writes it, accuracy and interval. Clean ones are drawn at 0.
+    path: where the PNG goes.
+  """
+  figure = Figure(figsize=(6.4, 4.2), dpi=120, layout='constrained')
+  axes = figure.subplots()
+  clean = {e['weights']: e for e in evaluations if e['attack'] == 'clean'}
+  lines: dict[tuple, list[Mapping[str, Any]]] = {}
+  for e in evaluations:
+    if e['attack'] != 'clean':
+      label = e['attack'] if not e['steps'] else f'{e["attack"]}-{e["steps"]}'
+      lines.setdefault((e['weights'], label), []).append(e)
+  attacks = list(dict.fromkeys(label for _, label in lines))
+  names = list(dict.fromkeys(name for name, _ in lines))
+  for (name, label), records in lines.items():
+    first = [clean[name] | {'eps_value': 0.0}] if name in clean else []
+    points = sorted(first + records, key=lambda e: e['eps_value'])
+    eps = [e['eps_value'] for e in points]
+    color = _LINES[attacks.index(label) % len(_LINES)]
+    low, high = ([100 * e['interval'][end] for e in points] for end in (0, 1))
+    axes.fill_between(eps, low, high, color=color, alpha=0.12, lw=0)
+    axes.plot(
+      eps,
+      [100 * e['accuracy'] for e in points],
+      color=color,
+      marker='o',
+      ms=4,
+      ls=_STYLES[names.index(name) % len(_STYLES)],
+      label=f'{name}, {label}',
+    )
+  _style(axes)
+  radii = {e['eps_value']: str(e['eps']) for e in evaluations}
+  axes.set_xticks(list(radii), list(radii.values()))
+  norm = _NORMS.get(evaluations[0].get('norm'), '')
+  axes.set_xlabel(f'eps ({norm}, pixels in [0, 1])')
+  axes.set_ylim(-2, 102)
+  axes.set_title(
+    'Robust accuracy (%), with 95 % intervals', loc='left', fontsize=11
+  )
+  axes.legend(frameon=False, fontsize=9)
   _save(figure, path)
 
 

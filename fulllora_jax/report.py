@@ -12,12 +12,13 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from fulllora_jax import attack_report
 from fulllora_jax.console import duration
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import replace_file
 from fulllora_jax.pictures import draw_curves, draw_examples
-from fulllora_jax.workdir import replace_file
 
-_WEIGHTS = ('base', 'best', 'last')
+_WEIGHTS = ('base', 'best', 'last', 'model')
 _METHODS = {
   'fulllora': 'FullLoRA adversarial finetuning',
   'lora': 'LoRA adversarial finetuning',
@@ -121,8 +122,9 @@ def summary_table(report: Mapping[str, Any]) -> str:
   lines.insert(1, '-' * max(map(len, lines)))
   lines += [
     'accuracy in % [95 % Wilson interval] on n images',
-    f'trained: {_parameters(report)}',
   ]
+  if 'parameters' in report:
+    lines.append(f'trained: {_parameters(report)}')
   if _attacks(report):
     lines.append(f'threat: {_threat(report)}')
   return '\n'.join(lines)
@@ -195,6 +197,7 @@ def _markdown(report, pictures) -> str:
     '\n'.join(f'| {" | ".join(row)} |' for row in table),
     'Accuracy in % [95 % Wilson interval]; n is the number of images.'
     f'{_weights_note(report)}',
+    *attack_report.markdown(report),
     *(f'![{title}]({name})' for title, name in pictures),
     *_example_note(pictures),
     '## Parameters and threat model',

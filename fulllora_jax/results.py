@@ -14,25 +14,33 @@ from typing import Any
 import numpy as np
 
 from fulllora_jax import (
+  attack_report,
   checkpoint,
   classifier,
   data,
+  pictures,
   pretrained,
   provenance,
   report,
-  robustness,
   sharding,
 )
 from fulllora_jax import config as config_lib
 from fulllora_jax.attacks import Attack
 from fulllora_jax.console import say
-from fulllora_jax.workdir import replace_file
+from fulllora_jax.evaluations import (
+  Evaluations,
+  LogitsFunction,
+  common_report,
+  load_function,
+  next_name,
+)
+from fulllora_jax.files import replace_file
 
 WEIGHTS = ('base', 'best', 'last')
 SPLITS = ('train', 'validation', 'test')
 
 
-class FinishedRun:
+class FinishedRun(Evaluations):
   """The artefacts of a work directory, evaluated under one threat model.
 
   Args:
@@ -40,6 +48,8 @@ class FinishedRun:
     workdir: of the run.
     dataset: that `config.data` names.
     precision: of matrix products, 'highest' or 'default'.
+    seed: of the attacks and of the choice of examples; None: the run's.
+    name: of the result, which its adversarial images bear.
   """
 
   def __init__(
@@ -48,21 +58,20 @@ class FinishedRun:
     workdir: Path,
     dataset: data.Dataset,
     precision: str = 'highest',
+    seed: int | None = None,
+    name: str = 'report',
   ):
-    self.config = config
     self.workdir = workdir
-    self.dataset = dataset
-    self._mesh = sharding.make_mesh()
     self._loaded: dict[str, classifier.RobustClassifier] = {}
     self._variables: dict[tuple, Any] = {}
-    self._records: dict[tuple, dict[str, Any]] = {}
-    self.evaluator = robustness.Evaluator(
+    super().__init__(
+      config,
+      dataset,
       self.load('best').model.apply,
-      config_lib.threat(config),
-      self._mesh,
-      config.eval.batch_size,
-      config.seed,
-      precision,
+      folder=workdir / 'evaluations',
+      name=name,
+      precision=precision,
+      seed=config.seed if seed is None else seed,
     )
 
   def load(self, which: str) -> classifier.RobustClassifier:
@@ -85,63 +94,14 @@ class FinishedRun:
       # `best` may be the very step that is `last`: evaluate it once.
       identity, tree = ('step', loaded.metadata['step']), loaded.variables
     if identity not in self._variables:
-      self._variables[identity] = sharding.replicate(tree, self._mesh)
+      self._variables[identity] = sharding.replicate(tree, self.mesh)
     return identity, self._variables[identity]
 
-  def evaluate(
-    self, weights: str, attack: Attack, split: str, num_examples: int = 0
-  ) -> dict[str, Any]:
-    """Evaluates one of base, best, last; returns its record for the report."""
-    identity, variables = self.variables(weights)
-    key = (identity, attack, split, num_examples)
-    if key not in self._records:
-      outcome = self.evaluator.evaluate(
-        variables,
-        getattr(self.dataset, split),
-        attack,
-        num_examples,
-        title=f'{weights} {attack.label}',
-      )
-      self._records[key] = outcome.record()
-    threat = self.evaluator.threat
-    return {
-      'weights': weights,
-      'split': split,
-      'attack': attack.name,
-      'steps': attack.steps,
-      'step_size': attack.step_size,
-      'restarts': attack.restarts,
-      'norm': threat.norm,
-      'eps': self.config.threat.eps,
-      'eps_value': threat.eps,
-      'dtype': self.config.model.dtype,
-      'matmul_precision': self.evaluator.precision,
-      'seed': self.config.seed,
-      **self._records[key],
-    }
-
-  def evaluate_all(
-    self,
-    weights: Sequence[str],
-    attacks: Sequence[Attack],
-    split: str,
-    num_examples: int = 0,
-  ) -> list[dict[str, Any]]:
-    """Evaluates every weights under every attack, saying each result."""
-    records = []
-    for attack in attacks:
-      for name in weights:
-        record = self.evaluate(name, attack, split, num_examples)
-        records.append(record)
-        say(
-          f'{name:<4}  {attack.label:<10}  {record["accuracy"]:.1%} of '
-          f'{record["num_examples"]} {split} images'
-        )
-    return records
-
-  def examples(self, attack: Attack, count: int = 8) -> dict[str, Any] | None:
+  def examples(
+    self, attack: Attack | None, count: int = 8
+  ) -> dict[str, Any] | None:
     """Attacks base and best on a few test images, for a picture."""
-    if attack.name == 'clean':
+    if attack is None or attack.name == 'clean':
       return None
     chosen = np.linspace(0, len(self.dataset.test) - 1, count).astype(int)
     clean = self.dataset.test.fetch(chosen).astype(np.float32) / 255
@@ -173,6 +133,10 @@ def evaluate_again(
   weights: Sequence[str],
   split: str,
   precision: str,
+  *,
+  eps: Sequence[str] = (),
+  scale_steps: bool = True,
+  seed: int | None = None,
 ) -> dict[str, Any]:
   """Evaluates a finished run as `config.eval` and `config.threat` now say.
 
@@ -184,6 +148,9 @@ def evaluate_again(
     weights: of base, best, last; empty for all there are.
     split: train, validation or test.
     precision: of matrix products, 'highest' or 'default'.
+    eps: radii to evaluate at, one after another; empty: config.threat.eps.
+    scale_steps: keeps the attacks' step size in proportion to eps.
+    seed: of the attacks and of the choice of examples; None: the run's.
 
   Returns:
     The result, with the keys of report.json.
@@ -191,11 +158,9 @@ def evaluate_again(
   Raises:
     UserError: bad input, before anything is computed.
   """
-  config_lib.validate_evaluation(config)
-  config_lib.choose('--split', split, SPLITS)
   for name in weights:
     config_lib.choose('--weights', name, WEIGHTS)
-  started = time.monotonic()
+  eps = _check(config, split, eps)
   workdir = Path(workdir).expanduser().absolute()
   pretrained.find_artefact(workdir)
   run = FinishedRun(
@@ -203,22 +168,101 @@ def evaluate_again(
     workdir,
     data.open_dataset(config.data, config.seed),
     precision,
+    seed,
+    next_name(workdir),
   )
   for name in weights:  # a run from scratch has no base
     config_lib.choose('--weights', name, run.weights())
-  evaluations = run.evaluate_all(
-    weights or run.weights(),
-    config_lib.evaluation_attacks(config),
-    split,
-    config.eval.num_examples,
+  return _finish(run, weights or run.weights(), split, eps, scale_steps)
+
+
+def evaluate_function(
+  spec: str,
+  config,
+  workdir: str | os.PathLike,
+  split: str,
+  precision: str,
+  *,
+  eps: Sequence[str] = (),
+  scale_steps: bool = True,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Evaluates a logits function of the user's; the result goes to `workdir`.
+
+  Args:
+    spec: 'module:function' of images float32 [B, H, W, C] in [0, 1] to logits
+      [B, K]; for autoattack-rand, of (images, key).
+    config: `data`, `threat` and `eval` are used.
+    workdir: the result goes to its `evaluations/`.
+    split: as the other arguments, as `evaluate_again` has it.
+    precision: likewise.
+    eps: likewise.
+    scale_steps: likewise.
+    seed: likewise.
+
+  Raises:
+    UserError: bad input, before anything is computed.
+  """
+  eps = _check(config, split, eps)
+  function = load_function(spec)
+  workdir = Path(workdir).expanduser().absolute()
+  dataset = data.open_dataset(config.data, config.seed)
+  run = LogitsFunction(
+    config,
+    dataset,
+    spec,
+    function,
+    folder=workdir / 'evaluations',
+    name=next_name(workdir),
+    precision=precision,
+    seed=seed,
   )
+  return _finish(run, run.weights(), split, eps, scale_steps)
+
+
+def _check(config, split: str, eps: Sequence[str]) -> Sequence[str]:
+  """Returns the radii, after all of them are checked."""
+  config_lib.choose('--split', split, SPLITS)
+  own = config.threat.eps
+  for radius in eps:
+    config.threat.eps = radius
+    config_lib.validate_evaluation(config)
+  config.threat.eps = own
+  config_lib.validate_evaluation(config)
+  return eps or (own,)
+
+
+def _finish(
+  run: Evaluations,
+  weights: Sequence[str],
+  split: str,
+  eps: Sequence[str],
+  scale_steps: bool,
+) -> dict[str, Any]:
+  """Evaluates at every radius; prints the result and writes it."""
+  started = time.monotonic()
+  evaluations = run.evaluate_radii(weights, split, eps, scale_steps)
   seconds = {'evaluate': time.monotonic() - started}
-  result = assemble_report(run, evaluations, seconds)
-  folder = workdir / 'evaluations'
-  folder.mkdir(exist_ok=True)
-  path = folder / f'{len(list(folder.iterdir())) + 1:03d}.json'
+  if isinstance(run, FinishedRun):
+    result = assemble_report(run, evaluations, seconds)
+  else:
+    result = common_report(run, evaluations, seconds) | {'logits': run.spec}
+  if len(eps) > 1:
+    result['threat'] = {
+      'norm': run.evaluator.threat.norm,
+      'eps': ', '.join(eps),
+    }
+  path = run.folder / f'{run.name}.json'
   replace_file(path, json.dumps(result, indent=2).encode())
-  say(f'\n{report.summary_table(result)}\n\nresult: {path}')
+  say(f'\n{report.summary_table(result)}')
+  for section in attack_report.sections(result):
+    say(f'\n{section}')
+  if len(eps) > 1:
+    picture = path.with_suffix('.png')
+    pictures.draw_radii(evaluations, picture)
+    say(f'\ncurves: {picture}')
+  say(f'\nresult: {path}')
+  run.forget_progress()
   return result
 
 
@@ -228,32 +272,18 @@ def assemble_report(
   seconds: dict[str, float],
 ) -> dict[str, Any]:
   """Returns the report of a run, as report.json holds it."""
-  config, metadata = run.config, run.load('best').metadata
-  threat = run.evaluator.threat
-  return {
-    'config_name': config.name,
-    'method': config.method,
-    'dataset': run.dataset.name,
-    'threat': {
-      'norm': threat.norm,
-      'eps': config.threat.eps,
-      'eps_value': threat.eps,
-    },
+  metadata = run.load('best').metadata
+  return common_report(run, evaluations, seconds) | {
+    'config_name': run.config.name,
+    'method': run.config.method,
     'parameters': metadata['parameters'],
     'base_fingerprint': metadata['base_fingerprint'],
-    'evaluations': evaluations,
     'best_step': metadata['step'],
     'best_validation': metadata['validation'],
     'last_step': run.load('last').metadata['step'],
     'adapter_bytes': checkpoint.size_on_disk(
       pretrained.find_artefact(run.workdir, 'best')
     ),
-    'label_names': list(run.dataset.label_names),
-    'versions': provenance.versions(),
-    'device': provenance.device(),
-    'seed': config.seed,
-    'seconds': seconds,
-    'config': config_lib.as_plain(config),
   }
 
 

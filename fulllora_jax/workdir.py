@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fulllora_jax import config as config_lib
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import replace_file
 
 # What may change between the runs that share a directory: it decides how a run
 # is watched, not what it computes.
@@ -72,14 +73,27 @@ def read_config(workdir: str | os.PathLike):
   return config_lib.from_mapping(values)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-  """Writes a file whole or not at all, whenever the process is killed."""
-  temporary = path.with_name(f'{path.name}.tmp')
-  with temporary.open('wb') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+def config_without_run(data_name: str | None, image_size: int | None):
+  """Returns the config that evaluates a model that is no run of ours.
+
+  Args:
+    data_name: as config.data.name.
+    image_size: in pixels.
+
+  Raises:
+    UserError: one of them is missing.
+  """
+  for flag, value in (('data', data_name), ('image_size', image_size)):
+    if not value:
+      raise UserError(
+        f'--{flag}: say what the images for --logits are, as in --data=cifar10 '
+        '--image_size=32'
+      )
+  config = config_lib.default()
+  config.name = 'logits'
+  config.data.name, config.data.image_size = data_name, image_size
+  config.eval.attacks = ('clean', 'autoattack')
+  return config
 
 
 def _check_same(path: Path, saved, config) -> None:

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from fulllora_jax import workdir as workdir_lib
 from fulllora_jax.errors import UserError
-from fulllora_jax.workdir import claim, read_config, replace_file
+from fulllora_jax.workdir import claim, read_config
 
 
 def test_claim_makes_the_directory_and_saves_the_config(tmp_path, tiny_config):
@@ -96,32 +95,3 @@ def test_a_damaged_config_is_refused(tmp_path, tiny_config, content):
     with pytest.raises(UserError, match='config') as caught:
       use(tmp_path)
     assert '\n' not in str(caught.value)
-
-
-def test_replace_file_leaves_the_old_one_until_the_end(tmp_path, monkeypatch):
-  path = tmp_path / 'report.json'
-  replace_file(path, b'old')
-
-  def killed(*unused):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr('os.replace', killed)
-    with pytest.raises(KeyboardInterrupt):
-      replace_file(path, b'new')
-  assert path.read_bytes() == b'old'
-  replace_file(path, b'new')
-  assert path.read_bytes() == b'new'
-  assert list(tmp_path.iterdir()) == [path]
-
-
-def test_replace_file_is_on_disk_before_it_takes_the_name(
-  tmp_path, monkeypatch
-):
-  calls = []
-  for name in ('fsync', 'replace'):
-    monkeypatch.setattr(
-      workdir_lib.os, name, lambda *unused, name=name: calls.append(name)
-    )
-  replace_file(tmp_path / 'report.json', b'new')
-  assert calls == ['fsync', 'replace']

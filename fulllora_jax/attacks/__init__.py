@@ -3,8 +3,9 @@
 Nothing here knows of models, adapters or training.
 """
 
+from fulllora_jax.attacks.autoattack import Cascade, autoattack
 from fulllora_jax.attacks.named import Attack, parse
 from fulllora_jax.attacks.pgd import pgd
 from fulllora_jax.attacks.threat import Threat
 
-__all__ = ['Attack', 'Threat', 'parse', 'pgd']
+__all__ = ['Attack', 'Cascade', 'Threat', 'autoattack', 'parse', 'pgd']

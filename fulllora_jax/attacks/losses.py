@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fulllora_jax.errors import UserError
+
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -43,6 +45,67 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return others - jnp.where(true, logits, 0.0).sum(axis=-1)
 
 
+def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the difference of logits ratio, [B]; positive where broken.
+
+  (max_{k != y} z_k - z_y) / (z_(1) - z_(3)), z_(i) the i-th largest logit: a
+  margin that does not change with the scale of the logits. Croce & Hein, 2020
+  (arXiv 2003.01690), equation 6. At least 3 classes.
+
+  >>> import jax.numpy as jnp
+  >>> dlr(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([0])).tolist()
+  [-0.5]
+  """
+  _need_classes('dlr', logits, 3)
+  logits = logits.astype(jnp.float32)
+  top = jax.lax.top_k(logits, 3)[0]
+  return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(
+  logits: jax.Array, labels: jax.Array, targets: jax.Array
+) -> jax.Array:
+  """Returns the DLR towards one class, [B]; positive where it outdoes y.
+
+  (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), equation 7 there.
+
+  Args:
+    logits: [B, K].
+    labels: int [B], y.
+    targets: int [B], t.
+
+  Raises:
+    UserError: fewer than 4 classes.
+
+  >>> import jax.numpy as jnp
+  >>> z = jnp.array([[4.0, 1.0, 2.0, 3.0]])
+  >>> targeted_dlr(z, jnp.array([0]), jnp.array([3])).tolist()
+  [-0.4000000059604645]
+  """
+  _need_classes('targeted dlr', logits, 4)
+  logits = logits.astype(jnp.float32)
+  top = jax.lax.top_k(logits, 4)[0]
+  scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
+  return (_at(logits, targets) - _at(logits, labels)) / scale
+
+
+def ranked_class(logits: jax.Array, rank: jax.Array | int) -> jax.Array:
+  """Returns the class of the rank-th largest logit, int [B]; 0: the largest."""
+  return jnp.argsort(-logits, axis=-1)[:, rank]
+
+
+def _need_classes(loss: str, logits: jax.Array, least: int) -> None:
+  if logits.shape[-1] < least:
+    raise UserError(
+      f'the {loss} loss needs at least {least} classes, but the logits have '
+      f'{logits.shape[-1]}; use ce or margin'
+    )
+
+
+def _at(logits: jax.Array, classes: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(logits, classes[:, None], axis=-1)[:, 0]
+
+
 def hard_labels(labels: jax.Array) -> jax.Array:
   """Returns int labels [B]; of soft labels, the heaviest class."""
   return labels if labels.ndim == 1 else labels.argmax(axis=-1)
@@ -57,4 +120,8 @@ def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return right & jnp.isfinite(logits).all(axis=-1)
 
 
-LOSSES: Mapping[str, Loss] = {'ce': cross_entropy, 'margin': margin}
+LOSSES: Mapping[str, Loss] = {
+  'ce': cross_entropy,
+  'margin': margin,
+  'dlr': dlr,
+}

@@ -1,15 +1,21 @@
-"""Attacks by the names reports use: clean, fgsm, pgd-20, cw_linf-20."""
+"""Attacks by the names reports use: clean, pgd-20, apgd-t, autoattack, ..."""
 
 import dataclasses
 
 import jax
 
+from fulllora_jax.attacks import ensemble
 from fulllora_jax.attacks.pgd import LogitsFn, pgd
 from fulllora_jax.attacks.threat import Threat
 from fulllora_jax.errors import UserError
 
 _DEFAULT_STEPS = 20
 NAMES = ('clean', 'fgsm', 'pgd', 'cw_linf')
+ENSEMBLES = {
+  'autoattack': 'standard',
+  'autoattack-plus': 'plus',
+  'autoattack-rand': 'rand',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +25,20 @@ class Attack:
   Attributes:
     name: 'clean' (none), 'fgsm' (Goodfellow et al., 2015: one step of size
       eps from x), 'pgd' (cross entropy) or 'cw_linf' (PGD on the margin, the
-      literature's CW-20 where it has 20 steps).
-    steps: number of gradient steps; 0 for clean.
+      literature's CW-20 where it has 20 steps); or an ensemble: 'autoattack'
+      and its versions, or one of its attacks, such as 'apgd-t'.
+    steps: number of gradient steps; 0 for clean and for ensembles.
     step_size: in [0, 1] pixels.
     restarts: random starts; 0 where the attack has none.
+    version: of an ensemble, for `autoattack`; empty for any other attack,
+      which then can be called.
   """
 
   name: str
   steps: int
   step_size: float
   restarts: int
+  version: str | tuple[str, ...] = ''
 
   @property
   def label(self) -> str:
@@ -63,11 +73,12 @@ class Attack:
 def parse(
   text: str, threat: Threat, step_size: float, restarts: int = 1
 ) -> Attack:
-  """Reads 'clean', 'fgsm', 'pgd-20', 'cw_linf-20', ...; 20 steps if unsaid.
+  """Reads 'clean', 'fgsm', 'pgd-20', 'autoattack', 'apgd-t', 'square', ...
 
   Args:
-    text: the name, and after a dash the number of steps.
-    threat: `cw_linf` needs the linf ball.
+    text: the name, and after a dash the number of steps, 20 if unsaid; of
+      square the number of queries.
+    threat: `cw_linf` needs the linf ball; l1 is known to APGD alone.
     step_size: in [0, 1] pixels, for pgd and cw_linf.
     restarts: likewise, at least 1.
 
@@ -78,11 +89,21 @@ def parse(
   >>> parse('pgd-100', Threat(), 2 / 255).steps
   100
   """
-  name, dash, count = text.strip().partition('-')
+  text = text.strip()
+  name, dash, count = text.partition('-')
+  if text in ENSEMBLES or text in ensemble.MEMBERS or name == 'square':
+    version = ENSEMBLES.get(text, (text,))
+    ensemble.members(version, threat.norm)
+    return Attack(text, 0, 0.0, 0, version)
   if name not in NAMES:
+    known = (*NAMES, *ENSEMBLES, *ensemble.MEMBERS)
     raise UserError(
-      f'attack: unknown attack {text!r}; known: {", ".join(NAMES)}, with '
+      f'attack: unknown attack {text!r}; known: {", ".join(known)}, with '
       'steps as in pgd-20'
+    )
+  if name != 'clean' and threat.norm == 'l1':
+    raise UserError(
+      f'attack: {name} knows linf and l2 only; for l1 give apgd-ce,apgd-t'
     )
   if name in ('clean', 'fgsm'):
     if dash:

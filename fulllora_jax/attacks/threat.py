@@ -12,9 +12,10 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
+from fulllora_jax.attacks import projections
 from fulllora_jax.errors import UserError
 
-NORMS = ('linf', 'l2')
+NORMS = ('linf', 'l2', 'l1')
 
 
 def parse_fraction(text: str | float, name: str = 'eps') -> float:
@@ -44,7 +45,7 @@ class Threat:
   """A ball around each image, cut by the box [0, 1].
 
   Attributes:
-    norm: 'linf' or 'l2'.
+    norm: 'linf', 'l2', or 'l1' (which only APGD attacks, apgd_l1.py).
     eps: the radius in [0, 1] pixels: a number, or text such as '8/255'.
 
   Raises:
@@ -98,23 +99,26 @@ class Threat:
   def direction(self, gradient: jax.Array) -> jax.Array:
     """Steepest ascent direction of unit norm, for each image [B, H, W, C].
 
-    linf: sign(g); l2: g / ||g||, zero where the gradient is zero.
+    linf: sign(g); l2: g / ||g||, zero where the gradient is zero. Not for l1,
+    whose steepest ascent moves a single pixel.
     """
     if self.norm == 'linf':
       return jnp.sign(gradient)
-    return gradient / jnp.maximum(_l2_norm(gradient), 1e-12)
+    return gradient / jnp.maximum(l2_norm(gradient), 1e-12)
 
   def project(self, x: jax.Array, x_adv: jax.Array) -> jax.Array:
     """Projects x_adv into each image's ball, then into the box [0, 1].
 
     Clipping to the box moves towards x, which lies in it, so the result is in
-    both. All arrays are [B, H, W, C].
+    both; for l1 it is the nearest point of both. All arrays are [B, H, W, C].
     """
+    if self.norm == 'l1':
+      return x + projections.onto_l1_ball(x, x_adv - x, self.eps)
     if self.norm == 'linf':
       x_adv = jnp.clip(x_adv, x - self.eps, x + self.eps)
     else:
       delta = x_adv - x
-      norm = jnp.maximum(_l2_norm(delta), 1e-12)
+      norm = jnp.maximum(l2_norm(delta), 1e-12)
       x_adv = x + delta * jnp.minimum(1.0, self.eps / norm)
     return jnp.clip(x_adv, 0.0, 1.0)
 
@@ -123,10 +127,12 @@ class Threat:
     delta = (x_adv - x).reshape(x.shape[0], -1)
     if self.norm == 'linf':
       return jnp.abs(delta).max(axis=1)
+    if self.norm == 'l1':
+      return jnp.abs(delta).sum(axis=1)
     return jnp.sqrt(jnp.square(delta).sum(axis=1))
 
 
-def _l2_norm(a: jax.Array) -> jax.Array:
+def l2_norm(a: jax.Array) -> jax.Array:
   """Norm of each image, [B, 1, 1, 1]."""
   return jnp.sqrt(
     jnp.square(a).sum(axis=tuple(range(1, a.ndim)), keepdims=True)

@@ -2,6 +2,7 @@
 
 from fulllora_jax.data.pipeline import (
   batch_indices,
+  choose_examples,
   eval_batches,
   train_batches,
 )
@@ -11,6 +12,7 @@ __all__ = [
   'Dataset',
   'Split',
   'batch_indices',
+  'choose_examples',
   'eval_batches',
   'open_dataset',
   'train_batches',

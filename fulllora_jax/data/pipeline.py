@@ -91,31 +91,53 @@ def train_batches(
   return _prefetched(grain.MapDataset.range(start, stop).map(batch))
 
 
-def eval_batches(
-  split: Split, batch_size: int, num_examples: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
-  """Yields every example once, in order, or an evenly spaced subset.
+def choose_examples(count: int, num_examples: int, seed: int) -> np.ndarray:
+  """Chooses the examples of an evaluation, without repeats.
 
   Args:
-    split: what to evaluate on, N examples.
+    count: N, the size of the split.
+    num_examples: n; 0 or at least N: all.
+    seed: of the choice. With one seed, fewer examples are some of the more.
+
+  Returns:
+    int64 [n], rising.
+
+  Raises:
+    UserError: if num_examples is negative.
+  """
+  if num_examples < 0:
+    raise UserError(
+      f'evaluation of {num_examples} examples: give 0 for all, or a number'
+    )
+  if not 0 < num_examples < count:
+    return np.arange(count)
+  order = generator(seed, 'evaluation examples').permutation(count)
+  return np.sort(order[:num_examples])
+
+
+def eval_batches(
+  split: Split, batch_size: int, chosen: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields every example once, in order, or those that are chosen.
+
+  Args:
+    split: what to evaluate on.
     batch_size: B; the last batch is filled up with its mask False.
-    num_examples: n, at most; 0 or more than N: all. The subset is the examples
-      floor(i * N / n), the same ones for everybody.
+    chosen: int [n], at least one example of the split; None: all.
 
   Yields:
     {'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B] (in
     the split), 'mask': bool [B]}; filled rows repeat the first example.
 
   Raises:
-    UserError: if num_examples is negative or batch_size is not positive.
+    UserError: if batch_size is not positive.
   """
-  if num_examples < 0 or batch_size < 1:
+  if batch_size < 1:
     raise UserError(
-      f'evaluation of {num_examples} examples in batches of {batch_size}: the '
-      'first must be 0 (all) or more, the second 1 or more'
+      f'evaluation in batches of {batch_size}: it must be above 0'
     )
-  count = min(num_examples or len(split), len(split))
-  chosen = np.arange(count, dtype=np.int64) * len(split) // count
+  if chosen is None:
+    chosen = np.arange(len(split))
 
   def batch(number):
     indices = chosen[number * batch_size : (number + 1) * batch_size]
@@ -129,7 +151,7 @@ def eval_batches(
       'mask': mask,
     }
 
-  num_batches = -(-count // batch_size)
+  num_batches = -(-len(chosen) // batch_size)
   return _prefetched(grain.MapDataset.range(num_batches).map(batch))
 
 

@@ -64,23 +64,30 @@ class MlpBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm attention and MLP, each with a residual connection."""
+  """Pre-norm attention and MLP, each with a residual connection.
+
+  Attributes:
+    token_only: computes the first token alone, from all of them.
+  """
 
   num_heads: int
   mlp_dim: int
   dropout: float
   dtype: jnp.dtype
+  token_only: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     y = _layer_norm(self.dtype, 'LayerNorm_0')(x)
+    queries = slice(1 if self.token_only else None)
+    x = x[:, queries]
     y = nn.MultiHeadDotProductAttention(
       num_heads=self.num_heads,
       dtype=self.dtype,
       kernel_init=nn.initializers.xavier_uniform(),
       force_fp32_for_softmax=True,
       name='MultiHeadDotProductAttention_1',
-    )(y)
+    )(y[:, queries], y)
     x = x + nn.Dropout(self.dropout)(y, deterministic=not train)
     y = _layer_norm(self.dtype, 'LayerNorm_2')(x)
     y = MlpBlock(self.mlp_dim, self.dropout, self.dtype, name='MlpBlock_3')(
@@ -90,13 +97,19 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Position embedding, the blocks, and the last norm."""
+  """Position embedding, the blocks, and the last norm.
+
+  Attributes:
+    token_only: returns the first token alone, [B, 1, width]; the last block
+      then leaves out what would never be read.
+  """
 
   depth: int
   num_heads: int
   mlp_dim: int
   dropout: float
   dtype: jnp.dtype
+  token_only: bool = False
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
@@ -108,6 +121,7 @@ class Encoder(nn.Module):
         self.mlp_dim,
         self.dropout,
         self.dtype,
+        self.token_only and i == self.depth - 1,
         name=f'encoderblock_{i}',
       )(x, train=train)
     return _layer_norm(self.dtype, 'encoder_norm')(x)
@@ -167,6 +181,7 @@ class VisionTransformer(nn.Module):
       self.mlp_dim,
       self.dropout,
       self.dtype,
+      self.pool == 'token',
       name='Transformer',
     )(tokens, train=train)
     pooled = tokens[:, 0] if self.pool == 'token' else tokens.mean(axis=1)

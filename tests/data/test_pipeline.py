@@ -4,7 +4,13 @@ import time
 import numpy as np
 import pytest
 
-from fulllora_jax.data import Split, batch_indices, eval_batches, train_batches
+from fulllora_jax.data import (
+  Split,
+  batch_indices,
+  choose_examples,
+  eval_batches,
+  train_batches,
+)
 from fulllora_jax.errors import UserError
 
 
@@ -88,16 +94,34 @@ def test_evaluation_counts_13_examples_in_batches_of_8():
 
 
 @pytest.mark.parametrize('count, size', [(1, 1), (5, 5), (13, 13), (99, 13)])
-def test_evaluation_subset_is_evenly_spaced_and_never_repeats(count, size):
-  (batch,) = eval_batches(numbered(13), 16, count)
-  index = batch['index'][batch['mask']]
-  assert len(set(index)) == size
-  assert set(np.diff(index)) <= {13 // size, 13 // size + 1}
+def test_a_choice_of_examples_rises_and_never_repeats(count, size):
+  chosen = choose_examples(13, count, seed=0)
+  assert len(chosen) == size
+  assert (np.diff(chosen) > 0).all()
+  assert chosen[0] >= 0 and chosen[-1] < 13
 
 
-def test_evaluation_refuses_negative_counts():
+def test_a_choice_of_examples_follows_from_its_seed():
+  some = choose_examples(1000, 50, seed=3)
+  np.testing.assert_array_equal(some, choose_examples(1000, 50, seed=3))
+  assert set(some) < set(choose_examples(1000, 60, seed=3))
+  assert set(some) != set(choose_examples(1000, 50, seed=4))
+  assert (np.diff(some) != 20).any()  # not spread evenly, which may be biased
+
+
+def test_evaluation_reads_what_is_chosen():
+  batches = list(eval_batches(numbered(13), 4, np.array([1, 5, 6, 7, 12])))
+  index = np.concatenate([batch['index'] for batch in batches])
+  mask = np.concatenate([batch['mask'] for batch in batches])
+  assert index[mask].tolist() == [1, 5, 6, 7, 12]
+  np.testing.assert_array_equal(np.concatenate(indices_of(batches)), index)
+
+
+def test_evaluation_refuses_what_cannot_be():
   with pytest.raises(UserError, match='evaluation of -1 examples'):
-    eval_batches(numbered(13), 8, -1)
+    choose_examples(13, -1, 0)
+  with pytest.raises(UserError, match='batches of 0'):
+    eval_batches(numbered(13), 0)
 
 
 def test_errors_of_fetch_surface_as_they_are():

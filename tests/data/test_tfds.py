@@ -7,7 +7,7 @@ import pytest
 from sklearn import datasets as sklearn_datasets
 
 from fulllora_jax import config
-from fulllora_jax.data import eval_batches, open_dataset
+from fulllora_jax.data import choose_examples, eval_batches, open_dataset
 from fulllora_jax.errors import UserError
 
 # Nothing listens at port 9: the same as no network, and at once.
@@ -337,7 +337,8 @@ def test_cifar10():
   assert dataset.image_shape == (32, 32, 3)
   assert dataset.num_classes == 10
   assert len(dataset.test) == 10000
-  batches = list(eval_batches(dataset.test, 256, 1000))
+  chosen = choose_examples(len(dataset.test), 1000, seed=0)
+  batches = list(eval_batches(dataset.test, 256, chosen))
   assert sum(batch['mask'].sum() for batch in batches) == 1000
   shown = np.concatenate([b['label'][b['mask']] for b in batches])
   assert np.bincount(shown).min() > 70  # about 100 of each class

@@ -1,0 +1,266 @@
+"""Auto-PGD, Algorithm 1 of Croce & Hein, 2020 (arXiv 2003.01690), linf and l2.
+
+PGD with momentum that halves an image's step size, and goes back to its best
+point, whenever the last stretch of steps did not pay.
+
+Where the paper leaves a choice, it is that of the authors' code
+(github.com/fra31/auto-attack), so that the numbers agree with it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fulllora_jax.attacks import losses
+from fulllora_jax.attacks.threat import Threat, l2_norm
+
+MOMENTUM = 0.75  # alpha of equation 2
+RHO = 0.75  # the share of steps that must increase the loss
+FIRST_STRETCH, SHORTER, SHORTEST = 0.22, 0.03, 0.06  # section 3.2
+
+
+class Evaluated(NamedTuple):
+  """The attacked loss at a point."""
+
+  loss: jax.Array  # [B]
+  gradient: jax.Array  # [B, H, W, C]
+  broken: jax.Array  # bool [B], misclassified
+
+
+Evaluate = Callable[[jax.Array, jax.Array | int], Evaluated]
+
+
+class State(NamedTuple):
+  """Everything the attack knows of each image."""
+
+  x_adv: jax.Array  # the current point, and
+  gradient: jax.Array  # the gradient there
+  x_previous: jax.Array  # the point before, for the momentum
+  x_best: jax.Array  # the point of highest loss so far, and
+  gradient_best: jax.Array
+  loss_best: jax.Array  # [B]
+  x_broken: jax.Array  # the last misclassified point
+  broken: jax.Array  # [B], whether there is one
+  step_size: jax.Array  # [B, 1, 1, 1]
+  loss: jax.Array  # [B], at the last step taken
+  increases: jax.Array  # [B], steps of this stretch that raised the loss
+  loss_best_before: jax.Array  # [B], when the last stretch ended
+  halved_before: jax.Array  # bool [B], whether it ended in a halving
+
+
+def apgd(
+  keys: jax.Array,
+  logits_fn: Callable[..., jax.Array],
+  x: jax.Array,
+  labels: jax.Array,
+  threat: Threat,
+  *,
+  steps: int = 100,
+  loss: str = 'ce',
+  targets: jax.Array | None = None,
+  draws: int = 1,
+) -> jax.Array:
+  """Searches each image's ball for a misclassified point, once.
+
+  Args:
+    keys: PRNG keys [B], one for each image.
+    logits_fn: images [B, H, W, C] -> logits [B, K]; with draws > 1 it also
+      takes a PRNG key, for the noise of a stochastic model.
+    x: images [B, H, W, C], float32 in [0, 1].
+    labels: int [B].
+    threat: of norm linf or l2.
+    steps: gradient steps, static, at least 2.
+    loss: 'ce', 'margin' or 'dlr'.
+    targets: int [B], ascends the targeted DLR towards these classes instead.
+    draws: of the model's noise, over which loss, gradient and prediction are
+      averaged (expectation over transformations, Athalye et al., 2018).
+
+  Returns:
+    x_adv [B, H, W, C]: the last misclassified point, or else the one of
+    highest loss.
+  """
+  evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
+  state = begin(evaluate, x, start(keys, x, threat), threat.eps)
+  checkpoints, stretches = schedule(steps)
+
+  def iterate(i, state):
+    state = ascend(i, state, evaluate, x, threat)
+    return jax.lax.cond(
+      checkpoints[i], lambda s: check(s, stretches[i]), lambda s: s, state
+    )
+
+  return adversarial(jax.lax.fori_loop(0, steps, iterate, state))
+
+
+def objective(
+  logits_fn: Callable[..., jax.Array],
+  labels: jax.Array,
+  loss: str,
+  targets: jax.Array | None,
+  key: jax.Array,
+  draws: int,
+) -> Evaluate:
+  """Returns the function that evaluates a point; arguments as `apgd`."""
+
+  def value(logits):
+    if targets is not None:
+      return losses.targeted_dlr(logits, labels, targets)
+    return losses.LOSSES[loss](logits, labels)
+
+  def total(x_adv, *noise):
+    logits = logits_fn(x_adv, *noise)
+    per_example = value(logits)
+    return per_example.sum(), (per_example, logits.astype(jnp.float32))
+
+  ascent = jax.value_and_grad(total, has_aux=True)
+
+  def once(x_adv, _):
+    (_, (per_example, logits)), gradient = ascent(x_adv)
+    return Evaluated(per_example, gradient, ~losses.correct(logits, labels))
+
+  def averaged(x_adv, step):
+    def add(sums, noise):
+      (_, (per_example, logits)), gradient = ascent(x_adv, noise)
+      drawn = per_example, gradient, jax.nn.softmax(logits)
+      return jax.tree.map(jnp.add, sums, drawn), None
+
+    keys = jax.random.split(jax.random.fold_in(key, step), draws)
+    shapes = jax.eval_shape(lambda: ascent(x_adv, keys[0]))
+    (_, (per_example, logits)), gradient = shapes
+    zeros = jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype), (per_example, gradient, logits)
+    )
+    sums, _ = jax.lax.scan(add, zeros, keys)
+    mean, gradient, odds = jax.tree.map(lambda a: a / draws, sums)
+    return Evaluated(mean, gradient, ~losses.correct(odds, labels))
+
+  return once if draws == 1 else averaged
+
+
+def start(keys: jax.Array, x: jax.Array, threat: Threat) -> jax.Array:
+  """Draws a starting point on the sphere of radius eps, cut by the box.
+
+  linf: a uniform draw scaled until one pixel touches the sphere; l2: a normal
+  direction.
+  """
+  if threat.norm == 'linf':
+    draw = jax.vmap(
+      lambda key: jax.random.uniform(key, x.shape[1:], minval=-1.0)
+    )(keys)
+    size = jnp.abs(draw).max(axis=(1, 2, 3), keepdims=True)
+  else:
+    draw = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+    size = l2_norm(draw)
+  return jnp.clip(x + threat.eps * draw / (size + 1e-12), 0, 1)
+
+
+def begin(
+  evaluate: Evaluate, x: jax.Array, x_adv: jax.Array, eps: jax.Array | float
+) -> State:
+  """Returns the state at the starting point x_adv; steps begin at 2 eps."""
+  at_start = evaluate(x_adv, 0)
+  count = x.shape[0]
+  return State(
+    x_adv=x_adv,
+    gradient=at_start.gradient,
+    x_previous=x_adv,
+    x_best=x_adv,
+    gradient_best=at_start.gradient,
+    loss_best=at_start.loss,
+    x_broken=x_adv,
+    broken=at_start.broken,
+    step_size=jnp.full((count, 1, 1, 1), 2 * eps, jnp.float32),
+    # The authors compare the first step with 0, not with the start's loss.
+    loss=jnp.zeros(count),
+    increases=jnp.zeros(count),
+    loss_best_before=at_start.loss,
+    halved_before=jnp.ones(count, bool),
+  )
+
+
+def ascend(
+  i: jax.Array | int,
+  state: State,
+  evaluate: Evaluate,
+  x: jax.Array,
+  threat: Threat,
+) -> State:
+  """Takes step i: a gradient step, then momentum (lines 3 and 4)."""
+  step = state.step_size * threat.direction(state.gradient)
+  z = threat.project(x, state.x_adv + step)
+  momentum = jnp.where(i > 0, MOMENTUM, 1.0)
+  x_adv = threat.project(
+    x,
+    state.x_adv
+    + momentum * (z - state.x_adv)
+    + (1 - momentum) * (state.x_adv - state.x_previous),
+  )
+  at_point = evaluate(x_adv, i + 1)
+  return remember(state, x_adv, at_point)._replace(
+    increases=state.increases + (at_point.loss > state.loss)
+  )
+
+
+def remember(state: State, x_adv: jax.Array, at_point: Evaluated) -> State:
+  """Moves to x_adv; keeps what is best so far (lines 5 to 8)."""
+  better = at_point.loss > state.loss_best
+  return state._replace(
+    x_adv=x_adv,
+    gradient=at_point.gradient,
+    x_previous=state.x_adv,
+    x_best=pick(better, x_adv, state.x_best),
+    gradient_best=pick(better, at_point.gradient, state.gradient_best),
+    loss_best=jnp.maximum(at_point.loss, state.loss_best),
+    x_broken=pick(at_point.broken, x_adv, state.x_broken),
+    broken=state.broken | at_point.broken,
+    loss=at_point.loss,
+  )
+
+
+def check(state: State, stretch: jax.Array | int) -> State:
+  """Ends a stretch of steps (lines 9 to 12).
+
+  The step size is halved where fewer than a share RHO of the steps raised the
+  loss (condition 1), or where neither the step size nor the best loss has
+  changed since the last check (condition 2).
+  """
+  oscillates = state.increases <= stretch * RHO
+  stuck = ~state.halved_before & (state.loss_best_before >= state.loss_best)
+  halve = oscillates | stuck
+  return state._replace(
+    step_size=pick(halve, state.step_size / 2, state.step_size),
+    x_adv=pick(halve, state.x_best, state.x_adv),
+    gradient=pick(halve, state.gradient_best, state.gradient),
+    increases=jnp.zeros_like(state.increases),
+    loss_best_before=state.loss_best,
+    halved_before=halve,
+  )
+
+
+def schedule(steps: int) -> tuple[jax.Array, jax.Array]:
+  """Returns which steps end a stretch, bool [steps], and its length, [steps].
+
+  Stretches begin at 22 % of the steps and get shorter by 3 %, down to 6 %.
+  """
+  shortest = max(int(SHORTEST * steps), 1)
+  stretch, ends, lengths, since = max(int(FIRST_STRETCH * steps), 1), [], [], 0
+  for _ in range(steps):
+    since += 1
+    ends.append(since == stretch)
+    lengths.append(stretch)
+    if ends[-1]:
+      since = 0
+      stretch = max(stretch - max(int(SHORTER * steps), 1), shortest)
+  return jnp.array(ends), jnp.array(lengths)
+
+
+def adversarial(state: State) -> jax.Array:
+  """Returns the misclassified point, or the one of highest loss."""
+  return pick(state.broken, state.x_broken, state.x_best)
+
+
+def pick(which: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Chooses image by image: a where `which` [B], else b."""
+  return jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)

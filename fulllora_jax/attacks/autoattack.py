@@ -1,0 +1,365 @@
+"""AutoAttack (Croce & Hein, 2020, arXiv 2003.01690) in fixed shapes.
+
+Each attack of the ensemble runs on the images that all before it left robust.
+The host packs those into batches of one shape, the last one filled up and
+masked, so each attack compiles once, whatever the number of images left.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.tree_util import Partial
+
+from fulllora_jax import sharding
+from fulllora_jax.attacks import ensemble, inputs, losses
+from fulllora_jax.attacks.ensemble import Member
+from fulllora_jax.attacks.progress import Outcome, Progress
+from fulllora_jax.attacks.threat import Threat
+from fulllora_jax.console import duration
+
+ROBUST = -1  # in Cascade.broken_by
+# x - eps and x + eps are rounded: how far a point may be past the sphere.
+_SLACK = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Cascade:
+  """What each attack of the ensemble left.
+
+  Attributes:
+    attacks: 'clean' and the names of the attacks, in order.
+    accuracy: after each of them, in [0, 1]; the last is the worst case.
+    seconds: each of them took.
+    broken_by: int [N], the place in `attacks` of what broke an image; 0 where
+      it is misclassified without an attack, -1 where it is robust.
+    notes: on attacks that could not run.
+  """
+
+  attacks: tuple[str, ...]
+  accuracy: tuple[float, ...]
+  seconds: tuple[float, ...]
+  broken_by: np.ndarray
+  notes: tuple[str, ...] = ()
+
+  def rows(self) -> list[dict[str, Any]]:
+    """Returns one dict for each attack: attack, accuracy, broken, seconds."""
+    return [
+      {
+        'attack': name,
+        'accuracy': self.accuracy[place],
+        'broken': int((self.broken_by == place).sum()),
+        'seconds': round(self.seconds[place], 3),
+      }
+      for place, name in enumerate(self.attacks)
+    ]
+
+
+class Result(NamedTuple):
+  """What `autoattack` returns.
+
+  Attributes:
+    x_adv: float32 [N, H, W, C]; the image itself where no attack broke it.
+    robust: bool [N], right without an attack and under every one.
+    cascade: how it came about.
+  """
+
+  x_adv: np.ndarray
+  robust: np.ndarray
+  cascade: Cascade
+
+
+def autoattack(
+  key: jax.Array,
+  logits_fn: Callable[..., jax.Array],
+  x: np.ndarray | jax.Array,
+  labels: np.ndarray | jax.Array,
+  threat: Threat,
+  version: str | Sequence[str] = 'standard',
+  batch_size: int = 128,
+  *,
+  indices: np.ndarray | None = None,
+  progress_dir: str | os.PathLike | None = None,
+  precision: str = 'highest',
+  mesh: Mesh | None = None,
+  say: Callable[[str], None] | None = None,
+) -> Result:
+  """Measures how many images are robust under an ensemble of attacks.
+
+  Args:
+    key: a PRNG key. An image's draws follow from it and the image's index, not
+      from its batch.
+    logits_fn: any jittable function, images [B, H, W, C] -> logits [B, K];
+      for version 'rand' (images, key) -> logits. Weights that it closes over
+      become constants of the program; jax.tree_util.Partial(apply, variables)
+      passes large ones as arguments.
+    x: float32 [N, H, W, C] in [0, 1].
+    labels: int [N] in [0, K).
+    threat: norm and eps; linf, l2, and for the APGD attacks l1.
+    version: 'standard', 'plus', 'rand', or a list of 'apgd-ce', 'apgd-dlr',
+      'apgd-t', 'fab', 'fab-t', 'square', 'square-1000', ...
+    batch_size: of all devices together; they must divide it.
+    indices: int [N], what identifies each image in its draws; default 0..N-1.
+    progress_dir: keeps finished batches there, and takes them up again.
+    precision: of matrix products.
+    mesh: batches are sharded over its axis `data`; default all devices.
+    say: gets a line of progress now and then.
+
+  Raises:
+    UserError: any argument that does not fit, in one line, before anything is
+      computed; NaN logits; a progress_dir of another evaluation.
+
+  >>> import jax, jax.numpy as jnp, numpy as np
+  >>> x = np.full((2, 4, 4, 1), 0.5, np.float32) + [[[[0.1]]], [[[0.3]]]]
+  >>> brightness = lambda x: (x.mean((1, 2, 3))[:, None] - 0.5) * jnp.array(
+  ...   [1.0, -1.0])
+  >>> result = autoattack(
+  ...   jax.random.key(0), brightness, x.astype(np.float32), np.array([0, 0]),
+  ...   Threat('linf', 0.2), ['apgd-ce'], batch_size=jax.device_count())
+  >>> result.robust.tolist(), result.cascade.accuracy
+  ([False, True], (1.0, 0.5))
+  """
+  mesh = mesh or sharding.make_mesh()
+  x, labels, indices = inputs.check(x, labels, indices, threat)
+  chosen = ensemble.members(version, threat.norm)
+  inputs.check_batch_size(batch_size, mesh.size)
+  size = min(batch_size, sharding.round_up(len(x), mesh))
+  stochastic = any(member.draws > 1 for member in chosen)
+  num_classes = inputs.num_classes(logits_fn, x, size, stochastic, labels)
+  chosen, notes = ensemble.fit(chosen, num_classes)
+  run = _Run(key, logits_fn, threat, chosen, size, precision, mesh)
+  run.place(x, labels, indices)
+  logits = run.clean_logits()
+  inputs.check_finite(logits)
+  progress = Progress(
+    None if progress_dir is None else Path(progress_dir).absolute(),
+    run.identity(),
+    logits,
+  )
+  return run.cascade(logits, progress, notes, say or (lambda line: None))
+
+
+class _Run:
+  """One evaluation: the images, and the programs that attack them."""
+
+  def __init__(self, key, logits_fn, threat, members, size, precision, mesh):
+    self.threat, self.members, self.size = threat, members, size
+    self.key, self.precision, self.mesh = key, precision, mesh
+    if not isinstance(logits_fn, Partial):
+      logits_fn = Partial(logits_fn)
+    self.logits_fn = jax.device_put(logits_fn, sharding.replicated(mesh))
+    self.draws = max(member.draws for member in members)
+
+  def place(self, x, labels, indices):
+    self.x, self.labels, self.indices = x, labels, indices
+
+  def identity(self) -> dict[str, Any]:
+    """Returns what the result depends on, but for the model."""
+    return {
+      'attacks': [repr(member) for member in self.members],
+      'norm': self.threat.norm,
+      'eps': float(self.threat.eps),
+      'batch_size': self.size,
+      'precision': self.precision,
+      'key': np.asarray(jax.random.key_data(self.key)).tolist(),
+      'images': _sha256(self.x),
+      'labels': _sha256(self.labels),
+      'indices': _sha256(self.indices),
+    }
+
+  def clean_logits(self) -> np.ndarray:
+    """Returns the logits of the images, [N, K]; odds for a stochastic model."""
+    program = _clean_program(self.mesh, self.precision, self.draws)
+    rows = []
+    for chosen in self._packed(np.arange(len(self.x))):
+      batch = self._batch(chosen)
+      logits = program(self.logits_fn, batch['x'], self.key)
+      rows.append(np.asarray(logits)[: len(chosen)])
+    return np.concatenate(rows)
+
+  def cascade(self, logits, progress, notes, say) -> Result:
+    """Runs the attacks one after another on what is still robust."""
+    x_adv, robust = self.x.copy(), logits.argmax(axis=1) == self.labels
+    broken_by = np.where(robust, ROBUST, 0)
+    names, accuracy, seconds = ['clean'], [float(robust.mean())], [0.0]
+    clock = _Clock(self.members)
+    for place, member in enumerate(self.members, 1):
+      spent = 0.0
+      for stage in range(member.stages):
+        alive = np.flatnonzero(robust)
+        for number, rows in enumerate(self._packed(alive)):
+          name = f'{place:02d}-{member.name}-{stage:02d}-{number:05d}'
+          outcome = progress.read(name, self.x[rows])
+          fresh = outcome is None
+          if fresh:
+            outcome = self._attack(member, stage, rows)
+            progress.write(name, outcome)
+          hit = rows[outcome.broken]
+          x_adv[hit] = outcome.x_adv[outcome.broken]
+          robust[hit], broken_by[hit] = False, place
+          spent += outcome.seconds
+          clock.finished(member, len(rows), outcome.seconds)
+          if fresh and clock.due():
+            done = number * self.size + len(rows)
+            left = clock.left(place - 1, stage, len(alive) - done, robust.sum())
+            say(
+              f'{_title(member, stage)}: {done}/{len(alive)} images, '
+              f'{robust.mean():.1%} robust so far, {left}'
+            )
+      names.append(member.name)
+      accuracy.append(float(robust.mean()))
+      seconds.append(spent)
+      say(f'{accuracy[-1]:.1%} robust after {member.name}, {duration(spent)}')
+    return Result(
+      x_adv,
+      robust,
+      Cascade(tuple(names), tuple(accuracy), tuple(seconds), broken_by, notes),
+    )
+
+  def _attack(self, member: Member, stage: int, rows: np.ndarray) -> Outcome:
+    started = time.monotonic()
+    program = _attack_program(
+      member, self.threat.norm, self.mesh, self.precision, self.draws
+    )
+    # Its own stream for each attack, the same one in every version.
+    stream = jax.random.fold_in(self.key, zlib.crc32(member.name.encode()))
+    stream = jax.random.fold_in(stream, stage)
+    x_adv, broken = jax.device_get(
+      program(
+        self.logits_fn,
+        self._batch(rows),
+        stream,
+        jnp.float32(self.threat.eps),
+        jnp.int32(stage),
+      )
+    )
+    broken = np.asarray(broken[: len(rows)])
+    x_adv = np.where(
+      broken[:, None, None, None], x_adv[: len(rows)], self.x[rows]
+    )
+    return Outcome(broken, x_adv, time.monotonic() - started)
+
+  def _packed(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(rows), self.size):
+      yield rows[first : first + self.size]
+
+  def _batch(self, rows: np.ndarray) -> dict[str, jax.Array]:
+    """Returns a batch of the one shape; filled rows repeat the first image."""
+    padded = np.full(self.size, rows[0])
+    padded[: len(rows)] = rows
+    return sharding.put_batch(
+      {
+        'x': self.x[padded],
+        'labels': self.labels[padded],
+        'index': self.indices[padded],
+        'mask': np.arange(self.size) < len(rows),
+      },
+      self.mesh,
+    )
+
+
+@functools.cache
+def _clean_program(mesh: Mesh, precision: str, draws: int) -> Callable:
+  """Compiles (logits_fn, x, key) -> logits [B, K] on every device."""
+  whole, rows = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+
+  def clean(logits_fn, x, key):
+    with jax.default_matmul_precision(precision):
+      return _classify(logits_fn, x, key, draws)
+
+  return jax.jit(clean, in_shardings=(whole, rows, whole), out_shardings=whole)
+
+
+@functools.cache
+def _attack_program(
+  member: Member, norm: str, mesh: Mesh, precision: str, draws: int
+) -> Callable:
+  """Compiles one attack; eps and stage are arguments of the program.
+
+  It returns (x_adv [B, H, W, C], broken [B]). Broken is what a fresh forward
+  pass misclassifies, inside the ball.
+  """
+  whole, rows = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+
+  def attack(logits_fn, batch, stream, eps, stage):
+    with jax.default_matmul_precision(precision):
+      threat = Threat(norm, eps)
+      x, labels, mask = batch['x'], batch['labels'], batch['mask']
+      keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        stream, batch['index']
+      )
+      x_adv = member(stage, keys, logits_fn, x, labels, mask, threat)
+      logits = _classify(logits_fn, x_adv, stream, draws)
+      inside = threat.distance(x, x_adv) <= eps * (1 + _SLACK) + 1e-7
+      return x_adv, mask & inside & ~losses.correct(logits, labels)
+
+  return jax.jit(
+    attack,
+    in_shardings=(whole, rows, whole, whole, whole),
+    out_shardings=whole,
+  )
+
+
+def _classify(logits_fn, x, key, draws: int) -> jax.Array:
+  """Returns logits; of a stochastic model the mean odds over its noise.
+
+  One draw of the noise would let luck break an image.
+  """
+  if draws == 1:
+    return logits_fn(x).astype(jnp.float32)
+  keys = jax.random.split(jax.random.fold_in(key, draws), draws)
+  odds = jax.lax.map(
+    lambda k: jax.nn.softmax(logits_fn(x, k).astype(jnp.float32)), keys
+  )
+  return odds.mean(axis=0)
+
+
+class _Clock:
+  """Guesses the time left from what each forward pass of an image took."""
+
+  def __init__(self, members: Sequence[Member]):
+    self._members = members
+    self._spent, self._work, self._compiled = 0.0, 0.0, set()
+    self._said = time.monotonic()
+
+  def finished(self, member: Member, images: int, seconds: float) -> None:
+    if member not in self._compiled and self._work:
+      self._compiled.add(member)  # a first batch compiles: no measure
+      return
+    self._compiled.add(member)
+    self._spent += seconds
+    self._work += member.cost * images
+
+  def due(self, seconds: float = 5.0) -> bool:
+    now = time.monotonic()
+    if now - self._said < seconds:
+      return False
+    self._said = now
+    return True
+
+  def left(self, place: int, stage: int, images: int, robust: int) -> str:
+    """Returns e.g. '1m15s left at most': images may break on the way."""
+    member, *later = self._members[place:]
+    work = member.cost * (images + (member.stages - stage - 1) * robust)
+    work += sum(m.cost * m.stages * robust for m in later)
+    return f'{duration(work * self._spent / self._work)} left at most'
+
+
+def _title(member: Member, stage: int) -> str:
+  if member.stages == 1:
+    return member.name
+  return f'{member.name} {stage + 1}/{member.stages}'
+
+
+def _sha256(array: np.ndarray) -> str:
+  return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()

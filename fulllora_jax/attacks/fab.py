@@ -1,0 +1,170 @@
+"""The Fast Adaptive Boundary attack, Croce & Hein, 2020 (arXiv 1907.02044).
+
+It looks for the nearest misclassified point, whatever its distance: linearise
+the decision boundary, project onto it within the box, drift towards x, and
+once across, go back towards x and try again (Algorithm 1, linf and l2).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fulllora_jax.attacks import losses, projections
+from fulllora_jax.attacks.apgd import pick, start
+from fulllora_jax.attacks.threat import Threat
+
+ALPHA_MAX = 0.1  # the most that a step drifts towards x
+ETA = 1.05  # overshoot past the boundary
+BETA = 0.9  # the backward step: where to go on, between x and x_adv
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+
+
+class Boundary(NamedTuple):
+  """The linearised decision boundary: f + <w, z - x_adv> = 0."""
+
+  f: jax.Array  # [B], a difference of logits
+  w: jax.Array  # [B, H, W, C], its gradient
+
+
+class Search(NamedTuple):
+  """Where the search is, and the nearest misclassified point so far."""
+
+  x_adv: jax.Array
+  nearest: jax.Array
+  distance: jax.Array  # [B], infinite where there is none
+
+
+def fab(
+  keys: jax.Array,
+  logits_fn: LogitsFn,
+  x: jax.Array,
+  labels: jax.Array,
+  threat: Threat,
+  *,
+  steps: int = 100,
+  targets: jax.Array | None = None,
+  random_start: jax.Array | bool = False,
+) -> jax.Array:
+  """Searches the nearest misclassified point of each image.
+
+  Args:
+    keys: PRNG keys [B], one for each image.
+    logits_fn: images [B, H, W, C] -> logits [B, K], deterministic.
+    x: images [B, H, W, C], float32 in [0, 1], classified as their labels.
+    labels: int [B].
+    threat: of norm linf or l2. Its eps decides which points are returned and
+      how far random starts are.
+    steps: static.
+    targets: int [B], linearises the boundary to these classes (FAB-T) and not
+      to the nearest one.
+    random_start: starts up to eps / 2 away from x, not at it.
+
+  Returns:
+    x_adv [B, H, W, C]: the nearest point found, where it is in the ball; x
+    elsewhere.
+  """
+  state = Search(
+    x_adv=jnp.where(random_start, start(keys, x, threat.scaled(0.5)), x),
+    nearest=x,
+    distance=jnp.full(x.shape[0], jnp.inf),
+  )
+
+  def iterate(_, state):
+    if targets is None:
+      boundary = nearest_boundary(logits_fn, state.x_adv, labels, threat.norm)
+    else:
+      boundary = boundary_to(logits_fn, state.x_adv, labels, targets)
+    return advance(state, boundary, logits_fn, x, labels, threat)
+
+  state = jax.lax.fori_loop(0, steps, iterate, state)
+  return pick(state.distance <= threat.eps, state.nearest, x)
+
+
+def advance(
+  state: Search,
+  boundary: Boundary,
+  logits_fn: LogitsFn,
+  x: jax.Array,
+  labels: jax.Array,
+  threat: Threat,
+) -> Search:
+  """Takes one step (equations 9 and 10); goes back where it crosses."""
+  norm, count = threat.norm, x.shape[0]
+  w = boundary.w.reshape(count, -1)
+  offset = (boundary.w * state.x_adv).reshape(count, -1).sum(axis=1)
+  offset -= boundary.f
+
+  def move(z):
+    d = projections.onto_hyperplane(z.reshape(count, -1), w, offset, norm)
+    return d.reshape(x.shape)
+
+  from_x_adv, from_x = move(state.x_adv), move(x)
+  near, far = (
+    jnp.maximum(threat.distance(jnp.zeros_like(d), d), 1e-8)
+    for d in (from_x_adv, from_x)
+  )
+  alpha = jnp.minimum(near / (near + far), ALPHA_MAX).reshape(-1, 1, 1, 1)
+  x_adv = jnp.clip(
+    (1 - alpha) * (state.x_adv + ETA * from_x_adv) + alpha * (x + ETA * from_x),
+    0,
+    1,
+  )
+  crossed = ~losses.correct(logits_fn(x_adv), labels)
+  distance = threat.distance(x, x_adv)
+  nearer = crossed & (distance < state.distance)
+  return Search(
+    x_adv=pick(crossed, x + BETA * (x_adv - x), x_adv),
+    nearest=pick(nearer, x_adv, state.nearest),
+    distance=jnp.where(nearer, distance, state.distance),
+  )
+
+
+def boundary_to(
+  logits_fn: LogitsFn, x_adv: jax.Array, labels: jax.Array, targets: jax.Array
+) -> Boundary:
+  """Returns z_t - z_y and its gradient at x_adv."""
+
+  def difference(x_adv):
+    logits = logits_fn(x_adv).astype(jnp.float32)
+    rows = jnp.arange(len(labels))
+    f = logits[rows, targets] - logits[rows, labels]
+    return f.sum(), f
+
+  w, f = jax.grad(difference, has_aux=True)(x_adv)
+  return Boundary(f, w)
+
+
+def nearest_boundary(
+  logits_fn: LogitsFn, x_adv: jax.Array, labels: jax.Array, norm: str
+) -> Boundary:
+  """Returns the boundary to the class whose linearisation is nearest.
+
+  One class after another, so that memory does not grow with their number.
+  """
+  logits, pull_back = jax.vjp(lambda z: logits_fn(z).astype(jnp.float32), x_adv)
+  classes = logits.shape[-1]
+  true = jax.nn.one_hot(labels, classes)
+
+  def compare(best, k):
+    direction = jax.nn.one_hot(jnp.full_like(labels, k), classes) - true
+    (w,) = pull_back(direction)
+    f = (direction * logits).sum(axis=1)
+    flat = w.reshape(len(labels), -1)
+    if norm == 'linf':
+      dual = jnp.abs(flat).sum(axis=1)
+    else:
+      dual = jnp.sqrt(jnp.square(flat).sum(axis=1))
+    away = jnp.where(k == labels, jnp.inf, jnp.abs(f) / (dual + 1e-12))
+    nearer = away < best[0]
+    chosen = Boundary(
+      jnp.where(nearer, f, best[1].f), pick(nearer, w, best[1].w)
+    )
+    return (jnp.minimum(away, best[0]), chosen), None
+
+  nothing = Boundary(jnp.zeros(len(labels)), jnp.zeros_like(x_adv))
+  first = jnp.full(len(labels), jnp.inf), nothing
+  (_, boundary), _ = jax.lax.scan(compare, first, jnp.arange(classes))
+  return boundary

@@ -1,0 +1,126 @@
+"""What an interrupted AutoAttack has finished, batch by batch, on disk.
+
+Which images a batch holds follows from the results before it, so a directory
+with one file for each finished batch is all it takes to go on.
+"""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fulllora_jax.errors import UserError
+from fulllora_jax.files import replace_arrays, replace_file
+
+
+class Outcome(NamedTuple):
+  """What an attack did to a batch of images.
+
+  Attributes:
+    broken: bool [b].
+    x_adv: float32 [b, H, W, C]; the image itself where it is not broken.
+    seconds: it took.
+  """
+
+  broken: np.ndarray
+  x_adv: np.ndarray
+  seconds: float
+
+
+class Progress:
+  """A directory of finished batches; with no directory, none is kept.
+
+  Args:
+    directory: made if missing.
+    identity: what the results depend on; JSON values.
+    logits: [N, K] of the images attacked, which identify the model.
+
+  Raises:
+    UserError: the directory holds the progress of something else, or cannot
+      be written.
+  """
+
+  def __init__(
+    self,
+    directory: Path | None,
+    identity: Mapping[str, Any],
+    logits: np.ndarray,
+  ):
+    self.directory = directory
+    if directory is None:
+      return
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+      self._check('identity.json', identity)
+      self._check_model(logits)
+    except OSError as error:
+      raise UserError(
+        f'cannot keep the progress in {directory}: {error.strerror}; choose '
+        'another place'
+      ) from None
+
+  def read(self, name: str, x: np.ndarray) -> Outcome | None:
+    """Returns the outcome of a batch, or None if it is not there whole.
+
+    Args:
+      name: of the batch.
+      x: its images, [b, H, W, C].
+    """
+    if self.directory is None:
+      return None
+    try:
+      with np.load(self._path(name)) as saved:
+        broken, points = saved['broken'], saved['x_adv']
+        seconds = float(saved['seconds'])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+      return None
+    if broken.shape != x.shape[:1] or len(points) != broken.sum():
+      return None
+    x_adv = x.copy()
+    x_adv[broken] = points
+    return Outcome(broken, x_adv, seconds)
+
+  def write(self, name: str, outcome: Outcome) -> None:
+    """Keeps the outcome of a batch."""
+    if self.directory is None:
+      return
+    replace_arrays(
+      self._path(name),
+      broken=outcome.broken,
+      x_adv=outcome.x_adv[outcome.broken],
+      seconds=outcome.seconds,
+    )
+
+  def _path(self, name: str) -> Path:
+    return self.directory / f'{name}.npz'
+
+  def _check(self, name: str, identity: Mapping[str, Any]) -> None:
+    path, text = self.directory / name, json.dumps(identity, indent=2)
+    if not path.exists():
+      replace_file(path, text.encode())
+      return
+    saved = json.loads(path.read_text())
+    for key, value in json.loads(text).items():
+      if saved.get(key) != value:
+        raise UserError(
+          f'{self.directory} holds the progress of another evaluation ({key} '
+          f'{saved.get(key)!r}, now {value!r}); give another directory'
+        )
+
+  def _check_model(self, logits: np.ndarray) -> None:
+    path = self.directory / 'logits.npz'
+    if not path.exists():
+      replace_arrays(path, logits=logits)
+      return
+    with np.load(path) as file:
+      saved = file['logits']
+    if saved.shape != logits.shape or not np.allclose(
+      saved, logits, rtol=1e-3, atol=1e-3
+    ):
+      raise UserError(
+        f'{self.directory} holds the progress on another model: its clean '
+        'logits differ; give another directory'
+      )

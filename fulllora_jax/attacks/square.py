@@ -1,0 +1,323 @@
+"""The Square Attack, Andriushchenko et al., 2020 (arXiv 1912.00049).
+
+Random search without gradients: change a square window, keep the change if
+the margin falls (Algorithm 1; sampling by Algorithm 2 for linf and 3 for l2).
+
+The margin and the window's schedule are those of the authors' code. Windows
+are drawn for each image by itself and over all places, as the paper has it
+(that code draws one for the whole batch, and never the last row and column).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fulllora_jax.attacks import losses
+from fulllora_jax.attacks.apgd import pick
+from fulllora_jax.attacks.threat import Threat, l2_norm
+
+P_INIT = 0.8  # the first window's share of the image
+# After so many queries the share is halved once more.
+HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+# Elements of the proposals that are looked at ahead, for each image.
+_LOOK_AHEAD = 4096
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+# (x_adv [B, H, W, C], query [B]) -> the point to try, of the same shape
+Propose = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Search(NamedTuple):
+  """The best point of each image."""
+
+  x_adv: jax.Array
+  margin: jax.Array  # [B], how right it still is; broken at 0 and below
+  query: jax.Array  # int [B], the next one
+
+
+def square(
+  keys: jax.Array,
+  logits_fn: LogitsFn,
+  x: jax.Array,
+  labels: jax.Array,
+  threat: Threat,
+  *,
+  queries: int = 5000,
+  mask: jax.Array | None = None,
+  skip_idle: bool = True,
+) -> jax.Array:
+  """Searches each image's ball by random windows.
+
+  Args:
+    keys: PRNG keys [B], one for each image.
+    logits_fn: images [B, H, W, C] -> logits [B, K], deterministic.
+    x: images [B, H, W, C], float32 in [0, 1].
+    labels: int [B].
+    threat: of norm linf or l2.
+    queries: after the first, for each image, static.
+    mask: bool [B]; the attack ends when all of these are broken. None: all.
+    skip_idle: linf: a query that would change no pixel is counted without
+      asking the model, which gives the same result in less time.
+
+  Returns:
+    x_adv [B, H, W, C], of the least margin found.
+  """
+  height, width = x.shape[1:3]
+  wanted = jnp.ones(x.shape[0], bool) if mask is None else mask
+  if threat.norm == 'linf':
+    sides = window_sides(queries, height, width, smallest=1)
+    propose = _propose_linf(keys, sides, x, threat)
+    first = threat.eps * _each(keys, 0, _stripes, x.shape[1:])
+  else:
+    sides = window_sides(queries, height, width, smallest=3)
+    propose = _propose_l2(keys, sides, x, threat)
+    first = threat.eps * _unit(_each(keys, 0, _tiles, x.shape[1:]))
+  look_ahead = 1
+  if threat.norm == 'linf' and skip_idle:
+    look_ahead = max(1, min(16, _LOOK_AHEAD // x[0].size))
+
+  def right(x_adv):
+    return -losses.margin(logits_fn(x_adv), labels)
+
+  def go_on(search):
+    return (wanted & (search.margin > 0) & (search.query < queries)).any()
+
+  def try_once(search):
+    def tried(ahead):
+      return propose(search.x_adv, search.query + ahead)
+
+    ahead = first_change(tried, search.x_adv, look_ahead)
+    x_new, asked = tried(ahead), search.query + ahead < queries
+    search = search._replace(query=search.query + ahead + 1)
+    return keep_better(search, x_new, right(x_new), asked)
+
+  x_adv = jnp.clip(x + first, 0, 1)
+  search = Search(x_adv, right(x_adv), jnp.zeros(x.shape[0], jnp.int32))
+  return jax.lax.while_loop(go_on, try_once, search).x_adv
+
+
+def first_change(
+  tried: Callable[[jax.Array | int], jax.Array], x_adv: jax.Array, most: int
+) -> jax.Array:
+  """Returns how many queries to skip, int [B] in [0, most): they are idle.
+
+  Args:
+    tried: number of queries ahead -> the points they try, [B, H, W, C].
+    x_adv: the points now.
+    most: how many to look at.
+  """
+  if most == 1:
+    return jnp.zeros(len(x_adv), jnp.int32)
+  pixels = tuple(range(1, x_adv.ndim))
+  changes = jax.vmap(lambda n: (tried(n) != x_adv).any(axis=pixels))(
+    jnp.arange(most)
+  )
+  changes = changes.at[-1].set(True)
+  return changes.argmax(axis=0).astype(jnp.int32)
+
+
+def keep_better(
+  search: Search, tried: jax.Array, margin: jax.Array, asked: jax.Array
+) -> Search:
+  """Takes what was tried where the margin fell; broken images stay.
+
+  Args:
+    search: before.
+    tried: [B, H, W, C].
+    margin: there, [B].
+    asked: bool [B], False where an image has no query left.
+  """
+  better = (margin < search.margin) | (margin <= 0)
+  better &= asked & (search.margin > 0)
+  return search._replace(
+    x_adv=pick(better, tried, search.x_adv),
+    margin=jnp.where(better, margin, search.margin),
+  )
+
+
+def window_sides(
+  queries: int, height: int, width: int, smallest: int
+) -> np.ndarray:
+  """Returns the side of the window at each query, int [queries].
+
+  A window of share p has sqrt(p H W) pixels a side; for l2, whose `smallest`
+  is 3, the next odd number.
+  """
+  shares = P_INIT / 2.0 ** np.searchsorted(HALVED_AFTER, np.arange(queries))
+  sides = []
+  for share in shares:
+    side = max(round(math.sqrt(share * height * width)), smallest)
+    if smallest == 3 and side % 2 == 0:
+      side += 1
+    sides.append(min(side, height, width))
+  return np.array(sides)
+
+
+def _propose_linf(
+  keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat
+) -> Propose:
+  """Moves the window's pixels to x +- eps, each channel up or down."""
+  sides = jnp.array(sides)
+
+  def draw(key, x, x_adv, query):
+    """One image: x and x_adv are [H, W, C]."""
+    height, width, channels = x.shape
+    place, colour = jax.random.split(jax.random.fold_in(key, query + 1))
+    inside = _window(place, sides[query], height, width)[..., None]
+    moved = x + threat.eps * _signs(colour, (1, 1, channels))
+    return jnp.where(inside, jnp.clip(moved, 0, 1), x_adv)
+
+  def propose(x_adv, query):
+    query = jnp.minimum(query, len(sides) - 1)
+    return jax.vmap(draw)(keys, x, x_adv, query)
+
+  return propose
+
+
+def _propose_l2(
+  keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat
+) -> Propose:
+  """Puts the budget of one window into another one, in the shape of `eta`."""
+  kinds, kind_of = np.unique(sides, return_inverse=True)
+  shapes = jnp.array([_padded(eta(side), kinds[-1]) for side in kinds])
+  sides, kind_of = jnp.array(sides), jnp.array(kind_of)
+
+  def draw(key, delta, query):
+    """One image: delta [H, W, C]."""
+    height, width, channels = delta.shape
+    here, there, turn, colour = jax.random.split(
+      jax.random.fold_in(key, query + 1), 4
+    )
+    side = sides[query]
+    new, mask_new = _place(here, shapes[kind_of[query]], turn, side, delta)
+    mask_old = _window(there, side, height, width)[..., None]
+    both = mask_new | mask_old
+
+    def norms(part):
+      return jnp.sqrt(jnp.square(part).sum(axis=(0, 1), keepdims=True))
+
+    unspent = jnp.maximum(threat.eps**2 - jnp.square(delta).sum(), 0)
+    budget = jnp.sqrt(unspent / channels + norms(delta * both) ** 2)
+    old = delta * mask_new
+    new = new * _signs(colour, (1, 1, channels)) + old / (1e-12 + norms(old))
+    new = budget * new / (1e-12 + norms(new))
+    return jnp.where(mask_new, new, jnp.where(mask_old, 0, delta))
+
+  def propose(x_adv, query):
+    query = jnp.minimum(query, len(sides) - 1)
+    moved = jax.vmap(draw)(keys, x_adv - x, query)
+    return jnp.clip(x + threat.eps * _unit(moved), 0, 1)
+
+  return propose
+
+
+def eta(side: int) -> np.ndarray:
+  """Returns the window's shape for l2, [side, side] of norm 1.
+
+  Two halves of opposite sign, each a heap of nested rectangles, the n-th of
+  height 1 / n^2 (equation 2).
+  """
+  upper = side // 2
+  window = np.concatenate([_heap(upper, side), -_heap(side - upper, side)])
+  return (window / np.linalg.norm(window)).astype(np.float32)
+
+
+def _heap(rows: int, columns: int) -> np.ndarray:
+  heap = np.zeros((rows, columns))
+  top, left = rows // 2, columns // 2
+  for n in range(max(top, left) + 1):
+    # n-th: 2 n + 1 pixels wide around the middle, cut at the border.
+    heap[
+      max(top - n, 0) : max(top + n + 1, 0),
+      max(left - n, 0) : max(left + n + 1, 0),
+    ] += 1 / (n + 1) ** 2
+  norm = np.linalg.norm(heap)
+  return heap / norm if norm else heap
+
+
+def _padded(window: np.ndarray, side: int) -> np.ndarray:
+  return np.pad(window, (0, side - len(window)))
+
+
+def _stripes(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+  """Vertical stripes, each channel of each up or down."""
+  _, width, channels = shape
+  return jnp.broadcast_to(_signs(key, (1, width, channels)), shape)
+
+
+def _tiles(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+  """A grid of 5 x 5 windows (as many as fit), each turned and up or down."""
+  height, width, channels = shape
+  side = max(min(height, width) // 5, 1)
+  rows, columns = height // side, width // side
+  turn, colour = jax.random.split(key)
+  window = jnp.array(eta(side))
+  turned = jax.random.bernoulli(turn, shape=(rows, columns, 1, 1))
+  windows = jnp.where(turned, window.T, window)[..., None]
+  windows = windows * _signs(colour, (rows, columns, 1, 1, channels))
+  grid = windows.transpose(0, 2, 1, 3, 4).reshape(
+    rows * side, columns * side, channels
+  )
+  top, left = (height - rows * side) // 2, (width - columns * side) // 2
+  return (
+    jnp.zeros(shape)
+    .at[top : top + rows * side, left : left + columns * side]
+    .set(grid)
+  )
+
+
+def _place(key, window, turn, side, like):
+  """Puts a window at a random place of an image: its values, and where."""
+  height, width, _ = like.shape
+  window = jnp.where(jax.random.bernoulli(turn), window.T, window)
+  top, left = _corner(key, side, height, width)
+  room = window.shape[0]
+  canvas = jnp.zeros((height + room, width + room))
+  canvas = jax.lax.dynamic_update_slice(canvas, window, (top, left))
+  inside = _inside(top, left, side, height, width)
+  return canvas[:height, :width, None], inside[..., None]
+
+
+def _window(key, side, height, width):
+  """Returns a random window as bool [H, W]."""
+  return _inside(*_corner(key, side, height, width), side, height, width)
+
+
+def _corner(key, side, height, width):
+  u, v = jax.random.uniform(key, (2,))
+  return (
+    (u * (height - side + 1)).astype(int),
+    (v * (width - side + 1)).astype(int),
+  )
+
+
+def _inside(top, left, side, height, width):
+  rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+  return (
+    (rows >= top)
+    & (rows < top + side)
+    & (columns >= left)
+    & (columns < left + side)
+  )
+
+
+def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.where(jax.random.bernoulli(key, shape=shape), 1.0, -1.0)
+
+
+def _unit(delta: jax.Array) -> jax.Array:
+  return delta / (l2_norm(delta) + 1e-12)
+
+
+def _fold(keys: jax.Array, query: jax.Array | int) -> jax.Array:
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, query)
+
+
+def _each(keys, query, draw, *args):
+  """Draws for each image by itself."""
+  return jax.vmap(lambda key: draw(key, *args))(_fold(keys, query))
