@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
   given = flags.FLAGS
   from fulllora_jax import results, sharding, workdir  # JAX is slow to import
 
+  sharding.use_every_core()
   sharding.enable_compilation_cache()
   if given.logits:
     config = workdir.config_without_run(given.data, given.image_size)

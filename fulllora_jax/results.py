@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.tree_util import Partial
 
 from fulllora_jax import (
   attack_report,
+  build,
   checkpoint,
   classifier,
   data,
@@ -125,6 +127,34 @@ class FinishedRun(Evaluations):
       'norm': self.evaluator.threat.norm,
       'attack': attack.label,
     }
+
+
+def logits_functions(
+  workdir: Path, weights: str
+) -> tuple[Partial, Partial | None]:
+  """Returns images -> logits of a run, and the same in float32.
+
+  Args:
+    workdir: of the run.
+    weights: base, best or last.
+
+  Returns:
+    The function, and None where it computes in float32 itself.
+
+  Raises:
+    UserError: there is no such artefact, or it is damaged.
+  """
+  which = 'last' if weights == 'last' else 'best'
+  loaded = classifier.load(workdir, which=which)
+  base = weights == 'base'
+  variables = loaded.base_variables if base else loaded.variables
+  exact = None
+  config = config_lib.from_mapping(loaded.metadata['config'])
+  if config.model.dtype != 'float32':
+    config.model.dtype = 'float32'
+    model = build.build(config, loaded.metadata['num_classes']).model
+    exact = Partial(model.apply, variables)
+  return Partial(loaded.model.apply, variables), exact
 
 
 def evaluate_again(

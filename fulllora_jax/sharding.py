@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+_HAS_AFFINITY = hasattr(os, 'sched_getaffinity')  # not on macOS
+
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
   """Returns a mesh of all devices (or the given) with one axis, `data`."""
@@ -46,6 +48,17 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 def round_up(batch_size: int, mesh: Mesh) -> int:
   """Returns the smallest multiple of the device count >= batch_size."""
   return -(-batch_size // mesh.size) * mesh.size
+
+
+def use_every_core() -> None:
+  """Makes a CPU count as one device for each core, 8 at most.
+
+  Small models run faster so than with threads inside of each operation. To be
+  called before JAX starts; JAX_NUM_CPU_DEVICES decides where it is set.
+  """
+  if 'JAX_NUM_CPU_DEVICES' not in os.environ:
+    cores = len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count()
+    jax.config.update('jax_num_cpu_devices', min(cores or 1, 8))
 
 
 def enable_compilation_cache() -> None:
