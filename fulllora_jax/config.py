@@ -293,7 +293,18 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   """
   method = methods.get(config.method)
   models.linear_maps(config.model.name)
+  if config.threat.norm == 'l1':
+    raise UserError(
+      'threat.norm l1: training knows linf and l2 only; evaluate knows l1'
+    )
   validate_evaluation(config)
+  refuse_rand(config)
+  validation = evaluation_attack(config, config.eval.validation_attack)
+  if validation.version:
+    raise UserError(
+      f'eval.validation_attack {validation.label}: an ensemble takes too long '
+      'to choose among checkpoints; give pgd-10'
+    )
   if method.branch:
     methods.branches(
       config.adapter, method, models.linear_maps(config.model.name)
@@ -324,13 +335,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
 
 def validate_evaluation(config: ConfigDict) -> None:
   """Checks `config.threat` and `config.eval`; raises UserError."""
-  threat(config)
-  evaluation_attacks(config)
-  validation = evaluation_attack(config, config.eval.validation_attack)
-  if validation.version:
+  ensembles = any(attack.version for attack in evaluation_attacks(config))
+  if ensembles and not threat(config).eps:
     raise UserError(
-      f'eval.validation_attack {validation.label}: an ensemble takes too long '
-      'to choose among checkpoints; give pgd-10'
+      f'threat.eps {config.threat.eps}: leaves nothing to attack; that is the '
+      'clean accuracy'
     )
   _positive('eval.batch_size', config.eval.batch_size)
   step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
@@ -339,6 +348,16 @@ def validate_evaluation(config: ConfigDict) -> None:
     if config.eval[field] < 0:
       raise UserError(
         f'eval.{field} {config.eval[field]}: give 0 for all, or a number'
+      )
+
+
+def refuse_rand(config: ConfigDict) -> None:
+  """Raises UserError for an attack on noise that our models do not have."""
+  for attack in evaluation_attacks(config):
+    if attack.version == 'rand':
+      raise UserError(
+        f'attack: {attack.label} is for stochastic models, and this one always '
+        'answers the same; give autoattack'
       )
 
 

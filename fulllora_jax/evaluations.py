@@ -9,6 +9,7 @@ import importlib
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ import numpy as np
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, provenance, robustness, sharding
-from fulllora_jax.attacks import Attack
+from fulllora_jax.attacks import Attack, inputs
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.console import say, warn
 from fulllora_jax.errors import UserError
 from fulllora_jax.files import replace_arrays
 
-# Of a distance in float32, relative.
-_ROUNDING = 2e-5
+# Of a distance in float32, relative, and of pixels up to 1.
+_ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
 
 
 class Evaluations:
@@ -142,13 +143,14 @@ class Evaluations:
       scale_steps: keeps the attacks' step size in proportion to eps.
     """
     config, records = self.config, []
-    own = config_lib.threat(config).eps
-    step = parse_fraction(config.eval.step_size, 'eval.step_size')
+    own, own_step = config_lib.threat(config).eps, config.eval.step_size
+    step = parse_fraction(own_step, 'eval.step_size')
     for number, radius in enumerate(eps):
       config.threat.eps = radius
       threat = config_lib.threat(config)
-      if scale_steps and threat.eps != own > 0:
-        config.eval.step_size = str(step * threat.eps / own)
+      if scale_steps and own > 0:
+        scaled = str(step * threat.eps / own)
+        config.eval.step_size = own_step if threat.eps == own else scaled
       self.evaluator = self._make_evaluator(threat)
       attacks = config_lib.evaluation_attacks(config)
       if len(eps) > 1:
@@ -169,8 +171,9 @@ class Evaluations:
 
   def _progress_dir(self, key: tuple) -> Path:
     """Returns the same place whenever the same evaluation is asked for."""
-    seed, precision = self.evaluator.seed, self.evaluator.precision
-    digest = hashlib.sha256(repr((key, seed, precision)).encode()).hexdigest()
+    used = self.evaluator
+    key = (key, used.seed, used.precision, used.ensemble_batch_size)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
     directory = self.folder / 'progress' / digest[:16]
     self._progress.append(directory)
     return directory
@@ -226,7 +229,8 @@ class Evaluations:
     }[threat.norm]
     pixels = x_adv.reshape(len(x), -1)
     boxed = (pixels.min(axis=1) >= 0) & (pixels.max(axis=1) <= 1)
-    return int((~boxed | (distance > threat.eps * (1 + _ROUNDING))).sum())
+    radius = threat.eps * (1 + _ROUNDING) + _PIXEL_ROUNDING
+    return int((~boxed | (distance > radius)).sum())
 
 
 def load_function(spec: str) -> Callable:
@@ -236,7 +240,7 @@ def load_function(spec: str) -> Callable:
     UserError: there is no such function.
   """
   module, colon, name = spec.partition(':')
-  if not (module and colon and name):
+  if not (module and colon and name) or module.startswith('.'):
     raise UserError(f'--logits: write module:function, not {spec!r}')
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
@@ -247,6 +251,20 @@ def load_function(spec: str) -> Callable:
   if not callable(function):
     raise UserError(f'--logits: {module} has no function {name}')
   return function
+
+
+def check_function(
+  function: Callable, config, dataset: data.Dataset, split: str
+) -> None:
+  """Raises UserError unless the function fits the attacks and the labels.
+
+  It is called in the abstract, as each attack of `config.eval` will.
+  """
+  x = np.empty((1, *dataset.image_shape), np.float32)  # its shape alone counts
+  labels = getattr(dataset, split).labels
+  for attack in config_lib.evaluation_attacks(config):
+    stochastic = attack.version == 'rand'
+    inputs.num_classes(function, x, config.eval.batch_size, stochastic, labels)
 
 
 class LogitsFunction(Evaluations):
@@ -273,11 +291,14 @@ def next_name(workdir: Path) -> str:
   folder = workdir / 'evaluations'
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
   except OSError as error:
     raise UserError(
       f'--workdir: cannot write to {workdir}: {error.strerror}; choose another'
     ) from None
-  return f'{len(list(folder.glob("*.json"))) + 1:03d}'
+  taken = [int(p.stem) for p in folder.glob('*.json') if p.stem.isdecimal()]
+  return f'{max(taken, default=0) + 1:03d}'
 
 
 def common_report(

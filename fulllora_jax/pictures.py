@@ -114,7 +114,8 @@ def draw_radii(
   axes.set_title(
     'Robust accuracy (%), with 95 % intervals', loc='left', fontsize=11
   )
-  axes.legend(frameon=False, fontsize=9)
+  if lines:
+    axes.legend(frameon=False, fontsize=9)
   _save(figure, path)
 
 

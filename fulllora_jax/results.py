@@ -32,6 +32,7 @@ from fulllora_jax.console import say
 from fulllora_jax.evaluations import (
   Evaluations,
   LogitsFunction,
+  check_function,
   common_report,
   load_function,
   next_name,
@@ -191,6 +192,7 @@ def evaluate_again(
   for name in weights:
     config_lib.choose('--weights', name, WEIGHTS)
   eps = _check(config, split, eps)
+  config_lib.refuse_rand(config)
   workdir = Path(workdir).expanduser().absolute()
   pretrained.find_artefact(workdir)
   run = FinishedRun(
@@ -237,6 +239,7 @@ def evaluate_function(
   function = load_function(spec)
   workdir = Path(workdir).expanduser().absolute()
   dataset = data.open_dataset(config.data, config.seed)
+  check_function(function, config, dataset, split)
   run = LogitsFunction(
     config,
     dataset,

@@ -108,6 +108,13 @@ class Evaluator:
     self.precision = precision
     self._compiled: dict[Attack, Callable] = {}
 
+  @property
+  def ensemble_batch_size(self) -> int:
+    """Returns the batch size of ensembles, whose progress goes by batches."""
+    if jax.default_backend() == 'cpu':
+      return min(self.batch_size, _CPU_BATCH * self.mesh.size)
+    return self.batch_size
+
   def evaluate(
     self,
     variables: Any,
@@ -159,9 +166,6 @@ class Evaluator:
       ]
     )
     labels = split.labels[chosen]
-    size = self.batch_size
-    if jax.default_backend() == 'cpu':
-      size = min(size, _CPU_BATCH * self.mesh.size)
     stream = jax.random.fold_in(jax.random.key(self.seed), _EVALUATION_STREAM)
     result = autoattack(
       stream,
@@ -170,7 +174,7 @@ class Evaluator:
       labels,
       self.threat,
       attack.version,
-      size,
+      self.ensemble_batch_size,
       indices=chosen,
       progress_dir=progress_dir,
       precision=self.precision,

@@ -122,6 +122,7 @@ def _report(
   result = results.assemble_report(run, evaluations, seconds)
   history = read_metrics(workdir / 'metrics.jsonl')
   report.write_report(workdir, result, history, examples)
+  run.forget_progress()
   return result
 
 

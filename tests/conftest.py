@@ -1,5 +1,7 @@
 """Fixtures: prepared digits, folders of images, commands, 8 CPU devices."""
 
+import functools
+import json
 import os
 import pathlib
 import shutil
@@ -10,6 +12,7 @@ import types
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 # Before JAX starts: the tests' own process has 8 devices, and programs compiled
@@ -25,6 +28,7 @@ import jax.numpy as jnp  # noqa: E402
 import small_digits  # noqa: E402
 
 from fulllora_jax import config, data, sharding  # noqa: E402
+from fulllora_jax import evaluate as evaluate_command  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -188,3 +192,83 @@ def one_device(monkeypatch):
   monkeypatch.setattr(
     sharding, 'make_mesh', lambda: make_mesh(jax.devices()[:1])
   )
+
+
+_LINEAR_DIGITS = """
+import pathlib
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WEIGHTS = np.load(pathlib.Path(__file__).with_name('weights.npy'))
+NUMBER = 3
+
+def logits(images):
+  return images[..., 0].reshape(len(images), -1) @ WEIGHTS
+
+def noisy(images, key):
+  return logits(images) + 0.02 * jax.random.normal(key, (len(images), 10))
+
+def nothing():
+  return NUMBER
+
+def flat(images):
+  return logits(images).max(axis=1)
+
+def deep(images):
+  return logits(images)[..., None]
+
+def three_classes(images):
+  return logits(images)[:, :3]
+
+def two_classes(images):
+  return logits(images)[:, :1] * np.array([1.0, -1.0])
+
+def whole_numbers(images):
+  return logits(images).argsort(axis=1)
+
+def not_a_number(images):
+  return logits(images).at[2:].set(jnp.nan)
+"""
+
+
+@pytest.fixture(scope='session')
+def linear_digits(tmp_path_factory, digits):
+  """A folder with linear_digits.py: `logits` of digits, and wrong ones."""
+  folder = tmp_path_factory.mktemp('modules')
+  images = digits.train.fetch(np.arange(len(digits.train)))
+  images = images.reshape(len(images), -1) / 255
+  targets = np.eye(10)[digits.train.labels]
+  weights = np.linalg.lstsq(images, targets, rcond=0.02)[0]
+  np.save(folder / 'weights.npy', weights.astype(np.float32))
+  (folder / 'linear_digits.py').write_text(_LINEAR_DIGITS)
+  return folder
+
+
+@pytest.fixture
+def evaluate(monkeypatch, one_device, digits_dir, linear_digits):
+  """Runs `python -m fulllora_jax.evaluate ARGS` here; returns the result."""
+  monkeypatch.setattr(sharding, 'enable_compilation_cache', lambda: None)
+  monkeypatch.syspath_prepend(linear_digits)
+
+  def run(*args):
+    values = _own_flags(monkeypatch)
+    evaluate_command.define_flags()
+    values(['evaluate', f'--data_dir={digits_dir}', *args])
+    evaluate_command.main(['evaluate'])
+    results = pathlib.Path(values.workdir, 'evaluations').glob('*.json')
+    return json.loads(max(results).read_text())
+
+  return run
+
+
+def _own_flags(monkeypatch):
+  """Gives the command new flags, apart from those of this process."""
+  values = flags.FlagValues()
+  own = types.SimpleNamespace(FLAGS=values)
+  defining = [name for name in dir(flags) if name.startswith('DEFINE_')]
+  for name in (*defining, 'mark_flag_as_required'):
+    define = functools.partial(getattr(flags, name), flag_values=values)
+    setattr(own, name, define)
+  monkeypatch.setattr(evaluate_command, 'flags', own)
+  return values

@@ -106,7 +106,8 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
     ('adapter__dtype', 'int8', 'adapter.dtype.*float32, bfloat16'),
     ('adapter__overrides', ('qeury.rank=2',), 'qeury.*targets are.*query'),
     ('adapter__overrides', ('query.rnak=2',), 'cannot read.*target.field'),
-    ('threat__norm', 'l1', 'threat.norm.*l1.*linf, l2'),
+    ('threat__norm', 'l7', 'threat.norm.*l7.*linf, l2'),
+    ('threat__norm', 'l1', 'threat.norm l1: training knows linf and l2 only'),
     ('threat__eps', '8', r'threat.eps: 8 is above 1.*did you mean 8/255'),
     ('threat__eps', '-1/255', 'threat.eps.*negative'),
     ('threat__eps', 'eight', "threat.eps: cannot read 'eight'.*8/255"),
@@ -114,7 +115,7 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
     ('attack__step_size', '0', 'attack.step_size .*above 0'),
     ('attack__steps', 0, 'attack.steps 0: .*above 0'),
     ('attack__restarts', 0, 'attack.restarts 0: .*above 0'),
-    ('attack__loss', 'dlr', 'attack.loss.*dlr.*ce, margin'),
+    ('attack__loss', 'hinge', 'attack.loss.*hinge.*ce, margin, dlr'),
     ('attack__eps_warmup', 1.5, 'attack.eps_warmup 1.5: .*0..1'),
     ('data__cache', 'disk', 'data.cache.*auto, memory, stream'),
     ('data__on_broken', 'ignore', 'data.on_broken.*refuse, skip'),
@@ -144,6 +145,8 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
     ('eval__attacks', ('pgd-0',), "'pgd-0' has no number of steps"),
     ('eval__restarts', 0, 'restarts must be at least 1'),
     ('eval__validation_attack', 'aa', "unknown attack 'aa'"),
+    ('eval__validation_attack', 'autoattack', 'too long to choose.*pgd-10'),
+    ('eval__validation_attack', 'apgd-ce', 'attack apgd-ce: .*too long'),
     ('eval__batch_size', 0, 'eval.batch_size 0: .*above 0'),
     ('eval__step_size', 'x', "eval.step_size: cannot read 'x'"),
     ('eval__step_size', '0', 'eval.step_size .*above 0'),
@@ -161,6 +164,41 @@ def test_an_attack_that_does_not_fit_the_norm_is_refused():
   config = changed(threat__norm='l2', threat__eps='0.5')
   with pytest.raises(UserError, match='cw_linf needs threat.norm linf'):
     config_lib.validate_evaluation(config)
+
+
+@pytest.mark.parametrize('loss', ['ce', 'margin', 'dlr'])
+def test_training_may_ascend_any_loss(loss):
+  config_lib.validate(changed(attack__loss=loss), num_devices=8)
+
+
+def test_evaluation_knows_l1_where_training_does_not():
+  attacks = ('clean', 'apgd-ce', 'apgd-t')
+  config = changed(threat__norm='l1', threat__eps='12', eval__attacks=attacks)
+  config_lib.validate_evaluation(config)
+  assert [a.name for a in config_lib.evaluation_attacks(config)] == [*attacks]
+  with pytest.raises(UserError, match='threat.norm l1: training knows'):
+    config_lib.validate(config, num_devices=8)
+  config.eval.attacks = ('pgd-20',)
+  with pytest.raises(UserError, match='for l1 give apgd-ce,apgd-t'):
+    config_lib.validate_evaluation(config)
+
+
+@pytest.mark.parametrize('eps', ['0', '0/255', '0.0'])
+def test_a_ball_of_no_size_is_refused_for_ensembles(eps):
+  config = changed(threat__eps=eps, eval__attacks=('clean', 'autoattack'))
+  with pytest.raises(UserError, match=f'threat.eps {eps}: leaves nothing'):
+    config_lib.validate_evaluation(config)
+
+
+def test_a_picture_shows_the_attack_of_most_steps_that_is_one():
+  def shown(*attacks):
+    config = changed(eval__attacks=attacks)
+    found = config_lib.picture_attack(config_lib.evaluation_attacks(config))
+    return found and found.label
+
+  assert shown('clean', 'pgd-20', 'autoattack', 'cw_linf-5') == 'pgd-20'
+  assert shown('clean', 'apgd-ce') == 'clean'
+  assert shown('autoattack') is None
 
 
 def test_the_recipe_of_a_base_that_is_not_trained_here_is_not_checked():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fulllora_jax import pictures
 from fulllora_jax.errors import UserError
-from fulllora_jax.pictures import draw_curves, draw_examples
+from fulllora_jax.pictures import draw_curves, draw_examples, draw_radii
 
 
 def example_history(steps=50):
@@ -147,3 +148,60 @@ def test_wrong_shapes(tmp_path, clean, adversarial, words):
   }
   with pytest.raises(UserError, match=words):
     draw_examples(examples, tmp_path / 'examples.png')
+
+
+def radii(attack='autoattack', weights='best', steps=0):
+  """Returns records of a sweep over four radii, the first of them clean."""
+  return [
+    {
+      'weights': weights,
+      'attack': 'clean' if not i else attack,
+      'steps': steps if i else 0,
+      'norm': 'linf',
+      'eps': f'{max(2 * i, 2)}/255',
+      'eps_value': max(2 * i, 2) / 255,
+      'accuracy': 0.9 - 0.2 * i,
+      'interval': [0.8 - 0.2 * i, 0.95 - 0.2 * i],
+    }
+    for i in range(4)
+  ]
+
+
+def test_radii(tmp_path):
+  path = tmp_path / 'radii.png'
+  draw_radii(radii(), path)
+  with Image.open(path) as image:
+    assert image.format == 'PNG'
+    assert image.size == (768, 504)
+  assert count_color(path, '#D55E00') > 300  # its line
+  assert count_color(path, '#0072B2') == 0
+  draw_radii(radii() + radii('pgd', steps=20), path)
+  assert count_color(path, '#0072B2') > 300
+
+
+def test_radii_are_labelled_as_they_were_given(tmp_path, monkeypatch):
+  figures = []
+  monkeypatch.setattr(
+    pictures, '_save', lambda figure, path: figures.append(figure)
+  )
+  last = radii('pgd', 'last', steps=20)
+  draw_radii(radii() + radii('pgd', steps=20) + last, tmp_path / 'radii.png')
+  (axes,) = figures[0].axes
+  assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    'best, autoattack', 'best, pgd-20', 'last, pgd-20',
+  ]  # fmt: skip
+  assert [text.get_text() for text in axes.get_xticklabels()] == [
+    '2/255', '4/255', '6/255',
+  ]  # fmt: skip
+  for line in axes.get_lines():
+    np.testing.assert_allclose(
+      line.get_xdata(), np.array([0, 2, 4, 6]) / 255, atol=1e-7
+    )
+    np.testing.assert_allclose(line.get_ydata(), [90, 70, 50, 30])
+  assert 'ell_\\infty' in axes.get_xlabel()
+
+
+@pytest.mark.filterwarnings('error')
+def test_radii_of_clean_images_alone(tmp_path):
+  draw_radii(radii()[:1], tmp_path / 'radii.png')
+  assert (tmp_path / 'radii.png').exists()

@@ -14,7 +14,7 @@ PGD = attacks.parse('pgd-3', THREAT, 0.05)
 DEVICES = pytest.mark.parametrize('devices', [1, 8])
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def split():
   """13 images of 3 classes."""
   rng = np.random.default_rng(0)
@@ -27,7 +27,7 @@ def linear(variables, images):
   return images.reshape(images.shape[0], -1) @ variables
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def weights(split):
   """Fits the split to the clean images, nearly."""
   images = split.fetch(np.arange(13)).reshape(13, -1) / 255
@@ -88,7 +88,7 @@ def test_an_attack_lowers_accuracy(split, weights):
 class Mending:
   """An attack that makes every image be classified correctly."""
 
-  name = 'mending'
+  name, version = 'mending', ''
 
   def __call__(self, keys, logits_fn, x, labels, threat):
     return jnp.zeros_like(x).at[:, 0, 0, 0].set(labels)
@@ -115,7 +115,7 @@ def test_random_starts_follow_from_the_seed_and_the_example(split):
   starts = {}
 
   class Noting:
-    name = 'noting'
+    name, version = 'noting', ''
 
     def __call__(self, keys, logits_fn, x, labels, threat):
       jax.debug.callback(note, keys, labels)
@@ -156,3 +156,86 @@ def test_adversarial_images_stay_in_the_ball(split, weights):
   assert x_adv.min() >= 0 and x_adv.max() <= 1
   logits = x_adv.reshape(5, -1) @ weights
   np.testing.assert_array_equal(predictions, logits.argmax(axis=1))
+
+
+SQUARE = attacks.parse('square-30', THREAT, 0.05)
+APGD = attacks.parse('apgd-ce', THREAT, 0.05)
+
+
+@pytest.mark.parametrize('attack', [SQUARE, APGD], ids=lambda a: a.label)
+def test_an_ensemble_finds_the_same_on_one_device_and_eight(
+  split, weights, attack
+):
+  one = evaluate(split, weights, attack, batch_size=4)
+  eight = evaluate(split, weights, attack, batch_size=8, devices=8)
+  assert 0 < one.robust.sum() < one.clean.sum() < 13
+  for name in ('indices', 'labels', 'clean', 'robust'):
+    np.testing.assert_array_equal(getattr(one, name), getattr(eight, name))
+  np.testing.assert_allclose(one.x_adv, eight.x_adv, atol=1e-5)
+  records = [outcome.record() for outcome in (one, eight)]
+  for record in records:
+    for row in record['cascade']:
+      row.pop('seconds')
+  assert records[0] == records[1]
+
+
+@pytest.fixture(scope='module')
+def squared(split, weights):
+  """The outcome of Square on all images, and on 6 of them."""
+  return tuple(evaluate(split, weights, SQUARE, n) for n in (0, 6))
+
+
+def test_an_ensemble_sees_the_clean_accuracy_and_the_images(
+  split, weights, squared
+):
+  for outcome, count in zip(squared, (0, 6), strict=True):
+    clean = evaluate(split, weights, CLEAN, count)
+    np.testing.assert_array_equal(outcome.indices, clean.indices)
+    np.testing.assert_array_equal(outcome.clean, clean.clean)
+    images = split.fetch(outcome.indices).astype(np.float32) / 255
+    np.testing.assert_allclose(outcome.x, images, atol=1e-7)
+    kept = outcome.robust | ~outcome.clean
+    np.testing.assert_array_equal(outcome.x_adv[kept], outcome.x[kept])
+    assert 0.09 < np.abs(outcome.x_adv - images).max() <= 0.1 + 1e-6
+
+
+def test_an_ensemble_draws_by_the_place_in_the_split(squared):
+  everything, some = squared
+  assert some.indices.tolist() != list(range(6))
+  np.testing.assert_array_equal(some.x_adv, everything.x_adv[some.indices])
+
+
+def test_classes_add_up_to_the_whole(split, weights, squared):
+  for outcome in (evaluate(split, weights), squared[0]):
+    record = outcome.record()
+    assert [row['label'] for row in record['per_class']] == [0, 1, 2]
+    for key in ('num_examples', 'num_correct'):
+      assert sum(row[key] for row in record['per_class']) == record[key]
+    clean = sum(row['clean'] for row in record['per_class'])
+    assert clean == outcome.clean.sum()
+    first = record['per_class'][1]
+    mine = split.labels == 1
+    assert first['num_examples'] == mine.sum()
+    assert first['num_correct'] == outcome.robust[mine].sum()
+
+
+def test_a_record_identifies_the_choice_of_examples(split, weights):
+  def chosen(**kwargs):
+    return evaluate(split, weights, CLEAN, **kwargs).record()['examples']
+
+  assert chosen(num_examples=6) == chosen(num_examples=6, batch_size=3)
+  assert chosen(num_examples=6) != chosen(num_examples=6, seed=1)
+  assert chosen(num_examples=6) != chosen(num_examples=5)
+  assert chosen() == chosen(num_examples=13)
+
+
+@DEVICES
+@pytest.mark.parametrize('count', [1, 8, 13])
+def test_predict_is_the_class_of_the_largest_logit(
+  split, weights, devices, count
+):
+  x = split.fetch(np.arange(count)).astype(np.float32) / 255
+  one = evaluator(devices=devices)
+  found = one.predict(sharding.replicate(weights, one.mesh), x)
+  expected = (x.reshape(count, -1) @ weights).argmax(axis=1)
+  np.testing.assert_array_equal(found, expected)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax import (
+  attack_report,
   checkpoint,
   classifier,
   pretrained,
@@ -15,6 +16,7 @@ from fulllora_jax import (
   train,
 )
 from fulllora_jax import state as state_lib
+from fulllora_jax.attacks import ensemble
 from fulllora_jax.errors import UserError
 from fulllora_jax.metrics import read_metrics
 
@@ -171,6 +173,29 @@ def test_another_config_in_its_directory_is_refused(
   small_config.seed = 1
   with pytest.raises(UserError, match=r'another config \(seed 0 -> 1\)'):
     train.train_and_evaluate(small_config, finished_copy)
+
+
+def test_autoattack_may_be_one_of_the_attacks_of_a_run(
+  small_config, finished, tmp_path, digits, one_device, monkeypatch
+):
+  members = (ensemble.member('square-5'),)
+  monkeypatch.setitem(ensemble.VERSIONS, 'standard', members)
+  small_config.base.source = str(finished.workdir / 'base')
+  small_config.train.steps = 2
+  small_config.eval.update(attacks=('clean', 'autoattack'), num_examples=32)
+  report = train.train_and_evaluate(small_config, tmp_path, digits)
+  attacked = report['evaluations'][3:]
+  assert [e['weights'] for e in attacked] == ['base', 'best', 'last']
+  text = (tmp_path / 'report.md').read_text()
+  for record in attacked:
+    assert f'### {attack_report.headline(record)}\n' in text
+    assert (
+      record['verified'] | {'outside': 0, 'mismatches': 0}
+      == (record['verified'])
+    )
+    assert (tmp_path / 'evaluations' / record['verified']['file']).exists()
+  assert 'MISMATCH' not in text
+  assert not (tmp_path / 'evaluations' / 'progress').exists()
 
 
 def test_a_finished_base_serves_another_run(

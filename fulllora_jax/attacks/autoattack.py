@@ -1,8 +1,9 @@
 """AutoAttack (Croce & Hein, 2020, arXiv 2003.01690) in fixed shapes.
 
-Each attack of the ensemble runs on the images that all before it left robust.
-The host packs those into batches of one shape, the last one filled up and
-masked, so each attack compiles once, whatever the number of images left.
+Each attack of the ensemble runs on the images that all before it left robust,
+restart after restart and target after target. The host packs these runs into
+batches of one shape, the last one filled up and masked, so each attack compiles
+once, whatever the number of images left.
 """
 
 import dataclasses
@@ -181,8 +182,9 @@ class _Run:
     """Returns the logits of the images, [N, K]; odds for a stochastic model."""
     program = _clean_program(self.mesh, self.precision, self.draws)
     rows = []
-    for chosen in self._packed(np.arange(len(self.x))):
-      batch = self._batch(chosen)
+    for first in range(0, len(self.x), self.size):
+      chosen = np.arange(len(self.x))[first : first + self.size]
+      batch = self._batch(chosen, np.zeros_like(chosen))
       logits = program(self.logits_fn, batch['x'], self.key)
       rows.append(np.asarray(logits)[: len(chosen)])
     return np.concatenate(rows)
@@ -195,27 +197,26 @@ class _Run:
     clock = _Clock(self.members)
     for place, member in enumerate(self.members, 1):
       spent = 0.0
-      for stage in range(member.stages):
-        alive = np.flatnonzero(robust)
-        for number, rows in enumerate(self._packed(alive)):
-          name = f'{place:02d}-{member.name}-{stage:02d}-{number:05d}'
-          outcome = progress.read(name, self.x[rows])
-          fresh = outcome is None
-          if fresh:
-            outcome = self._attack(member, stage, rows)
-            progress.write(name, outcome)
-          hit = rows[outcome.broken]
-          x_adv[hit] = outcome.x_adv[outcome.broken]
-          robust[hit], broken_by[hit] = False, place
-          spent += outcome.seconds
-          clock.finished(member, len(rows), outcome.seconds)
-          if fresh and clock.due():
-            done = number * self.size + len(rows)
-            left = clock.left(place - 1, stage, len(alive) - done, robust.sum())
-            say(
-              f'{_title(member, stage)}: {done}/{len(alive)} images, '
-              f'{robust.mean():.1%} robust so far, {left}'
-            )
+      for number, runs in enumerate(_batches(member, robust, self.size)):
+        rows = runs.images
+        name = f'{place:02d}-{member.name}-{number:05d}'
+        outcome = progress.read(name, self.x[rows])
+        fresh = outcome is None
+        if fresh:
+          outcome = self._attack(member, runs)
+          progress.write(name, outcome)
+        # Of several stages that break an image the first one counts.
+        for run in np.flatnonzero(outcome.broken & robust[rows]):
+          if robust[rows[run]]:
+            x_adv[rows[run]] = outcome.x_adv[run]
+            robust[rows[run]], broken_by[rows[run]] = False, place
+        spent += outcome.seconds
+        clock.finished(member, len(rows), outcome.seconds)
+        if fresh and clock.due():
+          say(
+            f'{_title(member, runs)}, {robust.mean():.1%} robust so far, '
+            f'{clock.left(place - 1, runs.left, robust.sum())}'
+          )
       names.append(member.name)
       accuracy.append(float(robust.mean()))
       seconds.append(spent)
@@ -226,21 +227,19 @@ class _Run:
       Cascade(tuple(names), tuple(accuracy), tuple(seconds), broken_by, notes),
     )
 
-  def _attack(self, member: Member, stage: int, rows: np.ndarray) -> Outcome:
-    started = time.monotonic()
+  def _attack(self, member: Member, runs: '_Runs') -> Outcome:
+    started, rows = time.monotonic(), runs.images
     program = _attack_program(
       member, self.threat.norm, self.mesh, self.precision, self.draws
     )
     # Its own stream for each attack, the same one in every version.
     stream = jax.random.fold_in(self.key, zlib.crc32(member.name.encode()))
-    stream = jax.random.fold_in(stream, stage)
     x_adv, broken = jax.device_get(
       program(
         self.logits_fn,
-        self._batch(rows),
+        self._batch(rows, runs.stages),
         stream,
         jnp.float32(self.threat.eps),
-        jnp.int32(stage),
       )
     )
     broken = np.asarray(broken[: len(rows)])
@@ -249,19 +248,19 @@ class _Run:
     )
     return Outcome(broken, x_adv, time.monotonic() - started)
 
-  def _packed(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-    for first in range(0, len(rows), self.size):
-      yield rows[first : first + self.size]
-
-  def _batch(self, rows: np.ndarray) -> dict[str, jax.Array]:
-    """Returns a batch of the one shape; filled rows repeat the first image."""
-    padded = np.full(self.size, rows[0])
-    padded[: len(rows)] = rows
+  def _batch(
+    self, rows: np.ndarray, stages: np.ndarray
+  ) -> dict[str, jax.Array]:
+    """Returns a batch of the one shape; filled rows repeat the first one."""
+    filled = self.size - len(rows)
+    padded = np.concatenate([rows, np.full(filled, rows[0])])
+    stages = np.concatenate([stages, np.full(filled, stages[0])])
     return sharding.put_batch(
       {
         'x': self.x[padded],
         'labels': self.labels[padded],
         'index': self.indices[padded],
+        'stage': stages.astype(np.int32),
         'mask': np.arange(self.size) < len(rows),
       },
       self.mesh,
@@ -284,19 +283,20 @@ def _clean_program(mesh: Mesh, precision: str, draws: int) -> Callable:
 def _attack_program(
   member: Member, norm: str, mesh: Mesh, precision: str, draws: int
 ) -> Callable:
-  """Compiles one attack; eps and stage are arguments of the program.
+  """Compiles one attack; eps is an argument of the program.
 
   It returns (x_adv [B, H, W, C], broken [B]). Broken is what a fresh forward
   pass misclassifies, inside the ball.
   """
   whole, rows = sharding.replicated(mesh), sharding.batch_sharded(mesh)
 
-  def attack(logits_fn, batch, stream, eps, stage):
+  def attack(logits_fn, batch, stream, eps):
     with jax.default_matmul_precision(precision):
       threat = Threat(norm, eps)
       x, labels, mask = batch['x'], batch['labels'], batch['mask']
-      keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        stream, batch['index']
+      stage = batch['stage']
+      keys = jax.vmap(_fold_twice, in_axes=(None, 0, 0))(
+        stream, stage, batch['index']
       )
       x_adv = member(stage, keys, logits_fn, x, labels, mask, threat)
       logits = _classify(logits_fn, x_adv, stream, draws)
@@ -305,9 +305,13 @@ def _attack_program(
 
   return jax.jit(
     attack,
-    in_shardings=(whole, rows, whole, whole, whole),
+    in_shardings=(whole, rows, whole, whole),
     out_shardings=whole,
   )
+
+
+def _fold_twice(key: jax.Array, stage: jax.Array, index: jax.Array):
+  return jax.random.fold_in(jax.random.fold_in(key, stage), index)
 
 
 def _classify(logits_fn, x, key, draws: int) -> jax.Array:
@@ -347,18 +351,50 @@ class _Clock:
     self._said = now
     return True
 
-  def left(self, place: int, stage: int, images: int, robust: int) -> str:
-    """Returns e.g. '1m15s left at most': images may break on the way."""
+  def left(self, place: int, runs: int, robust: int) -> str:
+    """Returns e.g. '1m15s left at most': images may break on the way.
+
+    Args:
+      place: of the attack in the ensemble.
+      runs: of it that are still to do.
+      robust: images so far.
+    """
     member, *later = self._members[place:]
-    work = member.cost * (images + (member.stages - stage - 1) * robust)
+    work = member.cost * runs
     work += sum(m.cost * m.stages * robust for m in later)
     return f'{duration(work * self._spent / self._work)} left at most'
 
 
-def _title(member: Member, stage: int) -> str:
-  if member.stages == 1:
-    return member.name
-  return f'{member.name} {stage + 1}/{member.stages}'
+class _Runs(NamedTuple):
+  """A batch of runs of an attack: an image, and which stage of it."""
+
+  images: np.ndarray  # int [b]
+  stages: np.ndarray  # int [b]
+  left: int  # runs after these, if no image breaks
+
+
+def _batches(member: Member, robust: np.ndarray, size: int) -> Iterator[_Runs]:
+  """Packs the runs of an attack, stage after stage, into batches.
+
+  `robust` is read before each batch: an image that was broken has no further
+  run. A batch may hold the end of one stage and the start of the next, so
+  only the attack's last batch is not full.
+  """
+  alive = np.flatnonzero(robust)
+  stages = np.repeat(np.arange(member.stages), len(alive))
+  images = np.tile(alive, member.stages)
+  while True:
+    kept = robust[images]
+    images, stages = images[kept], stages[kept]
+    if not len(images):
+      return
+    yield _Runs(images[:size], stages[:size], max(len(images) - size, 0))
+    images, stages = images[size:], stages[size:]
+
+
+def _title(member: Member, runs: _Runs) -> str:
+  stage = f' {runs.stages[-1] + 1}/{member.stages}' * (member.stages > 1)
+  return f'{member.name}{stage}, {runs.left} runs to go'
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -1,8 +1,8 @@
 """The attacks AutoAttack is made of, and its versions.
 
 Croce & Hein, 2020 (arXiv 2003.01690), section 5; the numbers are those of the
-authors' code. Each attack runs in stages, one for each restart and target;
-between stages broken images leave the batch.
+authors' code. Each attack runs in stages, one for each restart and target, on
+what the stages before it left robust.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Member:
     """Runs one stage.
 
     Args:
-      stage: int in [0, stages), may be traced.
+      stage: int in [0, stages), may be traced; for all images or int [B].
       keys: PRNG keys [B].
       logits_fn: images [B, H, W, C] -> logits [B, K]; takes a key too where
         draws > 1.

@@ -60,14 +60,19 @@ def fab(
     steps: static.
     targets: int [B], linearises the boundary to these classes (FAB-T) and not
       to the nearest one.
-    random_start: starts up to eps / 2 away from x, not at it.
+    random_start: starts up to eps / 2 away from x, not at it; for all images
+      or bool [B].
 
   Returns:
     x_adv [B, H, W, C]: the nearest point found, where it is in the ball; x
     elsewhere.
   """
   state = Search(
-    x_adv=jnp.where(random_start, start(keys, x, threat.scaled(0.5)), x),
+    x_adv=pick(
+      jnp.broadcast_to(random_start, labels.shape),
+      start(keys, x, threat.scaled(0.5)),
+      x,
+    ),
     nearest=x,
     distance=jnp.full(x.shape[0], jnp.inf),
   )

@@ -90,8 +90,14 @@ def targeted_dlr(
 
 
 def ranked_class(logits: jax.Array, rank: jax.Array | int) -> jax.Array:
-  """Returns the class of the rank-th largest logit, int [B]; 0: the largest."""
-  return jnp.argsort(-logits, axis=-1)[:, rank]
+  """Returns the class of the rank-th largest logit, int [B]; 0: the largest.
+
+  Args:
+    logits: [B, K].
+    rank: in [0, K), for all or int [B].
+  """
+  rank = jnp.broadcast_to(rank, logits.shape[:1])
+  return _at(jnp.argsort(-logits, axis=-1), rank)
 
 
 def _need_classes(loss: str, logits: jax.Array, least: int) -> None:

@@ -297,7 +297,7 @@ def _corner(key, side, height, width):
 
 
 def _inside(top, left, side, height, width):
-  rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+  rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
   return (
     (rows >= top)
     & (rows < top + side)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax.attacks import losses
+from fulllora_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (7, 5)).astype(np.float32)
@@ -99,3 +100,57 @@ def test_a_logit_that_is_not_finite_counts_as_wrong(bad):
   right = losses.correct(logits, jnp.array([0, 0]))
   assert right.tolist() == [False, True]
   assert not losses.correct(jnp.full((1, 3), bad), jnp.array([0])).any()
+
+
+@pytest.mark.parametrize(
+  ('logits', 'label', 'value'),
+  [
+    ([3.0, 1.0, 2.0], 0, -0.5),
+    ([3.0, 1.0, 2.0], 2, 0.5),
+    ([3.0, 1.0, 2.0], 1, 1.0),
+    ([9.0, 1.0, 5.0, 7.0], 0, -0.5),
+    ([9.0, 1.0, 5.0, 7.0], 1, 2.0),
+  ],
+)
+def test_dlr_is_the_margin_over_first_minus_third(logits, label, value):
+  found = losses.dlr(jnp.array([logits]), jnp.array([label]))
+  np.testing.assert_allclose(found, [value], rtol=1e-6)
+
+
+def test_targeted_dlr_is_target_minus_label_over_its_scale():
+  logits = jnp.array([[9.0, 1.0, 5.0, 7.0]] * 3)  # scale 9 - (5 + 1) / 2 = 6
+  labels, targets = jnp.array([0, 0, 2]), jnp.array([3, 1, 0])
+  found = losses.targeted_dlr(logits, labels, targets)
+  np.testing.assert_allclose(found, [-2 / 6, -8 / 6, 4 / 6], rtol=1e-6)
+
+
+@pytest.mark.parametrize('scale', [1e-2, 1.0, 1e3])
+@pytest.mark.parametrize('shift', [-5.0, 0.0, 7.0])
+def test_dlr_losses_do_not_change_with_scale_and_shift(scale, shift):
+  labels = jnp.asarray(LABELS)
+  targets = (labels + 2) % 5
+  moved = scale * (LOGITS + shift)
+  np.testing.assert_allclose(
+    losses.dlr(moved, labels), losses.dlr(LOGITS, labels), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    losses.targeted_dlr(moved, labels, targets),
+    losses.targeted_dlr(LOGITS, labels, targets),
+    rtol=1e-4,
+  )
+
+
+def test_dlr_losses_need_enough_classes():
+  labels = jnp.array([0])
+  with pytest.raises(UserError, match='the dlr loss needs at least 3.* 2;'):
+    losses.dlr(jnp.zeros((1, 2)), labels)
+  with pytest.raises(UserError, match='targeted dlr loss needs .* 4 .* 3; use'):
+    losses.targeted_dlr(jnp.zeros((1, 3)), labels, labels)
+
+
+def test_ranked_class_counts_from_the_largest():
+  logits = jnp.array([[1.0, 3.0, 2.0], [5.0, -1.0, 0.0]])
+  assert losses.ranked_class(logits, 0).tolist() == [1, 0]
+  assert losses.ranked_class(logits, 1).tolist() == [2, 2]
+  traced = jax.jit(losses.ranked_class)(logits, 2)
+  assert traced.tolist() == [0, 1]

@@ -44,7 +44,15 @@ def test_a_label_reads_as_its_attack(label):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('autoattack', "unknown attack 'autoattack'; known: clean, fgsm, pgd"),
+    (
+      'auto',
+      "unknown attack 'auto'; known: clean, fgsm, pgd, .*autoattack.*, ",
+    ),
+    ('autoattack-20', "unknown attack 'autoattack-20'"),
+    ('apgd-ce-5', "unknown attack 'apgd-ce-5'"),
+    ('square-', "'square-' has no number of queries; write square-5000"),
+    ('square-0', "'square-0' has no number of queries"),
+    ('square-²', 'has no number of queries'),
     ('', "unknown attack ''"),
     ('PGD-20', "unknown attack 'PGD-20'"),
     ('fgsm-3', "fgsm takes no steps, but got 'fgsm-3'"),
@@ -102,3 +110,40 @@ def test_pgd_and_cw_linf_are_pgd_on_their_loss(text, loss):
     steps=3, step_size=0.02, restarts=2, loss=loss,
   )  # fmt: skip
   np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+  ('text', 'version'),
+  [
+    ('autoattack', 'standard'),
+    ('autoattack-plus', 'plus'),
+    ('autoattack-rand', 'rand'),
+    ('apgd-t', ('apgd-t',)),
+    (' fab ', ('fab',)),
+    ('square', ('square',)),
+    ('square-1000', ('square-1000',)),
+  ],
+)
+def test_parse_reads_ensembles_and_their_attacks(text, version):
+  found = parse(text, LINF, 0.02, restarts=3)
+  assert found == Attack(text.strip(), 0, 0.0, 0, version)
+  assert found.label == text.strip()
+
+
+@pytest.mark.parametrize('text', ['pgd-20', 'clean', 'fgsm', 'cw_linf'])
+def test_attacks_that_can_be_called_have_no_version(text):
+  assert not parse(text, LINF, 0.02).version
+
+
+@pytest.mark.parametrize('text', ['apgd-ce', 'apgd-t', 'clean'])
+def test_l1_knows_apgd(text):
+  assert parse(text, Threat('l1', 1.0), 0.02).label == text
+
+
+@pytest.mark.parametrize(
+  'text', ['autoattack', 'square-10', 'fab-t', 'pgd-20', 'fgsm', 'cw_linf']
+)
+def test_l1_knows_no_other_attack(text):
+  message = '^attack: .* knows linf and l2 only; for l1 give apgd-ce,apgd-t$'
+  with pytest.raises(UserError, match=message):
+    parse(text, Threat('l1', 1.0), 0.02)

@@ -15,6 +15,7 @@ THREATS = [
   Threat('linf', 0.4),
   Threat('l2', 0.5),
   Threat('l2', 20.0),
+  Threat('l1', 3.0),
 ]
 BALLS = pytest.mark.parametrize('threat', THREATS, ids=lambda t: f'{t.norm}')
 RNG = np.random.default_rng(0)
@@ -65,7 +66,8 @@ def test_parse_fraction_names_what_it_cannot_read(text):
     ('linf', -0.1, 'eps: -0.1 is negative'),
     ('l2', '-1/2', 'eps: -1/2 is negative'),
     ('linf', math.nan, 'threat.eps: cannot read nan'),
-    ('l1', 0.1, "unknown norm 'l1'; known: linf, l2"),
+    ('l1', -1, 'eps: -1 is negative'),
+    ('l3', 0.1, "unknown norm 'l3'; known: linf, l2, l1"),
   ],
 )
 def test_threat_refuses(norm, eps, message):
@@ -84,7 +86,9 @@ def test_points_inside_are_unchanged(threat):
   np.testing.assert_allclose(project(threat, X, inside), inside, atol=1e-7)
 
 
-@pytest.mark.parametrize('threat', [Threat('linf', 0.1), Threat('l2', 0.3)])
+@pytest.mark.parametrize(
+  'threat', [Threat('linf', 0.1), Threat('l2', 0.3), Threat('l1', 1.0)]
+)
 def test_points_outside_land_on_the_sphere_where_the_box_is_far(threat):
   for distance in (1.01, 3.0, 100.0):
     outside = INNER + at_distance(threat, distance * threat.eps)
@@ -102,8 +106,8 @@ def test_projection_ends_in_ball_and_box_and_is_its_own_repetition(threat):
     once = project(threat, X, X + scale * DIRECTIONS)
     assert once.min() >= 0 and once.max() <= 1
     assert (threat.distance(X, once) <= threat.eps * (1 + 1e-6)).all()
-    # The norm is rounded, so that the second projection may move an ulp.
-    atol = 0 if threat.norm == 'linf' else 1e-7
+    # The norm is rounded, so that the second projection may move some ulp.
+    atol = {'linf': 0, 'l2': 1e-7, 'l1': 1e-6}[threat.norm]
     np.testing.assert_allclose(project(threat, X, once), once, 0, atol)
 
 
@@ -174,7 +178,7 @@ def test_direction_is_the_steepest_of_unit_norm():
 
 def test_distance_is_numpys_norm():
   flat = np.asarray(DIRECTIONS).reshape(6, -1)
-  for norm, order in (('linf', np.inf), ('l2', 2)):
+  for norm, order in (('linf', np.inf), ('l2', 2), ('l1', 1)):
     np.testing.assert_allclose(
       Threat(norm, 0.1).distance(X, X + DIRECTIONS),
       np.linalg.norm(flat, order, axis=1),

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fulllora_jax import config, models, state
+from fulllora_jax import build, config, models, state
 from fulllora_jax.errors import UserError
+from fulllora_jax.models import vit
 
 IMAGES = jnp.asarray(
   np.random.default_rng(0).uniform(size=(2, 8, 8, 3)), jnp.float32
@@ -217,3 +218,84 @@ def test_a_published_size_can_be_changed_in_one_field():
   c.model.name, c.model.depth = 'vit_ti', 2
   model = models.create(c.model, 10)
   assert (model.width, model.depth, model.num_heads) == (192, 2, 3)
+
+
+@pytest.fixture
+def in_full(monkeypatch):
+  """Calls a function while every block computes all the tokens."""
+
+  def whole_encoder(*args, name):
+    return encoder(*args[:-1], token_only=False, name=name)
+
+  def call(function, *args):
+    with monkeypatch.context() as patch:
+      patch.setattr(vit, 'Encoder', whole_encoder)
+      return function(*args)
+
+  encoder = vit.Encoder
+  return call
+
+
+@pytest.fixture(scope='module')
+def deep(tiny_config, fill):
+  """Makes (model, random variables) of 2 blocks, adapted as the method has."""
+
+  def make(method, **changed):
+    built = build.build(tiny_config(method, depth=2, **changed), 10)
+    return built.model, fill(build.shapes(built, (8, 8, 3)))
+
+  return make
+
+
+def outcome(model, variables, images):
+  """Returns logits, and the gradients of a mix of them."""
+
+  @jax.jit
+  def value_and_grads(variables, images):
+    def mixed(variables, images):
+      logits = model.apply(variables, images)
+      return (logits * jnp.sin(jnp.arange(20.0).reshape(2, 10))).sum(), logits
+
+    grads, logits = jax.grad(mixed, (0, 1), has_aux=True)(variables, images)
+    return logits, grads
+
+  logits, (grads, pixels) = value_and_grads(variables, images)
+  return {'logits': logits, 'pixels': pixels, **state.named_leaves(grads)}
+
+
+@pytest.mark.parametrize('method', ['full', 'fulllora'])
+def test_the_last_block_in_part_gives_what_it_gives_in_full(
+  deep, in_full, method
+):
+  model, variables = deep(method)
+  found = outcome(model, variables, IMAGES)
+  expected = in_full(outcome, model, variables, IMAGES)
+  assert found.keys() == expected.keys()
+  assert any('lora_b' in name for name in found) == (method == 'fulllora')
+  for name, value in expected.items():
+    assert np.abs(value).max() > 0 or name.endswith('key/bias'), name
+    np.testing.assert_allclose(
+      found[name], value, rtol=1e-4, atol=1e-5, err_msg=name
+    )
+
+
+@pytest.mark.parametrize('pool, last', [('token', 1), ('mean', 4)])
+def test_the_last_block_computes_what_is_read(deep, in_full, pool, last):
+  model, variables = deep('full', pool=pool)
+
+  def tokens_of_mlps():
+    _, kept = jax.eval_shape(
+      lambda variables: model.model.apply(
+        variables,
+        IMAGES,
+        capture_intermediates=lambda module, _: module.name == 'MlpBlock_3',
+      ),
+      variables,
+    )
+    blocks = kept['intermediates']['Transformer']
+    outputs = jax.tree.leaves([blocks[name] for name in sorted(blocks)])
+    return [output.shape[1] for output in outputs]
+
+  whole = 5 if pool == 'token' else 4
+  assert tokens_of_mlps() == [whole, last]
+  assert in_full(tokens_of_mlps) == [whole, whole]
