@@ -95,7 +95,7 @@ def tampered(linear, monkeypatch):
   """Evaluates while the arrays change on their way to the file."""
   write = evaluations.replace_arrays
 
-  def run(change):
+  def run(change, *args):
     def changed(path, **arrays):
       arrays = {name: np.array(array) for name, array in arrays.items()}
       change(arrays)
@@ -103,7 +103,7 @@ def tampered(linear, monkeypatch):
 
     with monkeypatch.context() as patch:
       patch.setattr(evaluations, 'replace_arrays', changed)
-      (record,) = linear('--attack=apgd-ce')['evaluations']
+      (record,) = linear('--attack=apgd-ce', *args)['evaluations']
     return record['verified'] | {'num_correct': record['num_correct']}
 
   return run
@@ -154,17 +154,31 @@ def test_images_outside_the_ball_or_the_box_are_found(
   assert f'{counts[0]} are outside the ball' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-  'norm, eps', [('linf', '0.0002'), ('l2', '0.01'), ('l1', '0.05')]
-)
-def test_rounding_does_not_leave_a_small_ball(linear, norm, eps):
-  (record,) = linear(
-    '--attack=apgd-ce', f'--norm={norm}', f'--eps={eps}', '--num_examples=300',
-    '--batch_size=100',
-  )['evaluations']  # fmt: skip
-  assert record['norm'] == norm
-  assert record['verified']['outside'] == 0
-  assert record['verified']['mismatches'] == 0
+@pytest.mark.parametrize('factor, outside', [(1, False), (1.01, True)])
+def test_rounding_does_not_leave_a_small_ball(tampered, factor, outside):
+  def to_the_sphere(arrays):
+    signs = np.random.default_rng(0).choice([-1, 1], arrays['x_adv'].shape)
+    step = (7e-5 * factor * signs).astype(np.float32)
+    arrays['x_adv'] = np.clip(arrays['x_adv'] + step, 0, 1)
+
+  verified = tampered(to_the_sphere, '--eps=7e-5')
+  assert verified['num_correct'] == 19  # no image has moved before
+  assert verified['outside'] == (20 if outside else 0)
+
+
+@pytest.mark.parametrize('norm, eps', [('l2', '0.6'), ('l1', '4')])
+def test_every_norm_is_verified(tampered, norm, eps):
+  def stretch(arrays):
+    x = clean['x_adv']
+    arrays['x_adv'] = np.clip(x + 1.01 * (arrays['x_adv'] - x), 0, 1)
+
+  clean = {}
+  tampered(clean.update, f'--norm={norm}', '--eps=1e-6')
+  args = (f'--norm={norm}', f'--eps={eps}')
+  verified = tampered(lambda arrays: None, *args)
+  assert verified['num_correct'] < 19
+  assert verified['outside'] == verified['mismatches'] == 0
+  assert tampered(stretch, *args)['outside'] > 1
 
 
 def test_a_mismatch_is_said_with_the_result(linear, monkeypatch, capsys):

@@ -156,3 +156,40 @@ def test_a_bfloat16_model_is_attacked_in_float32():
   assert moved.any()
   # Compiled on its own, the model rounds elsewhere.
   assert (losses.margin(narrow(found), labels) > -0.05)[moved].all()
+
+
+@pytest.mark.parametrize(('norm', 'nearest'), [('linf', 2), ('l2', 1)])
+def test_how_near_a_class_is_depends_on_the_norm(norm, nearest):
+  """One pixel counts 1 for class 1; all 16 count 0.2 for class 2."""
+
+  def logits(x):
+    flat = x.reshape(x.shape[0], -1) - 0.5
+    one, all_pixels = flat[:, 0], 0.2 * flat.sum(axis=1)
+    return jnp.stack([0.3 + 0 * one, one, all_pixels], axis=1)
+
+  x = jnp.full((1, 4, 4, 1), 0.5)
+  found = nearest_boundary(logits, x, jnp.array([0]), norm)
+  expected = boundary_to(logits, x, jnp.array([0]), jnp.array([nearest]))
+  np.testing.assert_allclose(found.w, expected.w)
+
+
+@NORMS
+def test_a_random_start_is_half_of_eps_away(norm):
+  seen = []
+
+  def watched(x):
+    jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
+    return network(x)
+
+  threat = Threat(norm, {'linf': 0.1, 'l2': 0.4}[norm])
+  targets = (LABELS + 1) % 5
+  for again in (True, False):
+    seen.clear()
+    fab(
+      KEYS, watched, INNER, LABELS, threat,
+      steps=1, targets=targets, random_start=again,
+    )  # fmt: skip
+    jax.effects_barrier()
+    half = threat.eps / 2 * again
+    distance = threat.distance(INNER, seen[0])
+    np.testing.assert_allclose(distance, half, rtol=1e-4)
