@@ -71,8 +71,15 @@ def main(argv: Sequence[str]) -> None:
   sharding.use_every_core()
   sharding.enable_compilation_cache()
   if given.logits:
+    if given.weights:
+      raise errors.UserError('--weights: --logits has its own; leave one out')
     config = workdir.config_without_run(given.data, given.image_size)
   else:
+    if given.data or given.image_size:
+      raise errors.UserError(
+        '--data, --image_size: they go with --logits; a run is evaluated on '
+        'the data it was made for'
+      )
     config = workdir.read_config(given.workdir)
   for part, field, flag in (
     ('eval', 'attacks', tuple(given.attack) or None),

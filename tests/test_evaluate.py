@@ -307,7 +307,16 @@ BAD_INPUT = {
   '--split=tset': "--split: unknown 'tset'; known: train",
   '--workdir=/proc/run': '--workdir: cannot write to /proc/run',
   '--data=no_such_set': 'no_such_set',
+  '--weights=best': '--weights: --logits has its own',
 }
+
+
+@pytest.mark.parametrize('flag', ['--data=digits', '--image_size=8'])
+def test_a_run_has_its_own_data(run_python, tmp_path, flag):
+  done = run_python(*EVALUATE, f'--workdir={tmp_path}', flag)
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: --data, --image_size: they go with --logits')
 
 
 @pytest.mark.parametrize('argument', BAD_INPUT)

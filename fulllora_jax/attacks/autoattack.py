@@ -98,8 +98,9 @@ def autoattack(
   """Measures how many images are robust under an ensemble of attacks.
 
   Args:
-    key: a PRNG key. An image's draws follow from it and the image's index, not
-      from its batch.
+    key: a PRNG key. An attack's draws for an image follow from it and the
+      image's index, not from its batch; the noise of a stochastic model is
+      one for a batch.
     logits_fn: any jittable function, images [B, H, W, C] -> logits [B, K];
       for version 'rand' (images, key) -> logits. Weights that it closes over
       become constants of the program; jax.tree_util.Partial(apply, variables)

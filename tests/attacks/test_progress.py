@@ -200,6 +200,24 @@ def test_what_is_written_is_read_back(tmp_path):
   assert progress.read('batch', X[:2]) is None
 
 
+def test_a_batch_that_does_not_fit_its_flags_is_not_read(tmp_path):
+  progress = Progress(tmp_path, IDENTITY, LOGITS)
+  progress.write('batch', OUTCOME)
+  with np.load(tmp_path / 'batch.npz') as file:
+    saved = dict(file)
+  np.savez(tmp_path / 'batch.npz', **{**saved, 'x_adv': saved['x_adv'][:1]})
+  assert progress.read('batch', X) is None
+
+
+@pytest.mark.parametrize('name', ['identity.json', 'logits.npz'])
+def test_damaged_progress_is_one_line(tmp_path, name):
+  Progress(tmp_path, IDENTITY, LOGITS)
+  (tmp_path / name).write_bytes(b'{')
+  with pytest.raises(UserError, match='remove it to start over') as caught:
+    Progress(tmp_path, IDENTITY, LOGITS)
+  assert '\n' not in str(caught.value)
+
+
 def test_without_a_directory_nothing_is_kept(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   progress = Progress(None, IDENTITY, LOGITS)

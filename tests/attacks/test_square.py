@@ -8,6 +8,7 @@ import pytest
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.attacks.square import (
   Search,
+  _propose_l2,
   eta,
   first_change,
   keep_better,
@@ -197,3 +198,34 @@ def test_the_shape_of_a_window_has_norm_1_and_two_signs(side):
   assert window.shape == (side, side)
   assert np.linalg.norm(window) == pytest.approx(1, rel=1e-5)
   assert (window[: side // 2] >= 0).all() and (window[side // 2 :] <= 0).all()
+
+
+def proposed(delta, side=3):
+  """What l2 tries next, 64 times, for windows of that side; its delta."""
+  x = jnp.full((64, 12, 12, 3), 0.5)
+  keys = jax.random.split(jax.random.key(0), 64)
+  propose = _propose_l2(keys, np.full(10, side), x, L2)
+  tried = propose(x + delta, jnp.full(64, 4))
+  np.testing.assert_allclose(L2.distance(x, tried), 0.4, rtol=1e-4)
+  return np.asarray(tried - x)
+
+
+def test_l2_gives_a_window_what_is_unspent():
+  """Half of eps lies in a corner pixel, and stays there."""
+  spent = jnp.zeros((12, 12, 3)).at[0, 0].set(0.2 / np.sqrt(3))
+  tried = proposed(spent[None])
+  kept = np.isclose(tried[:, 0, 0], spent[0, 0], rtol=1e-4).all(axis=-1)
+  assert kept.sum() >= 56
+  changed = (np.abs(tried) > 1e-7).any(axis=-1).sum(axis=(1, 2))
+  assert (changed[kept] == 10).all()  # the corner and a window of 9
+  for_each = np.square(tried[kept]).sum(axis=(1, 2))
+  np.testing.assert_allclose(for_each, 0.16 / 3, rtol=1e-3)
+
+
+def test_l2_takes_a_windows_budget_from_another_one():
+  level = 0.4 / np.sqrt(12 * 12 * 3)
+  tried = proposed(jnp.full((1, 12, 12, 3), level))
+  emptied = (np.abs(tried) < 1e-7).all(axis=-1).sum(axis=(1, 2))
+  assert emptied.max() == 9 and (emptied > 0).sum() >= 56
+  same = np.isclose(tried, level, rtol=1e-3).all(axis=-1).sum(axis=(1, 2))
+  assert (same >= 144 - 18).all() and (same <= 144 - 9).all()
