@@ -31,17 +31,10 @@ def duration(seconds: float) -> str:
   return f'{whole // 3600}h{whole % 3600 // 60:02d}m'
 
 
-class Progress:
-  """Rate and time left of a loop of `total` items, of which `done` are done.
+class Pace:
+  """Says now and then that a line of progress is due."""
 
-  The first call to `update` starts the clock, so that compilation, which
-  happens before it, does not spoil the rate.
-  """
-
-  def __init__(self, total: int, done: int = 0):
-    self.total = total
-    self._start_done = done
-    self._start_time = None
+  def __init__(self):
     self._said = time.monotonic()
 
   def due(self, seconds: float = 5.0) -> bool:
@@ -51,6 +44,20 @@ class Progress:
       return False
     self._said = now
     return True
+
+
+class Progress(Pace):
+  """Rate and time left of a loop of `total` items, of which `done` are done.
+
+  The first call to `update` starts the clock, so that compilation, which
+  happens before it, does not spoil the rate.
+  """
+
+  def __init__(self, total: int, done: int = 0):
+    super().__init__()
+    self.total = total
+    self._start_done = done
+    self._start_time = None
 
   def update(self, done: int) -> str:
     """Returns e.g. '312.4/s, 1m15s left' for `done` items finished."""

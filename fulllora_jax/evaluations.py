@@ -9,7 +9,6 @@ import importlib
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from fulllora_jax.attacks import Attack, inputs
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.console import say, warn
 from fulllora_jax.errors import UserError
-from fulllora_jax.files import replace_arrays
+from fulllora_jax.files import make_writable, replace_arrays
 
 # Of a distance in float32, relative, and of pixels up to 1.
 _ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
@@ -139,7 +138,7 @@ class Evaluations:
     Args:
       weights: to evaluate.
       split: of the data set.
-      eps: as the config writes it; empty: the config's own.
+      eps: as the config writes it.
       scale_steps: keeps the attacks' step size in proportion to eps.
     """
     config, records = self.config, []
@@ -290,9 +289,7 @@ def next_name(workdir: Path) -> str:
   """Returns the name of the next result in evaluations/: 001, 002, ..."""
   folder = workdir / 'evaluations'
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-      pass
+    make_writable(folder)
   except OSError as error:
     raise UserError(
       f'--workdir: cannot write to {workdir}: {error.strerror}; choose another'

@@ -1,9 +1,17 @@
 """Writing files that are whole or not there."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
+
+
+def make_writable(path: Path) -> None:
+  """Makes a directory, if it is missing; raises OSError if none can write."""
+  path.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryFile(dir=path):
+    pass
 
 
 def replace_file(path: Path, content: bytes) -> None:

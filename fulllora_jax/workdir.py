@@ -9,12 +9,11 @@ metrics.jsonl   report.json   report.md   curves.png   examples.png
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from fulllora_jax import config as config_lib
 from fulllora_jax.errors import UserError
-from fulllora_jax.files import replace_file
+from fulllora_jax.files import make_writable, replace_file
 
 # What may change between the runs that share a directory: it decides how a run
 # is watched, not what it computes.
@@ -40,9 +39,7 @@ def claim(workdir: str | os.PathLike, config) -> Path:
   """
   path = Path(workdir).expanduser().absolute()
   try:
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):
-      pass
+    make_writable(path)
   except OSError as error:
     raise UserError(
       f'--workdir: cannot write to {path}: {error.strerror}; choose another'

@@ -27,7 +27,7 @@ from fulllora_jax.attacks import ensemble, inputs, losses
 from fulllora_jax.attacks.ensemble import Member
 from fulllora_jax.attacks.progress import Outcome, Progress
 from fulllora_jax.attacks.threat import Threat
-from fulllora_jax.console import duration
+from fulllora_jax.console import Pace, duration
 
 ROBUST = -1  # in Cascade.broken_by
 # x - eps and x + eps are rounded: how far a point may be past the sphere.
@@ -329,28 +329,21 @@ def _classify(logits_fn, x, key, draws: int) -> jax.Array:
   return odds.mean(axis=0)
 
 
-class _Clock:
+class _Clock(Pace):
   """Guesses the time left from what each forward pass of an image took."""
 
   def __init__(self, members: Sequence[Member]):
+    super().__init__()
     self._members = members
     self._spent, self._work, self._compiled = 0.0, 0.0, set()
-    self._said = time.monotonic()
 
   def finished(self, member: Member, images: int, seconds: float) -> None:
-    if member not in self._compiled and self._work:
-      self._compiled.add(member)  # a first batch compiles: no measure
-      return
+    compiles = member not in self._compiled
     self._compiled.add(member)
+    if compiles and self._work:
+      return  # no measure of the speed
     self._spent += seconds
     self._work += member.cost * images
-
-  def due(self, seconds: float = 5.0) -> bool:
-    now = time.monotonic()
-    if now - self._said < seconds:
-      return False
-    self._said = now
-    return True
 
   def left(self, place: int, runs: int, robust: int) -> str:
     """Returns e.g. '1m15s left at most': images may break on the way.

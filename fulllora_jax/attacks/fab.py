@@ -5,7 +5,6 @@ the decision boundary, project onto it within the box, drift towards x, and
 once across, go back towards x and try again (Algorithm 1, linf and l2).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,13 +12,12 @@ import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses, projections
 from fulllora_jax.attacks.apgd import pick, start
+from fulllora_jax.attacks.pgd import LogitsFn
 from fulllora_jax.attacks.threat import Threat
 
 ALPHA_MAX = 0.1  # the most that a step drifts towards x
 ETA = 1.05  # overshoot past the boundary
 BETA = 0.9  # the backward step: where to go on, between x and x_adv
-
-LogitsFn = Callable[[jax.Array], jax.Array]
 
 
 class Boundary(NamedTuple):

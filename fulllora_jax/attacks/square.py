@@ -18,6 +18,7 @@ import numpy as np
 
 from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.apgd import pick
+from fulllora_jax.attacks.pgd import LogitsFn
 from fulllora_jax.attacks.threat import Threat, l2_norm
 
 P_INIT = 0.8  # the first window's share of the image
@@ -27,7 +28,6 @@ HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # Elements of the proposals that are looked at ahead, for each image.
 _LOOK_AHEAD = 4096
 
-LogitsFn = Callable[[jax.Array], jax.Array]
 # (x_adv [B, H, W, C], query [B]) -> the point to try, of the same shape
 Propose = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -99,8 +99,8 @@ def large_eps(p: Patient) -> Finding | None:
 
 
 def black_box(p: Patient) -> Finding | None:
-  loss = 'apgd-dlr' if p.classes > 2 else 'apgd-ce'
-  white = p.after('apgd-ce', *([loss] if loss != 'apgd-ce' else []))
+  dlr = ('apgd-dlr',) if p.classes > 2 else ()
+  white = p.after('apgd-ce', *dlr)
   black = p.after('square-1000')
   lost = int((white & ~black).sum())
   if not p.several(lost):
