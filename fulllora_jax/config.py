@@ -30,16 +30,25 @@ def default() -> ConfigDict:
   c.method = 'fulllora'
 
   c.model = m = ConfigDict()
-  m.name = 'vit_b'  # vit_{ti,s,b,l,h}, or vit with the four sizes below
-  m.width = config_dict.placeholder(int)  # overrides; `vit` needs all four
+  # vit_{ti,s,b,l,h}, deit_*, swin_*, ... (models/__init__.py); vit, deit, ...
+  # without a size take it from the fields below.
+  m.name = 'vit_b'
+  m.width = config_dict.placeholder(int)  # overrides of the name's size
   m.depth = config_dict.placeholder(int)
   m.num_heads = config_dict.placeholder(int)
   m.mlp_dim = config_dict.placeholder(int)
+  m.depths = ()  # swin: blocks of each stage
+  m.heads = ()  # swin: heads of each stage
+  m.window = config_dict.placeholder(int)  # swin: side of a window, in tokens
+  m.local_layers = config_dict.placeholder(int)  # convit: blocks with GPSA
   m.patch_size = 4  # pixels
-  m.pool = 'token'  # token | mean
+  # What follows is the name's, or the checkpoint's, where it is not set.
+  m.pool = ''  # token | mean | token_mean | map (attention pooling)
+  m.act = ''  # gelu (exact) | gelu_tanh | quick_gelu
+  m.epsilon = config_dict.placeholder(float)  # of the model's own norms
+  m.mean = ()  # normalisation (x - mean) / std of [0, 1] pixels,
+  m.std = ()  # one value for each channel, or one for all
   m.dropout = 0.0  # training forward only, never in an attack
-  m.mean = (0.5, 0.5, 0.5)  # normalisation (x - mean) / std of [0, 1] pixels,
-  m.std = (0.5, 0.5, 0.5)  # one value for each channel, or one for all
   m.dtype = 'float32'  # compute: float32 | bfloat16; attack state is float32
 
   c.adapter = a = ConfigDict()

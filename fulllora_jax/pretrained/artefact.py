@@ -1,8 +1,4 @@
-"""Base weights: where a frozen ViT comes from.
-
-Today from a run of ours that trained every parameter (method `standard` or
-`full`). Published checkpoints get their home here.
-"""
+"""The base as a run of ours left it: method `standard` or `full`."""
 
 from pathlib import Path
 from typing import Any

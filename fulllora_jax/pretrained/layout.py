@@ -1,0 +1,101 @@
+"""What a published checkpoint's names say, and where its arrays go.
+
+A `Layout` is one way of writing one family of models: it recognises itself by
+the checkpoint's keys, reads the architecture off keys, shapes and the config
+beside the file, and has a rule for every key. No rule, no load: a key that
+nothing knows is an error, never skipped in silence.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Key -> shape, of every array in a checkpoint.
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Architecture(NamedTuple):
+  """A model of the registry, as a checkpoint has it.
+
+  Attributes:
+    name: of the registry (models/__init__.py), e.g. 'vit_b'.
+    fields: of `config.model`, where the checkpoint settles them: patch_size,
+      act, epsilon, mean, std, ...
+    image_size: in pixels, that it was trained at.
+    num_classes: rows of its head; 0 without one.
+  """
+
+  name: str
+  fields: Mapping[str, Any]
+  image_size: int
+  num_classes: int
+
+
+class Rule(NamedTuple):
+  r"""Where the arrays of some keys go.
+
+  Attributes:
+    key: regular expression of the whole key.
+    to: paths of our leaves, joined by '/', groups as \1; one for each array
+      that `how` returns. A string is one path; an empty tuple leaves the key
+      out, for the reason in `why`.
+    how: turns the array into ours.
+    why: of a key that is left out, e.g. 'the text tower'.
+  """
+
+  key: str
+  to: str | tuple[str, ...]
+  how: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, ...]] = (
+    lambda array: array
+  )
+  why: str = ''
+
+
+class Layout(NamedTuple):
+  """One way of writing one family.
+
+  Attributes:
+    name: as a message would have it, e.g. 'timm vit'.
+    recognises: of the shapes of a checkpoint; at most one layout says yes.
+    describe: (shapes, config) -> architecture; config is the config.json
+      beside the file, {} without one. Raises UserError where no model of the
+      registry is like that.
+    rules: the first whose key matches counts.
+  """
+
+  name: str
+  recognises: Callable[[Shapes], bool]
+  describe: Callable[[Shapes, Mapping[str, Any]], Architecture]
+  rules: tuple[Rule, ...]
+
+
+def linear(weight: np.ndarray) -> np.ndarray:
+  """Turns a PyTorch kernel [out, in] into ours [in, out]."""
+  return weight.T
+
+
+def conv(weight: np.ndarray) -> np.ndarray:
+  """Turns a PyTorch kernel [out, in, H, W] into ours [H, W, in, out]."""
+  return weight.transpose(2, 3, 1, 0)
+
+
+def thirds(array: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Splits a bias [3 d] of query, key and value."""
+  return tuple(np.split(array, 3))
+
+
+def linear_thirds(weight: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Splits a PyTorch kernel [3 d, in] of query, key and value; ours [in, d]."""
+  return tuple(part.T for part in np.split(weight, 3))
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+  """Returns how many different first groups the matching keys have.
+
+  >>> count({'blocks.0.w': (1,), 'blocks.1.w': (1,)}, r'blocks\\.(\\d+)\\..*')
+  2
+  """
+  matches = (re.fullmatch(pattern, key) for key in shapes)
+  return len({match.group(1) for match in matches if match})
