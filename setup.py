@@ -32,8 +32,10 @@ setup(
     'absl-py>=2.1',
     'clu>=0.0.12',
     'etils[epath]>=1.9.1',
+    'filelock>=3.12',
     'flax>=0.12',
     'grain>=0.2.15',
+    'huggingface_hub>=1.0',
     'importlib_resources>=6.0',  # tensorflow-datasets does not declare it
     'jax>=0.10',
     'matplotlib>=3.9',
@@ -42,6 +44,7 @@ setup(
     'optax>=0.2.6',
     'orbax-checkpoint>=0.12',
     'pillow>=10.0',
+    'safetensors>=0.5',
     'scikit-learn>=1.5',
     'tensorboard>=2.19',  # clu's writer imports it
     f'tensorflow-cpu>=2.19; {_X86}',
@@ -51,6 +54,7 @@ setup(
   extras_require={
     'cuda': ['jax[cuda12]'],
     'test': ['pytest>=8.0', 'ruff>=0.12'],
+    'torch': ['safetensors>=0.5', 'timm>=1.0', 'torch>=2.6', 'torchvision'],
     'tpu': ['jax[tpu]'],
   },
 )

@@ -90,8 +90,10 @@ def load(
 
   Args:
     path: a work directory, or the `best/` or `last/` in one.
-    base: the base's work directory or artefact; None takes the place that
-      the adapter's metadata names, relative to the adapter.
+    base: the base's work directory or artefact, or the published checkpoint
+      it came from (pretrained.load); None takes the place that the adapter's
+      metadata names, relative to the adapter, and where nothing is there the
+      published checkpoint.
     which: 'best' or 'last', where `path` is a work directory.
 
   Raises:
@@ -129,9 +131,17 @@ def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
 
 
 def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
-  source = base or os.path.normpath(directory / metadata['base'])
+  source = base or _recorded_base(directory, metadata)
   try:
-    params, _ = pretrained.load_base(source)
+    if pretrained.is_artefact(source) or not _is_published(source):
+      params, _ = pretrained.load_base(source)
+    else:
+      params, _ = pretrained.fit(
+        config.from_mapping(metadata['config']),
+        source,
+        tuple(metadata['image_shape']),
+        metadata['num_classes'],
+      )
   except UserError as error:
     raise UserError(
       f'{directory} needs its base: {error} (fulllora_jax.load takes it as '
@@ -155,3 +165,16 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
       f'{metadata["base_fingerprint"][:12]}...; give the right one'
     )
   return params
+
+
+def _recorded_base(directory: Path, metadata) -> str:
+  """Returns where the base is: beside the run, or where it was published."""
+  beside = os.path.normpath(directory / metadata['base'])
+  published = metadata.get('base_source')
+  if published and not pretrained.is_artefact(beside):
+    return published['source']
+  return beside
+
+
+def _is_published(source: str | os.PathLike) -> bool:
+  return ':' in str(source) or Path(source).expanduser().exists()

@@ -43,7 +43,9 @@ def default() -> ConfigDict:
   m.local_layers = config_dict.placeholder(int)  # convit: blocks with GPSA
   m.patch_size = 4  # pixels
   # What follows is the name's, or the checkpoint's, where it is not set.
-  m.pool = ''  # token | mean | token_mean | map (attention pooling)
+  m.pool = ''  # token | mean | mean_norm | token_mean | map (models/vit.py)
+  m.class_token = config_dict.placeholder(bool)
+  m.swiglu = config_dict.placeholder(bool)  # gated MLPs
   m.act = ''  # gelu (exact) | gelu_tanh | quick_gelu
   m.epsilon = config_dict.placeholder(float)  # of the model's own norms
   m.mean = ()  # normalisation (x - mean) / std of [0, 1] pixels,
@@ -52,10 +54,9 @@ def default() -> ConfigDict:
   m.dtype = 'float32'  # compute: float32 | bfloat16; attack state is float32
 
   c.adapter = a = ConfigDict()
-  # Roles of models/__init__.py, or regular expressions of module paths.
-  a.targets = (
-    'patch_embed', 'query', 'key', 'value', 'attn_out', 'fc1', 'fc2',
-  )  # fmt: skip
+  # Roles of the model's LINEAR_MAPS, or regular expressions of module paths;
+  # (): all roles but the head.
+  a.targets = ()
   a.rank = 24  # 4.9 % of ViT-B; 1..min(d_in, d_out)
   a.alpha = 24.0  # the branch is scaled by alpha / rank
   a.layer_norm = True  # False: plain LoRA
@@ -109,8 +110,14 @@ def default() -> ConfigDict:
 
   c.base = b = ConfigDict()
   # train: first train it here by method `standard`, with what follows;
-  # scratch: no base (methods full and standard); or a run's work directory.
+  # scratch: no base (methods full and standard); a run's work directory; or a
+  # published checkpoint: a file or folder, hf-hub:owner/name[@revision], or
+  # https://...#sha256=... (pretrained/sources.py).
   b.source = 'train'
+  b.patch_resize = 'sum'  # to another patch size: sum | flexi | interpolate
+  # Row of a published head for each class, -1 for a new one; (): a new head
+  # unless there are as many classes.
+  b.label_map = ()
   b.optimizer = adamw(learning_rate=1e-3, weight_decay=0.05)
   b.schedule = cosine(warmup=0.05)
   b.augment = ConfigDict(u.to_dict())
@@ -172,6 +179,11 @@ def _schedule(name, warmup):
   s.boundaries = (35 / 40, 38 / 40)  # step: fractions of training, and
   s.factors = (0.1, 0.01)  # the factor of the learning rate after each
   return s
+
+
+def copy(config: ConfigDict) -> ConfigDict:
+  """Returns a config of its own, that can be changed."""
+  return from_mapping(as_plain(config))
 
 
 def with_variant(config: ConfigDict, variant: str) -> ConfigDict:
@@ -302,6 +314,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   """
   method = methods.get(config.method)
   models.linear_maps(config.model.name)
+  if config.base.source in ('train', 'scratch'):  # nothing else settles it
+    models.create(config.model, num_classes=2)
   if config.threat.norm == 'l1':
     raise UserError(
       'threat.norm l1: training knows linf and l2 only; evaluate knows l1'
@@ -324,9 +338,10 @@ def validate(config: ConfigDict, num_devices: int) -> None:
       'needs one; give train, or the work directory of a run'
     )
   choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
-  choose('model.pool', config.model.pool, ('token', 'mean'))
   choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
   choose('adapter.dtype', config.adapter.dtype, ('float32', 'bfloat16'))
+  resizes = ('sum', 'flexi', 'interpolate')
+  choose('base.patch_resize', config.base.patch_resize, resizes)
   choose('attack.loss', config.attack.loss, tuple(LOSSES))
   choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
   choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))

@@ -20,6 +20,7 @@ from fulllora_jax import (
   checkpoint,
   classifier,
   data,
+  models,
   pictures,
   pretrained,
   provenance,
@@ -84,9 +85,15 @@ class FinishedRun(Evaluations):
     return self._loaded[which]
 
   def weights(self) -> tuple[str, ...]:
-    """Returns base, best, last; no base where the run began from scratch."""
-    from_scratch = self.load('best').metadata['base'] is None
-    return WEIGHTS[1:] if from_scratch else WEIGHTS
+    """Returns base, best, last; no base where it classifies nothing.
+
+    That is where the run began from scratch, or from published weights under a
+    head of zeros.
+    """
+    metadata = self.load('best').metadata
+    published = metadata.get('base_source') or {}
+    headless = metadata['base'] is None or published.get('new_head', False)
+    return WEIGHTS[1:] if headless else WEIGHTS
 
   def variables(self, weights: str) -> tuple[tuple, Any]:
     """Returns what identifies the weights, and the weights on the mesh."""
@@ -339,6 +346,7 @@ def artefact_metadata(
     validation: the score that chose `best`, its attack and step.
   """
   threat = config_lib.threat(config)
+  mean, std = models.normalisation(config.model)
   return {
     'config_name': config.name,
     'method': config.method,
@@ -352,8 +360,8 @@ def artefact_metadata(
       'eps_value': threat.eps,
     },
     'normalisation': {
-      'mean': list(config.model.mean),
-      'std': list(config.model.std),
+      'mean': list(mean),
+      'std': list(std),
     },
     'parameters': parameters,
     'base_fingerprint': fingerprint,

@@ -18,6 +18,7 @@ from fulllora_jax import (
   objectives,
   optim,
   pretrained,
+  published_base,
   report,
   results,
   robustness,
@@ -49,7 +50,7 @@ def train_and_evaluate(
   """Runs a config to its finished report; resumes where it was killed.
 
   1. The base: trained here first by method `standard`, or read from
-     `config.base.source`.
+     `config.base.source`, a run or a published checkpoint.
   2. The method's leaves are trained, checkpointed, and the best on the
      validation split kept beside the last.
   3. Base, best and last are evaluated on the test split.
@@ -73,8 +74,7 @@ def train_and_evaluate(
     result = json.loads((workdir / 'report.json').read_text())
   else:
     dataset = dataset or data.open_dataset(config.data, config.seed)
-    # The adapter must fit: hours of training the base may come first.
-    build.shapes(build.build(config, dataset.num_classes), dataset.image_shape)
+    config = config_lib.copy(config)
     base = _ensure_base(config, workdir, dataset)
     training = Training(config, workdir, dataset, base)
     seconds = training.run()
@@ -84,12 +84,19 @@ def train_and_evaluate(
 
 
 def _ensure_base(config, workdir: Path, dataset: data.Dataset) -> Path | None:
-  """Returns the base's artefact, trained first where the config says so."""
+  """Returns the base's artefact: trained first, of a run, or published.
+
+  A published one settles what `config.model` leaves open.
+  """
   source = config.base.source
   if source == 'scratch' or (config.method == 'standard' and source == 'train'):
     return None
-  if source != 'train':
+  if pretrained.is_artefact(source):
     return pretrained.find_artefact(source)
+  if source != 'train':
+    return published_base.prepare(config, workdir, dataset)
+  # The adapter must fit: hours of training the base come first.
+  build.shapes(build.build(config, dataset.num_classes), dataset.image_shape)
   directory = workdir / 'base'
   say(f'base: {config.model.name} by method standard, in {directory}')
   train_and_evaluate(config_lib.base_config(config), directory, dataset)
@@ -140,7 +147,7 @@ class Training:
     self, config, workdir: Path, dataset: data.Dataset, base: Path | None
   ):
     self.config, self.workdir, self.dataset = config, workdir, dataset
-    self.base = base
+    self.base, self.base_source = base, None
     self.mesh = sharding.make_mesh()
     self.root_key = jax.random.key(config.seed)
     self.built = build.build(config, dataset.num_classes)
@@ -174,7 +181,8 @@ class Training:
     if self.base is None:
       params = build.init_params(self.built, params_key, shape)
     else:
-      params, _ = pretrained.load_base(self.base)
+      params, metadata = pretrained.load_base(self.base)
+      self.base_source = metadata.get('base_source')
       expected = build.shapes(self.built, shape)['params']
       checkpoint.check_leaves(
         {'params': expected}, {'params': params}, str(self.base)
@@ -313,6 +321,7 @@ class Training:
       base,
       self.best,
     )
+    metadata['base_source'] = self.base_source
     checkpoint.save_artefact(directory, step, self.state.trainable, metadata)
 
 

@@ -13,7 +13,7 @@ def test_built_model_is_what_the_config_says(tiny_config):
   built = build.build(tiny_config(), 10)
   assert isinstance(built.model.model, models.VisionTransformer)
   assert len(built.model.targets) == 7
-  assert (built.head, built.head_mode) == ('head', 'train')
+  assert (built.head, built.head_mode) == ('head(_dist)?', 'train')
   assert built.method.adversarial
 
 

@@ -94,7 +94,7 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
   'field, value, words',
   [
     ('method', 'fullora', 'method.*fullora.*known: fulllora'),
-    ('model__name', 'vit_x', 'model.name.*vit_x.*known: vit_ti'),
+    ('model__name', 'vit_x', 'model.name.*vit_x.*vit_s.*known: vit, vit_ti'),
     ('model__pool', 'max', 'model.pool.*max.*token, mean'),
     ('model__dtype', 'int8', 'model.dtype.*float32, bfloat16'),
     ('model__patch_size', 5, 'patch_size 5 does not divide.*image_size 32'),

@@ -223,7 +223,7 @@ def test_a_finished_base_serves_another_run(
   'field, value, words',
   [
     ('base.source', '{run}', 'base.source: .* adapter .*fulllora'),
-    ('base.source', '{run}/nowhere', 'nowhere holds no best/'),
+    ('base.source', '{run}/nowhere', 'nowhere: no such file or folder'),
     ('adapter.targets', ('qeury',), "'qeury' matches no linear map.*query"),
     ('adapter.targets', ('(',), r"'\(' is not a regular expression"),
     ('adapter.rank', 5, r'rank 5 does not fit embedding \(4 -> 16\).*1..4'),

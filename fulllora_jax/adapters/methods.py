@@ -118,7 +118,9 @@ def branches(
   """
   if method.branch is None:
     return {}
-  targets = tuple(adapter.targets)
+  targets = tuple(adapter.targets) or tuple(
+    role for role in linear_maps if role != 'head'
+  )
   if adapter.head == 'lnlora':
     targets += ('head',)
   chosen = {

@@ -2,25 +2,35 @@
 
 Every model maps images float32 [B, H, W, C] in [0, 1] to logits [B, K] and
 knows nothing of adapters; `linear_maps` names the maps an adapter may target.
+A family is one file with NAMES (name -> settings), LINEAR_MAPS and `create`.
 """
 
+import difflib
+import types
 from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from fulllora_jax.errors import UserError
-from fulllora_jax.models import vit
+from fulllora_jax.models import convit, layers, swin, vit
 from fulllora_jax.models.vit import VisionTransformer
 
-__all__ = ['VisionTransformer', 'create', 'linear_maps', 'names']
+__all__ = [
+  'VisionTransformer',
+  'create',
+  'linear_maps',
+  'names',
+  'normalisation',
+  'settings',
+]
 
-_SIZE_FIELDS = ('width', 'depth', 'num_heads', 'mlp_dim')
+_FAMILIES = (vit, swin, convit)
 
 
 def names() -> tuple[str, ...]:
-  """Returns the known names: vit_ti, ..., vit_h, and vit for a free size."""
-  return (*(f'vit_{size}' for size in vit.SIZES), 'vit')
+  """Returns the known names; one without a size, e.g. vit, has a free one."""
+  return tuple(name for family in _FAMILIES for name in family.NAMES)
 
 
 def create(model, num_classes: int) -> nn.Module:
@@ -31,53 +41,35 @@ def create(model, num_classes: int) -> nn.Module:
     num_classes: K, the number of logits.
 
   Raises:
-    UserError: unknown name, a free size with a missing field, or a width that
-      the heads do not divide.
+    UserError: unknown name, a free size with a missing field, or fields that
+      do not fit each other.
   """
-  width, depth, num_heads, mlp_dim = _size(model)
-  if width % num_heads:
-    raise UserError(
-      f'model.width {width} is not a multiple of model.num_heads {num_heads}'
-    )
-  return VisionTransformer(
-    num_classes=num_classes,
-    patch_size=model.patch_size,
-    width=width,
-    depth=depth,
-    num_heads=num_heads,
-    mlp_dim=mlp_dim,
-    pool=model.pool,
-    dropout=model.dropout,
-    mean=tuple(model.mean),
-    std=tuple(model.std),
-    dtype=jnp.dtype(model.dtype),
-  )
+  return family(model.name).create(model, num_classes)
 
 
 def linear_maps(name: str) -> Mapping[str, str]:
   """Returns role -> regular expression of module paths, e.g. 'query'."""
-  _check_name(name)
-  return vit.LINEAR_MAPS
+  return family(name).LINEAR_MAPS
 
 
-def _size(model) -> tuple[int, int, int, int]:
-  _check_name(model.name)
-  published = vit.SIZES.get(model.name.removeprefix('vit_'), (None,) * 4)
-  size = [
-    getattr(model, field) or default
-    for field, default in zip(_SIZE_FIELDS, published, strict=True)
-  ]
-  missing = [f for f, v in zip(_SIZE_FIELDS, size, strict=True) if not v]
-  if missing:
-    raise UserError(
-      f'model.name {model.name!r} has a free size: set '
-      + ', '.join(f'model.{field}' for field in missing)
-    )
-  return tuple(size)
+def normalisation(model) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Returns the mean and std of a model, as it or its name has them."""
+  chosen = settings(model)
+  return tuple(chosen['mean']), tuple(chosen['std'])
 
 
-def _check_name(name: str) -> None:
-  if name not in names():
-    raise UserError(
-      f'model.name: unknown model {name!r}; known: {", ".join(names())}'
-    )
+def settings(model) -> dict[str, Any]:
+  """Returns a name's settings with the fields that `model` sets."""
+  return layers.resolve(model, family(model.name).NAMES, ())
+
+
+def family(name: str) -> types.ModuleType:
+  """Returns the module of a name's family; UserError if there is none."""
+  for module in _FAMILIES:
+    if name in module.NAMES:
+      return module
+  near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
+  hint = f'did you mean {" or ".join(near)}? ' if near else ''
+  raise UserError(
+    f'model.name: unknown model {name!r}; {hint}known: {", ".join(names())}'
+  )

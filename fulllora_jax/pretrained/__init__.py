@@ -1,5 +1,18 @@
 """Base weights: where a frozen ViT comes from."""
 
-from fulllora_jax.pretrained.artefact import find_artefact, load_base
+from fulllora_jax.pretrained.artefact import (
+  find_artefact,
+  is_artefact,
+  load_base,
+)
+from fulllora_jax.pretrained.loading import fit, load
+from fulllora_jax.pretrained.report import LoadReport
 
-__all__ = ['find_artefact', 'load_base']
+__all__ = [
+  'LoadReport',
+  'find_artefact',
+  'fit',
+  'is_artefact',
+  'load',
+  'load_base',
+]

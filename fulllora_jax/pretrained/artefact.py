@@ -29,6 +29,15 @@ def find_artefact(path: str | Path, which: str = 'best') -> Path:
   )
 
 
+def is_artefact(path: str | Path) -> bool:
+  """Returns whether a run of ours, or what it published, is there."""
+  try:
+    find_artefact(path)
+  except UserError:
+    return False
+  return True
+
+
 def load_base(path: str | Path) -> tuple[Tree, dict[str, Any]]:
   """Reads the base's `params` as numpy arrays, and the metadata.
 

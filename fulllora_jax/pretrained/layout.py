@@ -71,6 +71,24 @@ class Layout(NamedTuple):
   rules: tuple[Rule, ...]
 
 
+class Opened(NamedTuple):
+  """A checkpoint of which the architecture is known.
+
+  Attributes:
+    tensors: key -> array, as stored.
+    shapes: key -> shape.
+    layout: how it is written.
+    architecture: what it is.
+    identity: source, revision, SHA-256.
+  """
+
+  tensors: Mapping[str, np.ndarray]
+  shapes: Mapping[str, tuple[int, ...]]
+  layout: Layout
+  architecture: Architecture
+  identity: Mapping[str, Any]
+
+
 def linear(weight: np.ndarray) -> np.ndarray:
   """Turns a PyTorch kernel [out, in] into ours [in, out]."""
   return weight.T

@@ -1,0 +1,1 @@
+"""The files that fulllora_jax.export writes: their bytes, and reading them."""

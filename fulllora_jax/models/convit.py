@@ -1,0 +1,340 @@
+"""ConViT (d'Ascoli et al., 2021, arXiv 2103.10697).
+
+A Vision Transformer whose first blocks mix content with position: gated
+positional self-attention (GPSA) starts as a convolution and may unlearn it.
+The class token joins after those blocks. Images are float32 [B, H, W, C] in
+[0, 1]; normalisation is the first line.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from fulllora_jax.errors import UserError
+from fulllora_jax.models.layers import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  activation,
+  resolve,
+)
+
+# Roles of the linear maps, as regular expressions of module paths.
+LINEAR_MAPS = {
+  'patch_embed': r'embedding',
+  'query': r'block_\d+/attention/query',
+  'key': r'block_\d+/attention/key',
+  'value': r'block_\d+/attention/value',
+  'attn_out': r'block_\d+/attention/out',
+  'fc1': r'block_\d+/mlp/fc1',
+  'fc2': r'block_\d+/mlp/fc2',
+  'head': r'head',
+}
+
+SIZE_FIELDS = ('width', 'depth', 'num_heads', 'local_layers')
+_SETTINGS = dict(
+  pool='token', act='gelu', epsilon=1e-6, mean=IMAGENET_MEAN, std=IMAGENET_STD
+)
+# Registry name -> settings; 'convit' has a free size. The MLPs are 4 x width.
+NAMES: Mapping[str, Mapping[str, Any]] = {
+  **{
+    f'convit_{size}': dict(
+      width=width, depth=12, num_heads=heads, local_layers=10, **_SETTINGS
+    )
+    for size, width, heads in (('ti', 192, 4), ('s', 432, 9), ('b', 768, 16))
+  },
+  'convit': _SETTINGS,
+}
+
+_normal = nn.initializers.normal(0.02)
+
+
+def relative_positions(rows: int, columns: int) -> np.ndarray:
+  """Returns where each patch lies as seen from each other one.
+
+  Args:
+    rows: patches of the grid from top to bottom.
+    columns: patches of the grid from left to right.
+
+  Returns:
+    float32 [N, N, 3] for the N = rows x columns patches, row by row: to the
+    right, downwards, and the squared distance, in patches, from the patch of
+    the first axis to that of the second.
+  """
+  y, x = np.divmod(np.arange(rows * columns), columns)
+  right, down = x[None] - x[:, None], y[None] - y[:, None]
+  relative = np.stack([right, down, right**2 + down**2], axis=-1)
+  return relative.astype(np.float32)
+
+
+def _identity(key, shape, dtype=jnp.float32):
+  """A GPSA block starts by copying what a head looks at, as a filter does."""
+  del key
+  return jnp.eye(*shape, dtype=dtype)
+
+
+def _local(key, shape, dtype=jnp.float32):
+  """Draws a pos_proj kernel [3, heads] with each head upon one offset.
+
+  Heads are the K x K places of a filter: that of the place D gives an offset
+  d the score 2 D.d - |d|^2, the paper's local initialisation with locality
+  strength 1. Heads beyond the largest square keep a small random kernel.
+  """
+  side = math.isqrt(shape[1])
+  right, down = np.divmod(np.arange(side**2), side)
+  centre, strength = (side - 1) / 2, np.full(side**2, -1.0)
+  local = np.stack([2 * (right - centre), 2 * (down - centre), strength])
+  return _normal(key, shape, dtype).at[:, : side**2].set(local.astype(dtype))
+
+
+class Attention(nn.Module):
+  """Self-attention; gated with a positional one where positions are given.
+
+  Attributes:
+    num_heads: H; divides the width.
+    dtype: of the computation; softmax and gate compute in float32.
+  """
+
+  num_heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, queries: jax.Array, x: jax.Array, positions: jax.Array | None
+  ) -> jax.Array:
+    """Maps [B, Q, width], which look at x [B, N, width], to [B, Q, width].
+
+    Args:
+      queries: the tokens to compute; all of x in a gated block.
+      x: the tokens to look at.
+      positions: [N, N, 3] of `relative_positions`; None: no positions.
+    """
+    initial = _normal if positions is None else _identity
+    query, key = self._heads('query', queries), self._heads('key', x)
+    value = self._heads('value', x, initial)
+    scores = jnp.einsum('bqhd,bkhd->bhqk', query, key) * key.shape[-1] ** -0.5
+    weights = nn.softmax(scores.astype(jnp.float32))
+    if positions is not None:
+      weights = self._gated(weights, positions)
+    out = jnp.einsum('bhqk,bkhd->bqhd', weights.astype(self.dtype), value)
+    return nn.Dense(
+      x.shape[-1], dtype=self.dtype, kernel_init=_normal, name='out'
+    )(out.reshape(queries.shape))
+
+  def _heads(self, name: str, x: jax.Array, initial=_normal) -> jax.Array:
+    """Computes [B, N, H, width / H]."""
+    x = nn.Dense(
+      x.shape[-1],
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=initial,
+      name=name,
+    )(x)
+    return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+  def _gated(self, weights: jax.Array, positions: jax.Array) -> jax.Array:
+    """Mixes weights [B, H, N, N] with those of the positions alone."""
+    scores = nn.Dense(self.num_heads, kernel_init=_local, name='pos_proj')(
+      positions
+    )
+    positional = nn.softmax(scores.transpose(2, 0, 1))
+    gate = self.param('gating_param', nn.initializers.ones, (self.num_heads,))
+    gate = nn.sigmoid(gate)[:, None, None]
+    mixed = (1 - gate) * weights + gate * positional
+    return mixed / mixed.sum(axis=-1, keepdims=True)
+
+
+class Mlp(nn.Module):
+  """Two dense layers with an activation between them."""
+
+  mlp_dim: int
+  act: str
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    dense = dict(dtype=self.dtype, kernel_init=_normal)
+    hidden = nn.Dense(self.mlp_dim, **dense, name='fc1')(x)
+    hidden = activation(self.act)(hidden)
+    hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
+    out = nn.Dense(x.shape[-1], **dense, name='fc2')(hidden)
+    return nn.Dropout(self.dropout)(out, deterministic=not train)
+
+
+class Block(nn.Module):
+  """Pre-norm attention and MLP, each with a residual connection.
+
+  Attributes:
+    token_only: computes the first token alone, from all of them.
+  """
+
+  num_heads: int
+  mlp_dim: int
+  act: str
+  epsilon: float
+  dropout: float
+  dtype: jnp.dtype
+  token_only: bool
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, positions: jax.Array | None, *, train: bool
+  ) -> jax.Array:
+    norm = dict(epsilon=self.epsilon, dtype=self.dtype)
+    y = nn.LayerNorm(**norm, name='norm1')(x)
+    queries = slice(1 if self.token_only else None)
+    x = x[:, queries]
+    y = Attention(self.num_heads, self.dtype, name='attention')(
+      y[:, queries], y, positions
+    )
+    x = x + nn.Dropout(self.dropout)(y, deterministic=not train)
+    y = nn.LayerNorm(**norm, name='norm2')(x)
+    return x + Mlp(
+      self.mlp_dim, self.act, self.dropout, self.dtype, name='mlp'
+    )(y, train=train)
+
+
+class ConViT(nn.Module):
+  """Patches to logits.
+
+  Attributes:
+    num_classes: number of logits, K.
+    patch_size: side of a patch in pixels; must divide the image's sides.
+    width: token dimension; a multiple of num_heads.
+    depth: number of blocks.
+    num_heads: attention heads of each block; squares start as whole filters.
+    mlp_dim: hidden width of each MLP.
+    local_layers: blocks of gated positional self-attention, in 0..depth - 1;
+      the class token joins after them.
+    act: of the MLPs (layers.py).
+    epsilon: of the norms.
+    dropout: rate in [0, 1), active only with train=True.
+    mean: per-channel mean of pixels in [0, 1], or one value for all.
+    std: likewise, the standard deviation.
+    dtype: of the computation; logits are always float32.
+  """
+
+  num_classes: int
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  local_layers: int
+  act: str = 'gelu'
+  epsilon: float = 1e-6
+  dropout: float = 0.0
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Maps images [B, H, W, C] in [0, 1] to logits [B, K], float32.
+
+    Raises:
+      UserError: a side of the images is not a multiple of the patch.
+    """
+    x = (images - jnp.array(self.mean)) / jnp.array(self.std)
+    self._check_sides(*images.shape[1:3])
+    x = self._patches(x.astype(self.dtype))
+    positions = jnp.asarray(relative_positions(*x.shape[1:3]))
+    x = x.reshape(x.shape[0], -1, self.width)
+    embedding = self.param('pos_embedding', _normal, (1, *x.shape[1:]))
+    x = x + embedding.astype(self.dtype)
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    cls = self.param('cls', _normal, (1, 1, self.width)).astype(self.dtype)
+    for i in range(self.depth):
+      if i == self.local_layers:
+        cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
+        x = jnp.concatenate([cls, x], axis=1)
+      gated = i < self.local_layers
+      x = self._block(i)(x, positions if gated else None, train=train)
+    x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
+    return nn.Dense(
+      self.num_classes,
+      dtype=jnp.float32,
+      kernel_init=nn.initializers.zeros,
+      name='head',
+    )(x[:, 0].astype(jnp.float32))
+
+  def _check_sides(self, height: int, width: int) -> None:
+    if height % self.patch_size or width % self.patch_size:
+      raise UserError(
+        f'images of {height} x {width} pixels do not divide into patches of '
+        f'{self.patch_size}: make data.image_size a multiple of '
+        'model.patch_size'
+      )
+
+  def _patches(self, x: jax.Array) -> jax.Array:
+    patch = (self.patch_size, self.patch_size)
+    return nn.Conv(
+      self.width,
+      kernel_size=patch,
+      strides=patch,
+      padding='VALID',
+      dtype=self.dtype,
+      name='embedding',
+    )(x)
+
+  def _block(self, i: int) -> Block:
+    return Block(
+      self.num_heads,
+      self.mlp_dim,
+      self.act,
+      self.epsilon,
+      self.dropout,
+      self.dtype,
+      token_only=i == self.depth - 1,  # nothing else of it would be read
+      name=f'block_{i}',
+    )
+
+
+def create(model, num_classes: int) -> ConViT:
+  """Builds the ConViT that `config.model` describes.
+
+  Args:
+    model: the `model` part of a config (config.py).
+    num_classes: K, the number of logits.
+
+  Raises:
+    UserError: a free size with a missing field, a width that the heads do not
+      divide, local_layers outside 0..depth - 1, a pool that reads no class
+      token, or an unknown activation.
+  """
+  # No local layers is a choice, and not a missing field.
+  needed = SIZE_FIELDS if model.local_layers is None else SIZE_FIELDS[:3]
+  settings = resolve(model, NAMES, needed)
+  _check(model.name, settings)
+  settings.setdefault('mlp_dim', 4 * settings['width'])
+  known = {field.name for field in dataclasses.fields(ConViT)}
+  chosen = {k: v for k, v in settings.items() if k in known}
+  chosen['mean'], chosen['std'] = tuple(chosen['mean']), tuple(chosen['std'])
+  chosen['dtype'] = jnp.dtype(model.dtype)
+  return ConViT(num_classes=num_classes, **chosen)
+
+
+def _check(name: str, settings: Mapping[str, Any]) -> None:
+  width, depth, num_heads, local_layers = (settings[f] for f in SIZE_FIELDS)
+  if width % num_heads:
+    raise UserError(
+      f'model.width {width} is not a multiple of model.num_heads {num_heads}'
+    )
+  if not 0 <= local_layers < depth:
+    raise UserError(
+      f'model.local_layers {local_layers} is not in 0..{depth - 1}: the class '
+      f'token joins after the local ones of model.depth {depth} blocks and '
+      'needs one more to see the patches'
+    )
+  if settings['pool'] != 'token':
+    raise UserError(
+      f'model.pool {settings["pool"]!r}: {name} reads its class token; set '
+      "model.pool to 'token' or leave it out"
+    )
+  activation(settings['act'])

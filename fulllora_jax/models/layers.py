@@ -1,0 +1,55 @@
+"""What every family of models shares: activations, and names' settings."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from fulllora_jax.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# gelu_tanh is the approximation that JAX's own ViTs were trained with.
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+  'gelu': lambda x: nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: nn.gelu(x, approximate=True),
+  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+  """Returns the activation; UserError if there is none of that name."""
+  if name not in ACTIVATIONS:
+    raise UserError(
+      f'model.act: unknown {name!r}; known: {", ".join(ACTIVATIONS)}'
+    )
+  return ACTIVATIONS[name]
+
+
+def resolve(
+  model, names: Mapping[str, Mapping[str, Any]], needed: tuple[str, ...]
+) -> dict[str, Any]:
+  """Returns a name's settings, with the fields that `config.model` sets.
+
+  Args:
+    model: the `model` part of a config; None, '' and () are not set.
+    names: registry name -> settings, whose keys are fields of `model` or the
+      family's own.
+    needed: fields that a name without a size must be given.
+
+  Raises:
+    UserError: one of them is missing.
+  """
+  settings = dict(names[model.name])
+  for field in model:
+    value = getattr(model, field)
+    if field != 'name' and value is not None and value != '' and value != ():
+      settings[field] = value
+  missing = [field for field in needed if not settings.get(field)]
+  if missing:
+    raise UserError(
+      f'model.name {model.name!r} has a free size: set '
+      + ', '.join(f'model.{field}' for field in missing)
+    )
+  return settings

@@ -1,0 +1,178 @@
+"""Every array of a checkpoint to its leaf, resized where it must be."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from fulllora_jax.errors import UserError
+from fulllora_jax.pretrained import resize
+from fulllora_jax.pretrained.layout import Layout, Rule
+from fulllora_jax.pretrained.report import LOADED, NEW, RESIZED, UNUSED, Row
+
+_HEAD = re.compile(r'head(_dist)?/(kernel|bias)')
+_SHOWN = 4  # keys of a list in a message
+
+
+class Filler:
+  """Takes every array of a checkpoint to its leaf."""
+
+  def __init__(self, opened, model, leaves, label_map, patch_resize):
+    self.opened, self.model, self.leaves = opened, model, leaves
+    self.label_map, self.patch_resize = label_map, patch_resize
+    self.prefix = int(getattr(model, 'class_token', False)) + int(
+      getattr(model, 'dist_token', False)
+    )
+
+  def fill(self) -> tuple[dict[str, np.ndarray], list[Row]]:
+    """Returns path -> array, and the account of it.
+
+    Raises:
+      UserError: a key without a place, a leaf without an array, or an array
+        that does not fit its leaf.
+    """
+    sent, unused = self._send()
+    params, rows = {}, []
+    missing = [
+      path for path in self.leaves if path not in sent and not _HEAD.match(path)
+    ]
+    lost = [path for path in sent if path not in self.leaves]
+    if missing or lost:
+      raise UserError(
+        f'{self.opened.identity["source"]} does not fit '
+        f'{self.opened.architecture.name}: no array for {some(missing)}; no '
+        f'place for {some(lost)}'
+      )
+    heads = self._heads(sent, unused)
+    for path, shape in self.leaves.items():
+      if path in heads:
+        params[path], row = heads[path]
+      else:
+        params[path], row = self._fit(path, shape, sent[path])
+      rows.append(row)
+    return params, rows + unused
+
+  def _send(self) -> tuple[dict[str, np.ndarray], list[Row]]:
+    """Applies the layout's rules to every key."""
+    sent, unused, unknown = {}, [], []
+    for key, shape in self.opened.shapes.items():
+      rule, match = _rule(self.opened.layout, key)
+      if rule is None:
+        unknown.append(key)
+      elif rule.to == ():
+        unused.append(Row(UNUSED, key, tuple(shape), tuple(shape), rule.why))
+      else:
+        arrays = rule.how(_float(self.opened.tensors[key]))
+        paths = (rule.to,) if isinstance(rule.to, str) else rule.to
+        arrays = (arrays,) if isinstance(rule.to, str) else arrays
+        for path, array in zip(paths, arrays, strict=True):
+          sent[match.expand(path)] = array
+    if unknown:
+      free = [path for path in self.leaves if path not in sent]
+      raise UserError(
+        f'{self.opened.identity["source"]} is no plain '
+        f'{self.opened.layout.name}: nothing is known of its keys '
+        f'{some(unknown)} ({len(unknown)}); leaves of '
+        f'{self.opened.architecture.name} without an array: {some(free)} '
+        f'({len(free)})'
+      )
+    return sent, unused
+
+  def _heads(self, sent, unused) -> dict[str, tuple[np.ndarray, Row]]:
+    """Keeps the head's rows, maps them, or makes new ones of zeros."""
+    heads = {}
+    for path, shape in self.leaves.items():
+      if not _HEAD.match(path):
+        continue
+      stored = sent.get(path)
+      if stored is not None and self.label_map:
+        heads[path] = self._mapped(path, stored)
+      elif stored is not None and stored.shape == shape:
+        heads[path] = stored, Row(LOADED, path, shape, stored.shape)
+      else:
+        why = 'the checkpoint has no head'
+        if stored is not None:
+          why = f'the checkpoint has {stored.shape[-1]} classes'
+          note = f'a head of {stored.shape[-1]} classes'
+          unused.append(Row(UNUSED, path, stored.shape, stored.shape, note))
+        zeros = np.zeros(shape, np.float32)
+        heads[path] = zeros, Row(NEW, path, shape, (), f'zeros; {why}')
+    return heads
+
+  def _mapped(self, path, stored):
+    kernel = stored if stored.ndim == 2 else stored[None]
+    rows, _ = resize.head_rows(
+      kernel, np.zeros(kernel.shape[1], np.float32), self.label_map
+    )
+    rows = rows if stored.ndim == 2 else rows[0]
+    kept = sum(row >= 0 for row in self.label_map)
+    note = f'{kept} rows of the checkpoint, {len(self.label_map) - kept} zero'
+    return rows, Row(RESIZED, path, rows.shape, stored.shape, note)
+
+  def _fit(self, path: str, shape, stored) -> tuple[np.ndarray, Row]:
+    """Brings one array to its leaf's shape."""
+    name, array, note = path.rsplit('/', 1)[-1], stored, ''
+    if name == 'pos_embedding':
+      array, note = self._positions(stored, shape)
+    elif path == 'embedding/kernel':
+      array, note = self._patches(stored, shape)
+    elif name == 'relative_position_bias_table' and stored.shape != shape:
+      side = round(shape[0] ** 0.5)
+      array, note = (
+        resize.relative_position_table(stored, side),
+        'another window',
+      )
+    elif stored.size == np.prod(shape) and '/MultiHead' in path:
+      array = stored.reshape(shape)  # into heads
+    if array.shape != shape:
+      raise UserError(
+        f'{self.opened.identity["source"]}: {path} has shape '
+        f'{list(stored.shape)}, and {self.opened.architecture.name} needs '
+        f'{list(shape)}'
+      )
+    action = RESIZED if note else LOADED
+    return np.ascontiguousarray(array), Row(
+      action, path, shape, stored.shape, note
+    )
+
+  def _positions(self, stored, shape):
+    side = round((shape[1] - self.prefix) ** 0.5)
+    count, notes = stored.shape[1], []
+    if self.prefix and round(count**0.5) ** 2 == count:
+      # Stored for the patches alone: the other tokens have no position.
+      zeros = np.zeros((1, self.prefix, stored.shape[2]), stored.dtype)
+      stored = np.concatenate([zeros, stored], axis=1)
+      notes.append('zeros for the tokens without a place')
+    if stored.shape != shape:
+      notes.append('bicubic')
+      stored = resize.position_embedding(stored, (side, side), self.prefix)
+    return stored, ', '.join(notes)
+
+  def _patches(self, stored, shape):
+    notes = []
+    if stored.shape[2] != shape[2]:
+      stored = resize.input_channels(stored, shape[2])
+      notes.append('channels')
+    if stored.shape[0] != shape[0]:
+      stored = resize.patch_kernel(stored, shape[0], self.patch_resize)
+      notes.append(self.patch_resize)
+    return stored, ', '.join(notes)
+
+
+def _rule(layout: Layout, key: str) -> tuple[Rule | None, re.Match | None]:
+  for rule in layout.rules:
+    if match := re.fullmatch(rule.key, key):
+      return rule, match
+  return None, None
+
+
+def _float(array: np.ndarray) -> np.ndarray:
+  return np.asarray(array).astype(np.float32, copy=False)
+
+
+def some(keys: Sequence[str]) -> str:
+  keys = list(keys)
+  if not keys:
+    return 'nothing'
+  more = f', ... ({len(keys)} in all)' if len(keys) > _SHOWN else ''
+  return ', '.join(keys[:_SHOWN]) + more

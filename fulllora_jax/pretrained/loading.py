@@ -1,0 +1,305 @@
+"""Published checkpoints into our models: exactly, or not at all.
+
+open_checkpoint   where the weights are, which layout they have, which model
+                  they are
+load              the model, its variables, and an account of every leaf
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import models
+from fulllora_jax.errors import UserError
+from fulllora_jax.pretrained import (
+  artefact,
+  convit,
+  formats,
+  sources,
+  swin,
+  timm_vit,
+  transformers_vit,
+  vit,
+)
+from fulllora_jax.pretrained.filling import Filler, some
+from fulllora_jax.pretrained.layout import (
+  Architecture,
+  Layout,
+  Opened,
+  Rule,
+)
+from fulllora_jax.pretrained.report import LoadReport
+
+LAYOUTS: tuple[Layout, ...] = (
+  *vit.LAYOUTS,
+  *timm_vit.LAYOUTS,
+  *transformers_vit.LAYOUTS,
+  *swin.LAYOUTS,
+  *convit.LAYOUTS,
+)
+
+# What weights are made for; anything else can be resized or chosen.
+_STRUCTURE = (
+  'width', 'depth', 'num_heads', 'mlp_dim', 'depths', 'heads', 'local_layers',
+  'dist_token', 'registers', 'pre_norm', 'layer_scale', 'swiglu',
+)  # fmt: skip
+
+
+def open_checkpoint(source: str | Path) -> Opened:
+  """Finds a checkpoint and recognises it; reads no weights yet.
+
+  Args:
+    source: a file or folder, hf-hub:owner/name[@revision], or an URL with
+      #sha256=... (sources.py).
+
+  Raises:
+    UserError: it is not there or damaged, or no layout recognises it.
+  """
+  if artefact.is_artefact(source):
+    return _open_artefact(Path(source))
+  fetched = sources.fetch(str(source))
+  checkpoint = formats.read(fetched.files)
+  for layout in LAYOUTS:
+    if layout.recognises(checkpoint.shapes):
+      described = layout.describe(checkpoint.shapes, fetched.config)
+      return Opened(
+        checkpoint.tensors,
+        checkpoint.shapes,
+        layout,
+        described,
+        fetched.identity,
+      )
+  raise UserError(
+    f'base.source: {source} holds no model that is known here; its first keys '
+    f'are {some(sorted(checkpoint.shapes))}; known layouts: '
+    + ', '.join(layout.name for layout in LAYOUTS)
+  )
+
+
+def load(
+  source: str | Path,
+  name: str | None = None,
+  *,
+  image_size: int | None = None,
+  patch_size: int | None = None,
+  num_classes: int | None = None,
+  channels: int = 3,
+  window: int | None = None,
+  label_map: Sequence[int] = (),
+  patch_resize: str = 'sum',
+) -> tuple[nn.Module, dict[str, Any], LoadReport]:
+  """Loads a published checkpoint.
+
+  Args:
+    source: as `open_checkpoint`.
+    name: of the registry, checked against the checkpoint; None: as found.
+    image_size: in pixels; None: what it was trained at.
+    patch_size: in pixels; None: its own.
+    num_classes: K; None: rows of its head. Another number than that makes a
+      new head, of zeros.
+    channels: of the images, 3 or 1.
+    window: of a Swin, in tokens; None: its own.
+    label_map: row of the checkpoint's head for each class, -1 for a new one.
+    patch_resize: 'sum', 'flexi' or 'interpolate' (resize.py).
+
+  Returns:
+    model: the linen module; `model.apply(variables, images)` gives the logits
+      of images float32 [B, H, W, C] in [0, 1].
+    variables: {'params': ...}, float32 numpy arrays.
+    report: what became of every leaf.
+
+  Raises:
+    UserError: as `open_checkpoint`; another architecture than `name`; sizes
+      that do not fit; any key without a place or leaf without an array.
+  """
+  opened = open_checkpoint(source)
+  model_config = config_lib.default().model
+  model_config.name = name or opened.architecture.name
+  if patch_size:
+    model_config.patch_size = patch_size
+  if window:
+    model_config.window = window
+  settle(model_config, opened, explicit_patch=bool(patch_size))
+  return build_and_fill(
+    opened,
+    model_config,
+    image_size=image_size or opened.architecture.image_size,
+    channels=channels,
+    num_classes=num_classes or len(label_map) or _own_classes(opened),
+    label_map=label_map,
+    patch_resize=patch_resize,
+  )
+
+
+def _own_classes(opened: Opened) -> int:
+  if not opened.architecture.num_classes:
+    raise UserError(
+      f'{opened.identity["source"]} has no head: say how many classes there '
+      'are (num_classes)'
+    )
+  return opened.architecture.num_classes
+
+
+def fit(
+  config,
+  source: str | Path,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+) -> tuple[dict[str, Any], LoadReport]:
+  """Loads a published checkpoint into the model of `config`.
+
+  Args:
+    config: its `model` is settled in place; `base` says how to resize.
+    source: as `pretrained.load`.
+    image_shape: (H, W, C).
+    num_classes: K.
+
+  Returns:
+    The parameters, and the report of the load.
+
+  Raises:
+    UserError: as `load`; images that are not square.
+  """
+  height, width, channels = image_shape
+  if height != width:
+    raise UserError(
+      f'base.source {source}: images of {height} x {width} are not square'
+    )
+  opened = open_checkpoint(source)
+  settle(config.model, opened, explicit_patch=True)
+  _, variables, report = build_and_fill(
+    opened,
+    config.model,
+    image_size=height,
+    channels=channels,
+    num_classes=num_classes,
+    label_map=tuple(config.base.label_map),
+    patch_resize=config.base.patch_resize,
+  )
+  return variables['params'], report
+
+
+def settle(model_config, opened: Opened, *, explicit_patch: bool) -> None:
+  """Puts into `config.model` what the checkpoint settles, in place.
+
+  Args:
+    model_config: the `model` part of a config; its name says what is wanted.
+    opened: the checkpoint.
+    explicit_patch: keeps model_config.patch_size, and resizes to it.
+
+  Raises:
+    UserError: the checkpoint is of another architecture.
+  """
+  described = opened.architecture
+  wanted = dict(models.settings(model_config))
+  found_config = config_lib.default().model
+  found_config.name = described.name
+  for field, value in described.fields.items():
+    setattr(found_config, field, value)
+  found = models.settings(found_config)
+  same_family = models.family(model_config.name) is models.family(
+    described.name
+  )
+  different = [
+    field
+    for field in _STRUCTURE
+    if wanted.get(field) != found.get(field)
+    # What the name leaves open, the checkpoint fills in.
+    and (wanted.get(field) or field not in model_config)
+  ]
+  if different or not same_family:
+    what = ', '.join(f'{f} {found.get(f)}' for f in different[:2])
+    raise UserError(
+      f'{opened.identity["source"]} holds a {described.name}'
+      f'{f" ({what})" if what else ""}, not the {model_config.name} asked for; '
+      f'set model.name to {described.name}, or give another source'
+    )
+  for field, value in described.fields.items():
+    if field == 'patch_size' and explicit_patch:
+      continue
+    if not getattr(model_config, field) or field == 'patch_size':
+      setattr(model_config, field, value)
+
+
+def build_and_fill(
+  opened: Opened,
+  model_config,
+  *,
+  image_size: int,
+  channels: int,
+  num_classes: int,
+  label_map: Sequence[int] = (),
+  patch_resize: str = 'sum',
+) -> tuple[nn.Module, dict[str, Any], LoadReport]:
+  """Builds the model of a settled config and fills it; see `load`."""
+  _check_sizes(opened, model_config, image_size, num_classes, label_map)
+  model = models.create(model_config, num_classes)
+  image = jax.ShapeDtypeStruct(
+    (1, image_size, image_size, channels), jnp.float32
+  )
+  shapes = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+  leaves = {
+    path: leaf.shape
+    for path, leaf in traverse_util.flatten_dict(shapes, sep='/').items()
+  }
+  filler = Filler(opened, model, leaves, tuple(label_map), patch_resize)
+  params, rows = filler.fill()
+  mean, std = models.normalisation(model_config)
+  report = LoadReport(
+    name=model_config.name,
+    layout=opened.layout.name,
+    identity=opened.identity,
+    image_size=image_size,
+    patch_size=model_config.patch_size,
+    mean=mean,
+    std=std,
+    model=model_config.to_dict(),
+    rows=tuple(rows),
+  )
+  variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
+  return model, variables, report
+
+
+def _check_sizes(opened, model_config, image_size, num_classes, label_map):
+  patch = model_config.patch_size
+  if patch < 1 or image_size < patch or image_size % patch:
+    raise UserError(
+      f'image size {image_size} is not a multiple of the patch size {patch} of '
+      f'{opened.identity["source"]}; change one of them'
+    )
+  if label_map and len(label_map) != num_classes:
+    raise UserError(
+      f'base.label_map has {len(label_map)} rows for {num_classes} classes; '
+      'give one for each, -1 for a new one'
+    )
+
+
+def _open_artefact(path: Path) -> Opened:
+  """Opens a run of ours: its paths are the model's own."""
+  params, metadata = artefact.load_base(path)
+  tensors = traverse_util.flatten_dict(params, sep='/')
+  shapes = {key: tuple(array.shape) for key, array in tensors.items()}
+  saved = config_lib.from_mapping(metadata['config']).model
+  fields = {
+    field: value
+    for field, value in saved.to_dict().items()
+    if field not in ('name', 'dropout', 'dtype') and value not in (None, '', ())
+  }
+  layout = Layout(
+    'fulllora_jax run', lambda _: True, lambda *_: None, (Rule(r'(.*)', r'\1'),)
+  )
+  return Opened(
+    tensors,
+    shapes,
+    layout,
+    Architecture(
+      saved.name, fields, metadata['image_shape'][0], metadata['num_classes']
+    ),
+    {'source': str(path), 'revision': None, 'files': {}},
+  )

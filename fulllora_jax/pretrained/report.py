@@ -1,0 +1,120 @@
+"""What became of every array of a checkpoint, and of every leaf of a model."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+LOADED, RESIZED, NEW, UNUSED = 'loaded', 'resized', 'new', 'unused'
+
+
+class Row(NamedTuple):
+  """One leaf of the model, or a key of the checkpoint that is not used.
+
+  Attributes:
+    action: loaded, resized, new or unused.
+    name: path of our leaf; of an unused array its key in the checkpoint.
+    shape: of our leaf; of an unused array its own.
+    stored: its shape in the checkpoint, in our order of axes; () for a new one.
+    note: how it was resized, or why it is new or unused.
+  """
+
+  action: str
+  name: str
+  shape: tuple[int, ...]
+  stored: tuple[int, ...] = ()
+  note: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+  """The exact account of one load.
+
+  Attributes:
+    name: of the registry, e.g. 'vit_b'.
+    layout: how the checkpoint writes it, e.g. 'timm ViT'.
+    identity: source, revision and SHA-256 of the weights.
+    image_size: in pixels, that the model now takes.
+    patch_size: in pixels.
+    mean: of the normalisation in the model's first line; std likewise.
+    std: see mean.
+    model: the fields of `config.model` that make the model.
+    rows: one for each leaf, and for each array that is not used.
+  """
+
+  name: str
+  layout: str
+  identity: Mapping[str, Any]
+  image_size: int
+  patch_size: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  model: Mapping[str, Any]
+  rows: tuple[Row, ...]
+
+  def count(self, action: str) -> int:
+    """Returns how many rows have that action."""
+    return sum(row.action == action for row in self.rows)
+
+  @property
+  def new_head(self) -> bool:
+    """Whether the head is fresh, so that the base classifies nothing yet."""
+    return any(
+      row.action == NEW and row.name.startswith('head') for row in self.rows
+    )
+
+  def summary(self) -> str:
+    """Returns the lines to show: counts, and all that is not plainly loaded."""
+    counts = Counter(row.action for row in self.rows)
+    actions = (LOADED, RESIZED, NEW, UNUSED)
+    shown = [row for row in self.rows if row.action in (RESIZED, NEW)]
+    return '\n'.join(
+      [
+        f'{self.name} from {self.identity["source"]} ({self.layout}): '
+        + ', '.join(f'{counts[action]} {action}' for action in actions),
+        f'image {self.image_size} px, patch {self.patch_size} px, '
+        f'mean {_numbers(self.mean)}, std {_numbers(self.std)}',
+        *(_line(row) for row in shown),
+        *self._unused(),
+      ]
+    )
+
+  def table(self) -> str:
+    """Returns all rows as a markdown table."""
+    lines = [
+      '| action | name | shape | stored | note |',
+      '|---|---|---|---|---|',
+    ]
+    for row in self.rows:
+      lines.append(
+        f'| {row.action} | {row.name} | {_by(row.shape)} | {_by(row.stored)} '
+        f'| {row.note} |'
+      )
+    return '\n'.join(lines)
+
+  def _unused(self) -> list[str]:
+    """Groups unused keys by reason: a text tower has hundreds."""
+    reasons: dict[str, list[Row]] = {}
+    for row in self.rows:
+      if row.action == UNUSED:
+        reasons.setdefault(row.note, []).append(row)
+    return [
+      f'  unused: {rows[0].name}'
+      + (f' and {len(rows) - 1} more' if len(rows) > 1 else '')
+      + f' ({why})'
+      for why, rows in reasons.items()
+    ]
+
+
+def _line(row: Row) -> str:
+  stored = f'{_by(row.stored)} -> ' if row.stored else ''
+  note = f' ({row.note})' if row.note else ''
+  return f'  {row.action}: {row.name} {stored}{_by(row.shape)}{note}'
+
+
+def _by(shape: tuple[int, ...]) -> str:
+  return 'x'.join(map(str, shape)) or '-'
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+  return ', '.join(f'{value:g}' for value in values)

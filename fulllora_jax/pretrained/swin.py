@@ -1,0 +1,315 @@
+"""Published checkpoints of the Swin Transformer: timm, transformers.
+
+Microsoft's own files and those of timm before 0.9 have the merge of patches at
+the end of a stage, as we do, later ones at the start of the next: the key
+`layers.1.downsample...` means another map in each, so they are two layouts.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fulllora_jax.errors import UserError
+from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
+from fulllora_jax.models.swin import NAMES
+from fulllora_jax.pretrained.layout import (
+  Architecture,
+  Layout,
+  Rule,
+  Shapes,
+  conv,
+  linear,
+  linear_thirds,
+  thirds,
+)
+
+_TIMM_BLOCK = r'layers\.(\d+)\.blocks\.(\d+)\.'
+_TIMM_TABLE = _TIMM_BLOCK + r'attn\.relative_position_bias_table'
+_TIMM_PATCH = 'patch_embed.proj.weight'
+_HF = r'(?:swin\.)?'
+_HF_BLOCK = _HF + r'encoder\.layers\.(\d+)\.blocks\.(\d+)\.'
+_HF_TABLE = _HF_BLOCK + r'attention\.self\.relative_position_bias_table'
+_HF_PATCH = 'embeddings.patch_embeddings.projection.weight'
+_BLOCK = r'stage_\1/block_\2/'
+# Every stage halves the grid: a ninth would need images of 1024 pixels.
+_MOST_STAGES = 8
+_ACTS = {
+  'gelu': 'gelu',
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'quick_gelu': 'quick_gelu',
+}
+
+
+def _dense(key: str, to: str) -> tuple[Rule, ...]:
+  return (
+    Rule(key + r'\.weight', f'{to}/kernel', linear),
+    Rule(key + r'\.bias', f'{to}/bias'),
+  )
+
+
+def _norm(key: str, to: str) -> tuple[Rule, ...]:
+  return (
+    Rule(key + r'\.weight', f'{to}/scale'),
+    Rule(key + r'\.bias', f'{to}/bias'),
+  )
+
+
+def _patches(key: str) -> tuple[Rule, ...]:
+  return (
+    Rule(key + r'\.weight', 'embedding/kernel', conv),
+    Rule(key + r'\.bias', 'embedding/bias'),
+  )
+
+
+def _downsample(key: str, stage: str) -> tuple[Rule, ...]:
+  to = f'stage_{stage}/downsample'
+  return (
+    *_norm(key + r'\.norm', f'{to}/norm'),
+    Rule(key + r'\.reduction\.weight', f'{to}/reduction/kernel', linear),
+  )
+
+
+def _qkv(leaf: str) -> tuple[str, ...]:
+  names = ('query', 'key', 'value')
+  return tuple(f'{_BLOCK}attention/{name}/{leaf}' for name in names)
+
+
+_TIMM_RULES = (
+  *_patches(r'patch_embed\.proj'),
+  *_norm(r'patch_embed\.norm', 'embedding_norm'),
+  *_norm(_TIMM_BLOCK + 'norm1', _BLOCK + 'attention_norm'),
+  Rule(_TIMM_TABLE, _BLOCK + 'attention/relative_position_bias_table'),
+  Rule(_TIMM_BLOCK + r'attn\.qkv\.weight', _qkv('kernel'), linear_thirds),
+  Rule(_TIMM_BLOCK + r'attn\.qkv\.bias', _qkv('bias'), thirds),
+  *_dense(_TIMM_BLOCK + r'attn\.proj', _BLOCK + 'attention/out'),
+  *_norm(_TIMM_BLOCK + 'norm2', _BLOCK + 'mlp_norm'),
+  *_dense(_TIMM_BLOCK + r'mlp\.fc1', _BLOCK + 'mlp/fc1'),
+  *_dense(_TIMM_BLOCK + r'mlp\.fc2', _BLOCK + 'mlp/fc2'),
+  *_norm('norm', 'norm'),
+  *_dense(r'head(?:\.fc)?', 'head'),
+  Rule(
+    _TIMM_BLOCK + r'(?:attn\.relative_position_index|attn_mask)',
+    (),
+    why='follows from the window and the image size',
+  ),
+)
+_TIMM_LATE = tuple(
+  rule
+  for stage in range(1, _MOST_STAGES)
+  for rule in _downsample(rf'layers\.{stage}\.downsample', f'{stage - 1}')
+)
+_TIMM_EARLY = _downsample(r'layers\.(\d+)\.downsample', r'\1')
+
+_HF_RULES = (
+  *_patches(_HF + r'embeddings\.patch_embeddings\.projection'),
+  *_norm(_HF + r'embeddings\.norm', 'embedding_norm'),
+  *_norm(_HF_BLOCK + 'layernorm_before', _BLOCK + 'attention_norm'),
+  Rule(_HF_TABLE, _BLOCK + 'attention/relative_position_bias_table'),
+  *(
+    rule
+    for name in ('query', 'key', 'value')
+    for rule in _dense(
+      _HF_BLOCK + rf'attention\.self\.{name}', f'{_BLOCK}attention/{name}'
+    )
+  ),
+  *_dense(_HF_BLOCK + r'attention\.output\.dense', _BLOCK + 'attention/out'),
+  *_norm(_HF_BLOCK + 'layernorm_after', _BLOCK + 'mlp_norm'),
+  *_dense(_HF_BLOCK + r'intermediate\.dense', _BLOCK + 'mlp/fc1'),
+  *_dense(_HF_BLOCK + r'output\.dense', _BLOCK + 'mlp/fc2'),
+  *_downsample(_HF + r'encoder\.layers\.(\d+)\.downsample', r'\1'),
+  *_norm(_HF + 'layernorm', 'norm'),
+  *_dense('classifier', 'head'),
+  Rule(
+    _HF_BLOCK + r'attention\.self\.relative_position_index',
+    (),
+    why='follows from the window',
+  ),
+  Rule(
+    _HF + r'embeddings\.mask_token|decoder\..*',
+    (),
+    why='of masked image modelling',
+  ),
+)
+
+
+def _recognises_timm(shapes: Shapes) -> bool:
+  return (
+    any(re.fullmatch(_TIMM_TABLE, key) for key in shapes)
+    and len(shapes.get(_TIMM_PATCH, ())) == 4  # 5 in a model of videos
+  )
+
+
+def _merges_early(shapes: Shapes) -> bool:
+  return 'layers.0.downsample.reduction.weight' in shapes
+
+
+def _recognises_transformers(shapes: Shapes) -> bool:
+  return any(re.fullmatch(_HF_TABLE, key) for key in shapes)
+
+
+def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
+  # Files for older versions of timm have these fields at the top.
+  cfg = config.get('pretrained_cfg', config)
+  head = shapes.get('head.fc.weight', shapes.get('head.weight', (0,)))
+  return _describe(
+    shapes,
+    _TIMM_TABLE,
+    config.get('model_args', {}).get('window_size'),
+    _side(cfg.get('input_size')),
+    patch=shapes[_TIMM_PATCH],
+    hidden=shapes['layers.0.blocks.0.mlp.fc1.weight'][0],
+    num_classes=head[0],
+    act='gelu',
+    epsilon=1e-5,
+    mean=tuple(cfg.get('mean', IMAGENET_MEAN)),
+    std=tuple(cfg.get('std', IMAGENET_STD)),
+  )
+
+
+def _describe_transformers(
+  shapes: Shapes, config: Mapping[str, Any]
+) -> Architecture:
+  act = config.get('hidden_act', 'gelu')
+  if act not in _ACTS:
+    raise UserError(
+      f'checkpoint: config.json has hidden_act {act!r}; a Swin here has one '
+      f'of: {", ".join(_ACTS)}'
+    )
+  prefix = 'swin.' if f'swin.{_HF_PATCH}' in shapes else ''
+  first = f'{prefix}encoder.layers.0.blocks.0.'
+  return _describe(
+    shapes,
+    _HF_TABLE,
+    config.get('window_size'),
+    _side(config.get('image_size')),
+    patch=shapes[prefix + _HF_PATCH],
+    hidden=shapes[first + 'intermediate.dense.weight'][0],
+    num_classes=shapes.get('classifier.weight', (0,))[0],
+    act=_ACTS[act],
+    epsilon=config.get('layer_norm_eps', 1e-5),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+  )
+
+
+def _side(value: Any) -> int | None:
+  """Reads a side that config.json may have as [C, H, W] or [H, W]."""
+  return value[-1] if isinstance(value, list | tuple) else value
+
+
+def _describe(
+  shapes: Shapes,
+  table: str,
+  window: Any,
+  image_size: int | None,
+  *,
+  patch: tuple[int, ...],
+  hidden: int,
+  num_classes: int,
+  **fields: Any,
+) -> Architecture:
+  """Puts together what both ways of writing have in common.
+
+  Args:
+    shapes: of the checkpoint.
+    table: regular expression of the bias tables' keys: stage, block.
+    window: of config.json; without one number there, the largest that a table
+      is for.
+    image_size: of config.json; None: what the tables are for.
+    patch: shape of the embedding's kernel, [width, C, H, W].
+    hidden: width of the first MLP.
+    num_classes: rows of the head.
+    **fields: of `config.model`.
+  """
+  width, _, patch_size, _ = patch
+  if hidden != 4 * width:
+    raise UserError(
+      f'checkpoint: its first MLP is {hidden} wide; that of a Swin of width '
+      f'{width} here is {4 * width}'
+    )
+  depths, heads, windows = _stages(shapes, table)
+  window = window if isinstance(window, int) else max(windows)
+  grid = _grid(windows, window, image_size and image_size // patch_size)
+  size = dict(width=width, depths=depths, heads=heads)
+  name = next((n for n, s in NAMES.items() if size.items() <= s.items()), '')
+  fields.update(window=window, patch_size=patch_size)
+  return Architecture(
+    name or 'swin',
+    fields if name else fields | size,
+    image_size or grid * patch_size,
+    num_classes,
+  )
+
+
+def _stages(
+  shapes: Shapes, table: str
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+  """Reads blocks, heads and window of each stage off the bias tables."""
+  found: dict[int, list[tuple[int, ...]]] = {}
+  for key, shape in shapes.items():
+    if match := re.fullmatch(table, key):
+      found.setdefault(int(match.group(1)), []).append(shape)
+  stages = [found[i] for i in sorted(found)]
+  rows = [tables[0][0] for tables in stages]
+  sides = [math.isqrt(n) for n in rows]
+  if any(side**2 != n for side, n in zip(sides, rows, strict=True)):
+    raise UserError(
+      f'checkpoint: its tables of relative positions have {rows} rows; those '
+      'of a square window of w tokens have (2 w - 1)^2'
+    )
+  return (
+    tuple(len(tables) for tables in stages),
+    tuple(tables[0][1] for tables in stages),
+    tuple((side + 1) // 2 for side in sides),
+  )
+
+
+def _grid(windows: tuple[int, ...], window: int, grid: int | None) -> int:
+  """Returns the side of the first stage's grid, in tokens.
+
+  Args:
+    windows: of each stage, as its table has it: clamped to the stage's grid,
+      or never clamped.
+    window: of the model, not clamped.
+    grid: the side, where the image size is known. If not, a clamped stage
+      tells it, and else the last stage is one window, as in all the published
+      sizes.
+
+  Raises:
+    UserError: one window does not explain those of all the stages.
+  """
+  last = len(windows) - 1
+  clamped = (i for i in range(last) if windows[i] < window)
+  stage = next(clamped, last)
+  grid = grid or windows[stage] << stage
+  expected = tuple(min(window, grid >> i) for i in range(len(windows)))
+  if set(windows) != {window} and windows != expected:
+    raise UserError(
+      f'checkpoint: its stages have windows of {windows} tokens; a Swin here '
+      "has one window, smaller only where a stage's grid is"
+    )
+  return grid
+
+
+LAYOUTS = (
+  Layout(
+    'timm swin',
+    lambda shapes: _recognises_timm(shapes) and not _merges_early(shapes),
+    _describe_timm,
+    (*_TIMM_RULES, *_TIMM_LATE),
+  ),
+  Layout(
+    'timm swin, before 0.9',
+    lambda shapes: _recognises_timm(shapes) and _merges_early(shapes),
+    _describe_timm,
+    (*_TIMM_RULES, *_TIMM_EARLY),
+  ),
+  Layout(
+    'transformers swin',
+    _recognises_transformers,
+    _describe_transformers,
+    _HF_RULES,
+  ),
+)

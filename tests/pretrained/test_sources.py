@@ -1,0 +1,491 @@
+"""Where weights come from: paths, the hub, URLs, and all that may go wrong."""
+
+import collections
+import errno
+import hashlib
+import json
+import pathlib
+import shutil
+import socket
+
+import hub_stand_in
+import huggingface_hub
+import numpy as np
+import pytest
+from hub_stand_in import COMMIT, REPOSITORY
+from huggingface_hub import constants
+from safetensors.numpy import save
+
+from fulllora_jax.console import Progress
+from fulllora_jax.errors import UserError
+from fulllora_jax.pretrained import formats, sources
+
+HUB = f'hf-hub:{REPOSITORY}'
+WEIGHTS = save({'x': np.arange(20_000, dtype=np.float32)})
+CONFIG = b'{"architecture": "vit_tiny"}'
+Usage = collections.namedtuple('Usage', 'total used free')
+
+
+@pytest.fixture
+def web(monkeypatch):
+  """The stand-in: (its URL, what it has)."""
+  monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+  monkeypatch.setenv('no_proxy', '127.0.0.1')
+  with hub_stand_in.serve() as (url, state):
+    state.files['w.safetensors'] = WEIGHTS
+    state.repository.update(
+      {
+        'config.json': CONFIG,
+        'model.safetensors': WEIGHTS,
+        'pytorch_model.bin': b'\x80\x02}.',
+      }
+    )
+    yield url, state
+
+
+@pytest.fixture
+def hub(web, monkeypatch, tmp_path):
+  """What the hub has; huggingface_hub asks it and caches in tmp_path."""
+
+  monkeypatch.delenv('HF_TOKEN', raising=False)
+  monkeypatch.setattr(constants, 'ENDPOINT', web[0])
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+  return web[1]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+  """Does what HF_HUB_OFFLINE=1 does before the start of Python."""
+
+  def set_offline():
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+
+  return set_offline
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+  """Our cache of URLs."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  return tmp_path / 'cache' / 'fulllora_jax' / 'weights'
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+  usage = Usage(10**9, 10**9 - 1000, 1000)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+
+
+def sha256(content):
+  return hashlib.sha256(content).hexdigest()
+
+
+def link(web, name='w.safetensors', content=WEIGHTS):
+  return f'{web[0]}/files/{name}#sha256={sha256(content)}'
+
+
+def refused(source):
+  """Fetches what must be refused; returns the one line."""
+  with pytest.raises(UserError) as caught:
+    sources.fetch(source)
+  message = str(caught.value)
+  assert '\n' not in message
+  assert source in message
+  return message
+
+
+def unreachable():
+  """Returns the address of a port that nobody listens at."""
+  with socket.socket() as server:
+    server.bind(('127.0.0.1', 0))
+    return f'http://127.0.0.1:{server.getsockname()[1]}'
+
+
+# Paths.
+
+
+def test_a_file_and_its_folder(tmp_path, monkeypatch):
+  (tmp_path / 'model.safetensors').write_bytes(WEIGHTS)
+  (tmp_path / 'config.json').write_bytes(CONFIG)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  for source in ('~', str(tmp_path), '~/model.safetensors'):
+    fetched = sources.fetch(source)
+    assert fetched.files == (tmp_path / 'model.safetensors',)
+    assert fetched.config == {'architecture': 'vit_tiny'}
+    assert fetched.identity == {
+      'source': source,
+      'revision': None,
+      'files': {
+        'model.safetensors': sha256(WEIGHTS),
+        'config.json': sha256(CONFIG),
+      },
+    }
+    assert json.loads(json.dumps(fetched.identity)) == fetched.identity
+
+
+def test_an_npz_without_a_config(tmp_path):
+  np.savez(tmp_path / 'B_16.npz', x=np.zeros(3))
+  fetched = sources.fetch(str(tmp_path))
+  assert fetched.files == (tmp_path / 'B_16.npz',)
+  assert fetched.config == {}
+  assert list(fetched.identity['files']) == ['B_16.npz']
+
+
+def test_shards_beside_their_index(tmp_path):
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_bytes(sharded()['model.safetensors.index.json'])
+  for name in ('a.safetensors', 'b.safetensors'):
+    (tmp_path / name).write_bytes(sharded()[name])
+  for source in (str(tmp_path), str(index)):
+    fetched = sources.fetch(source)
+    names = [path.name for path in fetched.files]
+    assert names == [index.name, 'a.safetensors', 'b.safetensors']
+    assert list(fetched.identity['files']) == names
+    assert set(formats.read(fetched.files).shapes) == {'x', 'y'}
+
+
+def test_a_missing_path(tmp_path):
+  assert 'no such file or folder' in refused(str(tmp_path / 'none.npz'))
+  assert refused('google/vit').endswith('hub, hf-hub:google/vit')
+
+
+def test_a_folder_without_weights(tmp_path):
+  assert 'it has no files' in refused(str(tmp_path))
+  (tmp_path / 'notes.txt').touch()
+  assert 'neither model.safetensors nor' in refused(str(tmp_path))
+  assert '(it has notes.txt)' in refused(str(tmp_path))
+
+
+def test_a_folder_with_several_weights(tmp_path):
+  for name in ('b.npz', 'a.safetensors'):
+    (tmp_path / name).touch()
+  assert '2 files of weights (a.safetensors, b.npz)' in refused(str(tmp_path))
+
+
+def test_pickles(tmp_path):
+  path = tmp_path / 'pytorch_model.bin'
+  path.write_bytes(b'\x80\x02}q\x00.')
+  for source in (path, tmp_path):
+    message = refused(str(source))
+    assert 'a pickle' in message and "torch.load('pytorch_model.bin'" in message
+
+
+@pytest.mark.parametrize('config', [b'{', b'[]', b'\xff'])
+def test_a_damaged_config(tmp_path, config):
+  (tmp_path / 'model.safetensors').write_bytes(WEIGHTS)
+  (tmp_path / 'config.json').write_bytes(config)
+  with pytest.raises(UserError, match='config.json: .* mend it or remove it'):
+    sources.fetch(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'source',
+  [
+    '',
+    ' ',
+    'gs://vit_models/augreg/B_16.npz',
+    'hf-hub:vit',
+    'hf-hub:a/b/c',
+    'hf-hub:owner/name@',
+    'https://',
+    'https://host',
+    'http://[/w.npz',
+    'https://host/a file.npz',
+  ],
+)
+def test_a_malformed_source(source):
+  assert 'not understood; give a path, hf-hub:' in refused(source)
+
+
+# URLs.
+
+
+def test_a_url_is_downloaded_once(web, cache):
+  fetched = sources.fetch(link(web))
+  (path,) = fetched.files
+  assert path == cache / f'{sha256(WEIGHTS)[:16]}-w.safetensors'
+  assert path.read_bytes() == WEIGHTS
+  assert fetched.config == {}
+  assert fetched.identity['files'] == {path.name: sha256(WEIGHTS)}
+  assert sources.fetch(link(web)) == fetched
+  assert web[1].gets('w.safetensors') == [None]
+  assert not list(cache.glob('*.part'))
+
+
+def test_a_url_that_is_cached_needs_no_network(web, cache):
+  source = link((unreachable(),))
+  assert 'could not be downloaded' in refused(source)
+  sources.fetch(link(web))
+  assert sources.fetch(source).files[0].parent == cache
+
+
+def test_a_damaged_file_in_the_cache_is_downloaded_again(web, cache):
+  (path,) = sources.fetch(link(web)).files
+  path.write_bytes(WEIGHTS[:-1] + b'!')
+  assert sources.fetch(link(web)).files[0].read_bytes() == WEIGHTS
+
+
+def test_a_broken_download_goes_on(web, cache, capsys):
+  web[1].cut['w.safetensors'] = 30_000
+  (path,) = sources.fetch(link(web)).files
+  assert path.read_bytes() == WEIGHTS
+  assert web[1].gets('w.safetensors') == [None, 'bytes=30000-']
+  assert 'the connection was cut; going on from' in capsys.readouterr().err
+
+
+def test_a_killed_download_goes_on(web, cache):
+  part = cache / f'{sha256(WEIGHTS)[:16]}-w.safetensors.part'
+  cache.mkdir(parents=True)
+  for have in (500, len(WEIGHTS)):
+    part.write_bytes(WEIGHTS[:have])
+    (path,) = sources.fetch(link(web)).files
+    assert path.read_bytes() == WEIGHTS
+    assert web[1].gets('w.safetensors')[-1] == f'bytes={have}-'
+    path.unlink()
+
+
+def test_a_server_that_ignores_ranges(web, cache):
+  web[1].ignore_range = True
+  web[1].cut['w.safetensors'] = 30_000
+  assert sources.fetch(link(web)).files[0].read_bytes() == WEIGHTS
+
+
+def test_a_server_that_states_no_length(web, cache):
+  web[1].no_length = True
+  assert sources.fetch(link(web)).files[0].read_bytes() == WEIGHTS
+
+
+def test_a_download_that_never_gets_on(web, cache):
+  web[1].cut['w.safetensors'] = 0
+  message = refused(link(web))
+  assert 'could not be downloaded (the connection was cut)' in message
+  assert not list(cache.glob('*.safetensors'))
+
+
+def test_a_slow_server(web, cache, monkeypatch):
+  monkeypatch.setattr(sources, '_TIMEOUT', 0.05)
+  with socket.create_server(('127.0.0.1', 0)) as server:  # never answers
+    url = f'http://127.0.0.1:{server.getsockname()[1]}'
+    message = refused(link((url,)))
+  assert 'could not be downloaded (' in message and 'timed out' in message
+
+
+def test_a_wrong_hash(web, cache):
+  source = link(web, content=b'another')
+  message = refused(source)
+  assert sha256(WEIGHTS) in message and sha256(b'another') in message
+  assert [path.suffix for path in cache.iterdir()] in ([], ['.lock'])
+
+
+def test_a_url_without_a_hash(web, cache):
+  for fragment in ('', '#md5=0', '#sha256=abc'):
+    message = refused(f'{web[0]}/files/w.safetensors{fragment}')
+    assert f'{web[0]}/files/w.safetensors#sha256=HEX' in message
+  assert not web[1].asked
+
+
+def test_a_url_of_a_pickle(web, cache):
+  assert 'a pickle' in refused(link(web, 'deit.pth'))
+  assert not web[1].asked
+  web[1].files['w.npz'] = content = b'\x80\x02}q\x00.'
+  with pytest.raises(UserError, match='w.npz: a pickle'):
+    sources.fetch(link(web, 'w.npz', content))
+
+
+@pytest.mark.parametrize('status', [403, 404, 500])
+def test_a_url_that_is_refused(web, cache, status):
+  web[1].status = status
+  assert f'the server answered {status}' in refused(link(web))
+
+
+def test_a_url_on_a_full_disk(web, cache, full_disk):
+  message = refused(link(web))
+  assert '0 MB are needed in' in message and 'make room' in message
+  assert not list(cache.glob('*.safetensors'))
+
+
+def test_a_disk_that_fills_up(web, cache, monkeypatch):
+  def fsync(descriptor):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(sources.os, 'fsync', fsync)
+  assert 'No space left on device' in refused(link(web))
+  assert not list(cache.glob('*.safetensors'))
+
+
+def test_a_cache_that_cannot_be_made(web, cache):
+  cache.parents[1].write_text('a file')
+  assert 'the cache cannot be written' in refused(link(web))
+
+
+def test_progress_is_said(web, cache, monkeypatch, capsys):
+  monkeypatch.setattr(Progress, 'due', lambda self: True)
+  monkeypatch.setattr(sources, '_CHUNK', 10_000)
+  sources.fetch(link(web))
+  err = capsys.readouterr().err
+  assert 'w.safetensors: 0 of 0 MB, ' in err and 's left' in err
+
+
+# The hub.
+
+
+def sharded():
+  weight_map = {'x': 'a.safetensors', 'y': 'b.safetensors'}
+  index = json.dumps({'weight_map': weight_map}).encode()
+  return {
+    'model.safetensors.index.json': index,
+    'a.safetensors': save({'x': np.zeros(2)}),
+    'b.safetensors': save({'y': np.zeros(2)}),
+  }
+
+
+def test_the_hub(hub):
+  fetched = sources.fetch(HUB)
+  (path,) = fetched.files
+  assert path.name == 'model.safetensors' and path.read_bytes() == WEIGHTS
+  assert fetched.config == {'architecture': 'vit_tiny'}
+  assert fetched.identity == {
+    'source': HUB,
+    'revision': COMMIT,
+    'files': {path.name: sha256(WEIGHTS), 'config.json': sha256(CONFIG)},
+  }
+  assert sources.fetch(HUB) == fetched
+  assert len(hub.gets('model.safetensors')) == 1
+  assert not hub.gets('pytorch_model.bin')
+
+
+def test_a_revision_is_pinned(hub):
+  source = f'{HUB}@{COMMIT}'
+  assert sources.fetch(source).identity['revision'] == COMMIT
+  assert not any('main' in path for _, path, _ in hub.asked)
+
+
+def test_the_users_environment_counts(web, run_python, tmp_path):
+  """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which are read at the start."""
+  code = (
+    'import json, sys; from fulllora_jax.pretrained import sources; '
+    'fetched = sources.fetch(sys.argv[1]); '
+    'print(json.dumps([str(fetched.files[0]), fetched.identity]))'
+  )
+  run = {'HF_ENDPOINT': web[0], 'HF_HOME': str(tmp_path)}
+  first = run_python('-c', code, HUB, **run)
+  assert first.returncode == 0, first.stderr
+  asked = len(web[1].asked)
+  second = run_python('-c', code, HUB, **run, HF_HUB_OFFLINE='1')
+  assert second.stdout == first.stdout and first.stdout
+  assert len(web[1].asked) == asked
+  file, _ = json.loads(first.stdout)
+  assert pathlib.Path(file).is_relative_to(tmp_path)
+
+
+def test_shards_of_the_hub(hub, offline):
+  del hub.repository['model.safetensors']
+  hub.repository.update(sharded())
+  fetched = sources.fetch(HUB)
+  names = [path.name for path in fetched.files]
+  assert names == list(sharded())
+  assert set(formats.read(fetched.files).shapes) == {'x', 'y'}
+  offline()
+  assert sources.fetch(HUB) == fetched
+  fetched.files[1].unlink()
+  assert 'it is not in the cache' in refused(HUB)
+
+
+def test_an_npz_of_the_hub_without_config(hub, offline):
+  hub.repository.clear()
+  hub.repository['B_16.npz'] = WEIGHTS
+  fetched = sources.fetch(HUB)
+  assert fetched.files[0].name == 'B_16.npz' and fetched.config == {}
+  offline()
+  assert sources.fetch(HUB) == fetched
+
+
+def test_a_cache_of_weights_alone_is_not_enough_offline(hub, offline):
+  """Another tool may have left out config.json; guessing would be wrong."""
+  huggingface_hub.hf_hub_download(REPOSITORY, 'model.safetensors')
+  offline()
+  assert 'it is not in the cache' in refused(HUB)
+
+
+def test_a_hub_that_is_down_is_served_from_the_cache(hub, monkeypatch, capsys):
+  fetched = sources.fetch(HUB)
+  hub.status = 503
+  assert sources.fetch(HUB) == fetched
+  monkeypatch.setattr(constants, 'ENDPOINT', unreachable())
+  assert sources.fetch(HUB) == fetched
+  err = capsys.readouterr().err
+  assert err.count(f'taking {COMMIT} from the cache') == 2
+
+
+def test_a_broken_download_of_the_hub_goes_on(hub):
+  hub.cut['model.safetensors'] = 30_000
+  assert sources.fetch(HUB).files[0].read_bytes() == WEIGHTS
+  assert hub.gets('model.safetensors') == [None, 'bytes=30000-']
+
+
+def test_offline_without_cache(hub, offline):
+  offline()
+  message = refused(HUB)
+  page = f'{constants.ENDPOINT}/{REPOSITORY}/tree/main'
+  assert 'HF_HUB_OFFLINE is set, and it is not in the cache' in message
+  assert f'download model.safetensors (or .npz) and config.json of {page}' in (
+    message
+  )
+  assert 'give their folder as base.source' in message
+
+
+def test_a_hub_out_of_reach(hub, monkeypatch):
+  monkeypatch.setattr(constants, 'ENDPOINT', unreachable())
+  message = refused(HUB)
+  assert 'the hub could not be reached (' in message
+  assert 'give their folder as base.source' in message
+
+
+@pytest.mark.parametrize(
+  ('source', 'message'),
+  [
+    ('hf-hub:owner/other', 'the hub has no repository owner/other'),
+    (f'{HUB}@v2', 'the repository has no revision v2'),
+    ('hf-hub:owner/gated', 'is gated; accept its terms at http'),
+    ('hf-hub:-owner/name', 'check the name, HF_ENDPOINT and any proxy'),
+  ],
+)
+def test_what_the_hub_does_not_give(hub, source, message):
+  assert message in refused(source)
+
+
+@pytest.mark.parametrize(
+  ('status', 'message'),
+  [
+    (403, 'the hub refuses access (403); set HF_TOKEN'),
+    (429, 'the hub answered 429'),
+    (500, 'the hub could not be reached ('),
+  ],
+)
+def test_a_hub_that_refuses(hub, status, message):
+  hub.status = status
+  assert message in refused(HUB)
+
+
+@pytest.mark.parametrize('body', [b'<html>', b'{}'])
+def test_an_answer_that_is_none_of_the_hubs(hub, body):
+  hub.body = body
+  assert 'check the name, HF_ENDPOINT and any proxy' in refused(HUB)
+
+
+def test_pickles_of_the_hub(hub):
+  del hub.repository['model.safetensors']
+  assert 'pytorch_model.bin: a pickle' in refused(HUB)
+  assert not hub.gets('pytorch_model.bin')
+
+
+def test_the_hub_with_a_full_disk(hub, full_disk):
+  assert 'make room, or set XDG_CACHE_HOME' in refused(HUB)
+  assert not hub.gets('model.safetensors')
+
+
+def test_a_branch_that_moves_during_the_download(hub, monkeypatch, tmp_path):
+  moved = tmp_path / 'newer' / 'config.json'
+  monkeypatch.setattr(sources, '_config_of_hub', lambda *args: moved)
+  assert 'main changed during the download; run again' in refused(HUB)
