@@ -2,16 +2,17 @@
 
   python -m fulllora_jax.main --config configs/cifar100.py
 
-As cifar10.py in everything but the data. No accuracy is promised for this
-file: it has not been run to its end yet. The variant `:tiny` runs the same road
-on a CPU in a minute or two.
+As cifar10.py in everything but the data, `:deit_s` and the like included. No
+accuracy is promised for this file: it has not been run to its end yet. The
+variant `:tiny` runs the same road on a CPU in a minute or two.
 """
 
 from fulllora_jax import config as config_lib
+from fulllora_jax import variants
 
 
 def get_config(variant: str = ''):
-  """Returns the config; `tiny` shrinks it for a CPU."""
+  """Returns the config; see variants.py for what follows the colon."""
   c = config_lib.default()
   c.name = c.data.name = 'cifar100'
-  return config_lib.with_variant(c, variant)
+  return variants.with_variant(c, variant, published='vit_b')

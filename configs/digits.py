@@ -19,6 +19,7 @@ none). The base has mixup in every batch, for its 1,294 images are few.
 """
 
 from fulllora_jax import config as config_lib
+from fulllora_jax import variants
 
 
 def get_config(variant: str = ''):
@@ -45,4 +46,4 @@ def get_config(variant: str = ''):
   c.base.train.update(steps=700, batch_size=64, log_every=100)
   c.base.train.update(eval_every=350, checkpoint_every=200)
   c.eval.step_size = '0.02'
-  return config_lib.with_variant(c, variant)
+  return variants.with_variant(c, variant)

@@ -4,16 +4,19 @@
 
 One accelerator with 80 GB (with less: --config.train.accumulate=4). The data
 are `imagenette/full-size`, the v1 split that Mo et al. (NeurIPS 2022) use; its
-validation split is the test set here. No accuracy is promised for this file:
-it has not been run to its end yet. The variant `:tiny` runs the same road at
-32 px on a CPU in a few minutes, most of which goes into reading the images.
+validation split is the test set here. The base is the AugReg ViT-B/16 from the
+Hugging Face hub; `:swin_b`, `:dinov2_s` and the like take another one
+(fulllora_jax/variants.py). No accuracy is promised for this file: it has not
+been run to its end yet. The variant `:tiny` runs the same road at 32 px on a
+CPU in a few minutes, most of which goes into reading the images.
 """
 
 from fulllora_jax import config as config_lib
+from fulllora_jax import variants
 
 
 def get_config(variant: str = ''):
-  """Returns the config; `tiny` shrinks it for a CPU."""
+  """Returns the config; see variants.py for what follows the colon."""
   c = config_lib.default()
   c.name = 'imagenette'
   c.model.patch_size = 16
@@ -29,4 +32,4 @@ def get_config(variant: str = ''):
     c.model.patch_size = 4
     c.data.image_size = 32
     c.augment.crop_padding = c.base.augment.crop_padding = 4
-  return config_lib.with_variant(c, variant)
+  return variants.with_variant(c, variant, published='vit_b')

@@ -186,31 +186,6 @@ def copy(config: ConfigDict) -> ConfigDict:
   return from_mapping(as_plain(config))
 
 
-def with_variant(config: ConfigDict, variant: str) -> ConfigDict:
-  """Applies what a config file's name may carry after a colon.
-
-  Args:
-    config: changed in place.
-    variant: '' for the config as it is; 'tiny' for the same road with a model
-      of 0.1 M parameters and few steps, for a CPU.
-
-  Raises:
-    UserError: another variant.
-  """
-  choose('config variant', variant, ('', 'tiny'))
-  if variant == 'tiny':
-    config.name += '_tiny'
-    config.model.update(name='vit', width=64, depth=2, num_heads=2, mlp_dim=256)
-    config.adapter.rank, config.adapter.alpha = 2, 2.0
-    config.attack.steps = 3
-    for recipe, steps in ((config.train, 60), (config.base.train, 150)):
-      recipe.update(steps=steps, batch_size=64, log_every=20)
-      recipe.update(eval_every=1000, checkpoint_every=50)
-    config.eval.update(num_examples=256, batch_size=128)
-    config.eval.validation_examples = 128
-  return config
-
-
 def to_json(config: ConfigDict) -> str:
   """Writes a config as JSON text, keys sorted; tuples become lists."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)

@@ -131,7 +131,7 @@ def attach(
   if 'head/kernel' in params and model.num_classes != run['num_classes']:
     model.reset_classifier(run['num_classes'])
   _check_size(model, fields, run)
-  model.requires_grad_(False).eval()
+  model.requires_grad_(False)
   places = timm_vit.places(model)
   if check_base:
     _check_base(places, params, run['base_fingerprint'], path)
@@ -141,7 +141,7 @@ def attach(
   _add_branches(model, _sub(leaves, 'lnlora'), metadata['branches'], path)
   if 'head/kernel' in params:
     model.head.requires_grad_(True)
-  return Normalised(model, **run['normalisation'])
+  return Normalised(model, **run['normalisation']).eval()
 
 
 def load(path: str | os.PathLike) -> Normalised:

@@ -356,3 +356,10 @@ def test_weights_too_large_for_a_program(finished, tmp_path, monkeypatch):
   output = tmp_path / 'm.stablehlo'
   refused('end|2 GiB', export.to_stablehlo, finished.workdir, output)
   assert not output.exists()
+
+
+def test_pytorch_is_asked_for_by_name(run_python):
+  blocked = 'import sys; sys.modules["torch"] = None; '
+  done = run_python('-c', f'{blocked}import fulllora_jax.torch_adapter')
+  assert 'needs torch, torchvision and timm' in done.stderr
+  assert 'pip install "fulllora_jax[torch]"' in done.stderr

@@ -2,7 +2,8 @@
 
 Every model maps images float32 [B, H, W, C] in [0, 1] to logits [B, K] and
 knows nothing of adapters; `linear_maps` names the maps an adapter may target.
-A family is one file with NAMES (name -> settings), LINEAR_MAPS and `create`.
+A family is one file with NAMES (name -> settings), FIELDS (those of
+`config.model` that only it has), LINEAR_MAPS and `create`.
 """
 
 import difflib
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 _FAMILIES = (vit, swin, convit)
+_COMMON = (
+  'name', 'patch_size', 'act', 'epsilon', 'mean', 'std', 'dropout', 'dtype',
+)  # fmt: skip
 
 
 def names() -> tuple[str, ...]:
@@ -44,7 +48,16 @@ def create(model, num_classes: int) -> nn.Module:
     UserError: unknown name, a free size with a missing field, or fields that
       do not fit each other.
   """
-  return family(model.name).create(model, num_classes)
+  module = family(model.name)
+  for field in model:
+    value = getattr(model, field)
+    if value in (None, '', ()) or field in (*_COMMON, *module.FIELDS):
+      continue
+    raise UserError(
+      f'model.{field} {value}: a {model.name} has no such thing; it has '
+      + ', '.join(module.FIELDS)
+    )
+  return module.create(model, num_classes)
 
 
 def linear_maps(name: str) -> Mapping[str, str]:

@@ -37,6 +37,7 @@ LINEAR_MAPS = {
 }
 
 SIZE_FIELDS = ('width', 'depth', 'num_heads', 'local_layers')
+FIELDS = (*SIZE_FIELDS, 'mlp_dim', 'pool')
 _SETTINGS = dict(
   pool='token', act='gelu', epsilon=1e-6, mean=IMAGENET_MEAN, std=IMAGENET_STD
 )

@@ -30,6 +30,7 @@ LINEAR_MAPS = {
   'head': r'head',
 }
 
+FIELDS = ('width', 'depths', 'heads', 'window')
 # Settings of every name; a size adds width, depths and heads.
 _SETTINGS = dict(
   patch_size=4,

@@ -50,6 +50,7 @@ SIZES = {
   'g': (1536, 40, 24, 4096),
 }
 SIZE_FIELDS = ('width', 'depth', 'num_heads', 'mlp_dim')
+FIELDS = (*SIZE_FIELDS, 'pool', 'class_token', 'swiglu')
 POOLS = ('token', 'mean', 'mean_norm', 'token_mean', 'map')
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -27,10 +27,12 @@ from fulllora_jax.pretrained.layout import (
 _TIMM_BLOCK = r'layers\.(\d+)\.blocks\.(\d+)\.'
 _TIMM_TABLE = _TIMM_BLOCK + r'attn\.relative_position_bias_table'
 _TIMM_PATCH = 'patch_embed.proj.weight'
+_TIMM_HIDDEN = 'layers.0.blocks.0.mlp.fc1.weight'
 _HF = r'(?:swin\.)?'
 _HF_BLOCK = _HF + r'encoder\.layers\.(\d+)\.blocks\.(\d+)\.'
 _HF_TABLE = _HF_BLOCK + r'attention\.self\.relative_position_bias_table'
 _HF_PATCH = 'embeddings.patch_embeddings.projection.weight'
+_HF_HIDDEN = 'encoder.layers.0.blocks.0.intermediate.dense.weight'
 _BLOCK = r'stage_\1/block_\2/'
 # Every stage halves the grid: a ninth would need images of 1024 pixels.
 _MOST_STAGES = 8
@@ -134,19 +136,31 @@ _HF_RULES = (
 )
 
 
-def _recognises_timm(shapes: Shapes) -> bool:
+def _recognises(shapes: Shapes, table: str, patch: str, hidden: str) -> bool:
+  """Looks for the bias tables, and for what a description reads."""
   return (
-    any(re.fullmatch(_TIMM_TABLE, key) for key in shapes)
-    and len(shapes.get(_TIMM_PATCH, ())) == 4  # 5 in a model of videos
+    any(re.fullmatch(table, key) for key in shapes)
+    and len(shapes.get(patch, ())) == 4  # 5 in a model of videos
+    and hidden in shapes
   )
+
+
+def _recognises_timm(shapes: Shapes) -> bool:
+  return _recognises(shapes, _TIMM_TABLE, _TIMM_PATCH, _TIMM_HIDDEN)
 
 
 def _merges_early(shapes: Shapes) -> bool:
   return 'layers.0.downsample.reduction.weight' in shapes
 
 
+def _prefix(shapes: Shapes) -> str:
+  """Returns what a model with a head has before the keys of a bare one."""
+  return 'swin.' if f'swin.{_HF_PATCH}' in shapes else ''
+
+
 def _recognises_transformers(shapes: Shapes) -> bool:
-  return any(re.fullmatch(_HF_TABLE, key) for key in shapes)
+  prefix = _prefix(shapes)
+  return _recognises(shapes, _HF_TABLE, prefix + _HF_PATCH, prefix + _HF_HIDDEN)
 
 
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
@@ -159,7 +173,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     config.get('model_args', {}).get('window_size'),
     _side(cfg.get('input_size')),
     patch=shapes[_TIMM_PATCH],
-    hidden=shapes['layers.0.blocks.0.mlp.fc1.weight'][0],
+    hidden=shapes[_TIMM_HIDDEN][0],
     num_classes=head[0],
     act='gelu',
     epsilon=1e-5,
@@ -177,15 +191,14 @@ def _describe_transformers(
       f'checkpoint: config.json has hidden_act {act!r}; a Swin here has one '
       f'of: {", ".join(_ACTS)}'
     )
-  prefix = 'swin.' if f'swin.{_HF_PATCH}' in shapes else ''
-  first = f'{prefix}encoder.layers.0.blocks.0.'
+  prefix = _prefix(shapes)
   return _describe(
     shapes,
     _HF_TABLE,
     config.get('window_size'),
     _side(config.get('image_size')),
     patch=shapes[prefix + _HF_PATCH],
-    hidden=shapes[first + 'intermediate.dense.weight'][0],
+    hidden=shapes[prefix + _HF_HIDDEN][0],
     num_classes=shapes.get('classifier.weight', (0,))[0],
     act=_ACTS[act],
     epsilon=config.get('layer_norm_eps', 1e-5),

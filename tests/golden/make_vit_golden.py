@@ -16,6 +16,7 @@ import timm
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
 
@@ -53,11 +54,10 @@ def transformers_case(case, model, preprocessor):
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     with safe_open(os.path.join(folder, 'model.safetensors'), 'np') as file:
-      shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+      keys = list(file.keys())  # it cannot be iterated over
+      shapes = {k: tuple(file.get_slice(k).get_shape()) for k in keys}
     config = model.config.to_diff_dict()
     filled = {k: v.contiguous() for k, v in tensors(shapes).items()}
-    from safetensors.torch import save_file
-
     save_file(filled, f'{folder}/model.safetensors', {'format': 'pt'})
     model = type(model).from_pretrained(folder).eval()
   images = normalised(preprocessor['image_mean'], preprocessor['image_std'])

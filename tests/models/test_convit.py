@@ -56,7 +56,7 @@ def converted(arrays):
       assert rule.why
       left_out.append(key)
       continue
-    parts = (parts,) if isinstance(rule.to, str) or len(to) == 1 else parts
+    parts = (parts,) if isinstance(rule.to, str) else parts
     for path, part in zip(to, parts, strict=True):
       assert match.expand(path) not in params
       params[match.expand(path)] = part

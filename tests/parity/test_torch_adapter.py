@@ -240,6 +240,16 @@ def test_leaves_that_have_no_place(run, tmp_path, base):
   refused('a branch at fc', torch_adapter.attach, base, path)
 
 
+def test_no_jax_is_needed(run_python, run):
+  done = run_python(
+    '-c',
+    'import sys; sys.modules["jax"] = None; '
+    'from fulllora_jax import torch_adapter; '
+    f'print(torch_adapter.load({str(run[2])!r}).training)',
+  )
+  assert done.stdout == 'False\n', done.stderr
+
+
 def test_a_damaged_file_is_refused(tmp_path):
   (tmp_path / 'x.safetensors').write_bytes(b'nothing')
   refused('is damaged', torch_adapter.load, tmp_path / 'x.safetensors')
@@ -280,7 +290,7 @@ def write_run(workdir, config, fill):
       'fulllora',
     ),
     (
-      dict(pool='mean_norm', mlp_dim=23),
+      dict(pool='mean_norm', width=22, mlp_dim=15),
       dict(
         targets=('patch_embed', 'attn_out', 'fc1'),
         overrides=('patch_embed.layer_norm=False', 'fc1.alpha=5', 'fc1.rank=3'),

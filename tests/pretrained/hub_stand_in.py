@@ -9,10 +9,53 @@ import hashlib
 import http.server
 import json
 import re
+import socket
 import threading
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from fulllora_jax.errors import UserError
+from fulllora_jax.pretrained import sources
 
 COMMIT = '5' * 40
 REPOSITORY = 'owner/tiny-vit'
+WEIGHTS = save({'x': np.arange(20_000, dtype=np.float32)})
+CONFIG = b'{"architecture": "vit_tiny"}'
+
+
+def sha256(content):
+  """Returns the hash in hex."""
+  return hashlib.sha256(content).hexdigest()
+
+
+def sharded():
+  """Returns name -> bytes of an index and its two shards."""
+  weight_map = {'x': 'a.safetensors', 'y': 'b.safetensors'}
+  index = json.dumps({'weight_map': weight_map}).encode()
+  return {
+    'model.safetensors.index.json': index,
+    'a.safetensors': save({'x': np.zeros(2)}),
+    'b.safetensors': save({'y': np.zeros(2)}),
+  }
+
+
+def refused(source):
+  """Fetches what must be refused; returns the one line."""
+  with pytest.raises(UserError) as caught:
+    sources.fetch(source)
+  message = str(caught.value)
+  assert '\n' not in message
+  assert source in message
+  return message
+
+
+def unreachable():
+  """Returns the address of a port that nobody listens at."""
+  with socket.socket() as server:
+    server.bind(('127.0.0.1', 0))
+    return f'http://127.0.0.1:{server.getsockname()[1]}'
 
 
 class StandIn:
@@ -30,7 +73,12 @@ class StandIn:
   """
 
   def __init__(self):
-    self.repository, self.files, self.cut = {}, {}, {}
+    self.files, self.cut = {'w.safetensors': WEIGHTS}, {}
+    self.repository = {
+      'config.json': CONFIG,
+      'model.safetensors': WEIGHTS,
+      'pytorch_model.bin': b'\x80\x02}.',
+    }
     self.ignore_range = self.no_length = False
     self.status = self.body = None
     self.asked = []

@@ -1,67 +1,27 @@
-"""Where weights come from: paths, the hub, URLs, and all that may go wrong."""
+"""Weights from paths and URLs, and all that may go wrong with them."""
 
-import collections
 import errno
-import hashlib
 import json
-import pathlib
 import shutil
 import socket
+import types
 
 import hub_stand_in
-import huggingface_hub
 import numpy as np
 import pytest
-from hub_stand_in import COMMIT, REPOSITORY
-from huggingface_hub import constants
-from safetensors.numpy import save
+from hub_stand_in import CONFIG, WEIGHTS, refused, sha256, sharded, unreachable
 
 from fulllora_jax.console import Progress
 from fulllora_jax.errors import UserError
-from fulllora_jax.pretrained import formats, sources
-
-HUB = f'hf-hub:{REPOSITORY}'
-WEIGHTS = save({'x': np.arange(20_000, dtype=np.float32)})
-CONFIG = b'{"architecture": "vit_tiny"}'
-Usage = collections.namedtuple('Usage', 'total used free')
+from fulllora_jax.pretrained import formats, sources, url
 
 
 @pytest.fixture
 def web(monkeypatch):
   """The stand-in: (its URL, what it has)."""
-  monkeypatch.setenv('NO_PROXY', '127.0.0.1')
   monkeypatch.setenv('no_proxy', '127.0.0.1')
-  with hub_stand_in.serve() as (url, state):
-    state.files['w.safetensors'] = WEIGHTS
-    state.repository.update(
-      {
-        'config.json': CONFIG,
-        'model.safetensors': WEIGHTS,
-        'pytorch_model.bin': b'\x80\x02}.',
-      }
-    )
-    yield url, state
-
-
-@pytest.fixture
-def hub(web, monkeypatch, tmp_path):
-  """What the hub has; huggingface_hub asks it and caches in tmp_path."""
-
-  monkeypatch.delenv('HF_TOKEN', raising=False)
-  monkeypatch.setattr(constants, 'ENDPOINT', web[0])
-  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-  return web[1]
-
-
-@pytest.fixture
-def offline(monkeypatch):
-  """Does what HF_HUB_OFFLINE=1 does before the start of Python."""
-
-  def set_offline():
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-
-  return set_offline
+  with hub_stand_in.serve() as served:
+    yield served
 
 
 @pytest.fixture
@@ -73,33 +33,12 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-  usage = Usage(10**9, 10**9 - 1000, 1000)
+  usage = types.SimpleNamespace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
-
-
-def sha256(content):
-  return hashlib.sha256(content).hexdigest()
 
 
 def link(web, name='w.safetensors', content=WEIGHTS):
   return f'{web[0]}/files/{name}#sha256={sha256(content)}'
-
-
-def refused(source):
-  """Fetches what must be refused; returns the one line."""
-  with pytest.raises(UserError) as caught:
-    sources.fetch(source)
-  message = str(caught.value)
-  assert '\n' not in message
-  assert source in message
-  return message
-
-
-def unreachable():
-  """Returns the address of a port that nobody listens at."""
-  with socket.socket() as server:
-    server.bind(('127.0.0.1', 0))
-    return f'http://127.0.0.1:{server.getsockname()[1]}'
 
 
 # Paths.
@@ -264,10 +203,10 @@ def test_a_download_that_never_gets_on(web, cache):
 
 
 def test_a_slow_server(web, cache, monkeypatch):
-  monkeypatch.setattr(sources, '_TIMEOUT', 0.05)
+  monkeypatch.setattr(url, 'TIMEOUT', 0.05)
   with socket.create_server(('127.0.0.1', 0)) as server:  # never answers
-    url = f'http://127.0.0.1:{server.getsockname()[1]}'
-    message = refused(link((url,)))
+    host = f'http://127.0.0.1:{server.getsockname()[1]}'
+    message = refused(link((host,)))
   assert 'could not be downloaded (' in message and 'timed out' in message
 
 
@@ -309,7 +248,7 @@ def test_a_disk_that_fills_up(web, cache, monkeypatch):
   def fsync(descriptor):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(sources.os, 'fsync', fsync)
+  monkeypatch.setattr(url.os, 'fsync', fsync)
   assert 'No space left on device' in refused(link(web))
   assert not list(cache.glob('*.safetensors'))
 
@@ -321,171 +260,7 @@ def test_a_cache_that_cannot_be_made(web, cache):
 
 def test_progress_is_said(web, cache, monkeypatch, capsys):
   monkeypatch.setattr(Progress, 'due', lambda self: True)
-  monkeypatch.setattr(sources, '_CHUNK', 10_000)
+  monkeypatch.setattr(url, '_CHUNK', 10_000)
   sources.fetch(link(web))
   err = capsys.readouterr().err
   assert 'w.safetensors: 0 of 0 MB, ' in err and 's left' in err
-
-
-# The hub.
-
-
-def sharded():
-  weight_map = {'x': 'a.safetensors', 'y': 'b.safetensors'}
-  index = json.dumps({'weight_map': weight_map}).encode()
-  return {
-    'model.safetensors.index.json': index,
-    'a.safetensors': save({'x': np.zeros(2)}),
-    'b.safetensors': save({'y': np.zeros(2)}),
-  }
-
-
-def test_the_hub(hub):
-  fetched = sources.fetch(HUB)
-  (path,) = fetched.files
-  assert path.name == 'model.safetensors' and path.read_bytes() == WEIGHTS
-  assert fetched.config == {'architecture': 'vit_tiny'}
-  assert fetched.identity == {
-    'source': HUB,
-    'revision': COMMIT,
-    'files': {path.name: sha256(WEIGHTS), 'config.json': sha256(CONFIG)},
-  }
-  assert sources.fetch(HUB) == fetched
-  assert len(hub.gets('model.safetensors')) == 1
-  assert not hub.gets('pytorch_model.bin')
-
-
-def test_a_revision_is_pinned(hub):
-  source = f'{HUB}@{COMMIT}'
-  assert sources.fetch(source).identity['revision'] == COMMIT
-  assert not any('main' in path for _, path, _ in hub.asked)
-
-
-def test_the_users_environment_counts(web, run_python, tmp_path):
-  """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which are read at the start."""
-  code = (
-    'import json, sys; from fulllora_jax.pretrained import sources; '
-    'fetched = sources.fetch(sys.argv[1]); '
-    'print(json.dumps([str(fetched.files[0]), fetched.identity]))'
-  )
-  run = {'HF_ENDPOINT': web[0], 'HF_HOME': str(tmp_path)}
-  first = run_python('-c', code, HUB, **run)
-  assert first.returncode == 0, first.stderr
-  asked = len(web[1].asked)
-  second = run_python('-c', code, HUB, **run, HF_HUB_OFFLINE='1')
-  assert second.stdout == first.stdout and first.stdout
-  assert len(web[1].asked) == asked
-  file, _ = json.loads(first.stdout)
-  assert pathlib.Path(file).is_relative_to(tmp_path)
-
-
-def test_shards_of_the_hub(hub, offline):
-  del hub.repository['model.safetensors']
-  hub.repository.update(sharded())
-  fetched = sources.fetch(HUB)
-  names = [path.name for path in fetched.files]
-  assert names == list(sharded())
-  assert set(formats.read(fetched.files).shapes) == {'x', 'y'}
-  offline()
-  assert sources.fetch(HUB) == fetched
-  fetched.files[1].unlink()
-  assert 'it is not in the cache' in refused(HUB)
-
-
-def test_an_npz_of_the_hub_without_config(hub, offline):
-  hub.repository.clear()
-  hub.repository['B_16.npz'] = WEIGHTS
-  fetched = sources.fetch(HUB)
-  assert fetched.files[0].name == 'B_16.npz' and fetched.config == {}
-  offline()
-  assert sources.fetch(HUB) == fetched
-
-
-def test_a_cache_of_weights_alone_is_not_enough_offline(hub, offline):
-  """Another tool may have left out config.json; guessing would be wrong."""
-  huggingface_hub.hf_hub_download(REPOSITORY, 'model.safetensors')
-  offline()
-  assert 'it is not in the cache' in refused(HUB)
-
-
-def test_a_hub_that_is_down_is_served_from_the_cache(hub, monkeypatch, capsys):
-  fetched = sources.fetch(HUB)
-  hub.status = 503
-  assert sources.fetch(HUB) == fetched
-  monkeypatch.setattr(constants, 'ENDPOINT', unreachable())
-  assert sources.fetch(HUB) == fetched
-  err = capsys.readouterr().err
-  assert err.count(f'taking {COMMIT} from the cache') == 2
-
-
-def test_a_broken_download_of_the_hub_goes_on(hub):
-  hub.cut['model.safetensors'] = 30_000
-  assert sources.fetch(HUB).files[0].read_bytes() == WEIGHTS
-  assert hub.gets('model.safetensors') == [None, 'bytes=30000-']
-
-
-def test_offline_without_cache(hub, offline):
-  offline()
-  message = refused(HUB)
-  page = f'{constants.ENDPOINT}/{REPOSITORY}/tree/main'
-  assert 'HF_HUB_OFFLINE is set, and it is not in the cache' in message
-  assert f'download model.safetensors (or .npz) and config.json of {page}' in (
-    message
-  )
-  assert 'give their folder as base.source' in message
-
-
-def test_a_hub_out_of_reach(hub, monkeypatch):
-  monkeypatch.setattr(constants, 'ENDPOINT', unreachable())
-  message = refused(HUB)
-  assert 'the hub could not be reached (' in message
-  assert 'give their folder as base.source' in message
-
-
-@pytest.mark.parametrize(
-  ('source', 'message'),
-  [
-    ('hf-hub:owner/other', 'the hub has no repository owner/other'),
-    (f'{HUB}@v2', 'the repository has no revision v2'),
-    ('hf-hub:owner/gated', 'is gated; accept its terms at http'),
-    ('hf-hub:-owner/name', 'check the name, HF_ENDPOINT and any proxy'),
-  ],
-)
-def test_what_the_hub_does_not_give(hub, source, message):
-  assert message in refused(source)
-
-
-@pytest.mark.parametrize(
-  ('status', 'message'),
-  [
-    (403, 'the hub refuses access (403); set HF_TOKEN'),
-    (429, 'the hub answered 429'),
-    (500, 'the hub could not be reached ('),
-  ],
-)
-def test_a_hub_that_refuses(hub, status, message):
-  hub.status = status
-  assert message in refused(HUB)
-
-
-@pytest.mark.parametrize('body', [b'<html>', b'{}'])
-def test_an_answer_that_is_none_of_the_hubs(hub, body):
-  hub.body = body
-  assert 'check the name, HF_ENDPOINT and any proxy' in refused(HUB)
-
-
-def test_pickles_of_the_hub(hub):
-  del hub.repository['model.safetensors']
-  assert 'pytorch_model.bin: a pickle' in refused(HUB)
-  assert not hub.gets('pytorch_model.bin')
-
-
-def test_the_hub_with_a_full_disk(hub, full_disk):
-  assert 'make room, or set XDG_CACHE_HOME' in refused(HUB)
-  assert not hub.gets('model.safetensors')
-
-
-def test_a_branch_that_moves_during_the_download(hub, monkeypatch, tmp_path):
-  moved = tmp_path / 'newer' / 'config.json'
-  monkeypatch.setattr(sources, '_config_of_hub', lambda *args: moved)
-  assert 'main changed during the download; run again' in refused(HUB)

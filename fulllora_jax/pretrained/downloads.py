@@ -1,0 +1,52 @@
+"""What downloads share: room on the disk, hashes, and what went wrong."""
+
+import errno
+import hashlib
+import shutil
+from pathlib import Path
+
+from fulllora_jax.errors import UserError
+
+TIMEOUT = 10  # seconds: to connect, and between two pieces of an answer
+HELP = (
+  'give a path, hf-hub:owner/name, hf-hub:owner/name@revision or '
+  'https://host/file.npz#sha256=HEX'
+)
+
+
+def check_space(source: str, folder: Path, needed: int) -> None:
+  """Raises UserError unless `needed` bytes fit where `folder` is or will be."""
+  while not folder.exists():
+    folder = folder.parent
+  free = shutil.disk_usage(folder).free
+  if needed > free:
+    raise UserError(
+      f'{source}: {needed / 1e6:.0f} MB are needed in {folder} and '
+      f'{free / 1e6:.0f} MB are free; make room, or set XDG_CACHE_HOME (a URL) '
+      'or HF_HOME (the hub) to another disk'
+    )
+
+
+def disk_error(source: str, error: OSError) -> UserError:
+  """Returns what to say of a cache that cannot be written."""
+  return UserError(
+    f'{source}: the cache cannot be written ({error}); make room, or set '
+    'XDG_CACHE_HOME (a URL) or HF_HOME (the hub) to another disk'
+  )
+
+
+def hash_file(path: Path) -> str:
+  """Returns the SHA-256 of a file, in hex."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def one_line(error: Exception) -> str:
+  """Returns what an error says, in one line."""
+  return ' '.join(str(error).split()) or type(error).__name__
+
+
+def is_of_disk(error: Exception) -> bool:
+  """Tells errors of files from those of the network, both OSErrors."""
+  full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT)
+  return full or bool(getattr(error, 'filename', None))
