@@ -18,7 +18,7 @@ _HOMES = {
   'pgd': 'attacks',
   'train_and_evaluate': 'train',
 }
-_MODULES = ('adapters', 'attacks', 'data', 'models')
+_MODULES = ('adapters', 'attacks', 'data', 'export', 'models', 'pretrained')
 __all__ = sorted(_HOMES)
 
 
