@@ -102,8 +102,8 @@ def examine(
   from fulllora_jax import config as config_lib
   from fulllora_jax import data, diagnosis, evaluations, results
 
-  config_lib.choose('--split', split, results.SPLITS)
-  config_lib.choose('--weights', weights, results.WEIGHTS)
+  errors.choose('--split', split, results.SPLITS)
+  errors.choose('--weights', weights, results.WEIGHTS)
   threat = config_lib.threat(config)
   workdir = None
   if spec:

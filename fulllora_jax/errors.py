@@ -16,6 +16,12 @@ class UserError(ValueError):
   """
 
 
+def choose(name: str, value: str, known: tuple[str, ...]) -> None:
+  """Raises UserError unless the field's value is one of the known."""
+  if value not in known:
+    raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}')
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses absl flags; whatever a config file or flag raises is bad input."""
   try:

@@ -19,6 +19,7 @@ from fulllora_jax import (
   build,
   checkpoint,
   classifier,
+  config_checks,
   data,
   models,
   pictures,
@@ -30,6 +31,7 @@ from fulllora_jax import (
 from fulllora_jax import config as config_lib
 from fulllora_jax.attacks import Attack
 from fulllora_jax.console import say
+from fulllora_jax.errors import choose
 from fulllora_jax.evaluations import (
   Evaluations,
   LogitsFunction,
@@ -197,9 +199,9 @@ def evaluate_again(
     UserError: bad input, before anything is computed.
   """
   for name in weights:
-    config_lib.choose('--weights', name, WEIGHTS)
+    choose('--weights', name, WEIGHTS)
   eps = _check(config, split, eps)
-  config_lib.refuse_rand(config)
+  config_checks.refuse_rand(config)
   workdir = Path(workdir).expanduser().absolute()
   pretrained.find_artefact(workdir)
   run = FinishedRun(
@@ -211,7 +213,7 @@ def evaluate_again(
     next_name(workdir),
   )
   for name in weights:  # a run from scratch has no base
-    config_lib.choose('--weights', name, run.weights())
+    choose('--weights', name, run.weights())
   return _finish(run, weights or run.weights(), split, eps, scale_steps)
 
 
@@ -262,13 +264,13 @@ def evaluate_function(
 
 def _check(config, split: str, eps: Sequence[str]) -> Sequence[str]:
   """Returns the radii, after all of them are checked."""
-  config_lib.choose('--split', split, SPLITS)
+  choose('--split', split, SPLITS)
   own = config.threat.eps
   for radius in eps:
     config.threat.eps = radius
-    config_lib.validate_evaluation(config)
+    config_checks.validate_evaluation(config)
   config.threat.eps = own
-  config_lib.validate_evaluation(config)
+  config_checks.validate_evaluation(config)
   return eps or (own,)
 
 

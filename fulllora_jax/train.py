@@ -14,6 +14,7 @@ from fulllora_jax import (
   build,
   checkpoint,
   classifier,
+  config_checks,
   data,
   objectives,
   optim,
@@ -67,7 +68,7 @@ def train_and_evaluate(
     UserError: bad input, as the commands show it.
     NonFiniteError: training diverged; the last checkpoint is kept.
   """
-  config_lib.validate(config, jax.device_count())
+  config_checks.validate(config, jax.device_count())
   workdir = workdir_lib.claim(workdir, config)
   if (workdir / 'report.md').exists():  # it is written last
     say(f'{workdir} holds a finished run of this config')

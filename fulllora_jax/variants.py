@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ml_collections.config_dict import ConfigDict
 
-from fulllora_jax.config import choose
+from fulllora_jax.errors import choose
 
 _HUB = 'hf-hub:timm/'
 

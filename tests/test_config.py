@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fulllora_jax import config as config_lib
+from fulllora_jax import config_checks
 from fulllora_jax.errors import UserError
 
 FILES = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
@@ -30,8 +31,8 @@ def changed(**fields):
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_every_config_validates(file, variant, capsys):
   config = load(file, variant)
-  config_lib.validate(config, num_devices=1)
-  config_lib.validate(config_lib.base_config(config), num_devices=1)
+  config_checks.validate(config, num_devices=1)
+  config_checks.validate(config_lib.base_config(config), num_devices=1)
   assert capsys.readouterr().err == ''
 
 
@@ -156,38 +157,38 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
 )
 def test_a_bad_field_is_refused_by_its_name(field, value, words):
   with pytest.raises(UserError, match=words) as caught:
-    config_lib.validate(changed(**{field: value}), num_devices=8)
+    config_checks.validate(changed(**{field: value}), num_devices=8)
   assert '\n' not in str(caught.value)
 
 
 def test_an_attack_that_does_not_fit_the_norm_is_refused():
   config = changed(threat__norm='l2', threat__eps='0.5')
   with pytest.raises(UserError, match='cw_linf needs threat.norm linf'):
-    config_lib.validate_evaluation(config)
+    config_checks.validate_evaluation(config)
 
 
 @pytest.mark.parametrize('loss', ['ce', 'margin', 'dlr'])
 def test_training_may_ascend_any_loss(loss):
-  config_lib.validate(changed(attack__loss=loss), num_devices=8)
+  config_checks.validate(changed(attack__loss=loss), num_devices=8)
 
 
 def test_evaluation_knows_l1_where_training_does_not():
   attacks = ('clean', 'apgd-ce', 'apgd-t')
   config = changed(threat__norm='l1', threat__eps='12', eval__attacks=attacks)
-  config_lib.validate_evaluation(config)
+  config_checks.validate_evaluation(config)
   assert [a.name for a in config_lib.evaluation_attacks(config)] == [*attacks]
   with pytest.raises(UserError, match='threat.norm l1: training knows'):
-    config_lib.validate(config, num_devices=8)
+    config_checks.validate(config, num_devices=8)
   config.eval.attacks = ('pgd-20',)
   with pytest.raises(UserError, match='for l1 give apgd-ce,apgd-t'):
-    config_lib.validate_evaluation(config)
+    config_checks.validate_evaluation(config)
 
 
 @pytest.mark.parametrize('eps', ['0', '0/255', '0.0'])
 def test_a_ball_of_no_size_is_refused_for_ensembles(eps):
   config = changed(threat__eps=eps, eval__attacks=('clean', 'autoattack'))
   with pytest.raises(UserError, match=f'threat.eps {eps}: leaves nothing'):
-    config_lib.validate_evaluation(config)
+    config_checks.validate_evaluation(config)
 
 
 def test_a_picture_shows_the_attack_of_most_steps_that_is_one():
@@ -203,7 +204,7 @@ def test_a_picture_shows_the_attack_of_most_steps_that_is_one():
 
 def test_the_recipe_of_a_base_that_is_not_trained_here_is_not_checked():
   config = changed(base__source='elsewhere', base__train__batch_size=9)
-  config_lib.validate(config, num_devices=8)
+  config_checks.validate(config, num_devices=8)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_the_recipe_of_a_base_that_is_not_trained_here_is_not_checked():
   ],
 )
 def test_what_is_only_doubtful_is_a_warning(fields, words, capsys):
-  config_lib.validate(changed(**fields), num_devices=8)
+  config_checks.validate(changed(**fields), num_devices=8)
   error = capsys.readouterr().err
   assert error.startswith('warning: ')
   assert words in error
@@ -223,5 +224,5 @@ def test_what_is_only_doubtful_is_a_warning(fields, words, capsys):
 
 
 def test_good_values_give_no_warning(capsys):
-  config_lib.validate(changed(), num_devices=8)
+  config_checks.validate(changed(), num_devices=8)
   assert capsys.readouterr().err == ''

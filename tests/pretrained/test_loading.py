@@ -1,14 +1,11 @@
 """Published checkpoints through the real loader, against their own logits."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from golden import fake_checkpoint
-from safetensors.numpy import save_file
 
 from fulllora_jax import models, objectives, pretrained, sharding, state
 from fulllora_jax import train_step as train_step_lib
@@ -19,26 +16,6 @@ from fulllora_jax.pretrained import loading
 
 CASES = fake_checkpoint.cases()
 PLAIN = 'vit-timm-plain'
-
-
-@pytest.fixture
-def published(tmp_path):
-  """Writes a golden case as its users would find it on the hub."""
-
-  def write(case, drop=(), **added):
-    golden = fake_checkpoint.read(case)
-    config = dict(golden['config'])
-    preprocessor = config.pop('preprocessor', None)
-    arrays = fake_checkpoint.weights(golden['shapes']) | added
-    arrays = {k: v for k, v in arrays.items() if k not in drop}
-    save_file(arrays, tmp_path / 'model.safetensors')
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    if preprocessor:
-      path = tmp_path / 'preprocessor_config.json'
-      path.write_text(json.dumps(preprocessor))
-    return tmp_path, golden
-
-  return write
 
 
 def with_made_up_head(variables, classes):

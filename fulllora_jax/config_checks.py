@@ -1,0 +1,173 @@
+"""What can be known wrong of a config before data is read or code compiled."""
+
+from fulllora_jax import models, optim
+from fulllora_jax.adapters import methods
+from fulllora_jax.attacks.losses import LOSSES
+from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.config import (
+  ConfigDict,
+  evaluation_attack,
+  evaluation_attacks,
+  threat,
+)
+from fulllora_jax.console import warn
+from fulllora_jax.errors import UserError, choose
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+  """Checks what can be known before data is read or anything compiled.
+
+  Warns on stderr where the image makes fewer than 16 tokens.
+
+  Raises:
+    UserError: at the first field that is wrong, with its name.
+  """
+  method = methods.get(config.method)
+  models.linear_maps(config.model.name)
+  if config.base.source in ('train', 'scratch'):  # nothing else settles it
+    models.create(config.model, num_classes=2)
+  if config.threat.norm == 'l1':
+    raise UserError(
+      'threat.norm l1: training knows linf and l2 only; evaluate knows l1'
+    )
+  validate_evaluation(config)
+  refuse_rand(config)
+  validation = evaluation_attack(config, config.eval.validation_attack)
+  if validation.version:
+    raise UserError(
+      f'eval.validation_attack {validation.label}: an ensemble takes too long '
+      'to choose among checkpoints; give pgd-10'
+    )
+  if method.branch:
+    methods.branches(
+      config.adapter, method, models.linear_maps(config.model.name)
+    )
+  if config.base.source == 'scratch' and method.trains_less_than_all():
+    raise UserError(
+      f'base.source scratch: method {config.method} freezes a base, so it '
+      'needs one; give train, or the work directory of a run'
+    )
+  choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
+  choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
+  choose('adapter.dtype', config.adapter.dtype, ('float32', 'bfloat16'))
+  resizes = ('sum', 'flexi', 'interpolate')
+  choose('base.patch_resize', config.base.patch_resize, resizes)
+  choose('attack.loss', config.attack.loss, tuple(LOSSES))
+  choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
+  choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))
+  if config.adapter.rank < 1:
+    raise UserError(
+      f'adapter.rank {config.adapter.rank}: it must be in 1..min(d_in, d_out) '
+      'of every target'
+    )
+  _check_attack(config)
+  _check_patches(config)
+  _check_recipe('', config, num_devices)
+  if config.base.source == 'train':
+    _check_recipe('base.', config.base, num_devices)
+
+
+def validate_evaluation(config: ConfigDict) -> None:
+  """Checks `config.threat` and `config.eval`; raises UserError."""
+  ensembles = any(attack.version for attack in evaluation_attacks(config))
+  if ensembles and not threat(config).eps:
+    raise UserError(
+      f'threat.eps {config.threat.eps}: leaves nothing to attack; that is the '
+      'clean accuracy'
+    )
+  _positive('eval.batch_size', config.eval.batch_size)
+  step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
+  _positive('eval.step_size', step_size)
+  for field in ('num_examples', 'validation_examples'):
+    if config.eval[field] < 0:
+      raise UserError(
+        f'eval.{field} {config.eval[field]}: give 0 for all, or a number'
+      )
+
+
+def refuse_rand(config: ConfigDict) -> None:
+  """Raises UserError for an attack on noise that our models do not have."""
+  for attack in evaluation_attacks(config):
+    if attack.version == 'rand':
+      raise UserError(
+        f'attack: {attack.label} is for stochastic models, and this one always '
+        'answers the same; give autoattack'
+      )
+
+
+def _positive(name: str, value: float) -> None:
+  if not value > 0:
+    raise UserError(f'{name} {value}: it must be above 0')
+
+
+def _fraction(name: str, value: float) -> None:
+  if not 0 <= value <= 1:
+    raise UserError(f'{name} {value}: it must be in 0..1')
+
+
+def _check_attack(config: ConfigDict) -> None:
+  step_size = parse_fraction(config.attack.step_size, 'attack.step_size')
+  _positive('attack.step_size', step_size)
+  _positive('attack.steps', config.attack.steps)
+  _positive('attack.restarts', config.attack.restarts)
+  _fraction('attack.eps_warmup', config.attack.eps_warmup)
+  eps = threat(config).eps
+  if step_size > 2 * eps > 0:
+    warn(
+      f'attack.step_size {config.attack.step_size} is over twice threat.eps '
+      f'{config.threat.eps}: every step jumps across the whole ball'
+    )
+  if abs(eps * 255 - round(eps * 255)) > 1e-6 and 0.03 <= eps <= 0.032:
+    warn(f'threat.eps {config.threat.eps} is not 8/255; write 8/255 if meant')
+
+
+def _check_patches(config: ConfigDict) -> None:
+  image, patch = config.data.image_size, config.model.patch_size
+  _positive('model.patch_size', patch)
+  if image % patch or image < patch:
+    raise UserError(
+      f'model.patch_size {patch} does not divide data.image_size {image}; '
+      'change one of them'
+    )
+  tokens = (image // patch) ** 2
+  if tokens < 16:
+    warn(
+      f'model.patch_size {patch} at data.image_size {image} makes only '
+      f'{tokens} tokens; below 16 a ViT learns badly, use a smaller patch'
+    )
+
+
+def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
+  """Checks the optimizer, schedule, augmentation and loop of one training."""
+  train, schedule, augment = recipe.train, recipe.schedule, recipe.augment
+  choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
+  choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
+  _positive(f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate)
+  _fraction(f'{prefix}schedule.warmup', schedule.warmup)
+  _fraction(f'{prefix}augment.mix_probability', augment.mix_probability)
+  boundaries = list(schedule.boundaries)
+  if schedule.name == 'step' and (
+    len(boundaries) != len(schedule.factors)
+    or boundaries != sorted(boundaries)
+    or any(not schedule.warmup < b <= 1 for b in boundaries)
+  ):
+    raise UserError(
+      f'{prefix}schedule.boundaries {tuple(boundaries)}: they must rise from '
+      f'schedule.warmup to 1, one for each of schedule.factors '
+      f'{tuple(schedule.factors)}'
+    )
+  for field in (
+    'batch_size', 'accumulate', 'log_every', 'eval_every',
+    'checkpoint_every', 'keep',
+  ):  # fmt: skip
+    _positive(f'{prefix}train.{field}', train[field])
+  if train.steps is None:
+    _positive(f'{prefix}train.epochs', train.epochs)
+  else:
+    _positive(f'{prefix}train.steps', train.steps)
+  if train.batch_size % (train.accumulate * num_devices):
+    raise UserError(
+      f'{prefix}train.batch_size {train.batch_size} does not divide into '
+      f'train.accumulate {train.accumulate} microbatches over {num_devices} '
+      f'devices; use a multiple of {train.accumulate * num_devices}'
+    )
