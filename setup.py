@@ -53,7 +53,8 @@ setup(
   ],
   extras_require={
     'cuda': ['jax[cuda12]'],
-    'test': ['pytest>=8.0', 'ruff>=0.12'],
+    # flaxmodels: a linen model that is not ours, to adapt.
+    'test': ['flaxmodels>=0.1.3', 'pytest>=8.0', 'ruff>=0.12'],
     'torch': ['safetensors>=0.5', 'timm>=1.0', 'torch>=2.6', 'torchvision'],
     'tpu': ['jax[tpu]'],
   },

@@ -138,7 +138,7 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
     else:
       params, _ = pretrained.fit(
         config.from_mapping(metadata['config']),
-        source,
+        pretrained.open_checkpoint(source),
         tuple(metadata['image_shape']),
         metadata['num_classes'],
       )

@@ -13,30 +13,66 @@ from fulllora_jax.console import say
 from fulllora_jax.files import replace_file
 
 
-def prepare(config, workdir: Path, dataset: data.Dataset) -> Path:
-  """Fetches and fits `config.base.source`, unless base/ has it already.
+def find(config, workdir: Path) -> pretrained.Opened | None:
+  """Opens `config.base.source`, and settles the model with what it is.
 
-  Puts into `config.model` what the checkpoint settles: activation, epsilon,
-  normalisation.
+  `config.model` gets what it leaves open: activation, epsilon, normalisation.
+  To be called early: nothing else can fail for want of a network.
+
+  Returns:
+    The checkpoint; None where base/ has it already, or the source is no
+    published one.
+
+  Raises:
+    UserError: as `pretrained.load`.
+  """
+  source, directory = config.base.source, _directory(workdir)
+  if source in ('train', 'scratch') or pretrained.is_artefact(source):
+    return None
+  if pretrained.is_artefact(directory):
+    _, metadata = pretrained.load_base(directory)
+    config.model = config_lib.from_mapping(metadata['config']).model
+    return None
+  opened = pretrained.open_checkpoint(source)
+  pretrained.settle(config.model, opened, explicit_patch=True)
+  return opened
+
+
+def keep(
+  opened: pretrained.Opened | None,
+  config,
+  workdir: Path,
+  dataset: data.Dataset,
+) -> Path:
+  """Brings a checkpoint to the run's shapes and keeps it in base/.
+
+  Args:
+    opened: by `find`; None: base/ has it already.
+    config: settled by `find`.
+    workdir: of the run.
+    dataset: says the images' shape and the classes.
 
   Returns:
     The base's artefact.
 
   Raises:
-    UserError: as `pretrained.load`; images that are not square.
+    UserError: it does not fit; images that are not square.
   """
-  directory = workdir / 'base' / 'best'
-  if pretrained.is_artefact(directory):
-    _, metadata = pretrained.load_base(directory)
-    config.model = config_lib.from_mapping(metadata['config']).model
+  directory = _directory(workdir)
+  if opened is None:
     return directory
   params, report = pretrained.fit(
-    config, config.base.source, dataset.image_shape, dataset.num_classes
+    config, opened, dataset.image_shape, dataset.num_classes
   )
   say(report.summary())
-  replace_file(workdir / 'base' / 'load.md', f'{report.table()}\n'.encode())
   _save(config, directory, dataset, params, report)
+  table = f'{report.table()}\n'.encode()
+  replace_file(directory.parent / 'load.md', table)
   return directory
+
+
+def _directory(workdir: Path) -> Path:
+  return workdir / 'base' / 'best'
 
 
 def _save(config, directory: Path, dataset, params, report) -> None:

@@ -74,9 +74,10 @@ def train_and_evaluate(
     say(f'{workdir} holds a finished run of this config')
     result = json.loads((workdir / 'report.json').read_text())
   else:
-    dataset = dataset or data.open_dataset(config.data, config.seed)
     config = config_lib.copy(config)
-    base = _ensure_base(config, workdir, dataset)
+    published = published_base.find(config, workdir)
+    dataset = dataset or data.open_dataset(config.data, config.seed)
+    base = _ensure_base(config, workdir, dataset, published)
     training = Training(config, workdir, dataset, base)
     seconds = training.run()
     result = _report(config, workdir, dataset, seconds)
@@ -84,18 +85,17 @@ def train_and_evaluate(
   return result
 
 
-def _ensure_base(config, workdir: Path, dataset: data.Dataset) -> Path | None:
-  """Returns the base's artefact: trained first, of a run, or published.
-
-  A published one settles what `config.model` leaves open.
-  """
+def _ensure_base(
+  config, workdir: Path, dataset: data.Dataset, published
+) -> Path | None:
+  """Returns the base's artefact: trained first, of a run, or published."""
   source = config.base.source
   if source == 'scratch' or (config.method == 'standard' and source == 'train'):
     return None
   if pretrained.is_artefact(source):
     return pretrained.find_artefact(source)
   if source != 'train':
-    return published_base.prepare(config, workdir, dataset)
+    return published_base.keep(published, config, workdir, dataset)
   # The adapter must fit: hours of training the base come first.
   build.shapes(build.build(config, dataset.num_classes), dataset.image_shape)
   directory = workdir / 'base'

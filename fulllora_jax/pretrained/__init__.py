@@ -5,14 +5,23 @@ from fulllora_jax.pretrained.artefact import (
   is_artefact,
   load_base,
 )
-from fulllora_jax.pretrained.loading import fit, load
+from fulllora_jax.pretrained.layout import Opened
+from fulllora_jax.pretrained.loading import (
+  fit,
+  load,
+  open_checkpoint,
+  settle,
+)
 from fulllora_jax.pretrained.report import LoadReport
 
 __all__ = [
   'LoadReport',
+  'Opened',
   'find_artefact',
   'fit',
   'is_artefact',
   'load',
   'load_base',
+  'open_checkpoint',
+  'settle',
 ]

@@ -1,5 +1,6 @@
 """Every array of a checkpoint to its leaf, resized where it must be."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -33,8 +34,11 @@ class Filler:
     """
     sent, unused = self._send()
     params, rows = {}, []
+    has_head = any(_HEAD.match(path) for path in sent)
     missing = [
-      path for path in self.leaves if path not in sent and not _HEAD.match(path)
+      path
+      for path in self.leaves
+      if path not in sent and (has_head or not _HEAD.match(path))
     ]
     lost = [path for path in sent if path not in self.leaves]
     if missing or lost:
@@ -62,7 +66,7 @@ class Filler:
       elif rule.to == ():
         unused.append(Row(UNUSED, key, tuple(shape), tuple(shape), rule.why))
       else:
-        arrays = rule.how(_float(self.opened.tensors[key]))
+        arrays = self._turned(rule, key)
         paths = (rule.to,) if isinstance(rule.to, str) else rule.to
         arrays = (arrays,) if isinstance(rule.to, str) else arrays
         for path, array in zip(paths, arrays, strict=True):
@@ -78,13 +82,32 @@ class Filler:
       )
     return sent, unused
 
+  def _turned(self, rule: Rule, key: str):
+    """Applies a rule, which may need a number of axes or a divisible one."""
+    array = _float(self.opened.tensors[key])
+    try:
+      return rule.how(array)
+    except (ValueError, IndexError):
+      raise UserError(
+        f'{self.opened.identity["source"]}: {key} has shape '
+        f'{list(array.shape)}, which is none of a {self.opened.layout.name}; '
+        'give the checkpoint as it was published'
+      ) from None
+
   def _heads(self, sent, unused) -> dict[str, tuple[np.ndarray, Row]]:
     """Keeps the head's rows, maps them, or makes new ones of zeros."""
     heads = {}
+    if self.label_map and 'head/bias' not in sent:
+      raise UserError(
+        f'base.label_map: {self.opened.identity["source"]} has no head to take '
+        'rows from; leave it empty'
+      )
     for path, shape in self.leaves.items():
       if not _HEAD.match(path):
         continue
       stored = sent.get(path)
+      if stored is not None:
+        self._check_head(path, shape, stored)
       if stored is not None and self.label_map:
         heads[path] = self._mapped(path, stored)
       elif stored is not None and stored.shape == shape:
@@ -98,6 +121,19 @@ class Filler:
         zeros = np.zeros(shape, np.float32)
         heads[path] = zeros, Row(NEW, path, shape, (), f'zeros; {why}')
     return heads
+
+  def _check_head(self, path, shape, stored):
+    """Refuses a head that is damaged, whatever becomes of it."""
+    own = (*shape[:-1], self.opened.architecture.num_classes)
+    if stored.shape != own:
+      raise self._misfit(path, own, stored)
+
+  def _misfit(self, path, shape, stored) -> UserError:
+    return UserError(
+      f'{self.opened.identity["source"]}: {path} has shape '
+      f'{list(stored.shape)}, and {self.opened.architecture.name} needs '
+      f'{list(shape)}; give the checkpoint as it was published'
+    )
 
   def _mapped(self, path, stored):
     kernel = stored if stored.ndim == 2 else stored[None]
@@ -116,20 +152,14 @@ class Filler:
       array, note = self._positions(stored, shape)
     elif path == 'embedding/kernel':
       array, note = self._patches(stored, shape)
-    elif name == 'relative_position_bias_table' and stored.shape != shape:
+    elif name == 'relative_position_bias_table' and stored.ndim == 2:
       side = round(shape[0] ** 0.5)
-      array, note = (
-        resize.relative_position_table(stored, side),
-        'another window',
-      )
-    elif stored.size == np.prod(shape) and '/MultiHead' in path:
+      array = resize.relative_position_table(stored, side)
+      note = '' if array is stored else 'another window'
+    elif '/MultiHead' in path and stored.shape in _merged(shape):
       array = stored.reshape(shape)  # into heads
     if array.shape != shape:
-      raise UserError(
-        f'{self.opened.identity["source"]}: {path} has shape '
-        f'{list(stored.shape)}, and {self.opened.architecture.name} needs '
-        f'{list(shape)}'
-      )
+      raise self._misfit(path, shape, stored)
     action = RESIZED if note else LOADED
     return np.ascontiguousarray(array), Row(
       action, path, shape, stored.shape, note
@@ -164,6 +194,17 @@ def _rule(layout: Layout, key: str) -> tuple[Rule | None, re.Match | None]:
     if match := re.fullmatch(rule.key, key):
       return rule, match
   return None, None
+
+
+def _merged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+  """Returns the shapes in which heads and their widths are one axis."""
+  if len(shape) < 2:
+    return ()
+  return (
+    (math.prod(shape),),
+    (shape[0], math.prod(shape[1:])),
+    (math.prod(shape[:-1]), shape[-1]),
+  )
 
 
 def _float(array: np.ndarray) -> np.ndarray:

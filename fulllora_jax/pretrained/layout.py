@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fulllora_jax.errors import UserError
+
 # Key -> shape, of every array in a checkpoint.
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -107,6 +109,33 @@ def thirds(array: np.ndarray) -> tuple[np.ndarray, ...]:
 def linear_thirds(weight: np.ndarray) -> tuple[np.ndarray, ...]:
   """Splits a PyTorch kernel [3 d, in] of query, key and value; ours [in, d]."""
   return tuple(part.T for part in np.split(weight, 3))
+
+
+def shape_of(
+  shapes: Shapes, pattern: str, ndim: int, what: str
+) -> tuple[int, ...]:
+  """Returns the shape of the first key that matches.
+
+  Args:
+    shapes: of the checkpoint.
+    pattern: regular expression of the whole key.
+    ndim: axes that it must have.
+    what: it is, for the message.
+
+  Raises:
+    UserError: there is none, or it has other axes.
+  """
+  for key, shape in shapes.items():
+    if re.fullmatch(pattern, key):
+      if len(shape) != ndim:
+        raise UserError(
+          f'{key} has shape {list(shape)}, and {ndim} axes are needed; give '
+          'the checkpoint as it was published'
+        )
+      return tuple(shape)
+  raise UserError(
+    f'it has no {what}; give the whole checkpoint as it was published'
+  )
 
 
 def count(shapes: Shapes, pattern: str) -> int:

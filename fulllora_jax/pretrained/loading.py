@@ -5,7 +5,8 @@ open_checkpoint   where the weights are, which layout they have, which model
 load              the model, its variables, and an account of every leaf
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def open_checkpoint(source: str | Path) -> Opened:
   checkpoint = formats.read(fetched.files)
   for layout in LAYOUTS:
     if layout.recognises(checkpoint.shapes):
-      described = layout.describe(checkpoint.shapes, fetched.config)
+      with _naming(source):
+        described = layout.describe(checkpoint.shapes, fetched.config)
       return Opened(
         checkpoint.tensors,
         checkpoint.shapes,
@@ -80,6 +82,17 @@ def open_checkpoint(source: str | Path) -> Opened:
     f'are {some(sorted(checkpoint.shapes))}; known layouts: '
     + ', '.join(layout.name for layout in LAYOUTS)
   )
+
+
+@contextlib.contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+  """Says of which checkpoint a message is, where it does not say so itself."""
+  try:
+    yield
+  except UserError as error:
+    if str(source) in str(error):
+      raise
+    raise UserError(f'base.source {source}: {error}') from None
 
 
 def load(
@@ -118,6 +131,8 @@ def load(
     UserError: as `open_checkpoint`; another architecture than `name`; sizes
       that do not fit; any key without a place or leaf without an array.
   """
+  if name:
+    models.family(name)  # a wrong name is said before a download
   opened = open_checkpoint(source)
   model_config = config_lib.default().model
   model_config.name = name or opened.architecture.name
@@ -126,15 +141,16 @@ def load(
   if window:
     model_config.window = window
   settle(model_config, opened, explicit_patch=bool(patch_size))
-  return build_and_fill(
-    opened,
-    model_config,
-    image_size=image_size or opened.architecture.image_size,
-    channels=channels,
-    num_classes=num_classes or len(label_map) or _own_classes(opened),
-    label_map=label_map,
-    patch_resize=patch_resize,
-  )
+  with _naming(source):
+    return build_and_fill(
+      opened,
+      model_config,
+      image_size=image_size or opened.architecture.image_size,
+      channels=channels,
+      num_classes=num_classes or len(label_map) or _own_classes(opened),
+      label_map=label_map,
+      patch_resize=patch_resize,
+    )
 
 
 def _own_classes(opened: Opened) -> int:
@@ -148,15 +164,15 @@ def _own_classes(opened: Opened) -> int:
 
 def fit(
   config,
-  source: str | Path,
+  opened: Opened,
   image_shape: tuple[int, int, int],
   num_classes: int,
 ) -> tuple[dict[str, Any], LoadReport]:
-  """Loads a published checkpoint into the model of `config`.
+  """Loads an opened checkpoint into the model of `config`.
 
   Args:
     config: its `model` is settled in place; `base` says how to resize.
-    source: as `pretrained.load`.
+    opened: by `open_checkpoint`.
     image_shape: (H, W, C).
     num_classes: K.
 
@@ -169,19 +185,20 @@ def fit(
   height, width, channels = image_shape
   if height != width:
     raise UserError(
-      f'base.source {source}: images of {height} x {width} are not square'
+      f'base.source: images of {height} x {width} are not square, as those of '
+      f'{opened.identity["source"]} are'
     )
-  opened = open_checkpoint(source)
   settle(config.model, opened, explicit_patch=True)
-  _, variables, report = build_and_fill(
-    opened,
-    config.model,
-    image_size=height,
-    channels=channels,
-    num_classes=num_classes,
-    label_map=tuple(config.base.label_map),
-    patch_resize=config.base.patch_resize,
-  )
+  with _naming(opened.identity['source']):
+    _, variables, report = build_and_fill(
+      opened,
+      config.model,
+      image_size=height,
+      channels=channels,
+      num_classes=num_classes,
+      label_map=tuple(config.base.label_map),
+      patch_resize=config.base.patch_resize,
+    )
   return variables['params'], report
 
 
@@ -239,6 +256,12 @@ def build_and_fill(
 ) -> tuple[nn.Module, dict[str, Any], LoadReport]:
   """Builds the model of a settled config and fills it; see `load`."""
   _check_sizes(opened, model_config, image_size, num_classes, label_map)
+  mean, std = models.normalisation(model_config)
+  if channels != 1 and len(mean) not in (1, channels):
+    raise UserError(
+      f'images of {channels} channels, where the normalisation has {len(mean)}; '
+      'give images of as many channels, or of 1'
+    )
   model = models.create(model_config, num_classes)
   image = jax.ShapeDtypeStruct(
     (1, image_size, image_size, channels), jnp.float32
@@ -250,7 +273,6 @@ def build_and_fill(
   }
   filler = Filler(opened, model, leaves, tuple(label_map), patch_resize)
   params, rows = filler.fill()
-  mean, std = models.normalisation(model_config)
   report = LoadReport(
     name=model_config.name,
     layout=opened.layout.name,

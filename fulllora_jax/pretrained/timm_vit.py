@@ -1,6 +1,7 @@
 """timm's `vit_*` and `deit_*`: the plain ViT, DeiT, DINOv2, CLIP and SigLIP."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from fulllora_jax.pretrained.layout import (
   Shapes,
   conv,
   count,
+  shape_of,
 )
 from fulllora_jax.pretrained.vit import (
   ATTENTION,
@@ -71,14 +73,14 @@ def _timm_act(config: Mapping[str, Any]) -> str | None:
 
 
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
-  width, _, patch, _ = shapes['patch_embed.proj.weight']
+  width, _, patch, _ = _shape(shapes, 'patch_embed.proj.weight', 4)
   family = _timm_family(shapes, config)
   prefix = ('cls_token' in shapes) + ('dist_token' in shapes)
-  positions = shapes['pos_embed'][1]
+  positions = _shape(shapes, 'pos_embed', 3)[1]
   if _without_prefix(positions, prefix):
     prefix = 0
-  hidden, swiglu = shapes['blocks.0.mlp.fc1.weight'][0], False
-  if hidden != shapes['blocks.0.mlp.fc2.weight'][1]:
+  hidden, swiglu = _shape(shapes, 'blocks.0.mlp.fc1.weight', 2)[0], False
+  if hidden == 2 * _shape(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]:
     hidden, swiglu = hidden // 2, True
   published = config.get('pretrained_cfg', config)
   fields = {
@@ -102,6 +104,10 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
       k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
     },
   )
+
+
+def _shape(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
+  return shape_of(shapes, re.escape(key), ndim, key)
 
 
 def _family_act(family: str) -> str | None:

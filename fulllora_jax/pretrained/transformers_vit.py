@@ -12,6 +12,7 @@ from fulllora_jax.pretrained.layout import (
   Shapes,
   conv,
   count,
+  shape_of,
 )
 from fulllora_jax.pretrained.vit import (
   ATTENTION,
@@ -62,7 +63,7 @@ def _hidden_act(config: Mapping[str, Any]) -> str | None:
   act = config.get('hidden_act')
   if act is not None and act not in _ACTS:
     raise UserError(
-      f'base.source: its config.json has hidden_act {act!r}; known: '
+      f'its config.json has hidden_act {act!r}; known: '
       + ', '.join(_ACTS)
     )
   return _ACTS.get(act)
@@ -71,14 +72,18 @@ def _hidden_act(config: Mapping[str, Any]) -> str | None:
 def _describe_transformers(
   shapes: Shapes, config: Mapping[str, Any]
 ) -> Architecture:
-  patch = _find(
-    shapes, rf'{_BASE}embeddings\.patch_embeddings\.projection\.weight'
+  patch = shape_of(
+    shapes,
+    rf'{_BASE}embeddings\.patch_embeddings\.projection\.weight',
+    4,
+    'embeddings.patch_embeddings.projection.weight',
   )
   swiglu = _find(shapes, rf'{_LAYER}\.mlp\.weights_in\.bias')
-  hidden = (
-    (swiglu[0] // 2,)
-    if swiglu
-    else _find(shapes, rf'{_LAYER}\.(intermediate\.dense|mlp\.fc1)\.bias')
+  hidden = swiglu or shape_of(
+    shapes,
+    rf'{_LAYER}\.(intermediate\.dense|mlp\.fc1)\.bias',
+    1,
+    'bias of the first MLP',
   )
   registers = _find(shapes, rf'{_BASE}embeddings\.register_tokens')
   distilled = _find(shapes, rf'{_BASE}embeddings\.distillation_token')
@@ -91,17 +96,22 @@ def _describe_transformers(
     family = 'deit_distilled'
     if head and 'distillation_classifier.weight' not in shapes:
       raise UserError(
-        'base.source: this DeiT has a distillation token and one head only; '
+        'this DeiT has a distillation token and one head only; '
         'take the checkpoint with distillation_classifier'
       )
   else:
     family = 'deit' if config.get('model_type') == 'deit' else 'vit'
-  positions = _find(shapes, rf'{_BASE}embeddings\.position_embeddings')[1]
+  positions = shape_of(
+    shapes,
+    rf'{_BASE}embeddings\.position_embeddings',
+    3,
+    'embeddings.position_embeddings',
+  )[1]
   return architecture(
     family,
     width=patch[0],
     depth=count(shapes, rf'{_LAYER}\..*'),
-    mlp_dim=hidden[0],
+    mlp_dim=hidden[0] // 2 if swiglu else hidden[0],
     patch_size=patch[-1],
     grid=side(positions, 1 + bool(distilled)),
     num_classes=head[0] if head else 0,
@@ -174,12 +184,28 @@ def _is_tower(shapes: Shapes) -> bool:
 
 
 def _describe_tower(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
-  patch = _find(shapes, rf'{_TOWER}embeddings\.patch_embedding\.weight')
+  patch = shape_of(
+    shapes,
+    rf'{_TOWER}embeddings\.patch_embedding\.weight',
+    4,
+    'embeddings.patch_embedding.weight',
+  )
   is_clip = bool(_find(shapes, rf'{_TOWER}embeddings\.class_embedding'))
-  positions = _find(shapes, rf'{_TOWER}embeddings\.position_embedding\.weight')
+  positions = shape_of(
+    shapes,
+    rf'{_TOWER}embeddings\.position_embedding\.weight',
+    2,
+    'embeddings.position_embedding.weight',
+  )
+  hidden = shape_of(
+    shapes,
+    rf'{_TOWER}encoder\.layers\.0\.mlp\.fc1\.bias',
+    1,
+    'encoder.layers.0.mlp.fc1.bias',
+  )
   if not is_clip and not _find(shapes, rf'{_TOWER}head\.probe'):
     raise UserError(
-      'base.source: this image tower has neither a class token nor attention '
+      'this image tower has neither a class token nor attention '
       'pooling; CLIP has the one and SigLIP the other'
     )
   own = config.get('vision_config', config)
@@ -187,7 +213,7 @@ def _describe_tower(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     'clip' if is_clip else 'siglip',
     width=patch[0],
     depth=count(shapes, rf'{_TOWER_LAYER}\..*'),
-    mlp_dim=_find(shapes, rf'{_TOWER}encoder\.layers\.0\.mlp\.fc1\.bias')[0],
+    mlp_dim=hidden[0],
     patch_size=patch[-1],
     grid=side(positions[0], is_clip),
     num_classes=0,

@@ -22,6 +22,7 @@ from fulllora_jax.pretrained.layout import (
   count,
   linear,
   linear_thirds,
+  shape_of,
   thirds,
 )
 
@@ -91,7 +92,7 @@ def architecture(
   num_heads = num_heads or _HEADS.get(width)
   if not num_heads:
     raise UserError(
-      f'base.source: a ViT of width {width} does not say how many heads it '
+      f'a ViT of width {width} does not say how many heads it '
       'has; put its config.json beside it, with num_attention_heads or '
       'model_args.num_heads'
     )
@@ -114,8 +115,9 @@ def side(positions: int, prefix: int) -> int:
   side = math.isqrt(positions - prefix)
   if side * side != positions - prefix:
     raise UserError(
-      f'base.source: {positions} position embeddings, {prefix} of them for '
-      'tokens without a place, are not those of a square image'
+      f'{positions} position embeddings, {int(prefix)} of them for tokens '
+      'without a place, are not those of a square image; give a checkpoint '
+      'that was trained on square images'
     )
   return side
 
@@ -124,34 +126,47 @@ def _is_augreg(shapes: Shapes) -> bool:
   return POSITIONS in shapes and 'embedding/kernel' in shapes
 
 
+def _has_pre_logits(shapes: Shapes) -> bool:
+  return 'pre_logits/kernel' in shapes
+
+
 def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
-  width = shapes['embedding/kernel'][-1]
+  patch, _, _, width = shape_of(
+    shapes, 'embedding/kernel', 4, 'embedding/kernel'
+  )
   first = 'Transformer/encoderblock_0/'
+  query = f'{first}MultiHeadDotProductAttention_1/query/kernel'
+  hidden = f'{first}MlpBlock_3/Dense_0/bias'
   has_token = 'cls' in shapes
-  heads = shapes[f'{first}MultiHeadDotProductAttention_1/query/kernel'][1]
-  # The first ViTs have a layer before the head; a new head goes without it.
-  head = 'pre_logits/kernel' not in shapes and shapes.get('head/bias', (0,))[0]
+  # A new head goes without the layer that the first ViTs have before it.
+  head = (0,) if _has_pre_logits(shapes) else shapes.get('head/bias', (0,))
   return architecture(
     'vit',
     width=width,
     depth=count(shapes, r'Transformer/encoderblock_(\d+)/.*'),
-    mlp_dim=shapes[f'{first}MlpBlock_3/Dense_0/bias'][0],
-    patch_size=shapes['embedding/kernel'][0],
-    grid=side(shapes[POSITIONS][1], has_token),
-    num_classes=head or 0,
-    num_heads=heads,
+    mlp_dim=shape_of(shapes, hidden, 1, hidden)[0],
+    patch_size=patch,
+    grid=side(shape_of(shapes, POSITIONS, 3, POSITIONS)[1], has_token),
+    num_classes=math.prod(head[:1]),
+    num_heads=shape_of(shapes, query, 3, query)[1],
     fields={'pool': None if has_token else 'mean'},
   )
 
 
 _AUGREG = Layout(
   'AugReg ViT',
-  _is_augreg,
+  lambda shapes: _is_augreg(shapes) and not _has_pre_logits(shapes),
+  _describe_augreg,
+  (Rule(r'(cls|(embedding|Transformer|head)/.*)', r'\1'),),
+)
+_PRE_LOGITS = Layout(
+  'AugReg ViT with pre_logits',
+  lambda shapes: _is_augreg(shapes) and _has_pre_logits(shapes),
   _describe_augreg,
   (
-    Rule(r'pre_logits/.*', (), why='a layer of the head before the last'),
-    Rule(r'(cls|(embedding|Transformer|head)/.*)', r'\1'),
+    Rule(r'(pre_logits|head)/.*', (), why='a head of two layers'),
+    Rule(r'(cls|(embedding|Transformer)/.*)', r'\1'),
   ),
 )
 
-LAYOUTS = (_AUGREG,)
+LAYOUTS = (_AUGREG, _PRE_LOGITS)
