@@ -112,31 +112,32 @@ class FinishedRun(Evaluations):
   def examples(
     self, attack: Attack | None, count: int = 8
   ) -> dict[str, Any] | None:
-    """Attacks base and best on a few test images, for a picture."""
+    """Attacks best, and the base if there is one, on a few test images."""
     if attack is None or attack.name == 'clean':
       return None
     chosen = np.linspace(0, len(self.dataset.test) - 1, count).astype(int)
     clean = self.dataset.test.fetch(chosen).astype(np.float32) / 255
     labels = self.dataset.test.labels[chosen]
-    _, base = self.variables('base')
     _, best = self.variables('best')
-    _, base_predictions = self.evaluator.adversarial(
-      base, clean, labels, attack
-    )
     adversarial, predictions = self.evaluator.adversarial(
       best, clean, labels, attack
     )
-    return {
+    shown = {
       'clean': clean,
       'adversarial': adversarial,
       'labels': labels,
-      'base_predictions': base_predictions,
       'robust_predictions': predictions,
       'label_names': self.dataset.label_names,
       'eps': self.config.threat.eps,
       'norm': self.evaluator.threat.norm,
       'attack': attack.label,
     }
+    if 'base' in self.weights():
+      _, base = self.variables('base')
+      _, shown['base_predictions'] = self.evaluator.adversarial(
+        base, clean, labels, attack
+      )
+    return shown
 
 
 def logits_functions(

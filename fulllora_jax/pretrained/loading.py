@@ -259,8 +259,8 @@ def build_and_fill(
   mean, std = models.normalisation(model_config)
   if channels != 1 and len(mean) not in (1, channels):
     raise UserError(
-      f'images of {channels} channels, where the normalisation has {len(mean)}; '
-      'give images of as many channels, or of 1'
+      f'images of {channels} channels, where its normalisation is of '
+      f'{len(mean)}; give images of {len(mean)} channels, or of 1'
     )
   model = models.create(model_config, num_classes)
   image = jax.ShapeDtypeStruct(

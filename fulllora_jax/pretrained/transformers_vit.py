@@ -63,8 +63,7 @@ def _hidden_act(config: Mapping[str, Any]) -> str | None:
   act = config.get('hidden_act')
   if act is not None and act not in _ACTS:
     raise UserError(
-      f'its config.json has hidden_act {act!r}; known: '
-      + ', '.join(_ACTS)
+      f'its config.json has hidden_act {act!r}; known: ' + ', '.join(_ACTS)
     )
   return _ACTS.get(act)
 
