@@ -40,6 +40,7 @@ setup(
     'jax>=0.10',
     'matplotlib>=3.9',
     'ml_collections>=1.0',
+    'ml_dtypes>=0.4',
     'numpy>=2.0',
     'optax>=0.2.6',
     'orbax-checkpoint>=0.12',

@@ -133,7 +133,7 @@ def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
 def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
   source = base or _recorded_base(directory, metadata)
   try:
-    if pretrained.is_artefact(source) or not _is_published(source):
+    if pretrained.is_artefact(source) or not metadata.get('base_source'):
       params, _ = pretrained.load_base(source)
     else:
       params, _ = pretrained.fit(
@@ -171,10 +171,8 @@ def _recorded_base(directory: Path, metadata) -> str:
   """Returns where the base is: beside the run, or where it was published."""
   beside = os.path.normpath(directory / metadata['base'])
   published = metadata.get('base_source')
-  if published and not pretrained.is_artefact(beside):
-    return published['source']
-  return beside
-
-
-def _is_published(source: str | os.PathLike) -> bool:
-  return ':' in str(source) or Path(source).expanduser().exists()
+  if not published or pretrained.is_artefact(beside):
+    return beside
+  if published['revision']:  # its repository may have moved on
+    return f'{published["source"].split("@")[0]}@{published["revision"]}'
+  return published['source']

@@ -12,6 +12,11 @@ from fulllora_jax import state as state_lib
 from fulllora_jax.console import say
 from fulllora_jax.files import replace_file
 
+# Of `config.model`: what a base was made with, that its arrays do not show.
+_SETTLED = (
+  'pool', 'class_token', 'swiglu', 'act', 'epsilon', 'mean', 'std',
+)  # fmt: skip
+
 
 def find(config, workdir: Path) -> pretrained.Opened | None:
   """Opens `config.base.source`, and settles the model with what it is.
@@ -27,7 +32,10 @@ def find(config, workdir: Path) -> pretrained.Opened | None:
     UserError: as `pretrained.load`.
   """
   source, directory = config.base.source, _directory(workdir)
-  if source in ('train', 'scratch') or pretrained.is_artefact(source):
+  if source in ('train', 'scratch'):
+    return None
+  if pretrained.is_artefact(source):
+    _settle_as_run(config.model, source)
     return None
   if pretrained.is_artefact(directory):
     _, metadata = pretrained.load_base(directory)
@@ -69,6 +77,14 @@ def keep(
   table = f'{report.table()}\n'.encode()
   replace_file(directory.parent / 'load.md', table)
   return directory
+
+
+def _settle_as_run(model_config, source: str) -> None:
+  _, metadata = pretrained.load_base(source)
+  own = config_lib.from_mapping(metadata['config']).model
+  for field in _SETTLED:
+    if model_config[field] in (None, '', ()):
+      model_config[field] = own[field]
 
 
 def _directory(workdir: Path) -> Path:

@@ -183,7 +183,8 @@ class Training:
       params = build.init_params(self.built, params_key, shape)
     else:
       params, metadata = pretrained.load_base(self.base)
-      self.base_source = metadata.get('base_source')
+      if metadata['base'] is None:  # else it was tuned, and is no longer that
+        self.base_source = metadata.get('base_source')
       expected = build.shapes(self.built, shape)['params']
       checkpoint.check_leaves(
         {'params': expected}, {'params': params}, str(self.base)

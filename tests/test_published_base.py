@@ -52,7 +52,7 @@ def one_device_each():
   """As `one_device`, for runs that a module shares."""
   with pytest.MonkeyPatch.context() as patch:
     make_mesh = sharding.make_mesh
-    patch.setattr(sharding, 'make_mesh', lambda: make_mesh(jax.devices()[:1]))
+    patch.setattr(sharding, 'make_mesh', lambda *_: make_mesh(jax.devices()[:1]))
     yield
 
 
@@ -110,7 +110,7 @@ def one_line(call, *args, **kwargs):
 def test_the_load_is_accounted_for(run):
   table = (run.workdir / 'base' / 'load.md').read_text()
   assert '| new | head/kernel | 24x10 | - |' in table
-  assert '| resized | embedding/kernel | 4x4x1x24 | 8x8x3x24 |' in table
+  assert '| resized | embedding/kernel | 4x4x3x24 | 8x8x3x24 | sum |' in table
   assert 'encoderblock_1' in table
   assert 'head.weight' not in table and '5 classes' in table
 
@@ -153,9 +153,15 @@ def report_rows(run):
   return [line.strip('| ') for line in lines if line.startswith('|')]
 
 
+def fitted(config):
+  """Returns the parameters of the config's checkpoint for the digits."""
+  opened = pretrained.open_checkpoint(config.base.source)
+  return pretrained.fit(config, opened, (16, 16, 1), 10)[0]
+
+
 def test_frozen_leaves_are_the_checkpoints(run, digits_dir):
   config = digits_config(run.source, digits_dir)
-  params, _ = pretrained.fit(config, run.source, (16, 16, 1), 10)
+  params = fitted(config)
   base = named_leaves(run.loaded.base_variables)
   adapted = named_leaves(run.loaded.variables)
   expected = named_leaves({'params': params})
@@ -176,7 +182,7 @@ def test_sizes_that_are_set_and_right_do_as_well(run, digits_dir):
     model__num_heads=3,
     model__mlp_dim=96,
   )
-  params, _ = pretrained.fit(config, run.source, (16, 16, 1), 10)
+  params = fitted(config)
   base = named_leaves(run.loaded.base_variables)
   for path, leaf in named_leaves({'params': params}).items():
     np.testing.assert_array_equal(leaf, base[path])
@@ -237,11 +243,11 @@ def test_no_copy_and_no_checkpoint_is_one_line(run, orphan, source_gone):
 def test_a_hub_checkpoint_is_refetched_at_its_commit(orphan, monkeypatch):
   asked = []
 
-  def fit(config, source, image_shape, num_classes):
-    asked.append(str(source))
+  def open_checkpoint(source):
+    asked.append(source)
     raise UserError('stop')
 
-  monkeypatch.setattr(pretrained, 'fit', fit)
+  monkeypatch.setattr(pretrained, 'open_checkpoint', open_checkpoint)
   commit = 'c' * 40
   for source in ('hf-hub:owner/vit', 'hf-hub:owner/vit@main'):
     record(orphan, source=source, revision=commit)
@@ -258,9 +264,7 @@ def record(workdir, **base_source):
   checkpoint.save_artefact(workdir / 'best', step, tree, metadata)
 
 
-def test_a_mapped_head_makes_a_base_that_classifies(
-  run, tmp_path, digits_dir, one_device
-):
+def test_a_mapped_head_makes_a_base_that_classifies(run, tmp_path, digits_dir):
   config = digits_config(
     run.source, digits_dir, base__label_map=ROWS, eval__attacks=('clean',)
   )
@@ -312,9 +316,7 @@ def test_base_is_no_choice_where_its_head_is_new(run_copy, evaluate):
   assert "--weights: unknown 'base'; known: best, last" in message
 
 
-def test_a_fetched_base_serves_another_run(
-  run, tmp_path, digits_dir, one_device
-):
+def test_a_fetched_base_serves_another_run(run, tmp_path, digits_dir):
   config = digits_config(
     run.workdir / 'base', digits_dir, eval__attacks=('clean',)
   )
@@ -326,9 +328,7 @@ def test_a_fetched_base_serves_another_run(
   assert metadata['config']['model'] == run.metadata['config']['model']
 
 
-def test_a_tuned_checkpoint_is_a_base_of_its_own(
-  full, run, tmp_path, digits_dir, one_device
-):
+def test_a_tuned_checkpoint_is_a_base_of_its_own(full, run, tmp_path, digits_dir):
   config = digits_config(full, digits_dir, eval__attacks=('clean',))
   report = train.train_and_evaluate(config, tmp_path / 'run')
   weights = [e['weights'] for e in report['evaluations']]
