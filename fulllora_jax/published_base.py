@@ -73,9 +73,10 @@ def keep(
     config, opened, dataset.image_shape, dataset.num_classes
   )
   say(report.summary())
-  _save(config, directory, dataset, params, report)
+  directory.parent.mkdir(exist_ok=True)
   table = f'{report.table()}\n'.encode()
   replace_file(directory.parent / 'load.md', table)
+  _save(config, directory, dataset, params, report)
   return directory
 
 

@@ -90,8 +90,9 @@ def with_variant(
   Raises:
     UserError: another variant.
   """
-  known = ('', 'tiny', *(PUBLISHED if published else ()))
-  choose('config variant', variant, known)
+  if variant:
+    known = ('tiny', *(PUBLISHED if published else ()))
+    choose('config variant', variant, known)
   if variant == 'tiny':
     return tiny(config)
   name = variant or published

@@ -76,9 +76,8 @@ class Filler:
       raise UserError(
         f'{self.opened.identity["source"]} is no plain '
         f'{self.opened.layout.name}: nothing is known of its keys '
-        f'{some(unknown)} ({len(unknown)}); leaves of '
-        f'{self.opened.architecture.name} without an array: {some(free)} '
-        f'({len(free)})'
+        f'{some(unknown)}; leaves of {self.opened.architecture.name} without '
+        f'an array: {some(free)}'
       )
     return sent, unused
 

@@ -91,6 +91,13 @@ class Opened(NamedTuple):
   identity: Mapping[str, Any]
 
 
+def normalisation(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads mean and std of transformers, where config has its preprocessor."""
+  own = config.get('preprocessor', {})
+  found = {'mean': own.get('image_mean'), 'std': own.get('image_std')}
+  return {k: tuple(v) for k, v in found.items() if v}
+
+
 def linear(weight: np.ndarray) -> np.ndarray:
   """Turns a PyTorch kernel [out, in] into ours [in, out]."""
   return weight.T

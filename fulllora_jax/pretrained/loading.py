@@ -6,7 +6,7 @@ load              the model, its variables, and an account of every leaf
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def open_checkpoint(source: str | Path) -> Opened:
   for layout in LAYOUTS:
     if layout.recognises(checkpoint.shapes):
       with _naming(source):
-        described = layout.describe(checkpoint.shapes, fetched.config)
+        described = _describe(layout, checkpoint.shapes, fetched.config)
       return Opened(
         checkpoint.tensors,
         checkpoint.shapes,
@@ -82,6 +82,36 @@ def open_checkpoint(source: str | Path) -> Opened:
     f'are {some(sorted(checkpoint.shapes))}; known layouts: '
     + ', '.join(layout.name for layout in LAYOUTS)
   )
+
+
+def _describe(layout: Layout, shapes, settings) -> Architecture:
+  """Describes a checkpoint; nulls of its config.json count as not there."""
+  try:
+    described = layout.describe(shapes, _without_nulls(settings))
+    _config_of(described)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f'the config.json beside it cannot be understood ({error}); mend it, or '
+      'remove it'
+    ) from None
+  return described
+
+
+def _without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    key: _without_nulls(value) if isinstance(value, Mapping) else value
+    for key, value in settings.items()
+    if value is not None
+  }
+
+
+def _config_of(described: Architecture):
+  """Returns the `config.model` of an architecture."""
+  model_config = config_lib.default().model
+  model_config.name = described.name
+  for field, value in described.fields.items():
+    setattr(model_config, field, value)
+  return model_config
 
 
 @contextlib.contextmanager
@@ -136,6 +166,11 @@ def load(
   opened = open_checkpoint(source)
   model_config = config_lib.default().model
   model_config.name = name or opened.architecture.name
+  if not name:
+    # A run of ours may have a named size with other fields.
+    for field in _STRUCTURE:
+      if field in opened.architecture.fields and field in model_config:
+        model_config[field] = opened.architecture.fields[field]
   if patch_size:
     model_config.patch_size = patch_size
   if window:
@@ -215,11 +250,7 @@ def settle(model_config, opened: Opened, *, explicit_patch: bool) -> None:
   """
   described = opened.architecture
   wanted = dict(models.settings(model_config))
-  found_config = config_lib.default().model
-  found_config.name = described.name
-  for field, value in described.fields.items():
-    setattr(found_config, field, value)
-  found = models.settings(found_config)
+  found = models.settings(_config_of(described))
   same_family = models.family(model_config.name) is models.family(
     described.name
   )
@@ -295,6 +326,8 @@ def _check_sizes(opened, model_config, image_size, num_classes, label_map):
       f'image size {image_size} is not a multiple of the patch size {patch} of '
       f'{opened.identity["source"]}; change one of them'
     )
+  if num_classes < 1:
+    raise UserError(f'num_classes {num_classes}: there must be at least 1')
   if label_map and len(label_map) != num_classes:
     raise UserError(
       f'base.label_map has {len(label_map)} rows for {num_classes} classes; '

@@ -13,7 +13,8 @@ class Row(NamedTuple):
 
   Attributes:
     action: loaded, resized, new or unused.
-    name: path of our leaf; of an unused array its key in the checkpoint.
+    name: path of our leaf; of an unused array its key in the checkpoint, or
+      the path it would have (a head of other classes).
     shape: of our leaf; of an unused array its own.
     stored: its shape in the checkpoint, in our order of axes; () for a new one.
     note: how it was resized, or why it is new or unused.

@@ -27,7 +27,7 @@ class Fetched(NamedTuple):
       shards, in order.
     config: the config.json beside them, with the preprocessor_config.json as
       its 'preprocessor'; {} where there is none.
-    identity: of JSON types: 'source' as it was given; 'revision', the commit
+    identity: of JSON types: 'source' as it was given, a path absolute; 'revision', the commit
       on the hub, or None; 'files', name -> SHA-256 in hex of every file above
       and of the JSON files beside them.
   """
@@ -64,6 +64,7 @@ def fetch(source: str) -> Fetched:
     )
   else:
     main = _from_path(source)
+    source = os.path.abspath(os.path.expanduser(source))  # from anywhere
   files = formats.with_shards(main)
   for path in files[1:] or files:
     formats.recognise(path)

@@ -21,6 +21,7 @@ from fulllora_jax.pretrained.layout import (
   conv,
   linear,
   linear_thirds,
+  normalisation,
   thirds,
 )
 
@@ -188,7 +189,7 @@ def _describe_transformers(
   act = config.get('hidden_act', 'gelu')
   if act not in _ACTS:
     raise UserError(
-      f'checkpoint: config.json has hidden_act {act!r}; a Swin here has one '
+      f'its config.json has hidden_act {act!r}; a Swin here has one '
       f'of: {", ".join(_ACTS)}'
     )
   prefix = _prefix(shapes)
@@ -202,8 +203,7 @@ def _describe_transformers(
     num_classes=shapes.get('classifier.weight', (0,))[0],
     act=_ACTS[act],
     epsilon=config.get('layer_norm_eps', 1e-5),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
+    **({'mean': IMAGENET_MEAN, 'std': IMAGENET_STD} | normalisation(config)),
   )
 
 
@@ -239,7 +239,7 @@ def _describe(
   width, _, patch_size, _ = patch
   if hidden != 4 * width:
     raise UserError(
-      f'checkpoint: its first MLP is {hidden} wide; that of a Swin of width '
+      f'its first MLP is {hidden} wide; that of a Swin of width '
       f'{width} here is {4 * width}'
     )
   depths, heads, windows = _stages(shapes, table)
@@ -269,7 +269,7 @@ def _stages(
   sides = [math.isqrt(n) for n in rows]
   if any(side**2 != n for side, n in zip(sides, rows, strict=True)):
     raise UserError(
-      f'checkpoint: its tables of relative positions have {rows} rows; those '
+      f'its tables of relative positions have {rows} rows; those '
       'of a square window of w tokens have (2 w - 1)^2'
     )
   return (
@@ -300,7 +300,7 @@ def _grid(windows: tuple[int, ...], window: int, grid: int | None) -> int:
   expected = tuple(min(window, grid >> i) for i in range(len(windows)))
   if set(windows) != {window} and windows != expected:
     raise UserError(
-      f'checkpoint: its stages have windows of {windows} tokens; a Swin here '
+      f'its stages have windows of {windows} tokens; a Swin here '
       "has one window, smaller only where a stage's grid is"
     )
   return grid

@@ -41,7 +41,7 @@ def _is_timm(shapes: Shapes) -> bool:
 
 
 def _timm_family(shapes: Shapes, config: Mapping[str, Any]) -> str:
-  architecture = config.get('architecture', '')
+  architecture = config.get('architecture') or ''
   if 'dist_token' in shapes:
     return 'deit_distilled'
   if 'norm_pre.weight' in shapes:
@@ -55,17 +55,19 @@ def _timm_family(shapes: Shapes, config: Mapping[str, Any]) -> str:
   return 'deit' if architecture.startswith('deit') else 'vit'
 
 
-def _timm_pool(shapes: Shapes) -> str | None:
+def _timm_pool(shapes: Shapes, config: Mapping[str, Any]) -> str | None:
   if 'attn_pool.latent' in shapes:
     return 'map'
   if 'fc_norm.weight' in shapes:
     return 'mean_norm'
-  return None if 'cls_token' in shapes else 'mean'
+  # The arrays are the same with a class token that the head does not read.
+  is_mean = 'cls_token' not in shapes or config.get('global_pool') == 'avg'
+  return 'mean' if is_mean else None
 
 
 def _timm_act(config: Mapping[str, Any]) -> str | None:
   """timm's default is the exact GELU, whatever the model was trained with."""
-  act = config.get('model_args', {}).get('act_layer')
+  act = (config.get('model_args') or {}).get('act_layer')
   if not config.get('architecture'):
     return act
   quick = 'quickgelu' in config['architecture']
@@ -82,10 +84,12 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   hidden, swiglu = _shape(shapes, 'blocks.0.mlp.fc1.weight', 2)[0], False
   if hidden == 2 * _shape(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]:
     hidden, swiglu = hidden // 2, True
-  published = config.get('pretrained_cfg', config)
+  published = config.get('pretrained_cfg') or config
+  pool = _timm_pool(shapes, config)
+  beside = pool in ('mean', 'mean_norm') and 'cls_token' in shapes
   fields = {
-    'pool': _timm_pool(shapes),
-    'class_token': True if _mean_beside_token(shapes) else None,
+    'pool': pool,
+    'class_token': True if beside else None,
     'swiglu': swiglu or None,
     'act': None if swiglu else _timm_act(config) or _family_act(family),
     'mean': published.get('mean'),
@@ -99,7 +103,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     patch_size=patch,
     grid=side(positions, prefix),
     num_classes=shapes.get('head.weight', (0,))[0],
-    num_heads=config.get('model_args', {}).get('num_heads'),
+    num_heads=(config.get('model_args') or {}).get('num_heads'),
     fields={
       k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
     },
@@ -112,10 +116,6 @@ def _shape(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
 
 def _family_act(family: str) -> str | None:
   return None if family == 'clip' else 'gelu'
-
-
-def _mean_beside_token(shapes: Shapes) -> bool:
-  return 'fc_norm.weight' in shapes and 'cls_token' in shapes
 
 
 def _without_prefix(positions: int, prefix: int) -> bool:

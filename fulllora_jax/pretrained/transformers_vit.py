@@ -12,6 +12,7 @@ from fulllora_jax.pretrained.layout import (
   Shapes,
   conv,
   count,
+  normalisation,
   shape_of,
 )
 from fulllora_jax.pretrained.vit import (
@@ -52,13 +53,6 @@ def _is_transformers(shapes: Shapes) -> bool:
   )
 
 
-def normalisation(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads mean and std off the preprocessor_config.json, where there is one."""
-  own = config.get('preprocessor', {})
-  found = {'mean': own.get('image_mean'), 'std': own.get('image_std')}
-  return {k: tuple(v) for k, v in found.items() if v}
-
-
 def _hidden_act(config: Mapping[str, Any]) -> str | None:
   act = config.get('hidden_act')
   if act is not None and act not in _ACTS:
@@ -88,7 +82,8 @@ def _describe_transformers(
   distilled = _find(shapes, rf'{_BASE}embeddings\.distillation_token')
   head, pool = _find(shapes, r'(cls_)?classifier\.weight'), None
   if _find(shapes, rf'{_LAYER}\.layer_scale1\.lambda1'):
-    family = 'dinov2_reg' if registers else 'dinov2'
+    is_reg = registers or config.get('model_type') == 'dinov2_with_registers'
+    family = 'dinov2_reg' if is_reg else 'dinov2'
     pool = 'token_mean' if head else None
   elif distilled:
     # Without the second head, DeiT's distillation token is there but not read.

@@ -11,7 +11,7 @@ from golden import fake_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from fulllora_jax import classifier, pretrained
-from fulllora_jax.pretrained import resize
+from fulllora_jax.pretrained import artefact, resize
 
 PLAIN = 'vit-timm-plain'
 POSITIONS = 'Transformer/posembed_input/pos_embedding'
@@ -117,7 +117,9 @@ def test_another_window_resizes_the_bias_tables_only(published, case):
     if name.endswith('relative_position_bias_table')
   }
   assert len(tables) == 4
-  assert all(table.shape != before[name].shape for name, table in tables.items())
+  assert all(
+    table.shape != before[name].shape for name, table in tables.items()
+  )
   assert_changed(before, after, tables)
 
 
@@ -151,6 +153,22 @@ def test_logits_at_another_image_as_timm(published, reg_tokens, case):
   close(logits(path, images, image_size=40), expected)
 
 
+def test_the_mean_beside_a_token_without_a_norm_of_its_own_as_timm(published):
+  torch, timm = pytest.importorskip('torch'), pytest.importorskip('timm')
+  path, golden = published(PLAIN)
+  config = golden['config'] | {'global_pool': 'avg'}
+  (path / 'config.json').write_text(json.dumps(config))
+  theirs = timm.models.VisionTransformer(
+    img_size=24, patch_size=8, embed_dim=24, depth=2, num_heads=3,
+    num_classes=5, global_pool='avg', fc_norm=False,
+  )  # fmt: skip
+  torch_model(torch, theirs, path)
+  images = fake_checkpoint.images(24)
+  cfg = config['pretrained_cfg']
+  expected = torch_logits(torch, theirs, images, cfg['mean'], cfg['std'])
+  close(logits(path, images), expected)
+
+
 def test_logits_in_another_window_as_timm(published):
   torch, timm = pytest.importorskip('torch'), pytest.importorskip('timm')
   swin = pytest.importorskip('timm.models.swin_transformer')
@@ -165,9 +183,7 @@ def test_logits_in_another_window_as_timm(published):
   theirs.load_state_dict(arrays)
   images = fake_checkpoint.images(32)
   cfg = golden['config']['pretrained_cfg']
-  expected = torch_logits(
-    torch, theirs.eval(), images, cfg['mean'], cfg['std']
-  )
+  expected = torch_logits(torch, theirs.eval(), images, cfg['mean'], cfg['std'])
   close(logits(path, images, window=2), expected)
 
 
@@ -307,16 +323,12 @@ def test_a_run_of_ours(finished):
   path = finished.workdir / 'base'
   grey = fake_checkpoint.images(8, channels=1)
   model, variables, report = pretrained.load(path, channels=1)
-  params, metadata = pretrained.load_base(path)
+  params, _ = pretrained.load_base(path)
   before = flat({'params': params})
   assert_changed(before, flat(variables), {})
   assert report.layout == 'fulllora_jax run' and report.image_size == 8
-  theirs = classifier.build(
-    metadata['config'], metadata['num_classes'], metadata['image_shape']
-  )
-  np.testing.assert_array_equal(
-    model.apply(variables, grey), theirs.apply({'params': params}, grey)
-  )
+  base_logits = classifier.load(finished.workdir).base_logits(grey)
+  close(np.asarray(jax.jit(model.apply)(variables, grey)), base_logits)
   after = leaves(path, channels=1, patch_size=1, image_size=6)
   assert_changed(
     before,
@@ -326,6 +338,15 @@ def test_a_run_of_ours(finished):
       POSITIONS: resize.position_embedding(before[POSITIONS], (6, 6), 0),
     },
   )
+
+
+def test_a_run_of_a_named_size_with_other_fields(finished, monkeypatch):
+  path = finished.workdir / 'base'
+  params, metadata = pretrained.load_base(path)
+  metadata['config']['model']['name'] = 'vit_ti'
+  monkeypatch.setattr(artefact, 'load_base', lambda _: (params, metadata))
+  before = flat({'params': params})
+  assert_changed(before, leaves(path, channels=1), {})
 
 
 # The name.
