@@ -27,9 +27,9 @@ class Fetched(NamedTuple):
       shards, in order.
     config: the config.json beside them, with the preprocessor_config.json as
       its 'preprocessor'; {} where there is none.
-    identity: of JSON types: 'source' as it was given, a path absolute; 'revision', the commit
-      on the hub, or None; 'files', name -> SHA-256 in hex of every file above
-      and of the JSON files beside them.
+    identity: of JSON types: 'source' as it was given, a path made absolute;
+      'revision', the commit on the hub, or None; 'files', name -> SHA-256 in
+      hex of every file above and of the JSON files beside them.
   """
 
   files: tuple[Path, ...]

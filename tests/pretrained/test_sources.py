@@ -53,7 +53,7 @@ def test_a_file_and_its_folder(tmp_path, monkeypatch):
     assert fetched.files == (tmp_path / 'model.safetensors',)
     assert fetched.config == {'architecture': 'vit_tiny'}
     assert fetched.identity == {
-      'source': source,
+      'source': source.replace('~', str(tmp_path)),
       'revision': None,
       'files': {
         'model.safetensors': sha256(WEIGHTS),
