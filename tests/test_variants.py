@@ -26,8 +26,13 @@ def test_every_published_model_validates_without_a_warning(file, name, capsys):
   assert capsys.readouterr().err == ''
 
 
-@pytest.mark.parametrize('file', ['cifar10', 'imagenette'])
-@EVERY_PUBLISHED
+@pytest.mark.parametrize(
+  'file, name',
+  [
+    *(('cifar10', name) for name in variants.PUBLISHED),
+    *(('imagenette', name) for name in ('vit_b', 'swin_t', 'dinov2_s')),
+  ],
+)
 def test_every_published_model_takes_an_adapter_of_five_percent(file, name):
   config = load(file, name)
   built = build.build(config, num_classes=10)

@@ -21,6 +21,7 @@ from fulllora_jax.models.layers import (
   IMAGENET_MEAN,
   IMAGENET_STD,
   activation,
+  patch_embedding,
   resolve,
 )
 
@@ -244,7 +245,9 @@ class ConViT(nn.Module):
     """
     x = (images - jnp.array(self.mean)) / jnp.array(self.std)
     self._check_sides(*images.shape[1:3])
-    x = self._patches(x.astype(self.dtype))
+    x = patch_embedding(self.width, self.patch_size, self.dtype)(
+      x.astype(self.dtype)
+    )
     positions = jnp.asarray(relative_positions(*x.shape[1:3]))
     x = x.reshape(x.shape[0], -1, self.width)
     embedding = self.param('pos_embedding', _normal, (1, *x.shape[1:]))
@@ -272,17 +275,6 @@ class ConViT(nn.Module):
         f'{self.patch_size}: make data.image_size a multiple of '
         'model.patch_size'
       )
-
-  def _patches(self, x: jax.Array) -> jax.Array:
-    patch = (self.patch_size, self.patch_size)
-    return nn.Conv(
-      self.width,
-      kernel_size=patch,
-      strides=patch,
-      padding='VALID',
-      dtype=self.dtype,
-      name='embedding',
-    )(x)
 
   def _block(self, i: int) -> Block:
     return Block(

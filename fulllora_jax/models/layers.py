@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from fulllora_jax.errors import UserError
@@ -25,6 +26,22 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
       f'model.act: unknown {name!r}; known: {", ".join(ACTIVATIONS)}'
     )
   return ACTIVATIONS[name]
+
+
+def patch_embedding(
+  width: int, patch_size: int, dtype: jnp.dtype, *, use_bias: bool = True
+) -> nn.Conv:
+  """Returns the conv `embedding`: pixels to one token for each patch."""
+  patch = (patch_size, patch_size)
+  return nn.Conv(
+    width,
+    kernel_size=patch,
+    strides=patch,
+    padding='VALID',
+    use_bias=use_bias,
+    dtype=dtype,
+    name='embedding',
+  )
 
 
 def resolve(

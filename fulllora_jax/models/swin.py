@@ -260,7 +260,9 @@ class SwinTransformer(nn.Module):
     self._check_sides(images.shape[1:3])
     how = Computation(self.act, self.epsilon, self.dropout, self.dtype)
     x = (images - jnp.array(self.mean)) / jnp.array(self.std)
-    x = self._patches(x.astype(self.dtype))
+    x = layers.patch_embedding(self.width, self.patch_size, self.dtype)(
+      x.astype(self.dtype)
+    )
     x = how.drop(how.norm('embedding_norm')(x), train)
     stages = zip(self.depths, self.heads, strict=True)
     for i, (depth, heads) in enumerate(stages):
@@ -276,12 +278,6 @@ class SwinTransformer(nn.Module):
       kernel_init=nn.initializers.zeros,
       name='head',
     )(pooled)
-
-  def _patches(self, x: jax.Array) -> jax.Array:
-    sides = (self.patch_size, self.patch_size)
-    return nn.Conv(
-      self.width, sides, sides, 'VALID', dtype=self.dtype, name='embedding'
-    )(x)
 
   def _check_sides(self, sides: tuple[int, ...]) -> None:
     unit = self.patch_size * 2 ** (len(self.depths) - 1)

@@ -21,6 +21,7 @@ from fulllora_jax.models.layers import (
   IMAGENET_MEAN,
   IMAGENET_STD,
   activation,
+  patch_embedding,
   resolve,
 )
 from fulllora_jax.models.transformer import Encoder, MAPHead, layer_norm
@@ -209,15 +210,8 @@ class VisionTransformer(nn.Module):
 
   def _tokens(self, x: jax.Array) -> jax.Array:
     """Embeds patches [B, N, width]; class and distillation token in front."""
-    patch = (self.patch_size, self.patch_size)
-    x = nn.Conv(
-      self.width,
-      kernel_size=patch,
-      strides=patch,
-      padding='VALID',
-      use_bias=not self.pre_norm,
-      dtype=self.dtype,
-      name='embedding',
+    x = patch_embedding(
+      self.width, self.patch_size, self.dtype, use_bias=not self.pre_norm
     )(x)
     parts = [x.reshape(x.shape[0], -1, self.width)]
     if self.dist_token:
