@@ -105,6 +105,10 @@ def default() -> ConfigDict:
   c.train.checkpoint_every = 500  # steps
   c.train.keep = 3  # newest training checkpoints kept
 
+  c.mesh = ConfigDict()
+  c.mesh.fsdp = 1  # devices that share one copy of the frozen base
+  c.mesh.shard_from = 2**18  # elements; smaller arrays are copied to all
+
   c.base = b = ConfigDict()
   # train: first train it here by method `standard`, with what follows;
   # scratch: no base (methods full and standard); a run's work directory; or a

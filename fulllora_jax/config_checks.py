@@ -60,6 +60,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
       f'adapter.rank {config.adapter.rank}: it must be in 1..min(d_in, d_out) '
       'of every target'
     )
+  _check_mesh(config, num_devices)
   _check_attack(config)
   _check_patches(config)
   _check_recipe('', config, num_devices)
@@ -103,6 +104,15 @@ def _positive(name: str, value: float) -> None:
 def _fraction(name: str, value: float) -> None:
   if not 0 <= value <= 1:
     raise UserError(f'{name} {value}: it must be in 0..1')
+
+
+def _check_mesh(config: ConfigDict, num_devices: int) -> None:
+  _positive('mesh.fsdp', config.mesh.fsdp)
+  if num_devices % config.mesh.fsdp:
+    raise UserError(
+      f'mesh.fsdp {config.mesh.fsdp} does not divide the {num_devices} devices;'
+      ' give a divisor of them, or 1'
+    )
 
 
 def _check_attack(config: ConfigDict) -> None:

@@ -53,7 +53,7 @@ class Evaluations:
   ):
     self.config, self.dataset = config, dataset
     self.folder, self.name = folder, name
-    self.mesh = sharding.make_mesh()
+    self.mesh = sharding.mesh_of(config)
     self._records: dict[tuple, dict[str, Any]] = {}
     self._progress: list[Path] = []
     self._make_evaluator = lambda threat: robustness.Evaluator(

@@ -106,7 +106,9 @@ class FinishedRun(Evaluations):
       # `best` may be the very step that is `last`: evaluate it once.
       identity, tree = ('step', loaded.metadata['step']), loaded.variables
     if identity not in self._variables:
-      self._variables[identity] = sharding.replicate(tree, self.mesh)
+      self._variables[identity] = sharding.shard_frozen(
+        tree, self.mesh, self.config.mesh.shard_from
+      )
     return identity, self._variables[identity]
 
   def examples(

@@ -227,7 +227,7 @@ class Evaluator:
           return self._correct(variables, batch, attack)
 
       self._compiled[attack] = jax.jit(
-        step, in_shardings=(whole, rows), out_shardings=whole
+        step, in_shardings=(None, rows), out_shardings=whole
       )
     return self._compiled[attack]
 

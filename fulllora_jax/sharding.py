@@ -1,5 +1,12 @@
-"""Devices: the mesh, where arrays live on it, and the compilation cache."""
+"""Devices: the mesh, where arrays live on it, and the compilation cache.
 
+The mesh is (data, fsdp). A batch is split over both axes. What learns is whole
+on every device; of the frozen base, the `fsdp` devices of a row hold a part
+each, and fetch the rest where a layer needs it (Zhao et al., 2023, arXiv
+2304.11277; here nothing but the frozen weights is split).
+"""
+
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +19,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 _HAS_AFFINITY = hasattr(os, 'sched_getaffinity')  # not on macOS
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """Returns a mesh of all devices (or the given) with one axis, `data`."""
-  return Mesh(np.array(devices or jax.devices()), ('data',))
+def make_mesh(
+  devices: list[jax.Device] | None = None, *, fsdp: int = 1
+) -> Mesh:
+  """Returns a mesh (data, fsdp) of all devices, or of the given.
+
+  Args:
+    devices: in order; None: all.
+    fsdp: devices that share a copy of the frozen base, a divisor of them.
+  """
+  devices = np.array(devices or jax.devices())
+  return Mesh(devices.reshape(-1, fsdp), ('data', 'fsdp'))
+
+
+def mesh_of(config) -> Mesh:
+  """Returns the mesh of `config.mesh`, on as many devices as there are.
+
+  A run can be evaluated elsewhere than it was trained: where `fsdp` does not
+  divide the devices, their greatest common divisor is taken.
+  """
+  return make_mesh(fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -23,8 +47,53 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of batches: the first axis over `data`."""
-  return NamedSharding(mesh, PartitionSpec('data'))
+  """Returns the sharding of batches: the first axis over all devices."""
+  return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def frozen_sharding(
+  shape: tuple[int, ...], mesh: Mesh, shard_from: int
+) -> NamedSharding:
+  """Returns where a frozen array lives: over `fsdp`, or whole everywhere.
+
+  Args:
+    shape: of the array.
+    mesh: (data, fsdp).
+    shard_from: elements; a smaller array costs more to fetch than to copy.
+
+  >>> mesh = make_mesh(jax.devices()[:1])
+  >>> frozen_sharding((768, 3072), mesh, 2**18).spec
+  PartitionSpec()
+  """
+  parts = mesh.shape['fsdp']
+  sides = [side if side % parts == 0 else 0 for side in shape]
+  if parts == 1 or math.prod(shape) < shard_from or not any(sides):
+    return replicated(mesh)
+  spec: list[str | None] = [None] * len(shape)
+  spec[int(np.argmax(sides))] = 'fsdp'
+  return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def shard_frozen(tree: Any, mesh: Mesh, shard_from: int) -> Any:
+  """Puts frozen arrays on the mesh; from NumPy, only each device's part."""
+  return jax.tree.map(
+    lambda leaf: jax.device_put(
+      leaf, frozen_sharding(leaf.shape, mesh, shard_from)
+    ),
+    tree,
+  )
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+  """Copies to every device what does not live on the mesh already."""
+
+  def put(leaf):
+    own = getattr(leaf, 'sharding', None)
+    if isinstance(own, NamedSharding) and own.mesh == mesh:
+      return leaf
+    return jax.device_put(leaf, replicated(mesh))
+
+  return jax.tree.map(put, tree)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -149,7 +149,7 @@ class Training:
   ):
     self.config, self.workdir, self.dataset = config, workdir, dataset
     self.base, self.base_source = base, None
-    self.mesh = sharding.make_mesh()
+    self.mesh = sharding.mesh_of(config)
     self.root_key = jax.random.key(config.seed)
     self.built = build.build(config, dataset.num_classes)
     self.total_steps = total_steps(config, len(dataset.train))
@@ -162,7 +162,9 @@ class Training:
     self.algorithm = make_algorithm(
       config, self.built, mask, self.total_steps, dataset.num_classes
     )
-    self.frozen = sharding.replicate(frozen, self.mesh)
+    self.frozen = sharding.shard_frozen(
+      frozen, self.mesh, config.mesh.shard_from
+    )
     self.state = sharding.replicate(
       state_lib.create(trainable, self.algorithm.tx), self.mesh
     )

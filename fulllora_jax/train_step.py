@@ -242,6 +242,7 @@ def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> Callable:
   return jax.jit(
     functools.partial(train_step, algorithm),
     donate_argnums=0,
-    in_shardings=(whole, whole, sharding.batch_sharded(mesh), whole),
+    # The frozen leaves stay where they are (sharding.shard_frozen).
+    in_shardings=(whole, None, sharding.batch_sharded(mesh), whole),
     out_shardings=(whole, whole),
   )

@@ -21,6 +21,8 @@ _FREE_TO_CHANGE = (
   'data.dir',
   'data.prepare',
   'log.tensorboard',
+  'mesh.fsdp',
+  'mesh.shard_from',
   'train.keep',
   'train.log_every',
   'train.checkpoint_every',

@@ -12,8 +12,8 @@ def mesh():
 
 
 def test_mesh_has_every_device_along_data(mesh):
-  assert mesh.axis_names == ('data',)
-  assert list(mesh.devices) == jax.devices() and mesh.size == 8
+  assert dict(mesh.shape) == {'data': 8, 'fsdp': 1}
+  assert list(mesh.devices.flat) == jax.devices() and mesh.size == 8
   assert sharding.make_mesh(jax.devices()[:2]).size == 2
 
 

@@ -63,10 +63,15 @@ class AdaptedModel:
       return {}
     seen: dict[str, str | None] = {}
 
-    def draw(key, variables):
+    # Only the drawing is run: the forward pass is dead code to the compiler,
+    # so that the base need not be on a device, nor fit one.
+    shapes = jax.eval_shape(lambda: dict(variables))
+
+    def draw(key):
+      base = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
       with nn.intercept_methods(self._interceptor(seen)):
         _, drawn = self.model.apply(
-          variables,
+          base,
           *args,
           **kwargs,
           rngs={'params': key},
@@ -74,8 +79,7 @@ class AdaptedModel:
         )
       return drawn
 
-    # Only the drawing is run: the forward pass is dead code to the compiler.
-    drawn = jax.jit(draw)(key, dict(variables))
+    drawn = jax.jit(draw)(key)
     unmatched = [t for t in self.targets if t not in seen.values()]
     if unmatched:
       raise UserError(

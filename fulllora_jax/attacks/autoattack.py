@@ -159,7 +159,7 @@ class _Run:
     self.key, self.precision, self.mesh = key, precision, mesh
     if not isinstance(logits_fn, Partial):
       logits_fn = Partial(logits_fn)
-    self.logits_fn = jax.device_put(logits_fn, sharding.replicated(mesh))
+    self.logits_fn = sharding.on_mesh(logits_fn, mesh)
     self.draws = max(member.draws for member in members)
 
   def place(self, x, labels, indices):
@@ -277,7 +277,7 @@ def _clean_program(mesh: Mesh, precision: str, draws: int) -> Callable:
     with jax.default_matmul_precision(precision):
       return _classify(logits_fn, x, key, draws)
 
-  return jax.jit(clean, in_shardings=(whole, rows, whole), out_shardings=whole)
+  return jax.jit(clean, in_shardings=(None, rows, whole), out_shardings=whole)
 
 
 @functools.cache
@@ -306,7 +306,7 @@ def _attack_program(
 
   return jax.jit(
     attack,
-    in_shardings=(whole, rows, whole, whole),
+    in_shardings=(None, rows, whole, whole),
     out_shardings=whole,
   )
 

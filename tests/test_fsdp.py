@@ -1,0 +1,242 @@
+"""The frozen base split over `fsdp`: less memory, the same numbers."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fulllora_jax import build, config_checks, robustness, sharding, train
+from fulllora_jax import state as state_lib
+from fulllora_jax.attacks import Threat, autoattack
+from fulllora_jax.attacks import named as named_attacks
+from fulllora_jax.errors import UserError
+from fulllora_jax.train_step import compile_train_step
+
+SHARD_FROM = 64  # elements: nearly all of the tiny ViT
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (8, 8, 8, 3), np.uint8)
+BATCH = {'image': IMAGES, 'label': np.arange(8, dtype=np.int32) % 4}
+SHAPES = [(1, 1), (8, 1), (8, 2), (8, 4), (8, 8)]
+
+
+class Job:
+  """Three train steps of the tiny ViT on `devices`, `fsdp` of them a row."""
+
+  def __init__(self, config, fill, devices, fsdp):
+    built = build.build(config, 4)
+    variables = fill(build.shapes(built, (8, 8, 3)))
+    mask = built.mask(variables)
+    self.apply = built.model.apply
+    self.mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=fsdp)
+    self.trainable, frozen = state_lib.split(variables, mask)
+    self.frozen = sharding.shard_frozen(
+      jax.device_get(frozen), self.mesh, SHARD_FROM
+    )
+    self.algorithm = train.make_algorithm(config, built, mask, 40, 4)
+    self.step_fn = compile_train_step(self.algorithm, self.mesh)
+
+  def run(self):
+    """Returns the state after the steps."""
+    state = sharding.replicate(
+      state_lib.create(self.trainable, self.algorithm.tx), self.mesh
+    )
+    for _ in range(3):
+      batch = sharding.put_batch(BATCH, self.mesh)
+      state, _ = self.step_fn(state, self.frozen, batch, jax.random.key(0))
+    return state
+
+
+@pytest.fixture(scope='module')
+def config(tiny_config):
+  c = tiny_config(pool='mean', width=16, mlp_dim=32)
+  c.attack.steps = 2
+  c.augment.update(crop_padding=0, flip=False, mix_probability=0.0)
+  return c
+
+
+@pytest.fixture(scope='module')
+def jobs(config, fill):
+  return {shape: Job(config, fill, *shape) for shape in SHAPES}
+
+
+@pytest.fixture(scope='module')
+def trained(jobs):
+  return {shape: job.run() for shape, job in jobs.items()}
+
+
+def test_the_largest_side_that_divides_is_split():
+  mesh = sharding.make_mesh(fsdp=4)
+
+  def spec(*shape, shard_from=1):
+    return tuple(sharding.frozen_sharding(shape, mesh, shard_from).spec)
+
+  assert spec(8, 16) == (None, 'fsdp')
+  assert spec(16, 8) == ('fsdp', None)
+  assert spec(8, 18) == ('fsdp', None)
+  assert spec(3, 5) == spec(7) == ()
+  assert spec(8, 16, shard_from=128) == (None, 'fsdp')
+  assert spec(8, 16, shard_from=129) == ()
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_device_holds_its_part_of_the_frozen_base_alone(jobs, shape):
+  _, fsdp = shape
+  leaves = jax.tree.leaves(jobs[shape].frozen)
+  large = [leaf for leaf in leaves if leaf.size >= SHARD_FROM]
+  assert len(large) > 5
+  for leaf in leaves:
+    held = leaf.addressable_shards[0].data.size
+    split = leaf.size >= SHARD_FROM and any(s % fsdp == 0 for s in leaf.shape)
+    assert held == (leaf.size // fsdp if split else leaf.size)
+
+
+@pytest.mark.parametrize('shape', SHAPES[1:])
+def test_the_adapter_is_the_same_on_every_mesh(trained, shape):
+  one = state_lib.named_leaves(trained[1, 1].trainable)
+  other = state_lib.named_leaves(trained[shape].trainable)
+  assert one.keys() == other.keys()
+  for path, leaf in one.items():
+    np.testing.assert_allclose(other[path], leaf, atol=2e-6, err_msg=path)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_what_learns_is_whole_on_every_device(trained, shape):
+  for leaf in jax.tree.leaves(trained[shape]):
+    assert leaf.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize('attack', ['clean', 'pgd-2'])
+def test_evaluation_counts_the_same(jobs, trained, digits, attack):
+  parsed = named_attacks.parse(attack, Threat('linf', 0.1), 0.05, 1)
+  split = digits.test
+  counts = set()
+  for shape, job in jobs.items():
+
+    def apply(variables, images, job=job):  # digits are grey
+      return job.apply(variables, jnp.repeat(images[:, :8, :8], 3, axis=-1))
+
+    evaluator = robustness.Evaluator(
+      apply, Threat('linf', 0.1), job.mesh, 24, seed=0
+    )
+    variables = state_lib.merge(trained[shape].trainable, job.frozen)
+    outcome = evaluator.evaluate(variables, split, parsed, 50)
+    counts.add((int(outcome.clean.sum()), int(outcome.robust.sum())))
+  assert len(counts) == 1
+
+
+def test_autoattack_takes_a_split_base_as_it_is(jobs, trained):
+  results = []
+  for shape in ((8, 1), (8, 4)):
+    job = jobs[shape]
+    variables = state_lib.merge(trained[shape].trainable, job.frozen)
+    logits_fn = jax.tree_util.Partial(job.apply, variables)
+    placed = sharding.on_mesh(logits_fn, job.mesh)
+    for before, after in zip(
+      jax.tree.leaves(logits_fn), jax.tree.leaves(placed), strict=True
+    ):
+      assert after is before
+    x = IMAGES.astype(np.float32) / 255
+    labels = np.asarray(logits_fn(x)).argmax(axis=1)
+    results.append(
+      autoattack(
+        jax.random.key(0),
+        logits_fn,
+        x,
+        labels,
+        Threat('linf', 0.02),
+        ['apgd-ce'],
+        batch_size=8,
+        mesh=job.mesh,
+      ).robust
+    )
+  np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize('fsdp, message', [(3, 'divide the 8'), (0, 'above 0')])
+def test_a_mesh_that_does_not_fit_is_refused(config, fsdp, message):
+  changed = config.copy_and_resolve_references()
+  changed.mesh.fsdp = fsdp
+  with pytest.raises(UserError, match=f'mesh.fsdp {fsdp}.*{message}'):
+    config_checks.validate(changed, num_devices=8)
+
+
+def test_evaluation_elsewhere_takes_the_devices_there_are(config):
+  changed = config.copy_and_resolve_references()
+  for fsdp, taken in ((1, 1), (4, 4), (12, 4), (16, 8), (3, 1)):
+    changed.mesh.fsdp = fsdp
+    assert sharding.mesh_of(changed).shape['fsdp'] == taken
+
+
+_COLLECTIVES = """
+import json, math, re, sys
+sys.path.insert(0, 'tests')
+import jax, numpy as np
+import jax.numpy as jnp
+from fulllora_jax import build, config, sharding, state, train
+from fulllora_jax.train_step import compile_train_step
+
+method, fsdp = sys.argv[1], int(sys.argv[2])
+c = config.default()
+c.method, c.attack.steps = method, 1
+c.model.update(name='vit', width=64, depth=1, num_heads=2, mlp_dim=256)
+c.adapter.rank, c.adapter.alpha, c.data.image_size = 2, 2.0, 16
+c.augment.mix_probability = 0.0  # which moves images
+built = build.build(c, 10)
+shapes = build.shapes(built, (16, 16, 3))
+variables = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+mask = built.mask(variables)
+trainable, frozen = state.split(variables, mask)
+mesh = sharding.make_mesh(fsdp=fsdp)
+algorithm = train.make_algorithm(c, built, mask, 10, 10)
+step = compile_train_step(algorithm, mesh)
+begun = sharding.replicate(state.create(trainable, algorithm.tx), mesh)
+rows = mesh.size
+batch = {'image': np.zeros((rows, 16, 16, 3), np.uint8),
+         'label': np.zeros(rows, np.int32)}
+text = step.lower(
+  begun, sharding.shard_frozen(frozen, mesh, 64),
+  sharding.put_batch(batch, mesh), jax.random.key(0)).compile().as_text()
+found = {}
+for line in text.splitlines():
+  m = re.search(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|'
+                r'collective-permute)(-start)?\\(', line)
+  if m:
+    sides = re.findall(r'f32\\[([0-9,]*)\\]', m.group(1))
+    size = sum(math.prod(int(s) for s in d.split(',') if s) for d in sides)
+    found[m.group(2)] = found.get(m.group(2), 0) + size
+counts = state.parameter_counts(variables, mask)
+print(json.dumps({'devices': mesh.size, 'found': found,
+                  'trainable': counts['trainable']}))
+"""
+
+
+@pytest.fixture(scope='module')
+def collectives(run_python):
+  """Returns what a compiled step sends, in elements, by kind."""
+
+  def compiled(method, fsdp, devices):
+    done = run_python(
+      '-c', _COLLECTIVES, method, str(fsdp), JAX_NUM_CPU_DEVICES=str(devices)
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result['devices'] == devices
+    return result
+
+  return compiled
+
+
+def test_only_adapter_sized_gradients_travel(collectives):
+  light, full = (collectives(method, 1, 64) for method in ('fulllora', 'full'))
+  for one in (light, full):
+    assert one['found'].keys() == {'all-reduce'}
+    # The gradient once, and a few scalars: losses and accuracies.
+    assert 0 <= one['found']['all-reduce'] - one['trainable'] < 64
+  assert full['trainable'] > 5 * light['trainable']
+
+
+def test_a_split_base_is_fetched(collectives):
+  split = collectives('fulllora', 4, 8)
+  assert split['found']['all-gather'] > 0
