@@ -72,6 +72,15 @@ def test_where_data_lies_and_tensorboard_may_change(tmp_path, tiny_config):
   claim(tmp_path, other)
 
 
+def test_a_run_may_go_on_with_another_mesh(tmp_path, tiny_config):
+  claim(tmp_path, tiny_config())
+  other = tiny_config()
+  other.mesh.fsdp, other.mesh.shard_from = 4, 64
+  claim(tmp_path, other)
+  saved = json.loads((tmp_path / 'config.json').read_text())
+  assert saved['mesh'] == {'fsdp': 4, 'shard_from': 64}
+
+
 @pytest.mark.parametrize('place', ['file', 'file/run', '/proc/run'])
 def test_a_place_that_cannot_be_written_is_refused(
   tmp_path, tiny_config, place

@@ -46,8 +46,10 @@ def write(case, shapes, config, image_size, logits, made_by):
     'shapes': {key: list(shape) for key, shape in shapes.items()},
     'logits': np.asarray(logits, np.float64).round(7).tolist(),
   }
+  lines = [f'{json.dumps(k)}: {json.dumps(v)}' for k, v in values.items()]
+  text = '{\n' + ',\n'.join(lines) + '\n}\n'  # a line for each field
   FOLDER.mkdir(exist_ok=True)
-  (FOLDER / f'{case}.json').write_text(json.dumps(values, indent=1) + '\n')
+  (FOLDER / f'{case}.json').write_text(text)
 
 
 def read(case):
