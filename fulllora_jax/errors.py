@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from fulllora_jax import preemption
+
 
 class UserError(ValueError):
   """Bad input: a flag, a config, a file, a checkpoint, missing data.
@@ -99,6 +101,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       main(argv)
     except UserError as error:
       _exit(str(error))
+    except preemption.Preempted as stopped:
+      print(stopped, file=sys.stderr)
+      sys.exit(preemption.EXIT_CODE)
     except KeyboardInterrupt:
       print('interrupted; the same command resumes', file=sys.stderr)
       sys.exit(130)

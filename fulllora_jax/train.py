@@ -34,6 +34,7 @@ from fulllora_jax.console import Progress, say
 from fulllora_jax.data import augment
 from fulllora_jax.errors import UserError
 from fulllora_jax.metrics import MetricWriter, read_metrics
+from fulllora_jax.preemption import Notice, Preempted
 
 # Steps in flight: jax 0.10 on CPU deadlocks above 32 un-awaited collectives.
 _RUN_AHEAD = 8
@@ -67,9 +68,15 @@ def train_and_evaluate(
   Raises:
     UserError: bad input, as the commands show it.
     NonFiniteError: training diverged; the last checkpoint is kept.
+    Preempted: SIGTERM came; the state is saved.
   """
   config_checks.validate(config, jax.device_count())
-  workdir = workdir_lib.claim(workdir, config)
+  with workdir_lib.exclusive(workdir):
+    return _run(config, workdir_lib.claim(workdir, config), dataset)
+
+
+def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
+  """Does what is still to do in a claimed work directory."""
   if (workdir / 'report.md').exists():  # it is written last
     say(f'{workdir} holds a finished run of this config')
     result = json.loads((workdir / 'report.json').read_text())
@@ -210,13 +217,16 @@ class Training:
       start_step=start,
     ) as writer:
       try:
-        self._loop(start, checkpoints, writer)
+        with Notice() as notice:
+          self._loop(start, checkpoints, writer, notice)
       finally:
-        checkpoints.close()
+        checkpoints.close()  # once the last save is whole on disk
     self._publish('last', self.total_steps)
     return time.monotonic() - started
 
-  def _loop(self, start: int, checkpoints, writer: MetricWriter) -> None:
+  def _loop(
+    self, start: int, checkpoints, writer: MetricWriter, notice: Notice
+  ) -> None:
     """Steps, and what happens every so many of them."""
     every = self.config.train
     step_fn = train_step.compile_train_step(self.algorithm, self.mesh)
@@ -240,7 +250,8 @@ class Training:
       in_flight.append((step, metrics))
       is_last = step == self.total_steps
       validate = is_last or step % every.eval_every == 0
-      save = is_last or step % every.checkpoint_every == 0
+      stop = notice.given and not is_last
+      save = is_last or stop or step % every.checkpoint_every == 0
       log = is_last or step % every.log_every == 0
       if log or validate or save or len(in_flight) == _RUN_AHEAD:
         scalars = self._await(in_flight)
@@ -251,6 +262,11 @@ class Training:
         self._validate(step, writer)
       if save:
         checkpoints.save(self.state, self.best)
+      if stop:
+        raise Preempted(
+          f'SIGTERM: saved step {step}/{self.total_steps} in {self.workdir}; '
+          'the same command goes on from there'
+        )
 
   def _await(self, in_flight: list) -> dict[str, float]:
     """Waits for the steps in flight; returns the newest one's metrics.

@@ -7,9 +7,13 @@ best/ last/     adapter and metadata only: what one would publish
 metrics.jsonl   report.json   report.md   curves.png   examples.png
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
 
 from fulllora_jax import config as config_lib
 from fulllora_jax.errors import UserError
@@ -39,6 +43,39 @@ def claim(workdir: str | os.PathLike, config) -> Path:
     UserError: it cannot be written, or holds a run with another config (the
       message names what differs).
   """
+  path = _writable(workdir)
+  saved = path / 'config.json'
+  if saved.exists():
+    _check_same(path, read_config(path), config)
+  replace_file(saved, f'{config_lib.to_json(config)}\n'.encode())
+  return path
+
+
+@contextlib.contextmanager
+def exclusive(workdir: str | os.PathLike) -> Iterator[None]:
+  """Makes the directory and keeps other processes from training in it.
+
+  The lock ends with the process, however that ends.
+
+  Raises:
+    UserError: it cannot be written, or another process trains in it.
+  """
+  path = _writable(workdir)
+  lock = filelock.FileLock(path / '.lock', timeout=0)
+  try:
+    lock.acquire()
+  except filelock.Timeout:
+    raise UserError(
+      f'--workdir: another process is at work in {path}; wait for it, or give '
+      'another --workdir'
+    ) from None
+  try:
+    yield
+  finally:
+    lock.release()
+
+
+def _writable(workdir: str | os.PathLike) -> Path:
   path = Path(workdir).expanduser().absolute()
   try:
     make_writable(path)
@@ -46,10 +83,6 @@ def claim(workdir: str | os.PathLike, config) -> Path:
     raise UserError(
       f'--workdir: cannot write to {path}: {error.strerror}; choose another'
     ) from None
-  saved = path / 'config.json'
-  if saved.exists():
-    _check_same(path, read_config(path), config)
-  replace_file(saved, f'{config_lib.to_json(config)}\n'.encode())
   return path
 
 

@@ -56,7 +56,7 @@ def one_device_each():
   with pytest.MonkeyPatch.context() as patch:
     make_mesh = sharding.make_mesh
     patch.setattr(
-      sharding, 'make_mesh', lambda *_: make_mesh(jax.devices()[:1])
+      sharding, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1])
     )
     yield
 

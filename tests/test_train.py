@@ -299,8 +299,8 @@ def test_training_that_diverges_stops_and_keeps_its_checkpoints(
 
 
 def on_devices(count, monkeypatch):
-  mesh = sharding.Mesh(np.array(jax.devices()[:count]), ('data',))
-  monkeypatch.setattr(sharding, 'make_mesh', lambda: mesh)
+  mesh = sharding.make_mesh(jax.devices()[:count])
+  monkeypatch.setattr(sharding, 'make_mesh', lambda **_: mesh)
 
 
 def test_one_device_and_eight_train_the_same_adapter(
