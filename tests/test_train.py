@@ -299,7 +299,8 @@ def test_training_that_diverges_stops_and_keeps_its_checkpoints(
 
 
 def on_devices(count, monkeypatch):
-  mesh = sharding.make_mesh(jax.devices()[:count])
+  devices = np.array(jax.devices()[:count]).reshape(-1, 1)
+  mesh = sharding.Mesh(devices, ('data', 'fsdp'))
   monkeypatch.setattr(sharding, 'make_mesh', lambda **_: mesh)
 
 
