@@ -211,6 +211,7 @@ def _float(array: np.ndarray) -> np.ndarray:
 
 
 def some(keys: Sequence[str]) -> str:
+  """Writes the first few keys of a list, and how many there are."""
   keys = list(keys)
   if not keys:
     return 'nothing'
