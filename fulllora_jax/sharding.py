@@ -62,8 +62,8 @@ def frozen_sharding(
     shard_from: elements; a smaller array costs more to fetch than to copy.
 
   >>> mesh = make_mesh(jax.devices()[:1])
-  >>> frozen_sharding((768, 3072), mesh, 2**18).spec
-  PartitionSpec()
+  >>> frozen_sharding((768, 3072), mesh, 2**18).is_fully_replicated
+  True
   """
   parts = mesh.shape['fsdp']
   sides = [side if side % parts == 0 else 0 for side in shape]
