@@ -155,10 +155,7 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
     UserError: there is none, it is damaged (naming the leaf where one is), or
       another version of fulllora_jax wrote it.
   """
-  steps = sorted(int(folder.name) for folder in _step_folders(directory))
-  if not steps:
-    raise UserError(f'{directory} holds no adapter; train one there first')
-  newest = directory / str(steps[-1])
+  newest = _newest(directory)
   metadata = _read_metadata(newest)
   target = traverse_util.unflatten_dict(
     {
@@ -174,6 +171,18 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
   except Exception as error:  # Orbax and TensorStore raise bare Exception
     raise _damaged(newest, error) from None
   return tree, metadata
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+  """Reads the metadata of an artefact alone; raises as `read_artefact`."""
+  return _read_metadata(_newest(directory))
+
+
+def _newest(directory: Path) -> Path:
+  steps = sorted(int(folder.name) for folder in _step_folders(directory))
+  if not steps:
+    raise UserError(f'{directory} holds no adapter; train one there first')
+  return directory / str(steps[-1])
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def find(config, workdir: Path) -> pretrained.Opened | None:
     _settle_as_run(config.model, source)
     return None
   if pretrained.is_artefact(directory):
-    _, metadata = pretrained.load_base(directory)
+    metadata = pretrained.base_metadata(directory)
     config.model = config_lib.from_mapping(metadata['config']).model
     return None
   opened = pretrained.open_checkpoint(source)
@@ -81,7 +81,7 @@ def keep(
 
 
 def _settle_as_run(model_config, source: str) -> None:
-  _, metadata = pretrained.load_base(source)
+  metadata = pretrained.base_metadata(source)
   own = config_lib.from_mapping(metadata['config']).model
   for field in _SETTLED:
     if model_config[field] in (None, '', ()):

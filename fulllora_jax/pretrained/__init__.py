@@ -1,6 +1,7 @@
 """Base weights: where a frozen ViT comes from."""
 
 from fulllora_jax.pretrained.artefact import (
+  base_metadata,
   find_artefact,
   is_artefact,
   load_base,
@@ -17,6 +18,7 @@ from fulllora_jax.pretrained.report import LoadReport
 __all__ = [
   'LoadReport',
   'Opened',
+  'base_metadata',
   'find_artefact',
   'fit',
   'is_artefact',

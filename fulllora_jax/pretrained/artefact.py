@@ -46,9 +46,21 @@ def load_base(path: str | Path) -> tuple[Tree, dict[str, Any]]:
   """
   directory = find_artefact(path)
   tree, metadata = checkpoint.read_artefact(directory)
+  _check_whole(directory, metadata)
+  return tree['params'], metadata
+
+
+def base_metadata(path: str | Path) -> dict[str, Any]:
+  """Reads the base's metadata alone; raises as `load_base`."""
+  directory = find_artefact(path)
+  metadata = checkpoint.read_metadata(directory)
+  _check_whole(directory, metadata)
+  return metadata
+
+
+def _check_whole(directory: Path, metadata: dict[str, Any]) -> None:
   if metadata['method'] not in ('standard', 'full'):
     raise UserError(
       f'base.source: {directory} is an adapter (method {metadata["method"]}), '
       'not a whole model; give a run of method standard or full'
     )
-  return tree['params'], metadata

@@ -164,13 +164,10 @@ def load(
   if name:
     models.family(name)  # a wrong name is said before a download
   opened = open_checkpoint(source)
-  model_config = config_lib.default().model
-  model_config.name = name or opened.architecture.name
-  if not name:
-    # A run of ours may have a named size with other fields.
-    for field in _STRUCTURE:
-      if field in opened.architecture.fields and field in model_config:
-        model_config[field] = opened.architecture.fields[field]
+  model_config = _config_of(opened.architecture)
+  if name:
+    model_config = config_lib.default().model
+    model_config.name = name
   if patch_size:
     model_config.patch_size = patch_size
   if window:

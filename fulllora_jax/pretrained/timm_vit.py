@@ -41,7 +41,7 @@ def _is_timm(shapes: Shapes) -> bool:
 
 
 def _timm_family(shapes: Shapes, config: Mapping[str, Any]) -> str:
-  architecture = config.get('architecture') or ''
+  architecture = config.get('architecture', '')
   if 'dist_token' in shapes:
     return 'deit_distilled'
   if 'norm_pre.weight' in shapes:
@@ -67,7 +67,7 @@ def _timm_pool(shapes: Shapes, config: Mapping[str, Any]) -> str | None:
 
 def _timm_act(config: Mapping[str, Any]) -> str | None:
   """timm's default is the exact GELU, whatever the model was trained with."""
-  act = (config.get('model_args') or {}).get('act_layer')
+  act = config.get('model_args', {}).get('act_layer')
   if not config.get('architecture'):
     return act
   quick = 'quickgelu' in config['architecture']
@@ -84,7 +84,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   hidden, swiglu = _shape(shapes, 'blocks.0.mlp.fc1.weight', 2)[0], False
   if hidden == 2 * _shape(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]:
     hidden, swiglu = hidden // 2, True
-  published = config.get('pretrained_cfg') or config
+  published = config.get('pretrained_cfg', config)
   pool = _timm_pool(shapes, config)
   beside = pool in ('mean', 'mean_norm') and 'cls_token' in shapes
   fields = {
@@ -103,7 +103,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     patch_size=patch,
     grid=side(positions, prefix),
     num_classes=shapes.get('head.weight', (0,))[0],
-    num_heads=(config.get('model_args') or {}).get('num_heads'),
+    num_heads=config.get('model_args', {}).get('num_heads'),
     fields={
       k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
     },
