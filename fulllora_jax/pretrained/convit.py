@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from fulllora_jax.errors import UserError
 from fulllora_jax.models import convit
 from fulllora_jax.pretrained.layout import (
@@ -19,6 +17,7 @@ from fulllora_jax.pretrained.layout import (
   conv,
   count,
   linear,
+  linear_halves,
   linear_thirds,
 )
 
@@ -94,11 +93,6 @@ def _image_size(shapes: Shapes, patch_size: int) -> int:
   return side * patch_size
 
 
-def _linear_halves(weight: np.ndarray) -> tuple[np.ndarray, ...]:
-  """Splits a PyTorch kernel [2 d, in] of query and key; ours [in, d]."""
-  return tuple(part.T for part in np.split(weight, 2))
-
-
 _RULES = (
   Rule(r'cls_token', 'cls'),
   Rule(r'pos_embed', 'pos_embedding'),
@@ -109,7 +103,7 @@ _RULES = (
   Rule(
     r'blocks\.(\d+)\.attn\.qk\.weight',
     (f'{_ATTENTION}query/kernel', f'{_ATTENTION}key/kernel'),
-    _linear_halves,
+    linear_halves,
   ),
   Rule(r'blocks\.(\d+)\.attn\.v\.weight', f'{_ATTENTION}value/kernel', linear),
   Rule(

@@ -118,6 +118,30 @@ def linear_thirds(weight: np.ndarray) -> tuple[np.ndarray, ...]:
   return tuple(part.T for part in np.split(weight, 3))
 
 
+def halves(array: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Splits a bias [2 d]."""
+  return tuple(np.split(array, 2))
+
+
+def linear_halves(weight: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Splits a PyTorch kernel [2 d, in]; ours [in, d]."""
+  return tuple(part.T for part in np.split(weight, 2))
+
+
+def norm(key: str, to: str) -> tuple[Rule, Rule]:
+  """Rules of a PyTorch LayerNorm."""
+  return Rule(rf'{key}\.weight', f'{to}/scale'), Rule(
+    rf'{key}\.bias', f'{to}/bias'
+  )
+
+
+def dense(key: str, to: str) -> tuple[Rule, Rule]:
+  """Rules of a PyTorch Linear."""
+  return Rule(rf'{key}\.weight', f'{to}/kernel', linear), Rule(
+    rf'{key}\.bias', f'{to}/bias'
+  )
+
+
 def shape_of(
   shapes: Shapes, pattern: str, ndim: int, what: str
 ) -> tuple[int, ...]:

@@ -5,8 +5,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from fulllora_jax.pretrained.layout import (
   Architecture,
   Layout,
@@ -14,6 +12,10 @@ from fulllora_jax.pretrained.layout import (
   Shapes,
   conv,
   count,
+  dense,
+  halves,
+  linear_halves,
+  norm,
   shape_of,
 )
 from fulllora_jax.pretrained.vit import (
@@ -24,9 +26,7 @@ from fulllora_jax.pretrained.vit import (
   MLP,
   POSITIONS,
   architecture,
-  dense,
   fused,
-  norm,
   one_token,
   side,
   three,
@@ -149,12 +149,12 @@ _TIMM = Layout(
     Rule(
       r'attn_pool\.kv\.weight',
       (f'{MAP_ATTENTION}/key/kernel', f'{MAP_ATTENTION}/value/kernel'),
-      lambda w: tuple(part.T for part in np.split(w, 2)),
+      linear_halves,
     ),
     Rule(
       r'attn_pool\.kv\.bias',
       (f'{MAP_ATTENTION}/key/bias', f'{MAP_ATTENTION}/value/bias'),
-      lambda b: tuple(np.split(b, 2)),
+      halves,
     ),
     *dense(r'attn_pool\.proj', f'{MAP_ATTENTION}/out'),
     *norm(r'attn_pool\.norm', f'{MAP}/LayerNorm_0'),

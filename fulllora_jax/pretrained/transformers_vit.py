@@ -12,6 +12,8 @@ from fulllora_jax.pretrained.layout import (
   Shapes,
   conv,
   count,
+  dense,
+  norm,
   normalisation,
   shape_of,
 )
@@ -23,9 +25,7 @@ from fulllora_jax.pretrained.vit import (
   MLP,
   POSITIONS,
   architecture,
-  dense,
   fused,
-  norm,
   one_token,
   side,
   three,

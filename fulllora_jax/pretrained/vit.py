@@ -20,7 +20,6 @@ from fulllora_jax.pretrained.layout import (
   Rule,
   Shapes,
   count,
-  linear,
   linear_thirds,
   shape_of,
   thirds,
@@ -34,20 +33,6 @@ MAP_ATTENTION = f'{MAP}/MultiHeadDotProductAttention_0'
 POSITIONS = 'Transformer/posembed_input/pos_embedding'
 # Of the published sizes; SigLIP's so400m and DINOv2's giant are among them.
 _HEADS = {size[0]: size[2] for size in vit.SIZES.values()}
-
-
-def norm(key: str, to: str) -> tuple[Rule, Rule]:
-  """Rules of a PyTorch LayerNorm."""
-  return Rule(rf'{key}\.weight', f'{to}/scale'), Rule(
-    rf'{key}\.bias', f'{to}/bias'
-  )
-
-
-def dense(key: str, to: str) -> tuple[Rule, Rule]:
-  """Rules of a PyTorch Linear."""
-  return Rule(rf'{key}\.weight', f'{to}/kernel', linear), Rule(
-    rf'{key}\.bias', f'{to}/bias'
-  )
 
 
 def fused(key: str, to: tuple[str, ...], separator: str = r'\.') -> tuple:
