@@ -19,6 +19,9 @@ _OTHER = (
   'platform_machine not in "x86_64 AMD64" or sys_platform not in "linux win32"'
 )
 
+# Orbax imports the second one to write to gs://.
+_BUCKETS = ['gcsfs>=2024.6', 'google-cloud-storage>=2.18']
+
 setup(
   name='fulllora_jax',
   version=_VERSION,
@@ -54,9 +57,11 @@ setup(
   ],
   extras_require={
     'cuda': ['jax[cuda12]'],
+    # gcsfs stands in where there is no TensorFlow.
+    'gcs': _BUCKETS,
     # flaxmodels: a linen model that is not ours, to adapt.
-    'test': ['flaxmodels>=0.1.3', 'pytest>=8.0', 'ruff>=0.12'],
+    'test': ['flaxmodels>=0.1.3', 'pytest>=8.0', 'ruff>=0.12', *_BUCKETS],
     'torch': ['safetensors>=0.5', 'timm>=1.0', 'torch>=2.6', 'torchvision'],
-    'tpu': ['jax[tpu]'],
+    'tpu': ['jax[tpu]', *_BUCKETS],
   },
 )

@@ -1,12 +1,17 @@
-"""From a config to the adapted model, its variables and their mask."""
+"""From a config to the adapted model, its variables, and Algorithm 1."""
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax import models
+from fulllora_jax import config as config_lib
+from fulllora_jax import models, objectives, optim, train_step
 from fulllora_jax.adapters import COLLECTION, AdaptedModel, attach, methods
+from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.data import augment
 from fulllora_jax.state import Tree
 
 
@@ -70,6 +75,59 @@ def shapes(built: Built, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     return init_variables(built, key, params, image_shape)
 
   return jax.eval_shape(init)
+
+
+def total_steps(config, num_examples: int) -> int:
+  """Returns the length of training in steps."""
+  if config.train.steps is not None:
+    return config.train.steps
+  return math.ceil(config.train.epochs * num_examples / config.train.batch_size)
+
+
+def make_algorithm(
+  config,
+  built: Built,
+  mask: Tree,
+  steps: int,
+  num_classes: int,
+) -> train_step.Algorithm:
+  """Builds Algorithm 1 from a config.
+
+  Args:
+    config: config.py.
+    built: the model and its method.
+    mask: which leaves learn.
+    steps: the length of training.
+    num_classes: K.
+  """
+  learning_rate = optim.learning_rate(
+    config.schedule, config.optimizer.learning_rate, steps
+  )
+  attack = None
+  if built.method.adversarial:
+    attack = train_step.InnerAttack(
+      threat=config_lib.threat(config),
+      steps=config.attack.steps,
+      step_size=parse_fraction(config.attack.step_size, 'attack.step_size'),
+      restarts=config.attack.restarts,
+      loss=config.attack.loss,
+      random_start=config.attack.random_start,
+      eps_warmup=config.attack.eps_warmup,
+      total_steps=steps,
+    )
+  return train_step.Algorithm(
+    apply=built.model.apply,
+    tx=optim.create(config.optimizer, learning_rate, mask),
+    learning_rate=learning_rate,
+    objective=objectives.pgd_at if attack else objectives.erm,
+    attack=attack,
+    augment=functools.partial(
+      augment.augment, num_classes=num_classes, **config.augment.to_dict()
+    ),
+    accumulate=config.train.accumulate,
+    remat=config.model.remat,
+    dropout=config.model.dropout > 0,
+  )
 
 
 def _one_image(image_shape: tuple[int, int, int]) -> jax.Array:

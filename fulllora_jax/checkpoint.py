@@ -7,9 +7,16 @@ step by itself, so every leaf has a checksum and restoring goes from the newest
 checkpoint to the oldest until one is whole.
 """
 
+import contextlib
+import functools
 import json
+import logging
+import os
+import re
+import sys
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +25,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from fulllora_jax import distributed, peers, sharding
 from fulllora_jax import state as state_lib
 from fulllora_jax.console import warn
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import is_remote, read_file, tree_size
 from fulllora_jax.state import TrainState, Tree
 
 FORMAT = 1  # of an artefact; raised when its reading must change
@@ -31,11 +40,22 @@ class TrainingCheckpoints:
 
   def __init__(self, directory: Path, keep: int):
     self._directory = directory
-    self._manager = _manager(directory, keep, asynchronous=True)
+    with _saving(directory):
+      self._manager = _manager(directory, keep, asynchronous=True)
 
   def save(self, state: TrainState, notes: Mapping[str, Any]) -> None:
-    """Starts saving a state with JSON-able notes; waits for the one before."""
+    """Starts saving a state with JSON-able notes; waits for the one before.
+
+    Raises:
+      UserError: this one, or the one before, could not be written.
+    """
     step = int(state.step)
+    with _saving(self._directory):
+      self._save(step, state, notes)
+
+  def _save(
+    self, step: int, state: TrainState, notes: Mapping[str, Any]
+  ) -> None:
     adapter = state_lib.prune(state.trainable)
     optimizer = _numbered(state.opt_state)
     meta = _sealed(
@@ -68,17 +88,21 @@ class TrainingCheckpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for number, step in enumerate(steps):
       try:
-        restored = self._restore_step(step, like)
+        restored, reason = self._restore_step(step, like), ''
       # Orbax and TensorStore raise bare Exception for damaged files.
       except Exception as error:
-        reason = str(error).strip().split('\n')[0][:200]
+        reason = _reason(error)
+      # What one process cannot read, none takes up.
+      reason = next(filter(None, distributed.gather(reason)), '')
+      if reason:
         warn(
           f'checkpoint {self._directory / str(step)} is damaged ({reason}); '
           'trying the one before'
         )
         continue
-      for damaged in steps[:number]:
-        self._manager.delete(damaged)  # Orbax saves no step twice
+      with _saving(self._directory):
+        for damaged in steps[:number]:
+          self._manager.delete(damaged)  # Orbax saves no step twice
       return restored
     if steps:
       raise UserError(
@@ -103,16 +127,21 @@ class TrainingCheckpoints:
     _verify(arrays, meta['checksums'])
     leaves = [restored.optimizer[k] for k in sorted(restored.optimizer)]
     state = TrainState(
-      step=jax.device_put(np.int32(step), like.step.sharding),
+      step=sharding.put(np.int32(step), like.step.sharding),
       trainable=state_lib.override(like.trainable, restored.adapter),
       opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
     )
     return state, meta['notes']
 
   def close(self) -> None:
-    """Waits until the last save is whole on disk."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits until the last save is whole on disk, on every host.
+
+    Raises:
+      UserError: it could not be written.
+    """
+    with _saving(self._directory):
+      self._manager.wait_until_finished()
+      self._manager.close()
 
 
 def save_artefact(
@@ -121,6 +150,9 @@ def save_artefact(
   """Writes the trainable leaves and metadata, in place of an older artefact.
 
   Returns once it is whole on disk; until then the older one stays.
+
+  Raises:
+    UserError: it could not be written.
   """
   adapter = state_lib.prune(trainable)
   meta = dict(metadata) | {
@@ -135,6 +167,13 @@ def save_artefact(
       for path, leaf in state_lib.named_leaves(adapter).items()
     },
   }
+  with _saving(directory):
+    _replace_artefact(directory, step, adapter, _sealed(meta))
+
+
+def _replace_artefact(
+  directory: Path, step: int, adapter: Tree, meta: Mapping[str, Any]
+) -> None:
   manager = _manager(directory, keep=1, asynchronous=False)
   for later in [s for s in manager.all_steps() if s > step]:
     manager.delete(later)  # of a run that was killed and resumed before it
@@ -142,10 +181,24 @@ def save_artefact(
     step,
     args=ocp.args.Composite(
       adapter=ocp.args.StandardSave(adapter),
-      metadata=ocp.args.JsonSave(_sealed(meta)),
+      metadata=ocp.args.JsonSave(meta),
     ),
   )
   manager.close()
+
+
+@contextlib.contextmanager
+def _saving(directory: Path) -> Iterator[None]:
+  """Makes one line of what goes wrong in writing, now or in background."""
+  try:
+    yield
+  # Orbax and TensorStore raise bare Exception, and ValueError for a full disk.
+  except Exception as error:
+    peers.await_verdict()
+    raise UserError(
+      f'cannot save to {directory}: {_reason(error)}; make room or mend it, '
+      'then the same command goes on from the last whole checkpoint'
+    ) from error
 
 
 def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
@@ -179,7 +232,12 @@ def read_metadata(directory: Path) -> dict[str, Any]:
 
 
 def _newest(directory: Path) -> Path:
-  steps = sorted(int(folder.name) for folder in _step_folders(directory))
+  steps = sorted(
+    int(folder.name)
+    for folder in _step_folders(directory)
+    # A bucket cannot rename: Orbax writes in place, and marks what is whole.
+    if not is_remote(folder) or (folder / 'commit_success.txt').exists()
+  )
   if not steps:
     raise UserError(f'{directory} holds no adapter; train one there first')
   return directory / str(steps[-1])
@@ -187,7 +245,7 @@ def _newest(directory: Path) -> Path:
 
 def _read_metadata(path: Path) -> dict[str, Any]:
   try:
-    values = json.loads((path / 'metadata' / 'metadata').read_text())
+    values = json.loads(read_file(path / 'metadata' / 'metadata'))
     if values['format'] == FORMAT:
       return _unsealed(values)
   except (KeyError, OSError, TypeError, ValueError) as error:
@@ -196,6 +254,16 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     f'{path} has format {values["format"]!r}, this version of fulllora_jax '
     f'reads {FORMAT}'
   )
+
+
+def _reason(error: Exception) -> str:
+  """Returns in a line what Orbax and TensorStore say in many."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  if code:
+    return os.strerror(int(code.group(1)))
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  return str(error).strip().split('\n')[0][:200] or type(error).__name__
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -219,20 +287,53 @@ def check_leaves(expected: Tree, found: Tree, source: str) -> None:
 
 def size_on_disk(directory: Path) -> int:
   """Returns the bytes of all files below a directory."""
-  return sum(p.stat().st_size for p in directory.rglob('*') if p.is_file())
+  return tree_size(directory)
 
 
 def _manager(directory: Path, keep: int, *, asynchronous: bool):
-  for folder in _step_folders(directory):
-    if not any(folder.iterdir()):
-      folder.rmdir()  # Orbax would take an empty one for the latest step
+  _quieten()
+  if distributed.is_primary():
+    for folder in _step_folders(directory):
+      if not any(folder.iterdir()):
+        folder.rmdir()  # Orbax would take an empty one for the latest step
+  distributed.wait_for_all()
   return ocp.CheckpointManager(
     directory,
     options=ocp.CheckpointManagerOptions(
       preservation_policy=ocp.checkpoint_managers.LatestN(keep),
       cleanup_tmp_directories=True,
       enable_async_checkpointing=asynchronous,
+      # Else threads wait ten minutes, and keep the process from ending, for
+      # directories that could not be made.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     ),
+  )
+
+
+@functools.cache
+def _quieten() -> None:
+  """Keeps a failed save from printing hundreds of lines beside its error.
+
+  Orbax and asyncio log each traceback that is raised here as well. Threads of
+  TensorStore that find the event loop closed print one without logging.
+  """
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
+  for name in ('absl', 'asyncio', 'concurrent.futures'):
+    logging.getLogger(name).addFilter(_is_news)
+  hook = sys.unraisablehook
+
+  def print_news(unraisable) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      hook(unraisable)
+
+  sys.unraisablehook = print_news
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  if record.levelno < logging.ERROR:
+    return True
+  return (
+    record.name == 'absl' and f'{os.sep}orbax{os.sep}' not in record.pathname
   )
 
 

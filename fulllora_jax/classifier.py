@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from fulllora_jax import build, checkpoint, config, pretrained
 from fulllora_jax import state as state_lib
 from fulllora_jax.adapters import AdaptedModel
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import beside
 from fulllora_jax.state import Tree
 
 
@@ -100,6 +101,36 @@ def load(
     UserError: nothing there, damaged, another base, or any leaf missing,
       extra or misshaped (naming it).
   """
+  found = read(path, base, which)
+  base_variables = jax.device_put(found.base_variables)
+  return RobustClassifier(
+    found.model,
+    state_lib.override(base_variables, jax.device_put(found.adapter)),
+    base_variables,
+    found.metadata,
+  )
+
+
+class Published(NamedTuple):
+  """What `load` loads, in host memory: NumPy arrays."""
+
+  model: AdaptedModel
+  adapter: Tree  # what was trained, the head included
+  base_variables: Tree
+  metadata: Mapping[str, Any]
+
+  @property
+  def variables(self) -> Tree:
+    """The adapted model's: the base's with the adapter's in their place."""
+    return state_lib.override(self.base_variables, self.adapter)
+
+
+def read(
+  path: str | os.PathLike,
+  base: str | os.PathLike | None = None,
+  which: str = 'best',
+) -> Published:
+  """Reads an adapter and its base; arguments and errors are those of `load`."""
   directory = pretrained.find_artefact(path, which)
   adapter, metadata = checkpoint.read_artefact(directory)
   cfg = config.from_mapping(metadata['config'])
@@ -111,13 +142,7 @@ def load(
     base_variables = {'params': adapter['params']}
   else:
     base_variables = {'params': _load_base(directory, metadata, base, frozen)}
-  base_variables = jax.device_put(base_variables)
-  return RobustClassifier(
-    built.model,
-    state_lib.override(base_variables, jax.device_put(adapter)),
-    base_variables,
-    metadata,
-  )
+  return Published(built.model, adapter, base_variables, metadata)
 
 
 def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
@@ -169,10 +194,10 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
 
 def _recorded_base(directory: Path, metadata) -> str:
   """Returns where the base is: beside the run, or where it was published."""
-  beside = os.path.normpath(directory / metadata['base'])
+  recorded = beside(directory, metadata['base'])
   published = metadata.get('base_source')
-  if not published or pretrained.is_artefact(beside):
-    return beside
+  if not published or pretrained.is_artefact(recorded):
+    return recorded
   if published['revision']:  # its repository may have moved on
     return f'{published["source"].split("@")[0]}@{published["revision"]}'
   return published['source']

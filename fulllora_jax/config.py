@@ -47,6 +47,9 @@ def default() -> ConfigDict:
   m.epsilon = config_dict.placeholder(float)  # of the model's own norms
   m.mean = ()  # normalisation (x - mean) / std of [0, 1] pixels,
   m.std = ()  # one value for each channel, or one for all
+  # Memory for time: none | blocks (recompute each) | dots (keep what linear
+  # maps gave). It changes no number.
+  m.remat = 'none'
   m.dropout = 0.0  # training forward only, never in an attack
   m.dtype = 'float32'  # compute: float32 | bfloat16; attack state is float32
 
@@ -104,6 +107,7 @@ def default() -> ConfigDict:
   c.train.eval_every = 1000  # steps; validation, which chooses `best`
   c.train.checkpoint_every = 500  # steps
   c.train.keep = 3  # newest training checkpoints kept
+  c.train.max_skipped = 10  # steps with a NaN loss or gradient, then stop
 
   c.mesh = ConfigDict()
   c.mesh.fsdp = 1  # devices that share one copy of the frozen base

@@ -49,6 +49,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     )
   choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
   choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
+  choose('model.remat', config.model.remat, ('none', 'blocks', 'dots'))
   choose('adapter.dtype', config.adapter.dtype, ('float32', 'bfloat16'))
   resizes = ('sum', 'flexi', 'interpolate')
   choose('base.patch_resize', config.base.patch_resize, resizes)
@@ -165,6 +166,11 @@ def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
       f'{prefix}schedule.boundaries {tuple(boundaries)}: they must rise from '
       f'schedule.warmup to 1, one for each of schedule.factors '
       f'{tuple(schedule.factors)}'
+    )
+  if train.max_skipped < 0:
+    raise UserError(
+      f'{prefix}train.max_skipped {train.max_skipped}: give 0 to stop at the '
+      'first, or a number'
     )
   for field in (
     'batch_size', 'accumulate', 'log_every', 'eval_every',

@@ -6,15 +6,35 @@ The absl logger stays at its level (Orbax writes hundreds of lines to it).
 import sys
 import time
 
+_process = 0
+
+
+def speak_as(process: int) -> None:
+  """Says which of several processes this is; only 0 tells of progress."""
+  global _process
+  _process = process
+
 
 def say(message: str) -> None:
-  """Prints one line of progress or warning to stderr."""
-  print(message, file=sys.stderr, flush=True)
+  """Prints one line of progress to stderr, on process 0."""
+  if not _process:
+    _print(message)
 
 
 def warn(message: str) -> None:
-  """Prints a warning line to stderr."""
-  say(f'warning: {message}')
+  """Prints a warning line to stderr, on every process."""
+  who = f'process {_process}: ' if _process else ''
+  _print(f'warning: {who}{message}')
+
+
+def _print(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
+
+
+def flush() -> None:
+  """Empties the buffers before an exit that does not."""
+  sys.stdout.flush()
+  sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:

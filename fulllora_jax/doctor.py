@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from fulllora_jax import errors
+from fulllora_jax import errors, files
 
 
 def define_flags() -> None:
@@ -109,7 +109,7 @@ def examine(
   if spec:
     logits_fn, exact_fn = evaluations.load_function(spec), None
   else:
-    workdir = Path(directory).expanduser().absolute()
+    workdir = files.absolute_path(directory)
     logits_fn, exact_fn = results.logits_functions(workdir, weights)
   dataset = data.open_dataset(config.data, config.seed)
   examples = getattr(dataset, split)
@@ -142,7 +142,7 @@ def _findings(patient, workdir: Path | None) -> Iterator:
     evaluations = []
     for path in (workdir / 'report.json', *workdir.glob('evaluations/*.json')):
       if path.exists():
-        evaluations += json.loads(path.read_text())['evaluations']
+        evaluations += json.loads(files.read_file(path))['evaluations']
     yield diagnosis.recorded(evaluations)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from fulllora_jax import preemption
+from fulllora_jax import console, peers
 
 
 class UserError(ValueError):
@@ -16,6 +16,14 @@ class UserError(ValueError):
   The message is one line: what was asked, what was found, what to change. The
   commands print it without a traceback and exit with status 2.
   """
+
+
+class Unavailable(UserError):
+  """What is not there yet, or not any more: the same command may go on."""
+
+
+class Preempted(Exception):
+  """Training stopped on SIGTERM, after a whole checkpoint."""
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -86,26 +94,47 @@ def _config_fault(error: Exception) -> str:
   )
 
 
-def _exit(message: str) -> None:
-  print('error: ' + ' '.join(message.split()), file=sys.stderr, flush=True)
-  sys.exit(2)
+def _exit(message: str, status: int = 2) -> None:
+  line = ' '.join(message.split())
+  print(f'error: {line}', file=sys.stderr, flush=True)
+  peers.fail(status, line)
+  sys.exit(status)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-  """Runs a command: `app.run` with bad input shown as one line, exit 2."""
+  """Runs a command: `app.run` with bad input shown as one line, exit 2.
+
+  Exit status 75 (peers.RESTART): nothing is wrong here, the same command goes
+  on; SIGTERM came, or another host of the run has died or did not come.
+  """
 
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       _exit(f'unexpected argument {argv[1]!r}; every option is a --flag=value')
     try:
       main(argv)
+    except Unavailable as error:
+      _exit(str(error), peers.RESTART)
     except UserError as error:
       _exit(str(error))
-    except preemption.Preempted as stopped:
-      print(stopped, file=sys.stderr)
-      sys.exit(preemption.EXIT_CODE)
+    except Preempted as stopped:
+      console.say(str(stopped))
+      peers.fail(peers.RESTART)
+      sys.exit(peers.RESTART)
     except KeyboardInterrupt:
       print('interrupted; the same command resumes', file=sys.stderr)
+      peers.fail(130, 'interrupted')
       sys.exit(130)
+    except Exception as error:
+      _crash(error)
+      raise
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _crash(error: Exception) -> None:
+  """Among several processes: ends this one, after saying why."""
+  peers.await_verdict()
+  if peers.joined is not None:
+    traceback.print_exception(error)
+    peers.fail(1, f'{type(error).__name__}: {error}')

@@ -4,10 +4,10 @@ The adversarial images of an ensemble are saved, read back and classified
 afresh; the record says whether that gives the same result.
 """
 
+import contextlib
 import hashlib
 import importlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +16,19 @@ from typing import Any
 import numpy as np
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, provenance, robustness, sharding
+from fulllora_jax import data, distributed, provenance, robustness, sharding
 from fulllora_jax.attacks import Attack, inputs
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.console import say, warn
 from fulllora_jax.errors import UserError
-from fulllora_jax.files import make_writable, replace_arrays
+from fulllora_jax.files import (
+  is_remote,
+  load_arrays,
+  make_directory,
+  make_writable,
+  remove_tree,
+  replace_arrays,
+)
 
 # Of a distance in float32, relative, and of pixels up to 1.
 _ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
@@ -164,9 +171,11 @@ class Evaluations:
   def forget_progress(self) -> None:
     """Removes what was kept in case of an interruption."""
     for directory in self._progress:
-      shutil.rmtree(directory, ignore_errors=True)
-    if self._progress and not any(self._progress[0].parent.iterdir()):
-      self._progress[0].parent.rmdir()
+      with contextlib.suppress(OSError):
+        remove_tree(directory)
+    parent = self._progress[0].parent if self._progress else None
+    if parent and not is_remote(parent) and not any(parent.iterdir()):
+      parent.rmdir()
 
   def _progress_dir(self, key: tuple) -> Path:
     """Returns the same place whenever the same evaluation is asked for."""
@@ -191,17 +200,19 @@ class Evaluations:
     path = self.folder / (
       f'{self.name}-{weights}-{attack.label}-{norm}-{eps}.npz'
     )
-    self.folder.mkdir(parents=True, exist_ok=True)
-    replace_arrays(
-      path,
-      x_adv=outcome.x_adv,
-      labels=outcome.labels,
-      indices=outcome.indices,
-      robust=outcome.robust,
-      broken_by=outcome.cascade.broken_by,
-      attacks=np.array(outcome.cascade.attacks),
-    )
-    with np.load(path) as saved:
+    if distributed.is_primary():
+      make_directory(self.folder)
+      replace_arrays(
+        path,
+        x_adv=outcome.x_adv,
+        labels=outcome.labels,
+        indices=outcome.indices,
+        robust=outcome.robust,
+        broken_by=outcome.cascade.broken_by,
+        attacks=np.array(outcome.cascade.attacks),
+      )
+    distributed.wait_for_all()
+    with load_arrays(path) as saved:
       x_adv, robust = saved['x_adv'], saved['robust']
       labels = saved['labels']
     outside = self._outside(outcome.x, x_adv)

@@ -33,7 +33,12 @@ from fulllora_jax.adapters import COLLECTION
 from fulllora_jax.classifier import RobustClassifier
 from fulllora_jax.errors import UserError
 from fulllora_jax.exporting import adapter_file, program
-from fulllora_jax.files import make_writable, replace_file
+from fulllora_jax.files import (
+  absolute_path,
+  bounded,
+  make_writable,
+  replace_file,
+)
 from fulllora_jax.state import Tree
 
 # Of logits, relative to the largest: the same arithmetic, compiled otherwise.
@@ -168,21 +173,21 @@ def load_stablehlo(path: str | os.PathLike) -> Callable[[jax.Array], jax.Array]:
 def _output(workdir, output, default: str) -> Path:
   """Returns where to write, or raises UserError, before anything is loaded."""
   if output is not None:
-    path = Path(output).expanduser().absolute()
+    path = absolute_path(output)
   else:
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = absolute_path(workdir)
     pretrained.find_artefact(workdir)  # no export/ where no run is
     path = workdir / 'export' / default
-  if path.is_dir():
-    raise UserError(
-      f'--output: {path} is a directory; give the name of a file in it'
-    )
-  if path.suffix == '.json':
-    raise UserError(
-      f'--output: {path} has the suffix of the JSON beside a program; give '
-      'another'
-    )
   try:
+    if bounded(path.is_dir, path):
+      raise UserError(
+        f'--output: {path} is a directory; give the name of a file in it'
+      )
+    if path.suffix == '.json':
+      raise UserError(
+        f'--output: {path} has the suffix of the JSON beside a program; give '
+        'another'
+      )
     make_writable(path.parent)
   except OSError as error:
     raise _cannot_write(path, error) from None
@@ -249,7 +254,7 @@ def _branches(loaded: RobustClassifier) -> dict[str, dict[str, Any]]:
 
 def define_flags() -> None:
   """Defines what is exported, and to where."""
-  flags.DEFINE_string('workdir', None, 'Of the run.')
+  flags.DEFINE_string('workdir', None, 'Of the run; it may be gs://...')
   flags.DEFINE_enum(
     'to', None, ['safetensors', 'stablehlo'], 'The kind of file.'
   )

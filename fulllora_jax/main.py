@@ -17,7 +17,7 @@ from fulllora_jax import errors
 
 
 def define_flags() -> None:
-  """Defines --config and --workdir."""
+  """Defines --config, --workdir and what several processes need."""
   config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, with its variant after a colon.'
   )
@@ -25,17 +25,31 @@ def define_flags() -> None:
     'workdir', None, 'Where the run lives. Default: runs/<config.name>.'
   )
   flags.mark_flag_as_required('config')
+  flags.DEFINE_string(
+    'coordinator', None, 'Several processes: host:port of process 0.'
+  )
+  flags.DEFINE_integer('num_processes', None, 'How many there are.')
+  flags.DEFINE_integer('process_id', None, 'Which this one is, from 0.')
+  flags.DEFINE_float(
+    'start_timeout', 300.0, 'Seconds to wait for the others at the start.'
+  )
+  flags.DEFINE_float(
+    'peer_timeout', 60.0, 'Seconds of silence after which a host is dead.'
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   """Reads the flags, then one call."""
   del argv
-  from fulllora_jax import sharding, train  # after the flags: JAX is slow
+  # After the flags: JAX is slow.
+  from fulllora_jax import distributed, sharding, train
 
   sharding.enable_compilation_cache()
+  distributed.start(flags.FLAGS)
   config = flags.FLAGS.config
   workdir = flags.FLAGS.workdir or os.path.join('runs', config.name)
   train.train_and_evaluate(config, workdir)
+  distributed.finish()
 
 
 if __name__ == '__main__':

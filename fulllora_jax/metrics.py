@@ -21,12 +21,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fulllora_jax import files
 from fulllora_jax.console import say, warn
 from fulllora_jax.errors import UserError
-from fulllora_jax.files import replace_file
 
 _CLOSE_SECONDS = 10.0  # TensorFlow alone takes two or three to import
 _QUEUE_LINES = 100_000  # bounds the memory spent on a writer that hangs
+_REWRITE_SECONDS = 30.0  # an object in a bucket is written whole each time
 
 
 class MetricWriter:
@@ -37,7 +38,8 @@ class MetricWriter:
   one process only.
 
   Args:
-    workdir: local directory, made where it is missing.
+    workdir: made where it is missing; in a bucket (gs://), lines reach it
+      within 30 s of the next, at `flush` and at the end.
     tensorboard: also write event files to `workdir`/tensorboard. This needs
       the packages clu, tensorflow and tensorboard; without them one line says
       that it is off. TensorFlow runs in a process of its own, which cannot
@@ -51,14 +53,14 @@ class MetricWriter:
   def __init__(
     self, workdir: str | os.PathLike, *, tensorboard: bool, start_step: int
   ):
-    directory = Path(workdir).absolute()
+    directory = files.absolute_path(workdir)
     path = directory / 'metrics.jsonl'
     try:
-      directory.mkdir(parents=True, exist_ok=True)
-      rows = _drop_after(path, start_step)
-      self._file = path.open('a', encoding='utf-8')
+      files.make_directory(directory)
+      lines, rows = _drop_after(path, start_step)
     except OSError as error:
       raise UserError(f'cannot write {path}: {error.strerror}') from error
+    self._file = _Object(path, lines) if files.is_remote(path) else _File(path)
     self._last_step = {row.get('kind'): row['step'] for row in rows}
     self._events = None
     if tensorboard and _tensorboard_is_installed():
@@ -78,9 +80,12 @@ class MetricWriter:
     values = {name: finite(value) for name, value in scalars.items()}
     line = json.dumps({'step': int(step), 'kind': kind, **values}) + '\n'
     self._file.write(line)
-    self._file.flush()
     if self._events:
       self._events.send(line)
+
+  def flush(self) -> None:
+    """Returns once the lines so far are where a restart will find them."""
+    self._file.flush()
 
   def close(self) -> None:
     """Closes the file, and waits up to 10 s for the event files."""
@@ -113,7 +118,7 @@ def read_metrics(
     UserError: if the file cannot be read, or an earlier line is damaged.
   """
   try:
-    lines = Path(path).read_bytes().splitlines(keepends=True)
+    lines = files.read_file(files.as_path(path)).splitlines(keepends=True)
   except OSError as error:
     raise UserError(f'cannot read {path}: {error.strerror}') from error
   rows = []
@@ -149,16 +154,60 @@ def _parse(line: bytes) -> dict[str, Any] | None:
   return row
 
 
-def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-  """Drops later and torn lines from the file; returns the rows that stay."""
-  if not path.exists():
-    return []
-  lines = path.read_bytes().splitlines(keepends=True)
+def _drop_after(path: Path, step: int) -> tuple[bytes, list[dict[str, Any]]]:
+  """Drops later and torn lines from the file; returns lines and rows left."""
+  with files.os_errors(path):
+    if not path.exists():
+      return b'', []
+    lines = path.read_bytes().splitlines(keepends=True)
   rows = [(line, _parse(line)) for line in lines]
   kept = [(line, row) for line, row in rows if row and row['step'] <= step]
+  content = b''.join(line for line, _ in kept)
   if len(kept) < len(lines):
-    replace_file(path, b''.join(line for line, _ in kept))
-  return [row for _, row in kept]
+    files.replace_file(path, content)
+  return content, [row for _, row in kept]
+
+
+class _File:
+  """Lines in a file, each there as soon as it is written."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    with files.writing(path):
+      self._file = path.open('a', encoding='utf-8')
+
+  def write(self, line: str) -> None:
+    with files.writing(self._path):
+      self._file.write(line)
+      self._file.flush()
+
+  def flush(self) -> None:
+    pass  # every line is
+
+  def close(self) -> None:
+    with files.writing(self._path):
+      self._file.close()
+
+
+class _Object:
+  """Lines in a bucket, where nothing can be appended to."""
+
+  def __init__(self, path: Path, lines: bytes):
+    self._path, self._lines = path, bytearray(lines)
+    self._written = len(lines)
+    self._last = time.monotonic()
+    self.close = self.flush
+
+  def write(self, line: str) -> None:
+    self._lines += line.encode()
+    if time.monotonic() - self._last >= _REWRITE_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    if len(self._lines) > self._written:
+      files.replace_file(self._path, bytes(self._lines))
+      self._written = len(self._lines)
+      self._last = time.monotonic()
 
 
 def _tensorboard_is_installed() -> bool:
@@ -180,8 +229,9 @@ class _EventProcess:
   def __init__(self, logdir: Path, rows: list[dict[str, Any]]):
     # Rebuilt from metrics.jsonl, or steps repeated after a resume would be
     # there twice.
-    for old in logdir.glob('events.out.tfevents.*'):
-      old.unlink()
+    with files.os_errors(logdir):
+      for old in list(logdir.glob('events.out.tfevents.*')):
+        old.unlink()
     quiet = {
       'CUDA_VISIBLE_DEVICES': '',
       'JAX_PLATFORMS': 'cpu',

@@ -4,6 +4,7 @@ Figures are drawn without pyplot, which would keep global state and look for a
 screen.
 """
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import as_path, replace_file
 
 # Told apart by people of any colour vision (Okabe and Ito, 2008).
 _CLEAN, _ROBUST, _LOSS = '#0072B2', '#D55E00', '#555555'
@@ -273,4 +275,6 @@ def _name(examples: Mapping[str, Any], label: int, limit: int) -> str:
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
   FigureCanvasAgg(figure)
-  figure.savefig(path, facecolor='white', format='png')
+  content = io.BytesIO()
+  figure.savefig(content, facecolor='white', format='png')
+  replace_file(as_path(path), content.getvalue())

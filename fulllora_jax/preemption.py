@@ -1,18 +1,18 @@
 """SIGTERM while training: save, then stop.
 
-Spot machines, Slurm and Kubernetes send it some time before they kill.
+Spot machines, Slurm and Kubernetes send it some time before they kill, to one
+host or to all. The processes agree on the step to stop at.
 """
 
+import itertools
 import signal
 import threading
 from typing import Self
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on.
-EXIT_CODE = 75
+from fulllora_jax import distributed
 
-
-class Preempted(Exception):
-  """Training stopped on SIGTERM, after a whole checkpoint."""
+# JAX wants a number that rises, over all trainings of the process.
+_calls = itertools.count()
 
 
 class Notice:
@@ -21,7 +21,7 @@ class Notice:
   Outside of the main thread, where Python knows no signals, it hears nothing.
 
   Attributes:
-    given: whether SIGTERM came.
+    given: whether SIGTERM came to this process.
   """
 
   given = False
@@ -38,3 +38,18 @@ class Notice:
 
   def _note(self, *_) -> None:
     self.given = True
+
+  def reached(self, *, ask: bool) -> bool:
+    """Returns whether to save and stop at this step, alike on all processes.
+
+    To be called at every step. What came before this was entered is known to
+    JAX, which listens from its initialisation on.
+
+    Args:
+      ask: the others; where False only JAX's notice and, in one process,
+        SIGTERM count. The same on all.
+    """
+    if distributed.count() == 1:
+      return self.given
+    announced = distributed.reached_sync_point(next(_calls))
+    return announced or (ask and any(distributed.gather(self.given)))

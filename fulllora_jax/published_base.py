@@ -6,11 +6,18 @@ and classes, so that the run goes on, and is evaluated, without a network.
 
 from pathlib import Path
 
-from fulllora_jax import build, checkpoint, data, pretrained, results
+from fulllora_jax import (
+  build,
+  checkpoint,
+  data,
+  distributed,
+  pretrained,
+  results,
+)
 from fulllora_jax import config as config_lib
 from fulllora_jax import state as state_lib
 from fulllora_jax.console import say
-from fulllora_jax.files import replace_file
+from fulllora_jax.files import make_directory, replace_file
 
 # Of `config.model`: what a base was made with, that its arrays do not show.
 _SETTLED = (
@@ -73,9 +80,11 @@ def keep(
     config, opened, dataset.image_shape, dataset.num_classes
   )
   say(report.summary())
-  directory.parent.mkdir(exist_ok=True)
-  table = f'{report.table()}\n'.encode()
-  replace_file(directory.parent / 'load.md', table)
+  if distributed.is_primary():
+    make_directory(directory.parent)
+    table = f'{report.table()}\n'.encode()
+    replace_file(directory.parent / 'load.md', table)
+  distributed.wait_for_all()
   _save(config, directory, dataset, params, report)
   return directory
 

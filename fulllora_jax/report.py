@@ -15,7 +15,7 @@ from typing import Any
 from fulllora_jax import attack_report
 from fulllora_jax.console import duration
 from fulllora_jax.errors import UserError
-from fulllora_jax.files import replace_file
+from fulllora_jax.files import as_path, os_errors, replace_file
 from fulllora_jax.pictures import draw_curves, draw_examples
 
 _WEIGHTS = ('base', 'best', 'last', 'model')
@@ -72,7 +72,7 @@ def write_report(
   """Writes report.json, report.md and their pictures, replacing older ones.
 
   Args:
-    workdir: an existing directory.
+    workdir: an existing directory, or in a bucket (gs://).
     report: config_name, method, dataset; threat (norm, eps as the config
       writes it); parameters (base, trainable, fraction); evaluations, a list
       of dicts (weights: base, best or last; split, attack, norm, eps, steps,
@@ -86,13 +86,14 @@ def write_report(
   Returns:
     The path of report.md.
   """
-  directory = Path(workdir)
+  directory = as_path(workdir)
   # The numbers first: no fault in a picture can lose them.
   text = json.dumps(_json_value(report), indent=2, allow_nan=False)
   replace_file(directory / 'report.json', text.encode() + b'\n')
   pictures = []
   for name in ('curves.png', 'examples.png'):
-    (directory / name).unlink(missing_ok=True)
+    with os_errors(directory):
+      (directory / name).unlink(missing_ok=True)
   if history:
     best_step = report.get('best_step')
     draw_curves(history, directory / 'curves.png', best_step)

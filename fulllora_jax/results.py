@@ -40,7 +40,7 @@ from fulllora_jax.evaluations import (
   load_function,
   next_name,
 )
-from fulllora_jax.files import replace_file
+from fulllora_jax.files import absolute_path, replace_file
 
 WEIGHTS = ('base', 'best', 'last')
 SPLITS = ('train', 'validation', 'test')
@@ -68,7 +68,7 @@ class FinishedRun(Evaluations):
     name: str = 'report',
   ):
     self.workdir = workdir
-    self._loaded: dict[str, classifier.RobustClassifier] = {}
+    self._loaded: dict[str, classifier.Published] = {}
     self._variables: dict[tuple, Any] = {}
     super().__init__(
       config,
@@ -80,10 +80,10 @@ class FinishedRun(Evaluations):
       seed=config.seed if seed is None else seed,
     )
 
-  def load(self, which: str) -> classifier.RobustClassifier:
-    """Loads `best` or `last`, once."""
+  def load(self, which: str) -> classifier.Published:
+    """Reads `best` or `last`, once."""
     if which not in self._loaded:
-      self._loaded[which] = classifier.load(self.workdir, which=which)
+      self._loaded[which] = classifier.read(self.workdir, which=which)
     return self._loaded[which]
 
   def weights(self) -> tuple[str, ...]:
@@ -205,7 +205,7 @@ def evaluate_again(
     choose('--weights', name, WEIGHTS)
   eps = _check(config, split, eps)
   config_checks.refuse_rand(config)
-  workdir = Path(workdir).expanduser().absolute()
+  workdir = absolute_path(workdir)
   pretrained.find_artefact(workdir)
   run = FinishedRun(
     config,
@@ -249,7 +249,7 @@ def evaluate_function(
   """
   eps = _check(config, split, eps)
   function = load_function(spec)
-  workdir = Path(workdir).expanduser().absolute()
+  workdir = absolute_path(workdir)
   dataset = data.open_dataset(config.data, config.seed)
   check_function(function, config, dataset, split)
   run = LogitsFunction(

@@ -4,6 +4,7 @@ No example is dropped (the last batch is padded and masked), and only an image
 that is classified correctly when clean can count as robust.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,7 @@ class Evaluator:
     seed: int,
     precision: str = 'highest',
   ):
-    self.apply = apply
+    self.apply = sharding.fetching(apply, mesh)
     self.threat = threat
     self.mesh = mesh
     self.batch_size = sharding.round_up(batch_size, mesh)
@@ -141,10 +142,12 @@ class Evaluator:
       )
     step = self._step(attack)
     progress, rows, done = Progress(len(chosen)), [], 0
-    for batch in data.eval_batches(split, self.batch_size, chosen):
-      mask = batch['mask']
+    mine = sharding.local_rows(self.batch_size)
+    for batch in data.eval_batches(split, self.batch_size, chosen, mine):
+      mask, ours = batch['mask'], {'image': batch['image']}
+      ours |= {name: batch[name][mine] for name in ('label', 'index')}
       clean, robust = jax.device_get(
-        step(variables, sharding.put_batch(batch, self.mesh))
+        step(variables, sharding.put_batch(ours, self.mesh))
       )
       parts = batch['index'], batch['label'], clean, robust
       rows.append([part[mask] for part in parts])
@@ -189,25 +192,31 @@ class Evaluator:
   def predict(self, variables: Any, x: np.ndarray) -> np.ndarray:
     """Returns classes [n] of images float32 [n, H, W, C], in a fresh pass."""
 
-    @jax.jit
-    def classify(variables, x):
-      with jax.default_matmul_precision(self.precision):
-        return self._logits_fn(variables)(x).argmax(axis=-1)
-
     size, classes = self.batch_size, []
     for first in range(0, len(x), size):
       rows = x[first : first + size]
       padded = np.concatenate([rows, np.repeat(x[:1], size - len(rows), 0)])
-      batch = sharding.put_batch({'x': padded}, self.mesh)
-      classes.append(np.asarray(classify(variables, batch['x']))[: len(rows)])
+      batch = sharding.put_whole_batch({'x': padded}, self.mesh)
+      found = np.asarray(self._classify(variables, batch['x']))
+      classes.append(found[: len(rows)])
     return np.concatenate(classes)
+
+  @functools.cached_property
+  def _classify(self) -> Callable:
+    """Compiles (variables, x) -> classes, on every process."""
+
+    def classify(variables, x):
+      with jax.default_matmul_precision(self.precision):
+        return self._logits_fn(variables)(x).argmax(axis=-1)
+
+    return jax.jit(classify, out_shardings=sharding.replicated(self.mesh))
 
   def adversarial(
     self, variables: Any, images: np.ndarray, labels: np.ndarray, attack: Attack
   ) -> tuple[np.ndarray, np.ndarray]:
     """Attacks a few images; returns x_adv [n, H, W, C] and predictions [n]."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
     def craft(variables, x, labels):
       with jax.default_matmul_precision(self.precision):
         logits_fn = self._logits_fn(variables)

@@ -8,7 +8,7 @@ each, and fetch the rest where a layer needs it (Zhao et al., 2023, arXiv
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,12 +24,16 @@ def make_mesh(
 ) -> Mesh:
   """Returns a mesh (data, fsdp) of all devices, or of the given.
 
+  Process by process, so that each has its rows of a batch one after another
+  and, where it can, a copy of the base to itself.
+
   Args:
     devices: in order; None: all.
     fsdp: devices that share a copy of the frozen base, a divisor of them.
   """
-  devices = np.array(devices or jax.devices())
-  return Mesh(devices.reshape(-1, fsdp), ('data', 'fsdp'))
+  if devices is None:
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  return Mesh(np.array(devices).reshape(-1, fsdp), ('data', 'fsdp'))
 
 
 def mesh_of(config) -> Mesh:
@@ -77,23 +81,54 @@ def frozen_sharding(
 def shard_frozen(tree: Any, mesh: Mesh, shard_from: int) -> Any:
   """Puts frozen arrays on the mesh; from NumPy, only each device's part."""
   return jax.tree.map(
-    lambda leaf: jax.device_put(
-      leaf, frozen_sharding(leaf.shape, mesh, shard_from)
-    ),
-    tree,
+    lambda leaf: put(leaf, frozen_sharding(leaf.shape, mesh, shard_from)), tree
   )
+
+
+def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+  """Puts an array where it belongs, part by part.
+
+  Every process must have the same; this is not checked, unlike by
+  `jax.device_put`, which would send all of it to all the others.
+  """
+  if sharding.is_fully_addressable:
+    return jax.device_put(leaf, sharding)
+  whole = np.asarray(leaf)
+  return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+
+
+def fetching(apply: Callable, mesh: Mesh) -> Callable:
+  """Makes a model fetch a base that is split, where it is called.
+
+  Left to itself XLA splits the products instead, and sends activations.
+
+  Args:
+    apply: (variables, images, **kwargs) -> logits.
+    mesh: with an axis fsdp.
+  """
+  if mesh.shape['fsdp'] == 1:
+    return apply
+
+  def fetched(variables, images, **kwargs):
+    # Tied to the images, the fetch stays inside of an attack's loop: before
+    # it, the whole base would be there for as long as the loop runs.
+    variables, images = jax.lax.optimization_barrier((variables, images))
+    variables = jax.lax.with_sharding_constraint(variables, replicated(mesh))
+    return apply(variables, images, **kwargs)
+
+  return fetched
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
   """Copies to every device what does not live on the mesh already."""
 
-  def put(leaf):
+  def place(leaf):
     own = getattr(leaf, 'sharding', None)
     if isinstance(own, NamedSharding) and own.mesh == mesh:
       return leaf
-    return jax.device_put(leaf, replicated(mesh))
+    return put(leaf, replicated(mesh))
 
-  return jax.tree.map(put, tree)
+  return jax.tree.map(place, tree)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -102,7 +137,19 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
   A donated state must not share memory with arrays that live on, and
   `device_put` to several devices aliases its input whatever `may_alias` says.
   """
-  return jax.device_put(jax.tree.map(jnp.copy, tree), replicated(mesh))
+  return jax.tree.map(lambda leaf: put(jnp.copy(leaf), replicated(mesh)), tree)
+
+
+def put_key(key: jax.Array, mesh: Mesh) -> jax.Array:
+  """Puts a PRNG key on every device."""
+  data = put(jax.random.key_data(key), replicated(mesh))
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def local_rows(batch_size: int) -> slice:
+  """Returns this process's rows of a batch of all processes together."""
+  rows = batch_size // jax.process_count()
+  return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
@@ -112,6 +159,15 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     name: jax.make_array_from_process_local_data(sharding, rows)
     for name, rows in batch.items()
   }
+
+
+def put_whole_batch(
+  batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, Any]:
+  """Makes global arrays of a batch that every process has whole."""
+  size = len(next(iter(batch.values())))
+  mine = local_rows(size)
+  return put_batch({name: rows[mine] for name, rows in batch.items()}, mesh)
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:

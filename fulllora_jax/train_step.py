@@ -80,6 +80,7 @@ class Algorithm:
     attack: the inner maximisation; None trains on clean images.
     augment: (key, images, labels) -> (images, labels).
     accumulate: microbatches of a step.
+    remat: as config.model.remat, which the model already follows.
     dropout: whether the training forward pass draws random numbers.
   """
 
@@ -90,6 +91,7 @@ class Algorithm:
   attack: InnerAttack | None
   augment: Callable[..., tuple[jax.Array, jax.Array]]
   accumulate: int = 1
+  remat: str = 'none'
   dropout: bool = False
 
 
@@ -239,8 +241,17 @@ def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> Callable:
     used up; the frozen leaves are not.
   """
   whole = sharding.replicated(mesh)
+  algorithm = dataclasses.replace(
+    algorithm, apply=sharding.fetching(algorithm.apply, mesh)
+  )
+  options = None
+  if algorithm.remat != 'none' and mesh.devices.flat[0].platform == 'cpu':
+    # XLA's CPU compiler drops what holds the recomputing back, and then does
+    # it too early to save anything.
+    options = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
   return jax.jit(
     functools.partial(train_step, algorithm),
+    compiler_options=options,
     donate_argnums=0,
     # The frozen leaves stay where they are (sharding.shard_frozen).
     in_shardings=(whole, None, sharding.batch_sharded(mesh), whole),

@@ -10,14 +10,21 @@ metrics.jsonl   report.json   report.md   curves.png   examples.png
 import contextlib
 import json
 import os
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
 from fulllora_jax import config as config_lib
+from fulllora_jax import distributed, locks
 from fulllora_jax.errors import UserError
-from fulllora_jax.files import make_writable, replace_file
+from fulllora_jax.files import (
+  absolute_path,
+  bounded,
+  make_writable,
+  read_file,
+  replace_file,
+)
 
 # What may change between the runs that share a directory: it decides how a run
 # is watched, not what it computes.
@@ -27,10 +34,13 @@ _FREE_TO_CHANGE = (
   'log.tensorboard',
   'mesh.fsdp',
   'mesh.shard_from',
+  'model.remat',
   'train.keep',
   'train.log_every',
   'train.checkpoint_every',
+  'train.max_skipped',
 )
+_SHARED_TRIES = 10  # a second apart
 
 
 def claim(workdir: str | os.PathLike, config) -> Path:
@@ -43,12 +53,42 @@ def claim(workdir: str | os.PathLike, config) -> Path:
     UserError: it cannot be written, or holds a run with another config (the
       message names what differs).
   """
-  path = _writable(workdir)
-  saved = path / 'config.json'
-  if saved.exists():
-    _check_same(path, read_config(path), config)
-  replace_file(saved, f'{config_lib.to_json(config)}\n'.encode())
+  path = _path(workdir)
+  distributed.from_primary(_claim, path, config)
+  _check_shared(path)
   return path
+
+
+def _claim(path: Path, config) -> None:
+  saved = path / 'config.json'
+  with _writing(path):
+    make_writable(path)
+    if saved.exists():
+      _check_same(path, read_config(path), config)
+    replace_file(saved, f'{config_lib.to_json(config)}\n'.encode())
+
+
+def _check_shared(path: Path) -> None:
+  """Raises UserError unless all processes see what the first one wrote."""
+  written = distributed.from_primary(
+    lambda: zlib.crc32(read_file(path / 'config.json'))
+  )
+  for _ in range(_SHARED_TRIES):
+    seen = distributed.gather(_checksum(path / 'config.json') == written)
+    if all(seen):
+      return
+    time.sleep(1.0)  # a network file system may show it late
+  raise UserError(
+    f'--workdir: process {seen.index(False)} does not see what process 0 wrote '
+    f'to {path}; give a directory that all hosts share, e.g. gs://...'
+  )
+
+
+def _checksum(path: Path) -> int | None:
+  try:
+    return zlib.crc32(read_file(path))
+  except OSError:
+    return None
 
 
 @contextlib.contextmanager
@@ -60,30 +100,30 @@ def exclusive(workdir: str | os.PathLike) -> Iterator[None]:
   Raises:
     UserError: it cannot be written, or another process trains in it.
   """
-  path = _writable(workdir)
-  lock = filelock.FileLock(path / '.lock', timeout=0)
-  try:
-    lock.acquire()
-  except filelock.Timeout:
-    raise UserError(
-      f'--workdir: another process is at work in {path}; wait for it, or give '
-      'another --workdir'
-    ) from None
+  path = _path(workdir)
+  with contextlib.ExitStack() as held:
+
+    def acquire() -> None:
+      with _writing(path):
+        make_writable(path)
+        held.enter_context(locks.exclusive(path))
+
+    distributed.from_primary(acquire)  # it holds the lock for all of them
+    yield
+
+
+def _path(workdir: str | os.PathLike) -> Path:
+  return absolute_path(workdir)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
   try:
     yield
-  finally:
-    lock.release()
-
-
-def _writable(workdir: str | os.PathLike) -> Path:
-  path = Path(workdir).expanduser().absolute()
-  try:
-    make_writable(path)
   except OSError as error:
     raise UserError(
       f'--workdir: cannot write to {path}: {error.strerror}; choose another'
     ) from None
-  return path
 
 
 def read_config(workdir: str | os.PathLike):
@@ -92,9 +132,9 @@ def read_config(workdir: str | os.PathLike):
   Raises:
     UserError: there is no run, or its config cannot be read.
   """
-  path = Path(workdir).expanduser().absolute() / 'config.json'
+  path = absolute_path(workdir) / 'config.json'
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(bounded(lambda: read_file(path), path))
   except FileNotFoundError:
     raise UserError(
       f'--workdir: {path.parent} holds no run (no config.json); run '

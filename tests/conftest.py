@@ -190,7 +190,7 @@ def one_device(monkeypatch):
   """Runs in this process use 1 of its 8 devices: they compile faster."""
   make_mesh = sharding.make_mesh
   monkeypatch.setattr(
-    sharding, 'make_mesh', lambda **_: make_mesh(jax.devices()[:1])
+    sharding, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
   )
 
 

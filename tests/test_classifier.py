@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fulllora_jax import checkpoint, classifier, pretrained, train
+from fulllora_jax import checkpoint, classifier, pretrained, training
 from fulllora_jax import state as state_lib
 from fulllora_jax.errors import UserError
 
@@ -236,7 +236,7 @@ def test_every_method_trains_and_loads(
   small_config.train.steps = 1
   small_config.eval.validation_attack = 'clean'
   base = finished.workdir / 'base'
-  train.Training(
+  training.Training(
     small_config, tmp_path, digits, pretrained.find_artefact(base)
   ).run()
   loaded = classifier.load(tmp_path)

@@ -73,6 +73,7 @@ def test_a_run_that_diverges_ends_with_one_line(
       '--config.optimizer.learning_rate=1e30',
       '--config.optimizer.clip=0',
       '--config.schedule.warmup=0',
+      '--config.train.max_skipped=0',
     )
   )
   assert 'step 2: the loss is nan' in error

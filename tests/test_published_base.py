@@ -14,7 +14,7 @@ from golden import fake_checkpoint
 from safetensors.numpy import save_file
 
 import fulllora_jax
-from fulllora_jax import checkpoint, pretrained, sharding, train
+from fulllora_jax import checkpoint, pretrained, sharding, train, training
 from fulllora_jax import config as config_lib
 from fulllora_jax.errors import UserError
 from fulllora_jax.state import named_leaves
@@ -348,7 +348,7 @@ def test_a_tuned_checkpoint_is_a_base_of_its_own(
 def test_what_does_not_fit_is_said_before_training(
   run, tmp_path, digits_dir, monkeypatch, field, value, words
 ):
-  monkeypatch.setattr(train.Training, 'run', None)
+  monkeypatch.setattr(training.Training, 'run', None)
   config = digits_config(run.source, digits_dir, **{field: value})
   assert words in one_line(train.train_and_evaluate, config, tmp_path / 'run')
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fulllora_jax import checkpoint, pretrained, train, train_step
+from fulllora_jax import checkpoint, pretrained
 from fulllora_jax import state as state_lib
 from fulllora_jax.metrics import read_metrics
 from fulllora_jax.robustness import Evaluator
+from fulllora_jax.training import Training
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,14 +95,11 @@ def training(small_config, finished, tmp_path, digits, one_device, monkeypatch):
 
   All these trainings run the same two programs, compiled once.
   """
-  compile_train_step, step_of = (
-    train_step.compile_train_step,
-    Evaluator._step,
-  )
+  compile_step, step_of = Training._compile, Evaluator._step
 
   def compile_once(*args):
     if 'train' not in _COMPILED:
-      _COMPILED['train'] = compile_train_step(*args)
+      _COMPILED['train'] = compile_step(*args)
     return _COMPILED['train']
 
   def evaluate_once(self, attack):
@@ -124,8 +122,8 @@ def training(small_config, finished, tmp_path, digits, one_device, monkeypatch):
 
       return step
 
-    monkeypatch.setattr(train_step, 'compile_train_step', compiled)
-    train.Training(small_config, tmp_path, digits, base).run()
+    monkeypatch.setattr(Training, '_compile', compiled)
+    Training(small_config, tmp_path, digits, base).run()
 
   run.workdir, run.config = tmp_path, small_config
   return run
@@ -150,7 +148,7 @@ def test_killed_after_any_step(training, finished, moments):
 
 @pytest.mark.parametrize('which', ['best', 'last'])
 def test_killed_while_publishing(training, finished, monkeypatch, which):
-  publish = train.Training._publish
+  publish = Training._publish
 
   def killed(self, name, step):
     if name == which:
@@ -158,7 +156,7 @@ def test_killed_while_publishing(training, finished, monkeypatch, which):
     publish(self, name, step)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Training, '_publish', killed)
+    patch.setattr(Training, '_publish', killed)
     with pytest.raises(Killed):
       training()
   training()

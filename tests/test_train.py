@@ -14,6 +14,7 @@ from fulllora_jax import (
   results,
   sharding,
   train,
+  training,
 )
 from fulllora_jax import state as state_lib
 from fulllora_jax.attacks import ensemble
@@ -127,23 +128,23 @@ def test_the_base_stays_bit_identical(
   small_config, tmp_path, digits, base, one_device
 ):
   small_config.train.steps = 3
-  training = train.Training(small_config, tmp_path, digits, base)
-  training.run()
-  variables = state_lib.merge(training.state.trainable, training.frozen)
+  job = training.Training(small_config, tmp_path, digits, base)
+  job.run()
+  variables = state_lib.merge(job.state.trainable, job.frozen)
   params, metadata = pretrained.load_base(base)
   before, after = leaves({'params': params}), leaves(variables)
   frozen = [path for path in before if not path.startswith('params/head/')]
   assert len(frozen) == len(before) - 2
   for path in frozen:
     assert before[path].tobytes() == after[path].tobytes(), path
-  for path in training_names(training):
+  for path in names_that_learn(job):
     assert path not in frozen
     assert before.get(path) is None or (before[path] != after[path]).any()
   assert not (after['lnlora/embedding/lora_b'] == 0).all()
 
 
-def training_names(training):
-  return state_lib.named_leaves(training.state.trainable)
+def names_that_learn(job):
+  return state_lib.named_leaves(job.state.trainable)
 
 
 def snapshot(directory):
@@ -235,7 +236,7 @@ def test_a_finished_base_serves_another_run(
 def test_bad_input_is_found_before_training(
   small_config, finished, tmp_path, digits, monkeypatch, field, value, words
 ):
-  monkeypatch.setattr(train.Training, 'run', None)
+  monkeypatch.setattr(training.Training, 'run', None)
   small_config.base.source = str(finished.workdir / 'base')
   if isinstance(value, str):
     value = value.format(run=finished.workdir)
@@ -279,17 +280,17 @@ def test_training_that_diverges_stops_and_keeps_its_checkpoints(
 ):
   small_config.optimizer.update(learning_rate=1e30, clip=0.0)
   small_config.schedule.update(name='constant', warmup=0.0)
-  small_config.train.checkpoint_every = 1
-  training = train.Training(small_config, tmp_path, digits, base)
-  with pytest.raises(train.NonFiniteError) as caught:
-    training.run()
+  small_config.train.update(checkpoint_every=1, max_skipped=0)
+  job = training.Training(small_config, tmp_path, digits, base)
+  with pytest.raises(training.NonFiniteError) as caught:
+    job.run()
   message = str(caught.value)
   assert message.startswith('step 2: the loss is nan, and the gradient of ')
   assert 'lnlora/Transformer/encoderblock_0/' in message
   assert 'more leaves is not finite' in message
   assert 'lower optimizer.learning_rate' in message
   assert '\n' not in message
-  again = train.Training(small_config, tmp_path, digits, base)
+  again = training.Training(small_config, tmp_path, digits, base)
   checkpoints = checkpoint.TrainingCheckpoints(tmp_path / 'checkpoints', 3)
   state, _ = checkpoints.restore(again.state)
   checkpoints.close()
@@ -298,10 +299,35 @@ def test_training_that_diverges_stops_and_keeps_its_checkpoints(
     assert np.isfinite(leaf).all(), path
 
 
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+  small_config, tmp_path, digits, base, one_device, capsys
+):
+  small_config.optimizer.update(learning_rate=1e30, clip=0.0)
+  small_config.schedule.update(name='constant', warmup=0.0)
+  small_config.train.update(
+    steps=3, checkpoint_every=1, eval_every=10, max_skipped=2
+  )
+  training.Training(small_config, tmp_path, digits, base).run()
+  said = capsys.readouterr().err
+  assert 'warning: step 2: the loss is nan, and the gradient of ' in said
+  assert 'is not finite; skipped, 1 of at most 2\n' in said
+  assert 'is not finite; skipped, 2 of at most 2\n' in said
+  adapter, _ = checkpoint.read_artefact(tmp_path / 'last')
+  for path, leaf in leaves(adapter).items():
+    assert np.isfinite(leaf).all(), path
+
+  # Another process goes on counting where this one stopped.
+  small_config.train.steps = 4
+  again = training.Training(small_config, tmp_path, digits, base)
+  with pytest.raises(training.NonFiniteError, match='^step 4: the loss is nan'):
+    again.run()
+  assert again.skipped == 3
+
+
 def on_devices(count, monkeypatch):
   devices = np.array(jax.devices()[:count]).reshape(-1, 1)
   mesh = sharding.Mesh(devices, ('data', 'fsdp'))
-  monkeypatch.setattr(sharding, 'make_mesh', lambda **_: mesh)
+  monkeypatch.setattr(sharding, 'make_mesh', lambda *_, **__: mesh)
 
 
 def test_one_device_and_eight_train_the_same_adapter(
@@ -312,13 +338,13 @@ def test_one_device_and_eight_train_the_same_adapter(
   trained = []
   for count in (1, 8):
     on_devices(count, monkeypatch)
-    training = train.Training(
+    job = training.Training(
       small_config, tmp_path / f'on_{count}', digits, base
     )
-    start = leaves(training.state.trainable)
-    training.run()
-    assert training.mesh.size == count
-    trained.append(leaves(training.state.trainable))
+    start = leaves(job.state.trainable)
+    job.run()
+    assert job.mesh.size == count
+    trained.append(leaves(job.state.trainable))
   one, eight = trained
   for path, leaf in one.items():
     np.testing.assert_allclose(eight[path], leaf, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from fulllora_jax import build, objectives, sharding, train
+from fulllora_jax import build, objectives, sharding
 from fulllora_jax import state as state_lib
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.train_step import (
@@ -36,7 +36,7 @@ class Job:
     mask = built.mask(variables)
     self.mesh = sharding.make_mesh(jax.devices()[:devices])
     self.algorithm = dataclasses.replace(
-      train.make_algorithm(config, built, mask, 40, 4), **changed
+      build.make_algorithm(config, built, mask, 40, 4), **changed
     )
     self.trainable, frozen = state_lib.split(variables, mask)
     self.frozen = sharding.replicate(frozen, self.mesh)

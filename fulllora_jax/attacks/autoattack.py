@@ -13,7 +13,6 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from fulllora_jax import sharding
+from fulllora_jax import distributed, files, sharding
 from fulllora_jax.attacks import ensemble, inputs, losses
 from fulllora_jax.attacks.ensemble import Member
 from fulllora_jax.attacks.progress import Outcome, Progress
@@ -144,10 +143,9 @@ def autoattack(
   logits = run.clean_logits()
   inputs.check_finite(logits)
   progress = Progress(
-    None if progress_dir is None else Path(progress_dir).absolute(),
-    run.identity(),
-    logits,
+    None if progress_dir is None else files.absolute_path(progress_dir)
   )
+  distributed.from_primary(progress.begin, run.identity(), logits)
   return run.cascade(logits, progress, notes, say or (lambda line: None))
 
 
@@ -186,7 +184,8 @@ class _Run:
     for first in range(0, len(self.x), self.size):
       chosen = np.arange(len(self.x))[first : first + self.size]
       batch = self._batch(chosen, np.zeros_like(chosen))
-      logits = program(self.logits_fn, batch['x'], self.key)
+      key = sharding.put_key(self.key, self.mesh)
+      logits = program(self.logits_fn, batch['x'], key)
       rows.append(np.asarray(logits)[: len(chosen)])
     return np.concatenate(rows)
 
@@ -202,10 +201,11 @@ class _Run:
         rows = runs.images
         name = f'{place:02d}-{member.name}-{number:05d}'
         outcome = progress.read(name, self.x[rows])
-        fresh = outcome is None
+        fresh = not all(distributed.gather(outcome is not None))
         if fresh:
           outcome = self._attack(member, runs)
-          progress.write(name, outcome)
+          if distributed.is_primary():
+            progress.write(name, outcome)
         # Of several stages that break an image the first one counts.
         for run in np.flatnonzero(outcome.broken & robust[rows]):
           if robust[rows[run]]:
@@ -239,8 +239,8 @@ class _Run:
       program(
         self.logits_fn,
         self._batch(rows, runs.stages),
-        stream,
-        jnp.float32(self.threat.eps),
+        sharding.put_key(stream, self.mesh),
+        np.float32(self.threat.eps),
       )
     )
     broken = np.asarray(broken[: len(rows)])
@@ -256,7 +256,7 @@ class _Run:
     filled = self.size - len(rows)
     padded = np.concatenate([rows, np.full(filled, rows[0])])
     stages = np.concatenate([stages, np.full(filled, stages[0])])
-    return sharding.put_batch(
+    return sharding.put_whole_batch(
       {
         'x': self.x[padded],
         'labels': self.labels[padded],

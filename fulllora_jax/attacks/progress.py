@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fulllora_jax.errors import UserError
-from fulllora_jax.files import replace_arrays, replace_file
+from fulllora_jax.files import (
+  load_arrays,
+  make_directory,
+  os_errors,
+  replace_arrays,
+  replace_file,
+)
 
 
 class Outcome(NamedTuple):
@@ -39,29 +45,27 @@ def _unreadable(directory: Path, error: Exception) -> UserError:
 
 
 class Progress:
-  """A directory of finished batches; with no directory, none is kept.
+  """A directory of finished batches; with no directory, none is kept."""
 
-  Args:
-    directory: made if missing.
-    identity: what the results depend on; JSON values.
-    logits: [N, K] of the images attacked, which identify the model.
-
-  Raises:
-    UserError: the directory holds the progress of something else, or cannot
-      be written.
-  """
-
-  def __init__(
-    self,
-    directory: Path | None,
-    identity: Mapping[str, Any],
-    logits: np.ndarray,
-  ):
+  def __init__(self, directory: Path | None):
     self.directory = directory
+
+  def begin(self, identity: Mapping[str, Any], logits: np.ndarray) -> None:
+    """Makes the directory, or takes it up again for the same evaluation.
+
+    Args:
+      identity: what the results depend on; JSON values.
+      logits: [N, K] of the images attacked, which identify the model.
+
+    Raises:
+      UserError: the directory holds the progress of something else, or cannot
+        be written.
+    """
+    directory = self.directory
     if directory is None:
       return
     try:
-      directory.mkdir(parents=True, exist_ok=True)
+      make_directory(directory)
       self._check('identity.json', identity)
       self._check_model(logits)
     except OSError as error:
@@ -82,7 +86,7 @@ class Progress:
     if self.directory is None:
       return None
     try:
-      with np.load(self._path(name)) as saved:
+      with load_arrays(self._path(name)) as saved:
         broken, points = saved['broken'], saved['x_adv']
         seconds = float(saved['seconds'])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -109,10 +113,12 @@ class Progress:
 
   def _check(self, name: str, identity: Mapping[str, Any]) -> None:
     path, text = self.directory / name, json.dumps(identity, indent=2)
-    if not path.exists():
+    with os_errors(path):
+      before = path.read_text() if path.exists() else None
+    if before is None:
       replace_file(path, text.encode())
       return
-    saved = json.loads(path.read_text())
+    saved = json.loads(before)
     for key, value in json.loads(text).items():
       if saved.get(key) != value:
         raise UserError(
@@ -122,10 +128,12 @@ class Progress:
 
   def _check_model(self, logits: np.ndarray) -> None:
     path = self.directory / 'logits.npz'
-    if not path.exists():
+    with os_errors(path):
+      there = path.exists()
+    if not there:
       replace_arrays(path, logits=logits)
       return
-    with np.load(path) as file:
+    with load_arrays(path) as file:
       saved = file['logits']
     if saved.shape != logits.shape or not np.allclose(
       saved, logits, rtol=1e-3, atol=1e-3

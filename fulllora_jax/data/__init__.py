@@ -6,7 +6,13 @@ from fulllora_jax.data.pipeline import (
   eval_batches,
   train_batches,
 )
-from fulllora_jax.data.sources import Dataset, Split, open_dataset
+from fulllora_jax.data.sources import (
+  Dataset,
+  Split,
+  identity,
+  is_ready,
+  open_dataset,
+)
 
 __all__ = [
   'Dataset',
@@ -14,6 +20,8 @@ __all__ = [
   'batch_indices',
   'choose_examples',
   'eval_batches',
+  'identity',
+  'is_ready',
   'open_dataset',
   'train_batches',
 ]

@@ -1,7 +1,9 @@
 """A folder of images as a data set: one sub-folder for each class."""
 
+import io
 import os
 from concurrent import futures
+from pathlib import Path
 
 import numpy as np
 
@@ -9,17 +11,26 @@ from fulllora_jax import console
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.data import images, records, rng
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import (
+  as_path,
+  bounded,
+  is_remote,
+  os_errors,
+  read_file,
+)
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 TEST_FRACTION = 0.2
 _TEST_NAMES = ('test', 'val', 'validation')
 _LAYOUT = 'expected train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png'
 
-Files = list[tuple[str, int]]  # path, label
+Files = list[tuple[Path, int]]  # path, label
 
 
 def open_folder(data: ConfigDict, seed: int) -> records.Source:
   """Opens `folder:/path`: train/ and test/ (or val/, validation/), or classes.
+
+  The folder may be in a bucket: folder:gs://BUCKET/PATH.
 
   Classes are the sub-folders' names, sorted. Where there is no test folder, a
   fifth of the images, chosen by the seed, becomes the test split. Every file
@@ -36,9 +47,8 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
     UserError: if the path or its layout is wrong, train and test have other
       classes, or a file is broken and `data.on_broken` is 'refuse'.
   """
-  root = os.path.expanduser(data.name.removeprefix('folder:'))
-  if not os.path.isdir(root):
-    raise UserError(f'data.name={data.name}: there is no folder {root!r}')
+  root = as_path(data.name.removeprefix('folder:'))
+  _check_there(data.name, root)
   train_dir, test_dir = _split_dirs(data, root)
   names = _class_names(data.name, train_dir)
   train = _list_files(data.name, train_dir, names)
@@ -50,7 +60,7 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
   train, train_gray = _verified(data, train)
   test, test_gray = _verified(data, test)
   channels = 1 if train_gray and test_gray else 3
-  test_name = os.path.basename(test_dir) if test_dir else 'test'
+  test_name = test_dir.name if test_dir else 'test'
   size = data.image_size
   return records.Source(
     name=data.name,
@@ -61,28 +71,40 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
   )
 
 
-def _split_dirs(data: ConfigDict, root: str) -> tuple[str, str]:
-  """Returns the folders of the training and test classes ('': hold it out)."""
+def _check_there(name: str, root: Path) -> None:
+  try:
+    # `exists` says why a bucket refuses, `is_dir` does not.
+    there = bounded(lambda: root.exists() and root.is_dir(), root)
+  except OSError as error:
+    raise UserError(
+      f'data.name={name}: cannot read {root}: {error.strerror}; mend that, or '
+      'give another folder'
+    ) from None
+  if not there:
+    raise UserError(f'data.name={name}: there is no folder {str(root)!r}')
+
+
+def _split_dirs(data: ConfigDict, root: Path) -> tuple[Path, Path | None]:
+  """Returns the folders of training and test classes (None: hold it out)."""
   found = _subfolders(root)
   wanted = (data.test_split,) if data.test_split else _TEST_NAMES
-  test = next((name for name in wanted if name in found), '')
-  test = test and os.path.join(root, test)
+  test = next((root / name for name in wanted if name in found), None)
   if data.test_split and not test:
     raise UserError(
       f'data.test_split={data.test_split}: no such folder in {root}; '
       f'found {_few(found)}'
     )
   if data.train_split in found:
-    return os.path.join(root, data.train_split), test
+    return root / data.train_split, test
   if test:
     raise UserError(
-      f'data.name={data.name}: found {os.path.basename(test)}/ but no '
+      f'data.name={data.name}: found {test.name}/ but no '
       f'{data.train_split}/ in {root}; {_LAYOUT} (or set data.train_split)'
     )
-  return root, ''
+  return root, None
 
 
-def _class_names(name: str, folder: str) -> list[str]:
+def _class_names(name: str, folder: Path) -> list[str]:
   names = _subfolders(folder)
   if len(names) < 2:
     raise UserError(
@@ -92,7 +114,7 @@ def _class_names(name: str, folder: str) -> list[str]:
   return names
 
 
-def _check_same_classes(name: str, names: list[str], test_dir: str) -> None:
+def _check_same_classes(name: str, names: list[str], test_dir: Path) -> None:
   difference = sorted(set(names) ^ set(_subfolders(test_dir)))
   if difference:
     raise UserError(
@@ -101,14 +123,13 @@ def _check_same_classes(name: str, names: list[str], test_dir: str) -> None:
     )
 
 
-def _list_files(name: str, folder: str, names: list[str]) -> Files:
+def _list_files(name: str, folder: Path, names: list[str]) -> Files:
   files = []
   for label, class_name in enumerate(names):
-    class_dir = os.path.join(folder, class_name)
+    with os_errors(folder):
+      found = sorted((folder / class_name).iterdir())
     files += [
-      (os.path.join(class_dir, file), label)
-      for file in sorted(os.listdir(class_dir))
-      if file.lower().endswith(SUFFIXES)
+      (path, label) for path in found if path.name.lower().endswith(SUFFIXES)
     ]
   if not files:
     raise UserError(
@@ -149,14 +170,16 @@ def _verified(data: ConfigDict, files: Files) -> tuple[Files, bool]:
   return kept, gray
 
 
-def _verify(path: str) -> int | Exception:
+def _verify(path: Path) -> int | Exception:
   try:
+    if is_remote(path):
+      return images.verify(io.BytesIO(read_file(path)))
     return images.verify(path)
   except images.BROKEN as error:
     return error
 
 
-def _report_broken(data: ConfigDict, path: str, error: Exception) -> None:
+def _report_broken(data: ConfigDict, path: Path, error: Exception) -> None:
   if data.on_broken != 'skip':
     raise UserError(
       f'broken image {path} ({error}); delete it or set data.on_broken=skip'
@@ -178,21 +201,25 @@ def _records(
   return records.Records(name, len(files), read)
 
 
-def _decode(path: str, size: int, channels: int) -> np.ndarray:
+def _decode(path: Path, size: int, channels: int) -> np.ndarray:
   try:
-    return images.decode(path, size, channels)
+    source = read_file(path) if is_remote(path) else path
+    return images.decode(source, size, channels)
   except images.BROKEN as error:
+    cause = getattr(error, 'strerror', None) or error
     raise UserError(
-      f'cannot read image {path} any more ({error}); start again'
+      f'cannot read image {path} any more ({cause}); put it back, then the '
+      'same command goes on'
     ) from error
 
 
-def _subfolders(folder: str) -> list[str]:
-  return sorted(
-    entry.name
-    for entry in os.scandir(folder)
-    if entry.is_dir() and not entry.name.startswith('.')
-  )
+def _subfolders(folder: Path) -> list[str]:
+  with os_errors(folder):
+    return sorted(
+      entry.name
+      for entry in folder.iterdir()
+      if not entry.name.startswith('.') and entry.is_dir()
+    )
 
 
 def _few(names: list[str]) -> str:

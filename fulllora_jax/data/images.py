@@ -37,8 +37,11 @@ def decode(source: bytes | str, size: int, channels: int) -> np.ndarray:
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def verify(path: str) -> int:
-  """Decodes an image file, a JPEG at an eighth of its size to be quick.
+def verify(source: str | io.BytesIO) -> int:
+  """Decodes an image, a JPEG at an eighth of its size to be quick.
+
+  Args:
+    source: a path, or the bytes of the file.
 
   Returns:
     1 for a grayscale image, otherwise 3: its channels.
@@ -46,7 +49,7 @@ def verify(path: str) -> int:
   Raises:
     One of `BROKEN`, if the file is damaged, cut short, or not of 8 bits.
   """
-  with Image.open(path) as image:
+  with Image.open(source) as image:
     if image.mode.startswith(('I', 'F')):
       raise ValueError(f'pixels of mode {image.mode}, only 8 bits can be used')
     channels = 1 if image.mode in _GRAYSCALE_MODES else 3

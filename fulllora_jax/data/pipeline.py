@@ -116,7 +116,10 @@ def choose_examples(count: int, num_examples: int, seed: int) -> np.ndarray:
 
 
 def eval_batches(
-  split: Split, batch_size: int, chosen: np.ndarray | None = None
+  split: Split,
+  batch_size: int,
+  chosen: np.ndarray | None = None,
+  rows: slice = slice(None),
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every example once, in order, or those that are chosen.
 
@@ -124,9 +127,10 @@ def eval_batches(
     split: what to evaluate on.
     batch_size: B; the last batch is filled up with its mask False.
     chosen: int [n], at least one example of the split; None: all.
+    rows: R of the B whose images are wanted, on one process of several.
 
   Yields:
-    {'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B] (in
+    {'image': uint8 [R, H, W, C], 'label': int32 [B], 'index': int32 [B] (in
     the split), 'mask': bool [B]}; filled rows repeat the first example.
 
   Raises:
@@ -145,7 +149,7 @@ def eval_batches(
     filler = np.full(batch_size - len(indices), chosen[0])
     indices = np.concatenate([indices, filler])
     return {
-      'image': split.fetch(indices),
+      'image': split.fetch(indices[rows]),
       'label': split.labels[indices],
       'index': indices.astype(np.int32),
       'mask': mask,

@@ -2,32 +2,42 @@
 
   python -m fulllora_jax.data.prepare --name=imagenette/full-size
 
+ArrayRecord files can be read in a bucket, but not written: for --dir=gs://...
+the set is prepared on this machine's disk ($TMPDIR) and copied there.
 Training calls this in a process of its own, where TensorFlow may be imported.
 """
 
 import os
+import shutil
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 
 from absl import flags, logging
+from etils import epath
 
 from fulllora_jax import console, errors
 from fulllora_jax.data import builders
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import as_path, is_remote, make_writable, os_errors
 
 _NAME = flags.DEFINE_string(
   'name', None, 'The tfds set, e.g. cifar10 or imagenette/full-size.'
 )
 _DIR = flags.DEFINE_string(
-  'dir', '', 'The tfds folder; default $TFDS_DATA_DIR, ~/tensorflow_datasets.'
+  'dir',
+  '',
+  'The tfds folder, on a disk or gs://...; default $TFDS_DATA_DIR, '
+  '~/tensorflow_datasets.',
 )
 _CHECK_NETWORK = flags.DEFINE_boolean(
   'check_network', True, 'Fail at once where the download cannot be reached.'
 )
 _FALLBACK_URL = 'https://storage.googleapis.com'
 _TIMEOUT = 5  # seconds
+_CHUNK = 2**24  # bytes
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # prints otherwise
   logging.set_verbosity(logging.ERROR)
   directory = builders.data_dir(_DIR.value)
+  if is_remote(directory):
+    _check_writable(directory)
   builder = builders.get(_NAME.value, directory)
   found = builders.formats(builder)
   if builders.FORMAT in found:
@@ -48,8 +60,47 @@ def main(argv: Sequence[str]) -> None:
     return
   if found:
     raise UserError(builders.other_format(_NAME.value, directory, found))
-  _prepare(builder)
+  if is_remote(directory):
+    _prepare_elsewhere(builder)
+  else:
+    _prepare(builder)
   console.say(f'prepared {_NAME.value}: {builder.data_path}')
+
+
+def _check_writable(directory: str) -> None:
+  try:
+    make_writable(as_path(directory))
+  except OSError as error:
+    raise UserError(
+      f'--dir: cannot write to {directory}: {error.strerror}; choose another'
+    ) from None
+
+
+def _prepare_elsewhere(builder) -> None:
+  """Prepares a set on this disk, and copies it to the bucket it is for."""
+  with tempfile.TemporaryDirectory() as folder:
+    local = builders.get(_NAME.value, folder)
+    _prepare(local)
+    try:
+      _copy(local.data_path, builder.data_path)
+    except OSError as error:
+      raise UserError(
+        f'cannot copy {_NAME.value} to {builder.data_path}: {error.strerror}; '
+        'run the command again'
+      ) from None
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+  """Copies the files of a folder; its metadata last, which make it a set."""
+  for path in sorted(
+    source.iterdir(), key=lambda path: path.name == 'dataset_info.json'
+  ):
+    with (
+      os_errors(target),
+      path.open('rb') as content,
+      (target / path.name).open('wb') as copy,
+    ):
+      shutil.copyfileobj(content, copy, _CHUNK)
 
 
 def _prepare(builder) -> None:

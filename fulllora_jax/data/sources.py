@@ -1,6 +1,7 @@
 """Opens a data set by its config: three splits of uint8 images and labels."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -89,6 +90,27 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
     validation=validation,
     test=test,
   )
+
+
+def is_ready(data: ConfigDict) -> bool:
+  """Returns whether `open_dataset` would find the data prepared."""
+  return data.name.startswith('folder:') or tfds_source.is_prepared(data)
+
+
+def identity(dataset: Dataset) -> dict[str, object]:
+  """Returns what two copies of a data set must have in common, but for pixels.
+
+  Returns:
+    JSON values: the images' shape, the number of classes, and for each split
+    its size and the CRC-32 of its labels.
+  """
+  splits = (dataset.train, dataset.validation, dataset.test)
+  return {
+    'image shape': list(dataset.image_shape),
+    'classes': dataset.num_classes,
+    **{f'{split.name} examples': len(split) for split in splits},
+    **{f'{split.name} labels': zlib.crc32(split.labels) for split in splits},
+  }
 
 
 def _split(source: records.Source, role: str, in_memory: bool) -> Split:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -14,6 +15,7 @@ from fulllora_jax import console
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.data import builders, images, records
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import as_path, bounded, is_remote, os_errors
 
 _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 
@@ -21,7 +23,8 @@ _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 def open_tfds(data: ConfigDict) -> records.Source:
   """Opens a set by its tfds name, preparing it first if it is missing.
 
-  TensorFlow is never imported here; preparation is a process of its own.
+  On a disk TensorFlow is never imported here; preparation is a process of its
+  own. In a bucket (data.dir is gs://...) etils may import it.
 
   Args:
     data: the fields of config.data.
@@ -31,10 +34,12 @@ def open_tfds(data: ConfigDict) -> records.Source:
 
   Raises:
     UserError: if the set is unknown, not prepared, prepared in another format,
-      damaged, lacks a split, or is no image classification set.
+      damaged, lacks a split, or is no image classification set; or the bucket
+      cannot be read.
   """
   directory = builders.data_dir(data.dir)
-  builder = _prepared(data, directory)
+  with _reachable(directory):
+    builder = _prepared(data, directory)
   image_key, label_key = _keys(data.name, builder.info)
   features = builder.info.features
   channels = 1 if features[image_key].shape[-1] == 1 else 3
@@ -61,6 +66,29 @@ def open_tfds(data: ConfigDict) -> records.Source:
     train=records_of(train_split),
     test=records_of(test_split),
   )
+
+
+def is_prepared(data: ConfigDict) -> bool:
+  """Returns whether the set is there, in whatever format."""
+  builder = builders.get(data.name, builders.data_dir(data.dir))
+  return bool(builders.formats(builder))
+
+
+@contextlib.contextmanager
+def _reachable(directory: str) -> Iterator[None]:
+  """Says in one line that a bucket cannot be read; a disk says it itself."""
+  try:
+    if is_remote(directory):
+      bounded(as_path(directory).exists, directory)
+    with os_errors(directory):
+      yield
+  except OSError as error:
+    if not is_remote(directory):
+      raise
+    raise UserError(
+      f'data.dir: cannot read {directory}: {error.strerror}; mend that, or set '
+      'data.dir to another folder'
+    ) from error
 
 
 def _prepared(data: ConfigDict, directory: str) -> tfds.core.DatasetBuilder:
@@ -192,6 +220,8 @@ def _reader(data, builder, split, keys, channels):
   def read(indices, with_images):
     with _readable(where):
       examples = source.__getitems__([int(i) for i in indices])
+      if any(example[label_key] is None for example in examples):
+        raise ValueError('the end of a file is missing')
       labels = np.array([example[label_key] for example in examples], np.int32)
       if not with_images:
         return None, labels

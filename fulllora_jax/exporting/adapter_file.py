@@ -36,6 +36,7 @@ import safetensors
 from safetensors.numpy import save
 
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import as_path, read_file
 
 FORMAT = 1
 _JSON = ('model', 'branches', 'run')
@@ -93,14 +94,15 @@ def read(path: str | Path) -> tuple[Leaves, dict[str, Any]]:
     UserError: there is none, it is damaged, it is another kind of safetensors
       file, or a newer fulllora_jax wrote it.
   """
-  path = Path(path).expanduser()
+  path = as_path(path)
   try:
-    return decode(path.read_bytes(), str(path))
+    content = read_file(path)
   except OSError as error:
     raise UserError(
       f'cannot read {path}: {error.strerror}; give a file that '
       'fulllora_jax.export --to=safetensors wrote'
     ) from None
+  return decode(content, str(path))
 
 
 def decode(content: bytes, source: str) -> tuple[Leaves, dict[str, Any]]:

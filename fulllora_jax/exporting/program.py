@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import export
 
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import as_path, read_file
 
 FORMAT = 1
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -92,11 +93,11 @@ def read(path: str | Path) -> Logits:
     UserError: it or its JSON is missing or damaged, or a newer fulllora_jax or
       jax wrote it.
   """
-  path = Path(path).expanduser()
+  path = as_path(path)
   beside = description_path(path)
   try:
-    content = path.read_bytes()
-    description = json.loads(beside.read_text())
+    content = read_file(path)
+    description = json.loads(read_file(beside))
     version, sha256 = description['format_version'], description['sha256']
   except OSError as error:
     raise UserError(

@@ -29,6 +29,7 @@ __all__ = [
 _FAMILIES = (vit, swin, convit)
 _COMMON = (
   'name', 'patch_size', 'act', 'epsilon', 'mean', 'std', 'dropout', 'dtype',
+  'remat',
 )  # fmt: skip
 
 

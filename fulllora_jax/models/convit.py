@@ -23,6 +23,7 @@ from fulllora_jax.models.layers import (
   activation,
   patch_embedding,
   resolve,
+  run_block,
 )
 
 # Roles of the linear maps, as regular expressions of module paths.
@@ -220,6 +221,7 @@ class ConViT(nn.Module):
     mean: per-channel mean of pixels in [0, 1], or one value for all.
     std: likewise, the standard deviation.
     dtype: of the computation; logits are always float32.
+    remat: what the backward pass recomputes (layers.py).
   """
 
   num_classes: int
@@ -235,6 +237,7 @@ class ConViT(nn.Module):
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
   dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -258,8 +261,8 @@ class ConViT(nn.Module):
       if i == self.local_layers:
         cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)
-      gated = i < self.local_layers
-      x = self._block(i)(x, positions if gated else None, train=train)
+      seen = positions if i < self.local_layers else None
+      x = run_block(self._block(i), self.remat, x, seen, train=train)
     x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
     return nn.Dense(
       self.num_classes,

@@ -1,4 +1,4 @@
-"""What every family of models shares: activations, and names' settings."""
+"""What every family of models shares: activations, remat, names' settings."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.errors import UserError, choose
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -26,6 +26,44 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
       f'model.act: unknown {name!r}; known: {", ".join(ACTIVATIONS)}'
     )
   return ACTIVATIONS[name]
+
+
+# What a block keeps of its forward pass for the backward one (Chen et al.,
+# 2016, arXiv 1604.06174): `blocks` its input alone, `dots` the outputs of its
+# linear maps too (not the attention scores, which grow with tokens squared).
+REMAT: Mapping[str, Callable[..., bool] | None] = {
+  'blocks': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
+  """Calls a block, and recomputes its activations in the backward pass.
+
+  Whatever an interceptor does inside of the block is recomputed with it, and
+  the paths of its parameters stay as they are.
+
+  Args:
+    block: the module.
+    remat: 'none' or a key of REMAT.
+    x: what a gradient is taken of, beside the block's variables.
+    *args: what else the block is called with.
+    **kwargs: likewise, e.g. train.
+
+  Returns:
+    block(x, *args, **kwargs).
+  """
+  if remat == 'none':
+    return block(x, *args, **kwargs)
+  call = nn.remat(
+    lambda block, x: block(x, *args, **kwargs), policy=REMAT[remat]
+  )
+  return call(block, x)
+
+
+def check_remat(name: str) -> None:
+  """Raises UserError unless `name` is 'none' or a key of REMAT."""
+  choose('model.remat', name, ('none', *REMAT))
 
 
 def patch_embedding(

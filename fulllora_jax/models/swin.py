@@ -7,6 +7,7 @@ that do not divide it), the computation is that of timm. Images are float32
 [B, H, W, C] in [0, 1]; normalisation is the first line.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -67,12 +68,14 @@ class Computation(NamedTuple):
     epsilon: of the norms.
     dropout: rate in [0, 1), active only with train=True.
     dtype: of the computation.
+    remat: of every block (layers.py).
   """
 
   act: str
   epsilon: float
   dropout: float
   dtype: jnp.dtype
+  remat: str = 'none'
 
   def dense(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
     return nn.Dense(
@@ -211,10 +214,10 @@ class Stage(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     for i in range(self.depth):
-      shifted = i % 2 == 1
-      x = Block(self.heads, self.window, shifted, self.how, name=f'block_{i}')(
-        x, train=train
+      block = Block(
+        self.heads, self.window, i % 2 == 1, self.how, name=f'block_{i}'
       )
+      x = layers.run_block(block, self.how.remat, x, train=train)
     return PatchMerging(self.how, name='downsample')(x) if self.merges else x
 
 
@@ -234,6 +237,7 @@ class SwinTransformer(nn.Module):
     mean: per-channel mean of pixels in [0, 1], or one value for all.
     std: likewise, the standard deviation.
     dtype: of the computation; logits are always float32.
+    remat: what the backward pass recomputes (layers.py).
   """
 
   num_classes: int
@@ -248,6 +252,7 @@ class SwinTransformer(nn.Module):
   mean: tuple[float, ...] = layers.IMAGENET_MEAN
   std: tuple[float, ...] = layers.IMAGENET_STD
   dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -258,7 +263,9 @@ class SwinTransformer(nn.Module):
         window is larger than the first stage's grid.
     """
     self._check_sides(images.shape[1:3])
-    how = Computation(self.act, self.epsilon, self.dropout, self.dtype)
+    how = Computation(
+      self.act, self.epsilon, self.dropout, self.dtype, self.remat
+    )
     x = (images - jnp.array(self.mean)) / jnp.array(self.std)
     x = layers.patch_embedding(self.width, self.patch_size, self.dtype)(
       x.astype(self.dtype)
@@ -316,20 +323,12 @@ def create(model, num_classes: int) -> SwinTransformer:
     raise UserError(f'model.window {s["window"]}: it must be at least 1')
   layers.activation(s['act'])
   _check_heads(s['width'], tuple(s['depths']), tuple(s['heads']))
-  return SwinTransformer(
-    num_classes=num_classes,
-    width=s['width'],
-    depths=tuple(s['depths']),
-    heads=tuple(s['heads']),
-    patch_size=s['patch_size'],
-    window=s['window'],
-    act=s['act'],
-    epsilon=s['epsilon'],
-    dropout=s['dropout'],
-    mean=tuple(s['mean']),
-    std=tuple(s['std']),
-    dtype=jnp.dtype(s['dtype']),
-  )
+  known = {field.name for field in dataclasses.fields(SwinTransformer)}
+  chosen = {k: v for k, v in s.items() if k in known}
+  for field in ('depths', 'heads', 'mean', 'std'):
+    chosen[field] = tuple(s[field])
+  chosen['dtype'] = jnp.dtype(s['dtype'])
+  return SwinTransformer(num_classes=num_classes, **chosen)
 
 
 def _check_heads(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fulllora_jax.models.layers import activation
+from fulllora_jax.models.layers import activation, run_block
 
 
 class PositionEmbedding(nn.Module):
@@ -141,6 +141,7 @@ class Encoder(nn.Module):
     first: returns so many first tokens alone, [B, first, width]; the last
       block then leaves out what would never be read. None: all.
     final_norm: False where the norm comes after the pooling.
+    remat: of every block (layers.py).
   """
 
   depth: int
@@ -150,6 +151,7 @@ class Encoder(nn.Module):
   pre_norm: bool
   first: int | None
   final_norm: bool
+  remat: str = 'none'
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
@@ -167,9 +169,8 @@ class Encoder(nn.Module):
       x = layer_norm(epsilon, dtype, 'pre_norm')(x)
     for i in range(self.depth):
       first = self.first if i == self.depth - 1 else None
-      x = EncoderBlock(**block, first=first, name=f'encoderblock_{i}')(
-        x, train=train
-      )
+      each = EncoderBlock(**block, first=first, name=f'encoderblock_{i}')
+      x = run_block(each, self.remat, x, train=train)
     if self.final_norm:
       x = layer_norm(epsilon, dtype, 'encoder_norm')(x)
     return x

@@ -155,6 +155,7 @@ class VisionTransformer(nn.Module):
     mean: per-channel mean of pixels in [0, 1], or one value for all.
     std: likewise, the standard deviation.
     dtype: of the computation; logits are always float32.
+    remat: what the backward pass recomputes (layers.py).
   """
 
   num_classes: int
@@ -176,6 +177,7 @@ class VisionTransformer(nn.Module):
   mean: tuple[float, ...] = (0.5,)
   std: tuple[float, ...] = (0.5,)
   dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -200,6 +202,7 @@ class VisionTransformer(nn.Module):
       pre_norm=self.pre_norm,
       first=prefix if self.pool == 'token' else None,
       final_norm=self.pool != 'mean_norm',
+      remat=self.remat,
       name='Transformer',
     )(tokens, train=train)
     pooled = self._pooled(tokens, tokens[:, prefix + self.registers :])

@@ -5,6 +5,7 @@ from typing import Any
 
 from fulllora_jax import checkpoint
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import absolute_path, bounded
 from fulllora_jax.state import Tree
 
 
@@ -16,17 +17,32 @@ def find_artefact(path: str | Path, which: str = 'best') -> Path:
     which: 'best' or 'last', for a work directory.
 
   Raises:
-    UserError: neither is there.
+    UserError: neither is there, or a bucket does not say (within 60 s).
   """
-  path = Path(path).expanduser().absolute()
-  if (path / which).is_dir():
-    return path / which
-  if path.is_dir() and any(p.name.isdigit() for p in path.iterdir()):
-    return path
+  path = absolute_path(path)
+  try:
+    found = bounded(lambda: _look_in(path, which), path)
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be read: {error.strerror}; mend that, or give another '
+      'place'
+    ) from None
+  if found:
+    return found
   raise UserError(
     f'{path} holds no {which}/ of a finished run, and no adapter either; give '
     'the work directory of a run, or the best/ or last/ in one'
   )
+
+
+def _look_in(path: Path, which: str) -> Path | None:
+  if not path.exists():  # says it where a bucket refuses; is_dir does not
+    return None
+  if (path / which).is_dir():
+    return path / which
+  if path.is_dir() and any(p.name.isdigit() for p in path.iterdir()):
+    return path
+  return None
 
 
 def is_artefact(path: str | Path) -> bool:

@@ -9,8 +9,8 @@ from fulllora_jax.errors import UserError
 
 TIMEOUT = 10  # seconds: to connect, and between two pieces of an answer
 HELP = (
-  'give a path, hf-hub:owner/name, hf-hub:owner/name@revision or '
-  'https://host/file.npz#sha256=HEX'
+  'give a path, hf-hub:owner/name, hf-hub:owner/name@revision, '
+  'gs://BUCKET/FILE or https://host/file.npz#sha256=HEX'
 )
 
 

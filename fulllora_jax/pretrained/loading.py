@@ -18,6 +18,7 @@ from flax import traverse_util
 from fulllora_jax import config as config_lib
 from fulllora_jax import models
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import as_path
 from fulllora_jax.pretrained import (
   artefact,
   convit,
@@ -63,7 +64,7 @@ def open_checkpoint(source: str | Path) -> Opened:
     UserError: it is not there or damaged, or no layout recognises it.
   """
   if artefact.is_artefact(source):
-    return _open_artefact(Path(source))
+    return _open_artefact(as_path(source))
   fetched = sources.fetch(str(source))
   checkpoint = formats.read(fetched.files)
   for layout in LAYOUTS:

@@ -1,6 +1,6 @@
-"""Where published weights come from: a path, the Hugging Face hub, a URL.
+"""Where published weights come from: a path, the hub, a URL, a bucket.
 
-What is downloaded is kept: by huggingface_hub in its own cache, a URL in
+What is downloaded is kept: by huggingface_hub in its own cache, the rest in
 $XDG_CACHE_HOME/fulllora_jax/weights. A file gets its name there only when it
 is whole.
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import is_remote
 from fulllora_jax.pretrained import formats
+from fulllora_jax.pretrained.bucket import from_bucket
 from fulllora_jax.pretrained.downloads import HELP, hash_file
 from fulllora_jax.pretrained.hub import PREPROCESSOR, from_hub
 from fulllora_jax.pretrained.url import from_url
@@ -42,7 +44,8 @@ def fetch(source: str) -> Fetched:
 
   Args:
     source: a file (.npz, safetensors, or the index of shards) or a folder
-      that holds model.safetensors, its index and shards, or one such file; or
+      that holds model.safetensors, its index and shards, or one such file, on
+      a disk or in a bucket (gs://BUCKET/FILE); or
       'hf-hub:owner/name' or 'hf-hub:owner/name@revision', through
       huggingface_hub with the cache, token and endpoint of its environment
       variables; or 'https://host/file.npz#sha256=HEX'.
@@ -57,11 +60,10 @@ def fetch(source: str) -> Fetched:
     revision = main.parent.name  # its cache has a folder for each commit
   elif re.match('https?://', source):
     main = from_url(source)
+  elif is_remote(source):
+    main = from_bucket(source)
   elif not source.strip() or '://' in source:
-    raise UserError(
-      f'source {source!r}: not understood; {HELP} (gs://BUCKET/FILE is '
-      'https://storage.googleapis.com/BUCKET/FILE)'
-    )
+    raise UserError(f'source {source!r}: not understood; {HELP}')
   else:
     main = _from_path(source)
     source = os.path.abspath(os.path.expanduser(source))  # from anywhere

@@ -188,8 +188,14 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     refused(match, run, place)
 
 
+def begun(directory, logits=LOGITS):
+  progress = Progress(directory)
+  progress.begin(IDENTITY, logits)
+  return progress
+
+
 def test_what_is_written_is_read_back(tmp_path):
-  progress = Progress(tmp_path / 'new' / 'deep', IDENTITY, LOGITS)
+  progress = begun(tmp_path / 'new' / 'deep')
   assert progress.read('batch', X) is None
   progress.write('batch', OUTCOME)
   found = progress.read('batch', X)
@@ -201,7 +207,7 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_a_batch_that_does_not_fit_its_flags_is_not_read(tmp_path):
-  progress = Progress(tmp_path, IDENTITY, LOGITS)
+  progress = begun(tmp_path)
   progress.write('batch', OUTCOME)
   with np.load(tmp_path / 'batch.npz') as file:
     saved = dict(file)
@@ -211,30 +217,30 @@ def test_a_batch_that_does_not_fit_its_flags_is_not_read(tmp_path):
 
 @pytest.mark.parametrize('name', ['identity.json', 'logits.npz'])
 def test_damaged_progress_is_one_line(tmp_path, name):
-  Progress(tmp_path, IDENTITY, LOGITS)
+  begun(tmp_path)
   (tmp_path / name).write_bytes(b'{')
   with pytest.raises(UserError, match='remove it to start over') as caught:
-    Progress(tmp_path, IDENTITY, LOGITS)
+    begun(tmp_path)
   assert '\n' not in str(caught.value)
 
 
 def test_without_a_directory_nothing_is_kept(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  progress = Progress(None, IDENTITY, LOGITS)
+  progress = begun(None)
   progress.write('batch', OUTCOME)
   assert progress.read('batch', X) is None
   assert not list(tmp_path.iterdir())
 
 
 def test_logits_may_differ_by_rounding(tmp_path):
-  Progress(tmp_path, IDENTITY, LOGITS)
-  Progress(tmp_path, IDENTITY, LOGITS * np.float32(1 + 1e-5))
-  refused('another model', Progress, tmp_path, IDENTITY, LOGITS + 0.01)
-  refused('another model', Progress, tmp_path, IDENTITY, LOGITS[:1])
+  begun(tmp_path)
+  begun(tmp_path, LOGITS * np.float32(1 + 1e-5))
+  refused('another model', begun, tmp_path, LOGITS + 0.01)
+  refused('another model', begun, tmp_path, LOGITS[:1])
 
 
 def test_the_identity_is_kept_as_text(tmp_path):
-  Progress(tmp_path, IDENTITY, LOGITS)
+  begun(tmp_path)
   saved = json.loads((tmp_path / 'identity.json').read_text())
   assert saved == IDENTITY
 

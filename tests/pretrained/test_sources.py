@@ -123,7 +123,7 @@ def test_a_damaged_config(tmp_path, config):
   [
     '',
     ' ',
-    'gs://vit_models/augreg/B_16.npz',
+    's3://vit_models/augreg/B_16.npz',
     'hf-hub:vit',
     'hf-hub:a/b/c',
     'hf-hub:owner/name@',

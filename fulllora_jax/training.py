@@ -1,0 +1,298 @@
+"""One training: from its base, or from scratch, to `best` and `last`."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fulllora_jax import (
+  build,
+  checkpoint,
+  classifier,
+  data,
+  distributed,
+  files,
+  memory,
+  pretrained,
+  results,
+  robustness,
+  sharding,
+  train_step,
+)
+from fulllora_jax import config as config_lib
+from fulllora_jax import state as state_lib
+from fulllora_jax.console import Progress, say, warn
+from fulllora_jax.errors import Preempted, UserError
+from fulllora_jax.metrics import MetricWriter
+from fulllora_jax.preemption import Notice
+
+# Steps in flight: jax 0.10 on CPU deadlocks above 32 un-awaited collectives.
+_RUN_AHEAD = 8
+
+
+class NonFiniteError(UserError):
+  """The loss or a gradient stopped being finite."""
+
+
+class Training:
+  """One training run, from its base (or from scratch) to `best` and `last`.
+
+  Attributes:
+    state: the train state; replaced by every step.
+    frozen: the leaves that never change.
+    best: score, step and attack of the best validation so far.
+    skipped: steps whose loss or gradient was not finite.
+    counts: of the parameters (state.py).
+  """
+
+  def __init__(
+    self, config, workdir: Path, dataset: data.Dataset, base: Path | None
+  ):
+    self.config, self.workdir, self.dataset = config, workdir, dataset
+    self.base, self.base_source = base, None
+    self.mesh = sharding.mesh_of(config)
+    self.root_key = sharding.put_key(jax.random.key(config.seed), self.mesh)
+    self.built = build.build(config, dataset.num_classes)
+    self.total_steps = build.total_steps(config, len(dataset.train))
+    params, variables = self._initial_variables()
+    mask = self.built.mask(variables)
+    self.counts = state_lib.parameter_counts(variables, mask)
+    say(state_lib.parameter_table(variables, mask))
+    trainable, frozen = state_lib.split(variables, mask)
+    self.fingerprint = classifier.base_fingerprint(params, frozen)
+    self.algorithm = build.make_algorithm(
+      config, self.built, mask, self.total_steps, dataset.num_classes
+    )
+    self.frozen = sharding.shard_frozen(
+      frozen, self.mesh, config.mesh.shard_from
+    )
+    self.state = sharding.replicate(
+      state_lib.create(trainable, self.algorithm.tx), self.mesh
+    )
+    self.evaluator = robustness.Evaluator(
+      self.built.model.apply,
+      config_lib.threat(config),
+      self.mesh,
+      config.eval.batch_size,
+      config.seed,
+    )
+    self.best: dict[str, Any] = {'score': -1.0}
+    self.skipped = 0
+    self._writer: MetricWriter | None = None
+
+  def _initial_variables(self):
+    """Returns the base's params, and all variables before the first step."""
+    shape = self.dataset.image_shape
+    params_key, adapter_key = jax.random.split(jax.random.key(self.config.seed))
+    if self.base is None:
+      params = build.init_params(self.built, params_key, shape)
+    else:
+      params, metadata = pretrained.load_base(self.base)
+      if metadata['base'] is None:  # else it was tuned, and is no longer that
+        self.base_source = metadata.get('base_source')
+      expected = build.shapes(self.built, shape)['params']
+      checkpoint.check_leaves(
+        {'params': expected}, {'params': params}, str(self.base)
+      )
+    variables = build.init_variables(self.built, adapter_key, params, shape)
+    return params, variables
+
+  def run(self) -> float:
+    """Trains to the last step; returns the seconds it took here."""
+    started = time.monotonic()
+    checkpoints = checkpoint.TrainingCheckpoints(
+      self.workdir / 'checkpoints', self.config.train.keep
+    )
+    if restored := checkpoints.restore(self.state):
+      self.state, notes = restored
+      self.best, self.skipped = notes['best'], notes['skipped']
+      self._check_data(notes.get('data'))
+      say(f'resuming at step {int(self.state.step)}')
+    start = int(self.state.step)
+    with self._metric_writer(start) as self._writer, Notice() as notice:
+      try:
+        self._loop(start, checkpoints, notice)
+      except jax.errors.JaxRuntimeError as error:
+        raise memory.explain(error, self.config) or error from None
+      finally:
+        checkpoints.close()  # once the last save is whole on disk
+    self._publish('last', self.total_steps)
+    return time.monotonic() - started
+
+  def _check_data(self, before: dict[str, Any] | None) -> None:
+    """Raises UserError where the run began with other data; None: unknown."""
+    now = data.identity(self.dataset)
+    changed = [
+      f'{name} {before.get(name)!r} -> {value!r}'
+      for name, value in now.items()
+      if before and before.get(name) != value
+    ]
+    if changed:
+      raise UserError(
+        f'data.name={self.config.data.name}: not the data that the run in '
+        f'{self.workdir} began with ({"; ".join(changed)}); put them back as '
+        'they were, or give another --workdir'
+      )
+
+  def _metric_writer(self, start: int):
+    """Returns process 0's writer of metrics; the others have none."""
+    if not distributed.is_primary():
+      return contextlib.nullcontext()
+    return MetricWriter(
+      self.workdir,
+      tensorboard=self.config.log.tensorboard,
+      start_step=start,
+    )
+
+  def _loop(self, start: int, checkpoints, notice: Notice) -> None:
+    """Steps, and what happens every so many of them."""
+    every = self.config.train
+    batches = data.train_batches(
+      self.dataset.train,
+      every.batch_size,
+      self.config.seed,
+      start,
+      self.total_steps,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    progress, in_flight = Progress(self.total_steps, start), []
+    step_fn = None
+    for step, rows in enumerate(batches, start + 1):
+      batch = sharding.put_batch(rows, self.mesh)
+      step_fn = step_fn or self._compile(batch)
+      self.state, metrics = step_fn(
+        self.state, self.frozen, batch, self.root_key
+      )
+      in_flight.append((step, metrics))
+      is_last = step == self.total_steps
+      validate = is_last or step % every.eval_every == 0
+      save = is_last or step % every.checkpoint_every == 0
+      log = is_last or step % every.log_every == 0
+      wait = log or validate or save or len(in_flight) == _RUN_AHEAD
+      stop = notice.reached(ask=wait) and not is_last
+      if wait or stop:
+        scalars = self._await(in_flight)
+      if log:
+        self._write(step, 'train', scalars)
+        self._say(step, scalars, progress.update(step))
+      if validate:
+        self._validate(step)
+      if save or stop:
+        notes = {
+          'best': self.best,
+          'skipped': self.skipped,
+          'data': data.identity(self.dataset),
+        }
+        if self._writer is not None:
+          self._writer.flush()  # what a resumed run shall find
+        checkpoints.save(self.state, notes)
+      if stop:
+        raise Preempted(
+          f'SIGTERM: saved step {step}/{self.total_steps} in {self.workdir}; '
+          'the same command goes on from there'
+        )
+
+  def _compile(self, batch: dict[str, jax.Array]) -> Callable:
+    """Compiles the train step; says what memory it takes, or that it can't."""
+    step_fn = train_step.compile_train_step(self.algorithm, self.mesh)
+    compiled = step_fn.lower(
+      self.state, self.frozen, batch, self.root_key
+    ).compile()
+    memory.check(compiled, self.state, self.frozen, batch, self.config)
+    return compiled
+
+  def _await(self, in_flight: list) -> dict[str, float]:
+    """Waits for the steps in flight; returns the newest one's metrics.
+
+    Raises:
+      NonFiniteError: more steps than allowed had a loss or gradient that was
+        not finite.
+    """
+    fetched = [(step, jax.device_get(metrics)) for step, metrics in in_flight]
+    in_flight.clear()
+    for step, metrics in fetched:
+      nonfinite = metrics.pop('nonfinite')
+      if nonfinite.any():
+        self._skip(step, float(metrics['loss']), nonfinite)
+    return {name: float(value) for name, value in fetched[-1][1].items()}
+
+  def _skip(self, step: int, loss: float, nonfinite) -> None:
+    """Counts a step whose update the train step itself left out."""
+    self.skipped += 1
+    allowed = self.config.train.max_skipped
+    what = f'step {step}: {self._blame(loss, nonfinite)}'
+    if self.skipped <= allowed:
+      warn(f'{what}; skipped, {self.skipped} of at most {allowed}')
+      return
+    raise NonFiniteError(
+      f'{what}; the update was not applied and the checkpoints in '
+      f'{self.workdir / "checkpoints"} are good; lower '
+      'optimizer.learning_rate or warm it up, or allow more than '
+      f'train.max_skipped {allowed}, and use another --workdir'
+    )
+
+  def _blame(self, loss: float, nonfinite) -> str:
+    """Names the leaves whose gradient is not finite."""
+    paths = jax.tree_util.tree_flatten_with_path(self.state.trainable)[0]
+    bad = [
+      '/'.join(entry.key for entry in path)
+      for (path, _), wrong in zip(paths, nonfinite[1:], strict=True)
+      if wrong
+    ]
+    leaves = f'the gradient of {bad[0]}' if bad else 'no gradient'
+    more = f' and {len(bad) - 1} more leaves' if len(bad) > 1 else ''
+    return f'the loss is {loss:g}, and {leaves}{more} is not finite'
+
+  def _write(self, step: int, kind: str, scalars: dict[str, float]) -> None:
+    if self._writer is not None:
+      self._writer.write(step, kind, scalars)
+
+  def _say(self, step: int, scalars: dict[str, float], rate: str) -> None:
+    shown = [f'step {step}/{self.total_steps}', f'loss {scalars["loss"]:.3f}']
+    for name in ('clean', 'robust'):
+      if f'{name}_accuracy' in scalars:
+        shown.append(f'{name} {scalars[f"{name}_accuracy"]:.1%}')
+    say('  '.join([*shown, rate] if rate else shown))
+
+  def _validate(self, step: int) -> None:
+    """Scores the held-out split; publishes the state as `best` if it is."""
+    attack = config_lib.evaluation_attack(
+      self.config, self.config.eval.validation_attack
+    )
+    outcome = self.evaluator.evaluate(
+      state_lib.merge(self.state.trainable, self.frozen),
+      self.dataset.validation,
+      attack,
+      self.config.eval.validation_examples,
+    )
+    scores = {'clean_accuracy': float(outcome.clean.mean())}
+    shown = f'validation at step {step}: clean {scores["clean_accuracy"]:.1%}'
+    score = float(outcome.robust.mean())
+    if attack.name != 'clean':
+      scores['robust_accuracy'] = score
+      shown += f', {attack.label} {score:.1%}'
+    self._write(step, 'validation', scores)
+    if score > self.best['score']:
+      self.best = {'score': score, 'step': step, 'attack': attack.label}
+      self._publish('best', step)
+      shown += ' (best)'
+    say(shown)
+
+  def _publish(self, which: str, step: int) -> None:
+    """Writes the trainable leaves and their metadata to best/ or last/."""
+    directory = self.workdir / which
+    base = files.relative(self.base, directory) if self.base else None
+    metadata = results.artefact_metadata(
+      self.config,
+      self.dataset,
+      self.counts,
+      self.fingerprint,
+      base,
+      self.best,
+    )
+    metadata['base_source'] = self.base_source
+    checkpoint.save_artefact(directory, step, self.state.trainable, metadata)
