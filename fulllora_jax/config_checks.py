@@ -62,6 +62,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
       'of every target'
     )
   _check_mesh(config, num_devices)
+  _check_fetching(config)
   _check_attack(config)
   _check_patches(config)
   _check_recipe('', config, num_devices)
@@ -113,6 +114,15 @@ def _check_mesh(config: ConfigDict, num_devices: int) -> None:
     raise UserError(
       f'mesh.fsdp {config.mesh.fsdp} does not divide the {num_devices} devices;'
       ' give a divisor of them, or 1'
+    )
+
+
+def _check_fetching(config: ConfigDict) -> None:
+  if config.mesh.fsdp > 1 and config.model.remat == 'none':
+    warn(
+      f'mesh.fsdp {config.mesh.fsdp} saves no memory with model.remat none, '
+      'which keeps every part of the base that was fetched until the backward '
+      'pass is over; give model.remat dots or blocks'
     )
 
 

@@ -313,16 +313,18 @@ def _advice(config, memory: Memory | None) -> list[str]:
   if splits:
     times, total = _least(splits, memory)
     advice.append(f'{where}.accumulate={train.accumulate * times}{total}')
+  # Without remat a step keeps what it fetches, and a split base saves nothing.
+  also = ' with model.remat=dots' if remat == 'none' else ''
+  if also:
+    advice.append('model.remat=dots')
   if memory and memory.split:
     rest = memory.total - memory.base
     fsdp, total = _least(
       {k: rest + base for k, base in memory.split.items()}, memory
     )
-    advice.append(f'mesh.fsdp={fsdp}{total}')
+    advice.append(f'mesh.fsdp={fsdp}{also}{total}')
   if not memory and config.mesh.fsdp < devices:
-    advice.append(f'mesh.fsdp={devices}')
-  if remat == 'none':
-    advice.append('model.remat=dots')
+    advice.append(f'mesh.fsdp={devices}{also}')
   if remat != 'blocks':
     advice.append('model.remat=blocks (least memory, a third more compute)')
   smaller = {m: size for m, size in splits.items() if train.batch_size % m == 0}

@@ -8,14 +8,20 @@ each, and fetch the rest where a layer needs it (Zhao et al., 2023, arXiv
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# The mesh, while a model is traced whose base is split over it.
+_fetches: ContextVar[Mesh | None] = ContextVar('fetches', default=None)
+_BLOCK = re.compile(r'block_\d+$')  # as the models name their blocks
 _HAS_AFFINITY = hasattr(os, 'sched_getaffinity')  # not on macOS
 
 
@@ -98,9 +104,10 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def fetching(apply: Callable, mesh: Mesh) -> Callable:
-  """Makes a model fetch a base that is split, where it is called.
+  """Makes a model fetch a base that is split, part by part, as it needs it.
 
-  Left to itself XLA splits the products instead, and sends activations.
+  Left to itself XLA splits the products instead, and sends activations. What
+  belongs to no block is fetched here; each block fetches its own (`fetch`).
 
   Args:
     apply: (variables, images, **kwargs) -> logits.
@@ -110,13 +117,38 @@ def fetching(apply: Callable, mesh: Mesh) -> Callable:
     return apply
 
   def fetched(variables, images, **kwargs):
-    # Tied to the images, the fetch stays inside of an attack's loop: before
-    # it, the whole base would be there for as long as the loop runs.
-    variables, images = jax.lax.optimization_barrier((variables, images))
-    variables = jax.lax.with_sharding_constraint(variables, replicated(mesh))
-    return apply(variables, images, **kwargs)
+    token = _fetches.set(mesh)
+    try:
+      flat = traverse_util.flatten_dict(variables)
+      outside = {k: v for k, v in flat.items() if not _is_in_block(k)}
+      flat |= fetch(outside, images)
+      return apply(traverse_util.unflatten_dict(flat), images, **kwargs)
+    finally:
+      _fetches.reset(token)
 
   return fetched
+
+
+def fetch(variables: Any, x: jax.Array) -> Any:
+  """Fetches variables once `x` is there; as they are where none is split.
+
+  Tied to what they are applied to, the fetch stays inside of an attack's loop:
+  before it, the whole base would be there for as long as the loop runs.
+  """
+  mesh = _fetches.get()
+  if mesh is None:
+    return variables
+  variables, _ = jax.lax.optimization_barrier((variables, x))
+  return jax.lax.with_sharding_constraint(variables, replicated(mesh))
+
+
+def fetches() -> bool:
+  """Whether a model is being called whose base is split."""
+  return _fetches.get() is not None
+
+
+def _is_in_block(path: tuple[str, ...]) -> bool:
+  return any(_BLOCK.search(name) for name in path)
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:

@@ -12,10 +12,11 @@ import threading
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# One adapted map and no evaluated attack: less to trace at every start.
+# One adapted map, one attack (in training): less to trace at every start.
 _SMALLER = (
   '--config.adapter.targets=("query",)',
   '--config.eval.attacks=("clean",)',
+  '--config.eval.validation_attack=clean',
 )
 
 
@@ -49,6 +50,10 @@ class ForkedRun:
     """Kills it as `kill -9` does, unless it has ended."""
     with contextlib.suppress(ProcessLookupError):
       os.kill(self.pid, signal.SIGKILL)
+
+  def is_alive(self) -> bool:
+    """Whether it still writes, or may."""
+    return self._reader.is_alive()
 
   def end(self) -> int:
     """Waits for its end; returns its exit status."""

@@ -18,13 +18,17 @@ SHARD_FROM = 64  # elements: nearly all of the tiny ViT
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (8, 8, 8, 3), np.uint8)
 BATCH = {'image': IMAGES, 'label': np.arange(8, dtype=np.int32) % 4}
-SHAPES = [(1, 1), (8, 1), (8, 2), (8, 4)]
+# (devices, fsdp) and what is kept of a block: no choice changes a number.
+REMAT = {(1, 1): 'none', (8, 1): 'none', (8, 2): 'dots', (8, 4): 'blocks'}
+SHAPES = list(REMAT)
 
 
 class Job:
   """Three train steps of the tiny ViT on `devices`, `fsdp` of them a row."""
 
   def __init__(self, config, fill, devices, fsdp):
+    config = config.copy_and_resolve_references()
+    config.model.remat = REMAT[devices, fsdp]
     built = build.build(config, 4)
     variables = fill(build.shapes(built, (8, 8, 3)))
     mask = built.mask(variables)
@@ -174,10 +178,11 @@ import json, sys
 import jax
 from fulllora_jax import build, collectives, config, state
 
-method, fsdp, images = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+method, (fsdp, images, depth) = sys.argv[1], map(int, sys.argv[2:5])
 c = config.default()
 c.method, c.attack.steps = method, 1
-c.model.update(name='vit', width=64, depth=1, num_heads=2, mlp_dim=256)
+c.model.update(name='vit', width=64, depth=depth, num_heads=2, mlp_dim=256)
+c.model.remat = sys.argv[5]
 c.adapter.rank, c.adapter.alpha, c.data.image_size = 2, 2.0, 16
 c.augment.mix_probability = 0.0  # which moves images
 c.mesh.fsdp, c.mesh.shard_from = fsdp, 64
@@ -187,6 +192,8 @@ step = collectives.trace_step(c, 10, images).lower().compile()
 print(json.dumps({
   'devices': jax.device_count(),
   'found': collectives.moved(step.as_text()),
+  'memory': step.memory_analysis().temp_size_in_bytes
+  + step.memory_analysis().argument_size_in_bytes,
   **state.parameter_counts(shapes, built.mask(shapes)),
 }))
 """
@@ -196,9 +203,10 @@ print(json.dumps({
 def collectives(run_python):
   """Returns what a compiled step sends, in bytes, by kind."""
 
-  def compiled(method, fsdp, devices, images=1):
+  def compiled(method, fsdp, devices, images=1, depth=1, remat='none'):
+    given = map(str, (method, fsdp, images, depth, remat))
     done = run_python(
-      *('-c', _COLLECTIVES, method, str(fsdp), str(images)),
+      *('-c', _COLLECTIVES, *given),
       JAX_NUM_CPU_DEVICES=str(devices),
     )
     assert done.returncode == 0, done.stderr
@@ -222,3 +230,23 @@ def test_a_split_base_is_fetched_and_images_stay(collectives):
   one, many = (collectives('fulllora', 4, 8, images) for images in (1, 8))
   assert one['found']['all-gather'] > 4 * one['base'] / 2
   assert one['found'] == many['found']  # nothing that grows with the batch
+
+
+def test_a_split_base_takes_less_memory(collectives):
+  whole, split = (
+    collectives('fulllora', fsdp, 8, depth=4, remat='blocks') for fsdp in (1, 4)
+  )
+  saved = whole['memory'] - split['memory']
+  assert saved > 0.4 * 4 * whole['base']  # bytes; 3 / 4 are elsewhere
+
+
+def test_a_split_base_without_remat_is_warned_of(config, capsys):
+  changed = config.copy_and_resolve_references()
+  for fsdp, remat, warns in (
+    (4, 'none', True),
+    (4, 'dots', False),
+    (1, 'none', False),
+  ):
+    changed.mesh.fsdp, changed.model.remat = fsdp, remat
+    config_checks.validate(changed, num_devices=8)
+    assert ('mesh.fsdp 4 saves no memory' in capsys.readouterr().err) == warns

@@ -173,11 +173,13 @@ def test_advice_with_its_numbers(config):
   found = sized(split={2: 4 * MIB, 8: MIB})
   assert found.advice(c) == [
     'train.accumulate=2 (about 42.0 MiB)',
-    'mesh.fsdp=8 (about 67.0 MiB)',
     'model.remat=dots',
+    'mesh.fsdp=8 with model.remat=dots (about 67.0 MiB)',
     'model.remat=blocks (least memory, a third more compute)',
     'train.batch_size=32 (about 42.0 MiB), which trains differently',
   ]
+  c.model.remat = 'dots'
+  assert found.advice(c)[1] == 'mesh.fsdp=8 (about 67.0 MiB)'
   tight = sized(limit=20 * MIB).advice(c)
   assert tight[0] == 'train.accumulate=8 (about 18.0 MiB)'
 
@@ -241,7 +243,8 @@ def test_limits_of_devices(monkeypatch, tmp_path):
     (
       'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory '
       'in memory space hbm. Used 20.87G of 15.48G hbm.\nMore follows.',
-      ' (Used 20.87G of 15.48G); set train.accumulate=2, or mesh.fsdp=8',
+      ' (Used 20.87G of 15.48G); set train.accumulate=2, or model.remat=dots, '
+      'or mesh.fsdp=8 with model.remat=dots, or model.remat=blocks',
     ),
     (
       'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.',

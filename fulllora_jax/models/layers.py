@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fulllora_jax import sharding
 from fulllora_jax.errors import UserError, choose
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,6 +41,8 @@ REMAT: Mapping[str, Callable[..., bool] | None] = {
 def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
   """Calls a block, and recomputes its activations in the backward pass.
 
+  Where the base is split over devices (sharding.py), it is fetched first.
+
   Whatever an interceptor does inside of the block is recomputed with it, and
   the paths of its parameters stay as they are.
 
@@ -53,12 +56,21 @@ def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
   Returns:
     block(x, *args, **kwargs).
   """
-  if remat == 'none':
+
+  def call(block, x):
     return block(x, *args, **kwargs)
-  call = nn.remat(
-    lambda block, x: block(x, *args, **kwargs), policy=REMAT[remat]
-  )
-  return call(block, x)
+
+  def fetch_and_call(block, x):
+    fetching = nn.map_variables(
+      call, True, trans_in_fn=lambda own: sharding.fetch(own, x)
+    )
+    return fetching(block, x)
+
+  run = fetch_and_call if sharding.fetches() else call
+  if remat != 'none':
+    # A split block is fetched again for the backward pass, not kept.
+    run = nn.remat(run, policy=REMAT[remat])
+  return run(block, x)
 
 
 def check_remat(name: str) -> None:
