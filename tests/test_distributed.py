@@ -148,6 +148,7 @@ class Team:
     return self.ends[index].get(timeout=20)
 
   def die(self, index):
+    self.members[index]._leaving.set()  # the dead say nothing
     for connection in self.sockets[index].values():
       connection.shutdown(socket.SHUT_RDWR)
 
