@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import models, objectives, optim, train_step
+from fulllora_jax import inner_attack, models, objectives, optim, train_step
 from fulllora_jax.adapters import COLLECTION, AdaptedModel, attach, methods
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.data import augment
@@ -105,8 +105,9 @@ def make_algorithm(
   )
   attack = None
   if built.method.adversarial:
-    attack = train_step.InnerAttack(
+    attack = inner_attack.InnerAttack(
       threat=config_lib.threat(config),
+      name=config.attack.name,
       steps=config.attack.steps,
       step_size=parse_fraction(config.attack.step_size, 'attack.step_size'),
       restarts=config.attack.restarts,
@@ -114,6 +115,8 @@ def make_algorithm(
       random_start=config.attack.random_start,
       eps_warmup=config.attack.eps_warmup,
       total_steps=steps,
+      rise=config.attack.rise,
+      early_stop=config.attack.early_stop,
     )
   return train_step.Algorithm(
     apply=built.model.apply,
@@ -127,6 +130,8 @@ def make_algorithm(
     accumulate=config.train.accumulate,
     remat=config.model.remat,
     dropout=config.model.dropout > 0,
+    log_every=config.train.log_every,
+    total_steps=steps,
   )
 
 

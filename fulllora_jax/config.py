@@ -82,12 +82,21 @@ def default() -> ConfigDict:
   t.eps = '8/255'
 
   c.attack = k = ConfigDict()  # the inner maximisation
+  # pgd | fgsm_rs | n_fgsm: the last two, for linf, make one step of a size of
+  # their own from a random start, whatever steps and step_size say
+  # (attacks/single_step.py).
+  k.name = 'pgd'
   k.steps = 10
   k.step_size = '2/255'
   k.loss = 'ce'  # ce | margin | dlr
   k.random_start = True
   k.restarts = 1
   k.eps_warmup = 0.0  # fraction of training over which eps rises from 0
+  # Fraction of training over which the number of steps rises from 1; while n
+  # are made, their size is at least 1.25 eps / n (inner_attack.py).
+  k.rise = 0.0
+  # Steps a misclassified image no further (attacks/early_stop.py).
+  k.early_stop = False
 
   c.augment = u = ConfigDict()  # on the device, before the attack
   u.crop_padding = 4  # pixels of zeros; 0: no crop

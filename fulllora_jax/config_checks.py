@@ -12,6 +12,7 @@ from fulllora_jax.config import (
 )
 from fulllora_jax.console import warn
 from fulllora_jax.errors import UserError, choose
+from fulllora_jax.inner_attack import ATTACKS
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -132,6 +133,10 @@ def _check_attack(config: ConfigDict) -> None:
   _positive('attack.steps', config.attack.steps)
   _positive('attack.restarts', config.attack.restarts)
   _fraction('attack.eps_warmup', config.attack.eps_warmup)
+  _fraction('attack.rise', config.attack.rise)
+  choose('attack.name', config.attack.name, ATTACKS)
+  if config.attack.name != 'pgd':
+    _check_single_step(config)
   eps = threat(config).eps
   if step_size > 2 * eps > 0:
     warn(
@@ -140,6 +145,28 @@ def _check_attack(config: ConfigDict) -> None:
     )
   if abs(eps * 255 - round(eps * 255)) > 1e-6 and 0.03 <= eps <= 0.032:
     warn(f'threat.eps {config.threat.eps} is not 8/255; write 8/255 if meant')
+
+
+def _check_single_step(config: ConfigDict) -> None:
+  """Refuses what says of a single-step attack that it has several steps."""
+  attack = config.attack
+  if config.threat.norm != 'linf':
+    raise UserError(
+      f'attack.name {attack.name} needs threat.norm linf, but it is '
+      f'{config.threat.norm}; give attack.name pgd'
+    )
+  if not attack.random_start:
+    raise UserError(
+      f'attack.name {attack.name} always starts at a random point, but '
+      'attack.random_start is False; give attack.name pgd'
+    )
+  for field, off in (('rise', 0.0), ('early_stop', False), ('restarts', 1)):
+    if attack[field] != off:
+      raise UserError(
+        f'attack.name {attack.name} makes one step from one start, but '
+        f'attack.{field} is {attack[field]}; give attack.name pgd, or '
+        f'attack.{field} {off}'
+      )
 
 
 def _check_patches(config: ConfigDict) -> None:

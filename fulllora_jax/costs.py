@@ -80,7 +80,7 @@ class Model:
     """Returns the passes of a step through the weights, either direction.
 
     Two for each step of PGD and for the update, and one for the accuracy on
-    the clean images.
+    the clean images, as in a step that is logged.
     """
     return 2 * self.attack_steps + 3
 
@@ -140,7 +140,7 @@ def forward_flops(model: Model) -> dict[str, int]:
 
 
 def step_flops(model: Model, method: str) -> int:
-  """Counts the FLOPs of one image's train step.
+  """Counts the FLOPs of one image's train step, of one that is logged.
 
   The gradient of a product costs one product for each side that needs it: in
   the attack the activations alone, in the update also what learns; below the

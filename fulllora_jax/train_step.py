@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fulllora_jax import optim, sharding
-from fulllora_jax.attacks import Threat, losses, pgd
+from fulllora_jax import sharding
+from fulllora_jax.attacks import losses
 from fulllora_jax.data import augment
+from fulllora_jax.inner_attack import InnerAttack
 from fulllora_jax.objectives import Objective
 from fulllora_jax.state import TrainState, Tree, merge
 
@@ -35,37 +36,6 @@ class Purpose(enum.IntEnum):
   AUGMENT = 0
   ATTACK = 1
   DROPOUT = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class InnerAttack:
-  """The inner maximisation: PGD in a ball that may grow over training."""
-
-  threat: Threat
-  steps: int
-  step_size: float
-  restarts: int
-  loss: str
-  random_start: bool
-  eps_warmup: float  # fraction of training
-  total_steps: int
-
-  def __call__(self, keys, logits_fn, x, labels, step) -> jax.Array:
-    """Returns x_adv [B, H, W, C]; `keys` are one for each image."""
-    factor = optim.warmup_factor(step, self.total_steps, self.eps_warmup)
-    threat = self.threat.scaled(factor) if self.eps_warmup else self.threat
-    return pgd(
-      keys,
-      logits_fn,
-      x,
-      labels,
-      threat,
-      steps=self.steps,
-      step_size=self.step_size * factor,
-      restarts=self.restarts,
-      loss=self.loss,
-      random_start=self.random_start,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +52,9 @@ class Algorithm:
     accumulate: microbatches of a step.
     remat: as config.model.remat, which the model already follows.
     dropout: whether the training forward pass draws random numbers.
+    log_every: steps; of the others nobody reads the clean scores, which cost
+      a forward pass of their own.
+    total_steps: the last step is logged too.
   """
 
   apply: Callable[..., jax.Array]
@@ -93,6 +66,8 @@ class Algorithm:
   accumulate: int = 1
   remat: str = 'none'
   dropout: bool = False
+  log_every: int = 1
+  total_steps: int = 0
 
 
 def train_step(
@@ -117,7 +92,9 @@ def train_step(
   Returns:
     The new state, and metrics: scalars, and `nonfinite`, bool [1 + leaves],
     whether the loss and each gradient leaf (in the order of
-    `jax.tree.leaves`) was not finite.
+    `jax.tree.leaves`) was not finite. `passes` is how often the step went
+    forward and back through the model, as a mean over the images; beside an
+    attack, the clean scores are NaN in a step that is not logged.
   """
   key = jax.random.fold_in(root_key, state.step)
   x, labels = algorithm.augment(
@@ -167,9 +144,9 @@ def _gradient(
     return algorithm.apply(merge(state.trainable, frozen), images)
 
   fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-  x_adv = x
+  x_adv, passes = x, 0
   if algorithm.attack is not None:
-    x_adv = algorithm.attack(
+    x_adv, passes = algorithm.attack(
       fold_in(keys, Purpose.ATTACK), logits_fn, x, labels, state.step
     )
 
@@ -187,13 +164,28 @@ def _gradient(
   (loss, logits), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
     state.trainable
   )
-  metrics = {'loss': loss}
+  metrics = {'loss': loss, 'passes': jnp.asarray(passes + 1, jnp.float32)}
   if algorithm.attack is None:
     metrics |= _scores('clean', logits, labels)
   else:
-    metrics |= _scores('clean', logits_fn(x), labels)
+    metrics |= _clean_scores(algorithm, logits_fn, x, labels, state.step)
     metrics |= _scores('robust', logits, labels)
   return gradient, metrics
+
+
+def _clean_scores(algorithm, logits_fn, x, labels, step) -> Metrics:
+  """Scores the clean images where the step is logged; else NaN, for nothing."""
+  if algorithm.log_every == 1:
+    return _scores('clean', logits_fn(x), labels)
+  done = step + 1
+  logged = (done % algorithm.log_every == 0) | (done == algorithm.total_steps)
+  shape = jax.eval_shape(logits_fn, x)
+  # The scores stay outside: no branch has a sum over devices.
+  logits = jax.lax.cond(
+    logged, logits_fn, lambda _: jnp.zeros(shape.shape, shape.dtype), x
+  )
+  scores = _scores('clean', logits, labels)
+  return jax.tree.map(lambda s: jnp.where(logged, s, jnp.nan), scores)
 
 
 def _training_logits(algorithm, variables, images, keys) -> jax.Array:
@@ -244,6 +236,10 @@ def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> Callable:
   algorithm = dataclasses.replace(
     algorithm, apply=sharding.fetching(algorithm.apply, mesh)
   )
+  if algorithm.attack is not None and algorithm.attack.early_stop:
+    algorithm = dataclasses.replace(
+      algorithm, apply=sharding.spreading(algorithm.apply, mesh)
+    )
   options = None
   if algorithm.remat != 'none' and mesh.devices.flat[0].platform == 'cpu':
     # XLA's CPU compiler drops what holds the recomputing back, and then does

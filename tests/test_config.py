@@ -118,6 +118,8 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
     ('attack__restarts', 0, 'attack.restarts 0: .*above 0'),
     ('attack__loss', 'hinge', 'attack.loss.*hinge.*ce, margin, dlr'),
     ('attack__eps_warmup', 1.5, 'attack.eps_warmup 1.5: .*0..1'),
+    ('attack__rise', -0.1, 'attack.rise -0.1: .*0..1'),
+    ('attack__name', 'fgsm', 'attack.name.*fgsm.*pgd, fgsm_rs, n_fgsm'),
     ('data__cache', 'disk', 'data.cache.*auto, memory, stream'),
     ('data__on_broken', 'ignore', 'data.on_broken.*refuse, skip'),
     ('optimizer__name', 'lion', 'optimizer.name.*lion.*sgd, adamw'),
@@ -159,6 +161,25 @@ def test_a_bad_field_is_refused_by_its_name(field, value, words):
   with pytest.raises(UserError, match=words) as caught:
     config_checks.validate(changed(**{field: value}), num_devices=8)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', ['fgsm_rs', 'n_fgsm'])
+@pytest.mark.parametrize(
+  'field, value, words',
+  [
+    ('attack__rise', 0.5, 'attack.rise is 0.5; give .* or attack.rise 0.0'),
+    ('attack__early_stop', True, 'one step.*attack.early_stop is True'),
+    ('attack__restarts', 2, 'one start, but attack.restarts is 2'),
+    ('attack__random_start', False, 'always starts at a random point'),
+    ('threat__norm', 'l2', 'needs threat.norm linf, but it is l2'),
+  ],
+)
+def test_a_single_step_is_not_several(name, field, value, words):
+  fields = {'attack__name': name, 'eval__attacks': ('clean', 'pgd-2')}
+  config_checks.validate(changed(**fields), 1)
+  with pytest.raises(UserError, match=words) as caught:
+    config_checks.validate(changed(**fields, **{field: value}), 1)
+  assert name in str(caught.value) and '\n' not in str(caught.value)
 
 
 def test_an_attack_that_does_not_fit_the_norm_is_refused():

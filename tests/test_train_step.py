@@ -66,6 +66,7 @@ def make_config(tiny_config):
     c.threat.eps, c.attack.step_size, c.attack.steps = '8/255', '4/255', 2
     c.augment.update(crop_padding=0, flip=False, mix_probability=0.0)
     c.optimizer.weight_decay = 0.0  # which moves leaves without a gradient
+    c.train.log_every = 1
     return c
 
   return make
@@ -105,7 +106,7 @@ def test_frozen_leaves_stay_and_trainable_ones_move(
   gradients = len(jax.tree.leaves(job.trainable))
   for metrics in history:
     assert metrics['nonfinite'].tolist() == [False] * (1 + gradients)
-    names = {'loss', 'clean_loss', 'clean_accuracy', 'nonfinite'}
+    names = {'loss', 'clean_loss', 'clean_accuracy', 'nonfinite', 'passes'}
     names |= {'gradient_norm', 'learning_rate'}
     if method != 'standard':
       names |= {'robust_loss', 'robust_accuracy'}
@@ -356,7 +357,7 @@ def test_eps_and_step_size_rise_with_the_warm_up(steps, reached):
 
   @jax.jit
   def distance(step):
-    x_adv = attack(keys, functools.partial(toy, TOY), x, labels, step)
+    x_adv, _ = attack(keys, functools.partial(toy, TOY), x, labels, step)
     return attack.threat.distance(x, x_adv).max()
 
   found = [float(distance(step)) for step in (0, 1, 3, 9)]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses
+from fulllora_jax.attacks.early_stop import ascend_until_broken
 from fulllora_jax.attacks.threat import Threat
 
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -51,6 +52,55 @@ def pgd(
     x_adv [B, H, W, C], float32, in the ball and the box; no gradient flows
     through it.
   """
+  x_adv, _ = counted_pgd(
+    keys,
+    logits_fn,
+    x,
+    labels,
+    threat,
+    steps=steps,
+    step_size=step_size,
+    restarts=restarts,
+    loss=loss,
+    random_start=random_start,
+  )
+  return x_adv
+
+
+def counted_pgd(
+  keys: jax.Array,
+  logits_fn: LogitsFn,
+  x: jax.Array,
+  labels: jax.Array,
+  threat: Threat,
+  *,
+  steps: jax.Array | int,
+  step_size: jax.Array | float,
+  restarts: int = 1,
+  loss: str = 'ce',
+  random_start: bool = True,
+  early_stop: bool = False,
+) -> tuple[jax.Array, jax.Array | int]:
+  """Does what `pgd` does, and counts; for training.
+
+  Args:
+    keys: as those of `pgd`, but for:
+    logits_fn: likewise.
+    x: likewise.
+    labels: likewise.
+    threat: likewise.
+    steps: may be traced, and then is nothing to compile for.
+    step_size: likewise.
+    restarts: likewise.
+    loss: likewise.
+    random_start: likewise.
+    early_stop: steps an image no further once it is misclassified
+      (early_stop.py).
+
+  Returns:
+    x_adv, and the forward-backward passes made, as a mean over the images. The
+    forward passes that compare restarts are not counted.
+  """
   loss_fn = losses.LOSSES[loss]
   keys = _per_example(keys, x.shape[0])
 
@@ -67,15 +117,26 @@ def pgd(
     if random_start:
       fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
       start = threat.random_start(fold_in(keys, restart), x)
-    return jax.lax.fori_loop(0, steps, ascend, start)
+    if early_stop:
+      return ascend_until_broken(
+        logits_fn,
+        loss_fn,
+        x,
+        start,
+        labels,
+        threat,
+        steps=steps,
+        step_size=step_size,
+      )
+    return jax.lax.fori_loop(0, steps, ascend, start), steps
 
   def strength(x_adv):
     logits = logits_fn(x_adv)
     return ~losses.correct(logits, labels), loss_fn(logits, labels)
 
   def keep_stronger(restart, best):
-    x_best, broken_best, loss_best = best
-    x_new = attempt(restart)
+    x_best, broken_best, loss_best, passes = best
+    x_new, made = attempt(restart)
     broken, value = strength(x_new)
     stronger = (broken & ~broken_best) | (
       (broken == broken_best) & (value > loss_best)
@@ -85,13 +146,14 @@ def pgd(
       jnp.where(pick, x_new, x_best),
       broken | broken_best,
       jnp.where(stronger, value, loss_best),
+      passes + made,
     )
 
-  x_adv = attempt(0)
+  x_adv, passes = attempt(0)
   if restarts > 1:
-    first = (x_adv, *strength(x_adv))
-    x_adv, _, _ = jax.lax.fori_loop(1, restarts, keep_stronger, first)
-  return jax.lax.stop_gradient(x_adv)
+    first = (x_adv, *strength(x_adv), passes)
+    x_adv, _, _, passes = jax.lax.fori_loop(1, restarts, keep_stronger, first)
+  return jax.lax.stop_gradient(x_adv), passes
 
 
 def _per_example(keys: jax.Array, batch_size: int) -> jax.Array:

@@ -1,0 +1,99 @@
+"""The inner maximisation of a train step, and how it changes over training."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fulllora_jax import optim
+from fulllora_jax.attacks import Threat
+from fulllora_jax.attacks.pgd import counted_pgd
+from fulllora_jax.attacks.single_step import STEP, fgsm_rs, n_fgsm
+
+_SINGLE_STEP = {'fgsm_rs': fgsm_rs, 'n_fgsm': n_fgsm}
+ATTACKS = ('pgd', *_SINGLE_STEP)
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerAttack:
+  """The inner maximisation; its ball and its steps may grow over training.
+
+  Attributes:
+    threat: the ball.
+    steps: of PGD; the other attacks make one.
+    step_size: of PGD, in [0, 1] pixels.
+    restarts: of PGD.
+    loss: of losses.LOSSES.
+    random_start: of PGD.
+    eps_warmup: fraction of training over which eps and step size rise from 0.
+    total_steps: of the training.
+    name: of ATTACKS.
+    rise: fraction of training over which the steps of PGD rise from 1.
+    early_stop: of PGD (attacks/early_stop.py).
+  """
+
+  threat: Threat
+  steps: int
+  step_size: float
+  restarts: int
+  loss: str
+  random_start: bool
+  eps_warmup: float
+  total_steps: int
+  name: str = 'pgd'
+  rise: float = 0.0
+  early_stop: bool = False
+
+  def __call__(
+    self,
+    keys: jax.Array,
+    logits_fn: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    labels: jax.Array,
+    step: jax.Array,
+  ) -> tuple[jax.Array, jax.Array | int]:
+    """Attacks the images of a step.
+
+    Args:
+      keys: PRNG keys [B], one for each image.
+      logits_fn: images [B, H, W, C] -> logits [B, K], deterministic.
+      x: images [B, H, W, C], float32 in [0, 1].
+      labels: int [B], or soft labels float [B, K].
+      step: steps of the training that are done, int [].
+
+    Returns:
+      x_adv [B, H, W, C], and the forward-backward passes made, as a mean over
+      the images.
+    """
+    factor = optim.warmup_factor(step, self.total_steps, self.eps_warmup)
+    threat = self.threat.scaled(factor) if self.eps_warmup else self.threat
+    if self.name != 'pgd':
+      attack = _SINGLE_STEP[self.name]
+      return attack(keys, logits_fn, x, labels, threat, loss=self.loss), 1
+    steps, step_size = self._steps(step)
+    return counted_pgd(
+      keys,
+      logits_fn,
+      x,
+      labels,
+      threat,
+      steps=steps,
+      step_size=step_size * factor,
+      restarts=self.restarts,
+      loss=self.loss,
+      random_start=self.random_start,
+      early_stop=self.early_stop,
+    )
+
+  def _steps(self, step) -> tuple[jax.Array | int, jax.Array | float]:
+    """Returns how many steps PGD makes now, and their size in a full ball.
+
+    A few steps have to cross the ball all the same: n of them make at least
+    1.25 eps, which for one step is that of FGSM-RS.
+    """
+    if not self.rise:
+      return self.steps, self.step_size
+    rising = max(1, round(self.rise * self.total_steps))
+    steps = jnp.minimum(self.steps, 1 + (self.steps - 1) * step // rising)
+    return steps, jnp.maximum(self.step_size, STEP * self.threat.eps / steps)
