@@ -45,6 +45,11 @@ class InnerAttack:
   rise: float = 0.0
   early_stop: bool = False
 
+  @property
+  def label(self) -> str:
+    """Returns e.g. 'pgd-10', or the bare name where the step is implied."""
+    return f'pgd-{self.steps}' if self.name == 'pgd' else self.name
+
   def __call__(
     self,
     keys: jax.Array,

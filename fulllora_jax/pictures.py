@@ -68,7 +68,7 @@ def draw_curves(
       frameon=False,
       fontsize=9,
     )
-  _save(figure, path)
+  save(figure, path)
 
 
 def draw_radii(
@@ -118,7 +118,7 @@ def draw_radii(
   )
   if lines:
     axes.legend(frameon=False, fontsize=9)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _draw_line(axes: Axes, history, kind, key, color, label) -> None:
@@ -203,7 +203,7 @@ def draw_examples(examples: Mapping[str, Any], path: str | os.PathLike) -> None:
     label = int(examples['labels'][index])
     top.set_title(_name(examples, label, 17), fontsize=9.5)
     _write_predictions(middle, examples, index)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _image_grid(columns: int, aspect: float) -> tuple[Figure, list[list[Axes]]]:
@@ -273,7 +273,8 @@ def _name(examples: Mapping[str, Any], label: int, limit: int) -> str:
   return name if len(name) <= limit else name[: limit - 1].rstrip() + '…'
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike) -> None:
+  """Writes a figure as a PNG."""
   FigureCanvasAgg(figure)
   content = io.BytesIO()
   figure.savefig(content, facecolor='white', format='png')

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from fulllora_jax import attack_report
+from fulllora_jax import attack_report, overfitting
 from fulllora_jax.console import duration
 from fulllora_jax.errors import UserError
 from fulllora_jax.files import as_path, os_errors, replace_file
@@ -194,6 +194,7 @@ def _markdown(report, pictures) -> str:
   parts = [
     f'# {report["config_name"]}: {report["method"]} on {report["dataset"]}',
     _headline(report),
+    overfitting.note(report),
     '## Results',
     '\n'.join(f'| {" | ".join(row)} |' for row in table),
     'Accuracy in % [95 % Wilson interval]; n is the number of images.'
@@ -304,7 +305,8 @@ def _training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   if report['method'] in ('fulllora', 'lora'):
     names += ['adapter.rank', 'adapter.alpha', 'adapter.head']
   if report['method'] != 'standard':
-    names += ['attack.steps', 'attack.step_size', 'attack.loss']
+    names += ['attack.name', 'attack.steps', 'attack.step_size', 'attack.loss']
+    names += ['attack.rise', 'attack.early_stop']
   names += [
     'optimizer.name',
     'optimizer.learning_rate',

@@ -14,6 +14,7 @@ from fulllora_jax import (
   data,
   distributed,
   files,
+  overfitting,
   pretrained,
   provenance,
   published_base,
@@ -74,7 +75,7 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
     config = config_lib.copy(config)
     published = published_base.find(config, workdir)
     dataset = dataset or _open_dataset(config)
-    base = _ensure_base(config, workdir, dataset, published)
+    base = ensure_base(config, workdir, dataset, published)
     training = Training(config, workdir, dataset, base)
     seconds = training.run()
     result = _report(config, workdir, dataset, seconds)
@@ -100,7 +101,7 @@ def _open_dataset(config) -> data.Dataset:
   return dataset
 
 
-def _ensure_base(
+def ensure_base(
   config, workdir: Path, dataset: data.Dataset, published
 ) -> Path | None:
   """Returns the base's artefact: trained first, of a run, or published."""
@@ -145,6 +146,8 @@ def _report(
   result = results.assemble_report(run, evaluations, seconds)
   if distributed.is_primary():
     history = read_metrics(workdir / 'metrics.jsonl')
+    if steps := overfitting.collapses(history):
+      result['overfitting'] = steps
     report.write_report(workdir, result, history, examples)
     run.forget_progress()
   distributed.wait_for_all()

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fulllora_jax import (
   distributed,
   files,
   memory,
+  overfitting,
   pretrained,
   results,
   robustness,
@@ -81,6 +82,7 @@ class Training:
     )
     self.best: dict[str, Any] = {'score': -1.0}
     self.skipped = 0
+    self._alarm = self._new_alarm(None)
     self._writer: MetricWriter | None = None
 
   def _initial_variables(self):
@@ -109,6 +111,7 @@ class Training:
     if restored := checkpoints.restore(self.state):
       self.state, notes = restored
       self.best, self.skipped = notes['best'], notes['skipped']
+      self._alarm = self._new_alarm(notes.get('alarm'))
       self._check_data(notes.get('data'))
       say(f'resuming at step {int(self.state.step)}')
     start = int(self.state.step)
@@ -121,6 +124,15 @@ class Training:
         checkpoints.close()  # once the last save is whole on disk
     self._publish('last', self.total_steps)
     return time.monotonic() - started
+
+  def _new_alarm(
+    self, notes: dict[str, Any] | None
+  ) -> overfitting.Alarm | None:
+    """Returns the alarm, where there is an attack to overfit to."""
+    attack = self.algorithm.attack
+    if attack is None or self.config.eval.validation_attack == 'clean':
+      return None
+    return overfitting.Alarm(attack.label, notes)
 
   def _check_data(self, before: dict[str, Any] | None) -> None:
     """Raises UserError where the run began with other data; None: unknown."""
@@ -150,20 +162,11 @@ class Training:
   def _loop(self, start: int, checkpoints, notice: Notice) -> None:
     """Steps, and what happens every so many of them."""
     every = self.config.train
-    batches = data.train_batches(
-      self.dataset.train,
-      every.batch_size,
-      self.config.seed,
-      start,
-      self.total_steps,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
     progress, in_flight = Progress(self.total_steps, start), []
     step_fn = None
-    for step, rows in enumerate(batches, start + 1):
-      batch = sharding.put_batch(rows, self.mesh)
-      step_fn = step_fn or self._compile(batch)
+    for step, rows in enumerate(self.batches(start), start + 1):
+      batch = self.put(rows)
+      step_fn = step_fn or self.compile(batch)
       self.state, metrics = step_fn(
         self.state, self.frozen, batch, self.root_key
       )
@@ -185,6 +188,7 @@ class Training:
         notes = {
           'best': self.best,
           'skipped': self.skipped,
+          'alarm': self._alarm and self._alarm.notes(),
           'data': data.identity(self.dataset),
         }
         if self._writer is not None:
@@ -196,7 +200,23 @@ class Training:
           'the same command goes on from there'
         )
 
-  def _compile(self, batch: dict[str, jax.Array]) -> Callable:
+  def batches(self, start: int) -> Iterator[dict[str, Any]]:
+    """Yields this process's rows of each batch from a step on."""
+    return data.train_batches(
+      self.dataset.train,
+      self.config.train.batch_size,
+      self.config.seed,
+      start,
+      self.total_steps,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def put(self, rows: dict[str, Any]) -> dict[str, jax.Array]:
+    """Puts the rows of all processes on the mesh, as a batch."""
+    return sharding.put_batch(rows, self.mesh)
+
+  def compile(self, batch: dict[str, jax.Array]) -> Callable:
     """Compiles the train step; says what memory it takes, or that it can't."""
     step_fn = train_step.compile_train_step(self.algorithm, self.mesh)
     compiled = step_fn.lower(
@@ -218,6 +238,8 @@ class Training:
       nonfinite = metrics.pop('nonfinite')
       if nonfinite.any():
         self._skip(step, float(metrics['loss']), nonfinite)
+      if self._alarm is not None:
+        self._alarm.saw(float(metrics['robust_accuracy']))
     return {name: float(value) for name, value in fetched[-1][1].items()}
 
   def _skip(self, step: int, loss: float, nonfinite) -> None:
@@ -275,6 +297,10 @@ class Training:
     if attack.name != 'clean':
       scores['robust_accuracy'] = score
       shown += f', {attack.label} {score:.1%}'
+    if self._alarm is not None:
+      scores |= self._alarm.validated(
+        step, attack.label, score, self.best['score']
+      )
     self._write(step, 'validation', scores)
     if score > self.best['score']:
       self.best = {'score': score, 'step': step, 'attack': attack.label}

@@ -95,7 +95,7 @@ def training(small_config, finished, tmp_path, digits, one_device, monkeypatch):
 
   All these trainings run the same two programs, compiled once.
   """
-  compile_step, step_of = Training._compile, Evaluator._step
+  compile_step, step_of = Training.compile, Evaluator._step
 
   def compile_once(*args):
     if 'train' not in _COMPILED:
@@ -122,7 +122,7 @@ def training(small_config, finished, tmp_path, digits, one_device, monkeypatch):
 
       return step
 
-    monkeypatch.setattr(Training, '_compile', compiled)
+    monkeypatch.setattr(Training, 'compile', compiled)
     Training(small_config, tmp_path, digits, base).run()
 
   run.workdir, run.config = tmp_path, small_config

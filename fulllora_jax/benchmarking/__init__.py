@@ -1,0 +1,1 @@
+"""Races, of schedules and of programs, with their tables and pictures."""
