@@ -28,7 +28,7 @@ def get_config(variant: str = ''):
   c.base.augment.crop_padding = 28
   c.base.train.batch_size = 128
   c.eval.batch_size = 64
-  if variant == 'tiny':
+  if variant.split(',')[0] == 'tiny':
     c.model.patch_size = 4
     c.data.image_size = 32
     c.augment.crop_padding = c.base.augment.crop_padding = 4

@@ -117,6 +117,7 @@ def make_algorithm(
       total_steps=steps,
       rise=config.attack.rise,
       early_stop=config.attack.early_stop,
+      carry=config.attack.carry,
     )
   return train_step.Algorithm(
     apply=built.model.apply,

@@ -97,6 +97,10 @@ def default() -> ConfigDict:
   k.rise = 0.0
   # Steps a misclassified image no further (attacks/early_stop.py).
   k.early_stop = False
+  # Begins at the end of the attack on the same example an epoch before, in
+  # place of a random point; for linf, without augmentation. N x H x W x C
+  # bytes on every device.
+  k.carry = False
 
   c.augment = u = ConfigDict()  # on the device, before the attack
   u.crop_padding = 4  # pixels of zeros; 0: no crop

@@ -137,6 +137,8 @@ def _check_attack(config: ConfigDict) -> None:
   choose('attack.name', config.attack.name, ATTACKS)
   if config.attack.name != 'pgd':
     _check_single_step(config)
+  if config.attack.carry:
+    _check_carry(config)
   eps = threat(config).eps
   if step_size > 2 * eps > 0:
     warn(
@@ -160,13 +162,38 @@ def _check_single_step(config: ConfigDict) -> None:
       f'attack.name {attack.name} always starts at a random point, but '
       'attack.random_start is False; give attack.name pgd'
     )
-  for field, off in (('rise', 0.0), ('early_stop', False), ('restarts', 1)):
+  several = (('rise', 0.0), ('early_stop', False), ('carry', False))
+  for field, off in (*several, ('restarts', 1)):
     if attack[field] != off:
       raise UserError(
         f'attack.name {attack.name} makes one step from one start, but '
         f'attack.{field} is {attack[field]}; give attack.name pgd, or '
         f'attack.{field} {off}'
       )
+
+
+def _check_carry(config: ConfigDict) -> None:
+  """Refuses what makes last epoch's delta that of another image or ball."""
+  augment = config.augment
+  mixing = augment.mix_probability and (augment.mixup or augment.cutmix)
+  for field, value, off in (
+    ('augment.crop_padding', augment.crop_padding, 0),
+    ('augment.flip', augment.flip, False),
+    ('augment.mix_probability', mixing and augment.mix_probability, 0.0),
+    ('attack.restarts', config.attack.restarts - 1, 1),
+    ('train.accumulate', config.train.accumulate - 1, 1),
+  ):
+    if value:
+      raise UserError(
+        f'attack.carry keeps one delta of each training image as it is, so '
+        f'{field} must be {off}; change that, or give attack.carry False'
+      )
+  if config.threat.norm != 'linf' or not threat(config).eps:
+    raise UserError(
+      'attack.carry keeps deltas in levels of a linf ball, but threat.norm is '
+      f'{config.threat.norm}, threat.eps {config.threat.eps}; give linf and an '
+      'eps above 0, or attack.carry False'
+    )
 
 
 def _check_patches(config: ConfigDict) -> None:

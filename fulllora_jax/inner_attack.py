@@ -11,6 +11,7 @@ from fulllora_jax.attacks import Threat
 from fulllora_jax.attacks.pgd import counted_pgd
 from fulllora_jax.attacks.single_step import STEP, fgsm_rs, n_fgsm
 
+_LEVELS = 127  # of an int8, each way
 _SINGLE_STEP = {'fgsm_rs': fgsm_rs, 'n_fgsm': n_fgsm}
 ATTACKS = ('pgd', *_SINGLE_STEP)
 
@@ -31,6 +32,8 @@ class InnerAttack:
     name: of ATTACKS.
     rise: fraction of training over which the steps of PGD rise from 1.
     early_stop: of PGD (attacks/early_stop.py).
+    carry: whether PGD begins where it ended when the example was seen last
+      (Zheng et al., 2020, arXiv 1912.11969), the first time at x.
   """
 
   threat: Threat
@@ -44,6 +47,7 @@ class InnerAttack:
   name: str = 'pgd'
   rise: float = 0.0
   early_stop: bool = False
+  carry: bool = False
 
   @property
   def label(self) -> str:
@@ -57,6 +61,7 @@ class InnerAttack:
     x: jax.Array,
     labels: jax.Array,
     step: jax.Array,
+    deltas: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array | int]:
     """Attacks the images of a step.
 
@@ -66,6 +71,7 @@ class InnerAttack:
       x: images [B, H, W, C], float32 in [0, 1].
       labels: int [B], or soft labels float [B, K].
       step: steps of the training that are done, int [].
+      deltas: int8 [B, H, W, C], of `carry`.
 
     Returns:
       x_adv [B, H, W, C], and the forward-backward passes made, as a mean over
@@ -77,6 +83,9 @@ class InnerAttack:
       attack = _SINGLE_STEP[self.name]
       return attack(keys, logits_fn, x, labels, threat, loss=self.loss), 1
     steps, step_size = self._steps(step)
+    start = None
+    if deltas is not None:
+      start = threat.project(x, x + deltas * (self.threat.eps / _LEVELS))
     return counted_pgd(
       keys,
       logits_fn,
@@ -89,7 +98,13 @@ class InnerAttack:
       loss=self.loss,
       random_start=self.random_start,
       early_stop=self.early_stop,
+      start=start,
     )
+
+  def pack(self, x: jax.Array, x_adv: jax.Array) -> jax.Array:
+    """Returns x_adv - x as `deltas`, to half of eps / 127."""
+    levels = (x_adv - x) * (_LEVELS / self.threat.eps)
+    return jnp.round(levels).astype(jnp.int8)
 
   def _steps(self, step) -> tuple[jax.Array | int, jax.Array | float]:
     """Returns how many steps PGD makes now, and their size in a full ball.

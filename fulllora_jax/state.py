@@ -25,11 +25,27 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32 [], the number of finished steps
   trainable: Tree  # variables with the frozen leaves masked out
   opt_state: optax.OptState
+  # int8 [N, H, W, C], in eps / 127: where the attack on each training example
+  # ended last (attack.carry); else no leaf.
+  deltas: jax.Array | None = None
 
 
-def create(trainable: Tree, tx: optax.GradientTransformation) -> TrainState:
-  """Returns the state before the first step."""
-  return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+def create(
+  trainable: Tree,
+  tx: optax.GradientTransformation,
+  carried: tuple[int, ...] | None = None,
+) -> TrainState:
+  """Returns the state before the first step.
+
+  Args:
+    trainable: the leaves that learn.
+    tx: the optimizer.
+    carried: the shape [N, H, W, C] of the training images whose deltas are
+      carried from epoch to epoch; None: they are not.
+  """
+  deltas = None if carried is None else jnp.zeros(carried, jnp.int8)
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, trainable, tx.init(trainable), deltas)
 
 
 def split(variables: Tree, mask: Tree) -> tuple[Tree, Tree]:

@@ -86,7 +86,8 @@ def train_step(
     algorithm: what stays the same; static.
     state: before the step.
     frozen: the other half of the variables; no gradient is taken of it.
-    batch: image uint8 [B, H, W, C] and label int32 [B].
+    batch: image uint8 [B, H, W, C] and label int32 [B]; with deltas in the
+      state also index int32 [B], which examples of the training set.
     root_key: of the run; every random number follows from it and the step.
 
   Returns:
@@ -108,9 +109,14 @@ def train_step(
   def microbatch_gradient(microbatch):
     return _gradient(algorithm, state, frozen, *microbatch)
 
-  gradient, metrics = _mean_over_microbatches(
-    microbatch_gradient, (keys, x, labels), algorithm.accumulate
-  )
+  if state.deltas is None:
+    gradient, metrics = _mean_over_microbatches(
+      microbatch_gradient, (keys, x, labels), algorithm.accumulate
+    )
+  else:  # which are one for each image, so there is one microbatch
+    last = state.deltas[batch['index']]
+    gradient, metrics = microbatch_gradient((keys, x, labels, last))
+    moved = metrics.pop('deltas')
   updates, opt_state = algorithm.tx.update(
     gradient, state.opt_state, state.trainable
   )
@@ -127,7 +133,10 @@ def train_step(
     updated,
     (state.trainable, state.opt_state),
   )
-  return TrainState(state.step + 1, trainable, opt_state), metrics
+  deltas = state.deltas
+  if deltas is not None:
+    deltas = deltas.at[batch['index']].set(jnp.where(good, moved, last))
+  return TrainState(state.step + 1, trainable, opt_state, deltas), metrics
 
 
 def _gradient(
@@ -137,6 +146,7 @@ def _gradient(
   keys: jax.Array,
   x: jax.Array,
   labels: jax.Array,
+  deltas: jax.Array | None = None,
 ) -> tuple[Tree, Metrics]:
   """The two lines of Algorithm 1, up to the optimizer."""
 
@@ -147,7 +157,7 @@ def _gradient(
   x_adv, passes = x, 0
   if algorithm.attack is not None:
     x_adv, passes = algorithm.attack(
-      fold_in(keys, Purpose.ATTACK), logits_fn, x, labels, state.step
+      fold_in(keys, Purpose.ATTACK), logits_fn, x, labels, state.step, deltas
     )
 
   def mean_loss(trainable):
@@ -170,6 +180,8 @@ def _gradient(
   else:
     metrics |= _clean_scores(algorithm, logits_fn, x, labels, state.step)
     metrics |= _scores('robust', logits, labels)
+  if deltas is not None:
+    metrics['deltas'] = algorithm.attack.pack(x, x_adv)
   return gradient, metrics
 
 

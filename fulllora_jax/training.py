@@ -70,8 +70,11 @@ class Training:
     self.frozen = sharding.shard_frozen(
       frozen, self.mesh, config.mesh.shard_from
     )
+    carried = None
+    if self.algorithm.attack is not None and self.algorithm.attack.carry:
+      carried = (len(dataset.train), *dataset.image_shape)
     self.state = sharding.replicate(
-      state_lib.create(trainable, self.algorithm.tx), self.mesh
+      state_lib.create(trainable, self.algorithm.tx, carried), self.mesh
     )
     self.evaluator = robustness.Evaluator(
       self.built.model.apply,
@@ -214,6 +217,8 @@ class Training:
 
   def put(self, rows: dict[str, Any]) -> dict[str, jax.Array]:
     """Puts the rows of all processes on the mesh, as a batch."""
+    if self.state.deltas is None:
+      rows = {name: rows[name] for name in ('image', 'label')}
     return sharding.put_batch(rows, self.mesh)
 
   def compile(self, batch: dict[str, jax.Array]) -> Callable:

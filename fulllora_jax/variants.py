@@ -2,14 +2,15 @@
 
 `configs/cifar10.py:tiny` is the same road with a model for a CPU, and
 `configs/cifar10.py:deit_s` starts from another published checkpoint. These are
-timm's conversions on the Hugging Face hub, of the authors' own weights.
+timm's conversions on the Hugging Face hub, of the authors' own weights. `fast`
+trains with a shorter attack, alone or after another: `deit_s,fast`.
 """
 
 from typing import NamedTuple
 
 from ml_collections.config_dict import ConfigDict
 
-from fulllora_jax.errors import choose
+from fulllora_jax.errors import UserError
 
 _HUB = 'hf-hub:timm/'
 
@@ -84,22 +85,28 @@ def with_variant(
   Args:
     config: changed in place.
     variant: '' for the config as it is; 'tiny'; or, where `published` is not
-      empty, a name in PUBLISHED.
+      empty, a name in PUBLISHED. Each may be followed by ',fast', and 'fast'
+      may stand alone.
     published: what '' stands for.
 
   Raises:
     UserError: another variant.
   """
-  if variant:
-    known = ('tiny', *(PUBLISHED if published else ()))
-    choose('config variant', variant, known)
-  if variant == 'tiny':
-    return tiny(config)
-  name = variant or published
-  if name:
-    start_from(config, PUBLISHED[name])
-    config.name += f'-{name}' if variant else ''
-  return config
+  size, *more = variant.split(',') if variant != 'fast' else ('', 'fast')
+  known = ('tiny', *(PUBLISHED if published else ()))
+  if variant not in ('', 'fast') and (
+    size not in known or more not in ([], ['fast'])
+  ):
+    raise UserError(
+      f'config variant: unknown {variant!r}; known: {", ".join(known)}, fast, '
+      'and fast after another, as in tiny,fast'
+    )
+  if size == 'tiny':
+    tiny(config)
+  elif size or published:
+    start_from(config, PUBLISHED[size or published])
+    config.name += f'-{size}' if size else ''
+  return fast(config) if more else config
 
 
 def start_from(config: ConfigDict, base: Published) -> None:
@@ -133,4 +140,14 @@ def tiny(config: ConfigDict) -> ConfigDict:
     recipe.update(eval_every=1000, checkpoint_every=50)
   config.eval.update(num_examples=256, batch_size=128)
   config.eval.validation_examples = 128
+  return config
+
+
+def fast(config: ConfigDict) -> ConfigDict:
+  """Trains with N-FGSM: two passes a step in place of PGD-10's eleven.
+
+  docs/road.md has what that gave, and what else was tried.
+  """
+  config.name += '-fast'
+  config.attack.name = 'n_fgsm'
   return config

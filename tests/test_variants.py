@@ -6,6 +6,7 @@ import runpy
 import pytest
 
 from fulllora_jax import build, config_checks, models, variants
+from fulllora_jax import config as config_lib
 from fulllora_jax import state as state_lib
 from fulllora_jax.errors import UserError
 
@@ -96,6 +97,10 @@ def test_names_and_so_default_work_directories_differ():
     for variant in ('', 'tiny', *variants.PUBLISHED)
   ]
   names += [load('digits').name, load('digits', 'tiny').name]
+  names += [load(file, 'fast').name for file in (*FILES, 'digits')]
+  names += [
+    load('cifar10', f'{variant},fast').name for variant in ('tiny', 'vit_b')
+  ]
   assert len(set(names)) == len(names)
 
 
@@ -118,6 +123,31 @@ def test_tiny_trains_its_own_base(file):
   assert state_lib.count(shapes['params']) < 200_000
 
 
+@pytest.mark.parametrize('file', [*FILES, 'digits'])
+@pytest.mark.parametrize('size', ['', 'tiny', 'deit_s'])
+def test_fast_changes_the_attack_alone(file, size):
+  if (file, size) == ('digits', 'deit_s'):
+    return
+  plain, fast = load(file, size), load(file, f'{size},fast' if size else 'fast')
+  config_checks.validate(fast, 1)
+  assert fast.name == f'{plain.name}-fast'
+  differing = {
+    field
+    for field, value in config_lib.flat(fast).items()
+    if value != config_lib.flat(plain)[field]
+  }
+  assert differing == {'name', 'attack.name'}
+  assert plain.attack.name == 'pgd' and fast.attack.name == 'n_fgsm'
+
+
+@pytest.mark.parametrize(
+  'variant', ['fast,tiny', 'tiny,fast,fast', 'tiny,', ',fast', 'fast,fast']
+)
+def test_fast_comes_last_and_once(variant):
+  with pytest.raises(UserError, match=f'variant: unknown {variant!r}; known'):
+    load('cifar10', variant)
+
+
 @EVERY_FILE
 def test_an_unknown_variant_is_one_line_with_the_known_ones(file):
   with pytest.raises(UserError) as caught:
@@ -128,11 +158,12 @@ def test_an_unknown_variant_is_one_line_with_the_known_ones(file):
 
 
 @pytest.mark.parametrize('variant', ['vit_b', 'deit_s', 'Tiny', ' '])
-def test_digits_know_tiny_only(variant):
+def test_digits_know_tiny_and_fast_only(variant):
   with pytest.raises(UserError) as caught:
     load('digits', variant)
   assert str(caught.value) == (
-    f'config variant: unknown {variant!r}; known: tiny'
+    f'config variant: unknown {variant!r}; known: tiny, fast, and fast after '
+    'another, as in tiny,fast'
   )
 
 

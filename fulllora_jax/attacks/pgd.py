@@ -80,6 +80,7 @@ def counted_pgd(
   loss: str = 'ce',
   random_start: bool = True,
   early_stop: bool = False,
+  start: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | int]:
   """Does what `pgd` does, and counts; for training.
 
@@ -96,6 +97,8 @@ def counted_pgd(
     random_start: likewise.
     early_stop: steps an image no further once it is misclassified
       (early_stop.py).
+    start: where to begin, [B, H, W, C] in the ball and the box, in place of a
+      random point.
 
   Returns:
     x_adv, and the forward-backward passes made, as a mean over the images. The
@@ -113,22 +116,22 @@ def counted_pgd(
     return threat.project(x, x_adv + step)
 
   def attempt(restart):
-    start = x
-    if random_start:
+    begin = x if start is None else start
+    if random_start and start is None:
       fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-      start = threat.random_start(fold_in(keys, restart), x)
+      begin = threat.random_start(fold_in(keys, restart), x)
     if early_stop:
       return ascend_until_broken(
         logits_fn,
         loss_fn,
         x,
-        start,
+        begin,
         labels,
         threat,
         steps=steps,
         step_size=step_size,
       )
-    return jax.lax.fori_loop(0, steps, ascend, start), steps
+    return jax.lax.fori_loop(0, steps, ascend, begin), steps
 
   def strength(x_adv):
     logits = logits_fn(x_adv)

@@ -56,11 +56,23 @@ SCHEDULES: Mapping[str, Schedule] = {
   'rise+early_stop': Schedule(_RISE | _STOP),
   'fgsm_rs': Schedule({'attack.name': 'fgsm_rs'}),
   'n_fgsm': Schedule({'attack.name': 'n_fgsm'}),
+  'carry': Schedule(_PGD_2 | {'attack.carry': True}),  # without augmentation
   'half pgd-10': Schedule(_PGD, 0.5),
   'half pgd-2': Schedule(_PGD_2, 0.5),
   'half rise': Schedule(_RISE, 0.5),
   'half n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 0.5),
 }
+
+DEFAULT = (
+  PLAIN,
+  'rise',
+  'early_stop',
+  'rise+early_stop',
+  'pgd-2',
+  'fgsm_rs',
+  'n_fgsm',
+  'half n_fgsm',
+)
 
 
 def race(
@@ -69,7 +81,7 @@ def race(
   workdir: str | Path,
   *,
   target: float,
-  schedules: Sequence[str] = tuple(SCHEDULES),
+  schedules: Sequence[str] = DEFAULT,
   attack: str = 'pgd-20',
   points: int = 10,
   num_validation: int = 128,

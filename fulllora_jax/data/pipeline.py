@@ -71,7 +71,8 @@ def train_batches(
     process_count: P, a divisor of B.
 
   Yields:
-    {'image': uint8 [B/P, H, W, C], 'label': int32 [B/P]}.
+    {'image': uint8 [B/P, H, W, C], 'label': int32 [B/P], 'index': int32 [B/P]
+    (in the split)}.
 
   Raises:
     UserError: if P does not divide B; later, if an image cannot be read.
@@ -86,7 +87,11 @@ def train_batches(
 
   def batch(step):
     indices = batch_indices(len(split), batch_size, step, seed)[mine]
-    return {'image': split.fetch(indices), 'label': split.labels[indices]}
+    return {
+      'image': split.fetch(indices),
+      'label': split.labels[indices],
+      'index': indices.astype(np.int32),
+    }
 
   return _prefetched(grain.MapDataset.range(start, stop).map(batch))
 

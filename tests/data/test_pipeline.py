@@ -62,7 +62,9 @@ def test_labels_go_with_their_images():
   batch = next(train_batches(numbered(50), 16, 0, 7, 8))
   assert batch['image'].dtype == np.uint8
   assert batch['label'].dtype == np.int32
+  assert batch['index'].dtype == np.int32
   np.testing.assert_array_equal(batch['label'], batch['image'][:, 0, 0, 0] % 5)
+  np.testing.assert_array_equal(batch['index'], batch['image'][:, 0, 0, 0])
 
 
 def test_rows_of_all_processes_make_the_global_batch():

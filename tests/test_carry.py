@@ -1,0 +1,153 @@
+"""Deltas of the training examples, carried from epoch to epoch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train_step import (
+  ALGORITHM,
+  ATTACK,
+  BATCH,
+  FROZEN,
+  ROOT_KEY,
+  TRAINABLE,
+  assert_same,
+  copy,
+  toy,
+)
+
+from fulllora_jax import checkpoint, config, config_checks, memory, sharding
+from fulllora_jax import state as state_lib
+from fulllora_jax.errors import UserError
+from fulllora_jax.train_step import compile_train_step
+
+CARRY = dataclasses.replace(ATTACK, carry=True)
+INDEX = np.array([4, 9, 0, 11, 2, 7, 5, 1], np.int32)
+X = jnp.asarray(BATCH['image']) / 255
+
+
+def make_step(devices=1, attack=CARRY, apply=toy):
+  """Returns the state before the first step, and (state, index) -> state."""
+  algorithm = dataclasses.replace(
+    ALGORITHM, attack=attack, apply=apply, log_every=100
+  )
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  step_fn = compile_train_step(algorithm, mesh)
+  state = state_lib.create(TRAINABLE, algorithm.tx, (12, 8, 8, 3))
+  state, frozen = sharding.replicate((state, FROZEN), mesh)
+
+  def step(state, index=INDEX):
+    batch = sharding.put_batch(BATCH | {'index': index}, mesh)
+    return step_fn(state, frozen, batch, ROOT_KEY)
+
+  return state, step
+
+
+def test_a_step_begins_where_the_last_one_ended_and_keeps_where_it_ends():
+  ended = []
+
+  def recorded(variables, images):
+    jax.debug.callback(lambda x: ended.append(np.array(x)), images)
+    return toy(variables, images)
+
+  state, step = make_step(apply=recorded)
+  state, metrics = step(state)
+  jax.effects_barrier()
+  first = copy(state.deltas)
+  assert 'deltas' not in metrics
+  assert first.dtype == np.int8 and first.shape == (12, 8, 8, 3)
+  assert any(np.array_equal(x, X) for x in ended)  # the first time from x
+  others = [3, 6, 8, 10]
+  assert not first[others].any() and np.abs(first[INDEX]).max() == 127
+  ended.clear()
+  state, _ = step(state)
+  jax.effects_barrier()
+  start = jnp.clip(X + first[INDEX] * (0.1 / 127), 0, 1)
+  assert any(np.allclose(x, start, atol=1e-6) for x in ended)
+  assert not any(np.array_equal(x, X) for x in ended)
+
+
+def test_deltas_are_kept_to_half_a_level():
+  x_adv = X + np.random.default_rng(0).uniform(-0.1, 0.1, X.shape)
+  packed = np.asarray(CARRY.pack(X, x_adv), np.float32)
+  np.testing.assert_allclose(packed * 0.1 / 127, x_adv - X, atol=0.05 / 126)
+
+
+def test_without_carry_the_state_has_no_leaf_more():
+  plain = state_lib.create(TRAINABLE, ALGORITHM.tx)
+  carried = state_lib.create(TRAINABLE, ALGORITHM.tx, (12, 8, 8, 3))
+  leaves = len(jax.tree.leaves(plain))
+  assert plain.deltas is None and len(jax.tree.leaves(carried)) == leaves + 1
+  assert memory.per_device(carried) - memory.per_device(plain) == 12 * 192
+
+
+def test_a_resumed_run_is_the_run_to_the_bit(tmp_path):
+  state, step = make_step()
+  for _ in range(2):
+    state, _ = step(state)
+  checkpoints = checkpoint.TrainingCheckpoints(tmp_path, keep=1)
+  checkpoints.save(state, {})
+  checkpoints.close()
+  whole = copy(step(state)[0])
+  like, step = make_step()
+  restored, _ = checkpoint.TrainingCheckpoints(tmp_path, keep=1).restore(like)
+  assert np.abs(copy(restored.deltas)).max() == 127
+  assert_same(copy(step(restored)[0]), whole)
+
+
+def test_devices_change_nothing():
+  results = []
+  for devices in (1, 4):
+    state, step = make_step(devices)
+    state, _ = step(step(state)[0])
+    results.append(copy(state))
+  one, four = results
+  assert np.abs(one.deltas.astype(int) - four.deltas).max() <= 1
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    one.trainable,
+    four.trainable,
+  )
+
+
+def test_a_step_that_is_not_finite_keeps_the_deltas():
+  state, step = make_step()
+  state, _ = step(state)
+  kept = copy(state.deltas)
+  poisoned = jax.tree.map(lambda a: a.at[0].set(jnp.nan), state.trainable)
+  state, metrics = step(state._replace(trainable=poisoned))
+  assert metrics['nonfinite'].any()
+  np.testing.assert_array_equal(state.deltas, kept)
+
+
+def plain_config(**fields):
+  c = config.default()
+  c.attack.carry = True
+  c.augment.update(crop_padding=0, flip=False, mix_probability=0.0)
+  c.eval.attacks = ('clean', 'pgd-2')
+  c.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
+  return c
+
+
+@pytest.mark.parametrize(
+  'field, value, words',
+  [
+    ('augment__crop_padding', 4, 'augment.crop_padding must be 0'),
+    ('augment__flip', True, 'augment.flip must be False'),
+    ('augment__mix_probability', 0.3, 'augment.mix_probability must be 0.0'),
+    ('attack__restarts', 2, 'attack.restarts must be 1'),
+    ('train__accumulate', 2, 'train.accumulate must be 1'),
+    ('attack__name', 'fgsm_rs', 'attack.name fgsm_rs .* attack.carry is True'),
+    ('threat__norm', 'l2', 'linf ball, but threat.norm is l2'),
+    ('threat__eps', '0', 'threat.eps 0; give linf and an eps above 0'),
+  ],
+)
+def test_what_a_delta_does_not_fit_is_refused(field, value, words):
+  config_checks.validate(plain_config(), 1)
+  with pytest.raises(UserError, match=words) as caught:
+    config_checks.validate(plain_config(**{field: value}), 1)
+  assert 'attack.carry' in str(caught.value) and '\n' not in str(caught.value)
