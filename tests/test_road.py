@@ -2,16 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import config_checks
+from fulllora_jax import config_checks, sharding
 from fulllora_jax.benchmarking import road, road_report
 from fulllora_jax.errors import UserError
 
-NAMES = ('pgd-10', 'half n_fgsm')
+NAMES = ('pgd-10', 'half-n_fgsm', 'carry')
 OPTIONS = {
   'target': 0.5,
   'schedules': NAMES,
@@ -36,31 +37,32 @@ def race_config(digits_dir, finished):
 @pytest.fixture(scope='module')
 def raced(race_config, digits, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('road')
+  make_mesh = sharding.make_mesh
   with pytest.MonkeyPatch.context() as patch:
-    from fulllora_jax import sharding
-
-    make_mesh, devices = sharding.make_mesh, sharding.jax.devices()[:1]
-    patch.setattr(sharding, 'make_mesh', lambda *_, **kw: make_mesh(devices))
+    patch.setattr(
+      sharding, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
+    )
     result = road.race(race_config, digits, workdir, **OPTIONS)
   return workdir, result
 
 
 def test_passes_and_steps_are_those_of_the_schedules(raced):
   _, result = raced
-  plain, half = (result['schedules'][name] for name in NAMES)
+  plain, half, carry = (result['schedules'][name] for name in NAMES)
   assert (plain['steps'], half['steps']) == (4, 2)
   assert plain['passes'] == 4 * 16 * 11
   assert half['passes'] == 2 * 16 * 2
+  assert carry['passes'] == 16 * (2 + 3 * 3)  # PGD-2, from the second step on
   assert [p['step'] for p in plain['curve']] == [0, 2, 4]
   assert [p['passes'] for p in half['curve']] == [0, 32, 64]
   assert plain['curve'][0]['robust'] == half['curve'][0]['robust']  # the base
-  for lap in (plain, half):
+  for lap in (plain, half, carry):
     seconds = [p['seconds'] for p in lap['curve']]
     assert 0 == seconds[0] < seconds[1] < seconds[2] == lap['seconds']
     assert lap['seconds_compile'] > 0
     assert lap['final']['num_examples'] == 16
     assert 0 <= lap['final']['accuracy'] <= lap['final']['clean'] <= 1
-  examples = {lap['final']['examples'] for lap in (plain, half)}
+  examples = {lap['final']['examples'] for lap in (plain, half, carry)}
   assert len(examples) == 1
 
 
@@ -69,7 +71,7 @@ def test_files_hold_the_result(raced):
   assert json.loads((workdir / 'road.json').read_text()) == result
   text = (workdir / 'road.md').read_text()
   assert road_report.markdown_table(result) in text
-  assert '| half n_fgsm | 2 | 64 |' in text and 'pgd-2 on validation' in text
+  assert '| half-n_fgsm | 2 | 64 |' in text and 'pgd-2 on validation' in text
   with Image.open(workdir / 'road.png') as picture:
     pixels = np.asarray(picture.convert('RGB'))
   assert pixels.shape[1] > 2 * pixels.shape[0] - 200

@@ -57,10 +57,10 @@ SCHEDULES: Mapping[str, Schedule] = {
   'fgsm_rs': Schedule({'attack.name': 'fgsm_rs'}),
   'n_fgsm': Schedule({'attack.name': 'n_fgsm'}),
   'carry': Schedule(_PGD_2 | {'attack.carry': True}),  # without augmentation
-  'half pgd-10': Schedule(_PGD, 0.5),
-  'half pgd-2': Schedule(_PGD_2, 0.5),
-  'half rise': Schedule(_RISE, 0.5),
-  'half n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 0.5),
+  'half-pgd-10': Schedule(_PGD, 0.5),
+  'half-pgd-2': Schedule(_PGD_2, 0.5),
+  'half-rise': Schedule(_RISE, 0.5),
+  'half-n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 0.5),
 }
 
 DEFAULT = (
@@ -71,7 +71,7 @@ DEFAULT = (
   'pgd-2',
   'fgsm_rs',
   'n_fgsm',
-  'half n_fgsm',
+  'half-n_fgsm',
 )
 
 
@@ -134,7 +134,7 @@ def race(
     laps = {}
     for number, (name, own) in enumerate(raced.items(), 1):
       title = f'{name} ({number}/{len(raced)})'
-      path = directory / 'schedules' / f'{name.replace(" ", "_")}.json'
+      path = directory / 'schedules' / f'{name}.json'
       key = {'config': config_lib.flat(own), **common}
       laps[name] = _finished(path, key)
       if laps[name] is None:
