@@ -58,9 +58,11 @@ SCHEDULES: Mapping[str, Schedule] = {
   'n_fgsm': Schedule({'attack.name': 'n_fgsm'}),
   'carry': Schedule(_PGD_2 | {'attack.carry': True}),  # without augmentation
   'half-pgd-10': Schedule(_PGD, 0.5),
-  'half-pgd-2': Schedule(_PGD_2, 0.5),
-  'half-rise': Schedule(_RISE, 0.5),
   'half-n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 0.5),
+  # A quarter of the passes of the plain one.
+  'quarter-pgd-10': Schedule(_PGD, 0.25),
+  'quarter-pgd-2': Schedule(_PGD_2, 0.91),
+  'quarter-n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 1.37),
 }
 
 DEFAULT = (
@@ -71,7 +73,7 @@ DEFAULT = (
   'pgd-2',
   'fgsm_rs',
   'n_fgsm',
-  'half-n_fgsm',
+  'quarter-n_fgsm',
 )
 
 
