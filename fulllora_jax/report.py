@@ -305,8 +305,10 @@ def _training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   if report['method'] in ('fulllora', 'lora'):
     names += ['adapter.rank', 'adapter.alpha', 'adapter.head']
   if report['method'] != 'standard':
-    names += ['attack.name', 'attack.steps', 'attack.step_size', 'attack.loss']
-    names += ['attack.rise', 'attack.early_stop']
+    names += ['attack.name', 'attack.loss']
+    if _field(config, 'attack.name') in (None, 'pgd'):  # else they are unused
+      names += ['attack.steps', 'attack.step_size', 'attack.rise']
+      names += ['attack.early_stop', 'attack.carry']
   names += [
     'optimizer.name',
     'optimizer.learning_rate',
