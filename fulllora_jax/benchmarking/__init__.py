@@ -1,1 +1,1 @@
-"""Races, of schedules and of programs, with their tables and pictures."""
+"""What the benchmark command measures, and against what."""
