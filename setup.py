@@ -56,6 +56,8 @@ setup(
     'tensorflow-datasets>=4.9.8',
   ],
   extras_require={
+    # What `benchmark --compare torch` runs beside ours.
+    'bench': ['peft>=0.15', 'timm>=1.0', 'torch>=2.6', 'torchvision'],
     'cuda': ['jax[cuda12]'],
     # gcsfs stands in where there is no TensorFlow.
     'gcs': _BUCKETS,

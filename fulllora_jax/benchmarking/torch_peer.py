@@ -32,6 +32,7 @@ __all__ = ['COMPILE_MODES', 'Spec', 'TorchPeer', 'spec_of']
 
 _COMMAND = (sys.executable, '-m', 'fulllora_jax.benchmarking.torch_worker')
 _PATIENCE = 5.0  # seconds in which the other process may end by itself
+_ARITHMETIC = ('pool', 'act', 'epsilon')
 _FAMILIES = ('vit', 'deit')
 _METHODS = {
   'fulllora': 'lora',  # peft has no LNLoRA
@@ -223,7 +224,7 @@ def spec_of(
       f'torch peer: images of {height} x {width} pixels; it takes square ones'
     )
   return Spec(
-    **{field: model[field] for field in (*SIZE_FIELDS, 'pool', 'act')},
+    **{field: model[field] for field in (*SIZE_FIELDS, *_ARITHMETIC)},
     image_size=height,
     channels=channels,
     patch_size=config.model.patch_size,

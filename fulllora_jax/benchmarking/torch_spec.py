@@ -42,6 +42,7 @@ class Spec:
     batch_size: images of a step.
     pool: 'token', 'mean', or 'mean_norm' (the last norm after the mean).
     act: of the MLPs, 'gelu' or 'gelu_tanh'.
+    epsilon: of the norms.
     mean: per-channel mean of pixels in [0, 1], or one value for all.
     std: likewise.
     method: 'lora' (peft's, beside `targets`), 'full' or 'linear'.
@@ -84,6 +85,7 @@ class Spec:
   batch_size: int
   pool: str = 'token'
   act: str = 'gelu_tanh'
+  epsilon: float = 1e-6
   mean: tuple[float, ...] = (0.5,)
   std: tuple[float, ...] = (0.5,)
   method: str = 'lora'

@@ -70,6 +70,7 @@ def build(spec: Spec) -> Classifier:
     mlp_ratio=(spec.mlp_dim + 0.5) / spec.width,
     fc_norm=spec.pool == 'mean_norm',
     act_layer=_ACTS[spec.act],
+    norm_layer=functools.partial(nn.LayerNorm, eps=spec.epsilon),
   ).to(getattr(torch, spec.dtype))
   if spec.method == 'lora':
     model = _with_lora(model, spec)
