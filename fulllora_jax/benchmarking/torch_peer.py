@@ -52,8 +52,8 @@ class TorchPeer:
 
   Attributes:
     spec: what it does.
-    compile_seconds: from the first step to the last warm-up, cold: no cache
-      of compiled programs is kept.
+    compile_seconds: until the first step and attack were done, those included;
+      cold, for no cache of compiled programs is kept.
     trainable: count of the parameters that learn.
     versions: of torch, timm and peft.
     device: 'cpu', or the GPU's name.
