@@ -55,8 +55,9 @@ class Work:
       )
     if spec.threads:
       torch.set_num_threads(spec.threads)
-    torch.set_float32_matmul_precision('high')  # TF32 on GPUs, as JAX has it
-    torch.backends.cudnn.benchmark = True
+    if spec.device == 'cuda':
+      torch.set_float32_matmul_precision('high')  # TF32, as JAX has it there
+      torch.backends.cudnn.benchmark = True
     torch.manual_seed(spec.seed)
     self.spec = spec
     self.model = torch_step.build(spec)

@@ -32,10 +32,8 @@ SPEC = torch_peer.Spec(
 def own_settings():
   """Puts back what `Work` sets for its whole process."""
   threads = torch.get_num_threads()
-  precision = torch.get_float32_matmul_precision()
   yield
   torch.set_num_threads(threads)
-  torch.set_float32_matmul_precision(precision)
 
 
 def work_of(**changed):
