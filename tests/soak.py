@@ -48,6 +48,8 @@ FLAGS = (
   '--config.train.log_every=1',
   '--config.eval.attacks=("pgd-2",)',
   '--peer_timeout=20',
+  # Process 0 may be killed before the others have reached it.
+  '--start_timeout=90',
 )
 
 
