@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.tracers import current_trace
 
-from fulllora_jax.adapters.lnlora import LNLoRA
+from fulllora_jax.adapters.lnlora import LNLoRA, Moments
 from fulllora_jax.errors import UserError
 
 COLLECTION = 'lnlora'
@@ -99,6 +100,7 @@ class AdaptedModel:
 
   def _interceptor(self, seen: dict[str, str | None] | None = None):
     """Makes the interceptor; notes each linear map's path and target."""
+    shared = _SharedMoments()
 
     def intercept(next_fun, args, kwargs, context):
       y = next_fun(*args, **kwargs)
@@ -114,7 +116,8 @@ class AdaptedModel:
       if target is None:
         return y
       x = args[0] if args else kwargs['inputs']
-      return y + _branch_output(module, self.targets[target], path, x, y)
+      branch = self.targets[target]
+      return y + _branch_output(module, branch, path, x, y, shared)
 
     return intercept
 
@@ -159,11 +162,38 @@ def attach(model: nn.Module, targets: Mapping[str, LNLoRA]) -> AdaptedModel:
   return AdaptedModel(model, dict(targets))
 
 
+class _SharedMoments:
+  """The LayerNorms' moments, once for all the maps that read one array.
+
+  Query, key and value do. The compiler finds out that their moments are the
+  same, but not that the gradients of them can be added up before they become
+  as wide as x.
+  """
+
+  def __init__(self):
+    # The arrays themselves are kept, so that no other gets the same id.
+    self._known: dict[tuple[int, float], tuple[Any, jax.Array, Moments]] = {}
+
+  def of(self, x: jax.Array, epsilon: float) -> Moments:
+    """Returns Moments.of(x, epsilon), computed in the current trace."""
+    trace, key = current_trace(), (id(x), epsilon)
+    if key not in self._known or self._known[key][0] != trace:
+      self._known[key] = trace, x, Moments.of(x, epsilon)
+    return self._known[key][2]
+
+
 def _branch_output(
-  module: nn.Module, branch: LNLoRA, path: str, x: jax.Array, y: jax.Array
+  module: nn.Module,
+  branch: LNLoRA,
+  path: str,
+  x: jax.Array,
+  y: jax.Array,
+  shared: _SharedMoments,
 ) -> jax.Array:
   """Runs the branch beside `module`; draws its parameters when initialising."""
-  rows = _rows(module, path, x.astype(y.dtype))
+  if x.dtype != y.dtype:  # a cast, even to its own dtype, is another array
+    x = x.astype(y.dtype)
+  rows = _rows(module, path, x)
   d_out = math.prod(y.shape[rows.ndim - 1 :])
   if not all(module.has_variable(COLLECTION, n) for n in branch.names()):
     if not module.is_mutable_collection(COLLECTION):
@@ -176,7 +206,8 @@ def _branch_output(
     for name, value in drawn.items():
       module.put_variable(COLLECTION, name, value)
   parameters = {n: module.get_variable(COLLECTION, n) for n in branch.names()}
-  return branch(parameters, rows).reshape(y.shape)
+  moments = shared.of(rows, branch.epsilon) if branch.layer_norm else None
+  return branch.moved(parameters, rows, moments).reshape(y.shape)
 
 
 def _rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:
@@ -192,6 +223,8 @@ def _rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:
     )
   axes = (module.axis,) if isinstance(module.axis, int) else module.axis
   axes = sorted(axis % x.ndim for axis in axes)  # as DenseGeneral sorts them
+  if axes == [x.ndim - 1]:
+    return x
   x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
   return x.reshape(*x.shape[: x.ndim - len(axes)], -1)
 

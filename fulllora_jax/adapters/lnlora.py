@@ -10,9 +10,19 @@ B: [r, d_out] zero, so that the adapted map starts as the frozen one, exactly.
 
 There is no `merge`: LN is not linear in x, so LNLoRA cannot be folded into W.
 (Plain LoRA could be, and is kept apart too, to have one road for both.)
+
+The LayerNorm can move behind A, though. With G = diag(scale) A
+
+    LN(x) A = (x G - mean(x) colsum(G)) / sqrt(var(x) + epsilon) + bias A
+
+so that a normalised tensor as wide as x never exists: `LNLoRA.moved`, which is
+what models run, computes two numbers for each token and r columns. Calling the
+branch computes the definition above, and is what `moved` is tested against.
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +112,44 @@ class LNLoRA:
     b = parameters['lora_b'].astype(x.dtype)
     return (self.alpha / self.rank) * ((normed @ a) @ b)
 
+  def moved(
+    self,
+    parameters: dict[str, jax.Array],
+    x: jax.Array,
+    moments: 'Moments | None' = None,
+  ) -> jax.Array:
+    """Computes what a call does, with the LayerNorm moved behind A.
+
+    The columns of G are centred, which changes nothing (x - mean(x) sums to 0)
+    and keeps x G small where x has a large mean; what rounding leaves of their
+    sums is taken off again.
+
+    Args:
+      parameters: as of a call.
+      x: likewise.
+      moments: of x, where they are known; branches beside maps of one input
+        can share them. None: they are computed here. Of no use without the
+        LayerNorm.
+
+    Returns:
+      As a call, to rounding.
+    """
+    wide = jnp.float32
+    a, b = parameters['lora_a'], parameters['lora_b'].astype(wide)
+    b = ((self.alpha / self.rank) * b).astype(x.dtype)
+    if not self.layer_norm:
+      return (x @ a.astype(x.dtype)) @ b
+    if moments is None:
+      moments = Moments.of(x, self.epsilon)
+    a = a.astype(wide)
+    g = parameters['ln_scale'].astype(wide)[:, None] * a
+    g = (g - g.mean(axis=0)).astype(x.dtype)
+    rest = g.astype(wide).sum(axis=0)
+    low = jnp.matmul(x, g, preferred_element_type=wide)
+    low = (low - moments.mean * rest) * moments.inverse_deviation
+    low += (parameters['ln_bias'].astype(wide)[:, None] * a).sum(axis=0)
+    return low.astype(x.dtype) @ b
+
 
 def layer_norm(
   x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
@@ -116,3 +164,47 @@ def layer_norm(
   variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
   normed = (wide - mean) * jax.lax.rsqrt(variance + epsilon)
   return (normed * scale + bias).astype(x.dtype)
+
+
+class Moments(NamedTuple):
+  """What a LayerNorm divides and subtracts: two numbers for each token.
+
+  Attributes:
+    mean: float32 [..., 1], over the last axis.
+    inverse_deviation: likewise, 1 / sqrt(var + epsilon).
+  """
+
+  mean: jax.Array
+  inverse_deviation: jax.Array
+
+  @classmethod
+  def of(cls, x: jax.Array, epsilon: float) -> 'Moments':
+    """Computes the moments of x [..., d], in float32."""
+    return cls(*_moments(x, epsilon))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _moments(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+  wide = x.astype(jnp.float32)
+  mean = wide.mean(axis=-1, keepdims=True)
+  # Not the mean square less the square of the mean: far from zero they cancel.
+  variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
+  return mean, jax.lax.rsqrt(variance + epsilon)
+
+
+def _moments_forward(x, epsilon):
+  moments = _moments(x, epsilon)
+  return moments, (x, *moments)
+
+
+def _moments_backward(epsilon, kept, cotangents):
+  """One multiply-add over x; autodiff makes several passes of it."""
+  del epsilon
+  x, mean, inverse = kept
+  from_mean, from_inverse = cotangents
+  slope = -from_inverse * inverse**3 / x.shape[-1]
+  offset = from_mean / x.shape[-1] - slope * mean
+  return ((x.astype(jnp.float32) * slope + offset).astype(x.dtype),)
+
+
+_moments.defvjp(_moments_forward, _moments_backward)

@@ -76,15 +76,16 @@ class EncoderBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     y = layer_norm(self.epsilon, self.dtype, 'LayerNorm_0')(x)
-    queries = slice(self.first)
-    x = x[:, queries]
+    queries = y
+    if self.first is not None:
+      x, queries = x[:, : self.first], y[:, : self.first]
     y = nn.MultiHeadDotProductAttention(
       num_heads=self.num_heads,
       dtype=self.dtype,
       kernel_init=nn.initializers.xavier_uniform(),
       force_fp32_for_softmax=True,
       name='MultiHeadDotProductAttention_1',
-    )(y[:, queries], y)
+    )(queries, y)
     y = nn.Dropout(self.dropout)(y, deterministic=not train)
     x = x + self._scaled('ls1', y)
     y = layer_norm(self.epsilon, self.dtype, 'LayerNorm_2')(x)

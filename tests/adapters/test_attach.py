@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from fulllora_jax import build, state
 from fulllora_jax.adapters import COLLECTION, LNLoRA, attach
+from fulllora_jax.adapters.lnlora import Moments
 from fulllora_jax.errors import UserError
 
 KEY = jax.random.key(0)
@@ -362,3 +363,64 @@ def test_a_model_with_other_collections_is_adapted():
     adapted.apply({**variables, 'lnlora': lnlora}, x),
     Normed().apply(variables, x),
   )
+
+
+@pytest.fixture
+def moments(monkeypatch):
+  """The shapes of the arrays that moments were computed of."""
+  shapes, own = [], Moments.of
+
+  def of(x, epsilon):
+    shapes.append(x.shape)
+    return own(x, epsilon)
+
+  monkeypatch.setattr(Moments, 'of', of)
+  return shapes
+
+
+def test_maps_of_one_input_share_its_moments(tiny_config, fill, moments):
+  built = build.build(tiny_config(depth=2), num_classes=3)
+  variables = fill(build.shapes(built, IMAGES.shape[1:]))
+  moments.clear()
+  jax.grad(lambda x: built.model.apply(variables, x).sum())(IMAGES)
+  # Patches; then in each block attention's input, its heads, and the MLP's
+  # two. The last block's one query is an array of its own.
+  tokens = [(2, 5, 8)] * 4
+  last = [(2, 1, 8), (2, 5, 8), (2, 1, 8), (2, 1, 8), (2, 1, 16)]
+  assert moments == [(2, 2, 2, 48), *tokens[:3], (2, 5, 16), *last]
+
+
+class Rematerialising(nn.Module):
+  """Reads one array inside of a trace of its own, and then outside of it."""
+
+  def setup(self):
+    self.first, self.second = nn.Dense(3), nn.Dense(3)
+
+  def __call__(self, x):
+    return nn.remat(lambda m: m.first(x))(self) + self.second(x)
+
+
+def test_moments_are_not_shared_across_traces(fill):
+  x = jnp.asarray(RNG.normal(size=(4, 6)), jnp.float32)
+  adapted, variables = adapt(Rematerialising(), {'first|second': NORMED}, x)
+  variables = fill(variables)
+  params, lnlora = variables['params'], variables[COLLECTION]
+
+  def expected(x):
+    return sum(
+      x @ params[name]['kernel']
+      + params[name]['bias']
+      + NORMED(lnlora[name], x)
+      for name in ('first', 'second')
+    )
+
+  for function, wanted in (
+    (lambda x: adapted.apply(variables, x), expected),
+    (
+      jax.grad(lambda x: adapted.apply(variables, x).sum()),
+      jax.grad(lambda x: expected(x).sum()),
+    ),
+  ):
+    np.testing.assert_allclose(
+      jax.jit(function)(x), wanted(x), rtol=1e-4, atol=1e-4
+    )
