@@ -45,29 +45,50 @@ def describe(
   Raises:
     UserError: a text that cannot be read, or a rank that does not fit.
   """
-  from fulllora_jax import build, models, state
-
   config, num_classes = experiment(text, rank, attack_steps)
+  return counted(text, config, num_classes, 3, fsdp)
+
+
+def counted(
+  name: str, config, num_classes: int, channels: int, fsdp: int = 1
+) -> costs.Model:
+  """Counts the parameters of a config's plain ViT, without arrays.
+
+  Args:
+    name: in tables.
+    config: config.py; FullLoRA with one rank, whatever its method.
+    num_classes: K.
+    channels: of an image.
+    fsdp: devices that share the frozen base.
+
+  Raises:
+    UserError: a rank that does not fit.
+  """
+  from fulllora_jax import build, models, state
+  from fulllora_jax import config as config_lib
+
+  config = config_lib.copy(config)
+  config.method = 'fulllora'
   built = build.build(config, num_classes)
   side = config.data.image_size
-  shapes = build.shapes(built, (side, side, 3))
+  shapes = build.shapes(built, (side, side, channels))
   trainable, frozen = state.split(shapes, built.mask(shapes))
   size = models.settings(config.model)
   patch = size['patch_size']
   split_blocks, split_rest = _split(frozen, fsdp, config.mesh.shard_from)
   return costs.Model(
-    name=text,
+    name=name,
     width=size['width'],
     depth=size['depth'],
     mlp_dim=size['mlp_dim'],
     patches=(side // patch) ** 2,
-    patch_values=patch * patch * 3,
+    patch_values=patch * patch * channels,
     num_classes=num_classes,
     rank=config.adapter.rank,
     base=state.count(shapes['params']),
     frozen=state.count(frozen),
     adapted=state.count(trainable),
-    attack_steps=attack_steps,
+    attack_steps=config.attack.steps,
     split_blocks=split_blocks,
     split_rest=split_rest,
   )

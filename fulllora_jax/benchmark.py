@@ -1,0 +1,105 @@
+"""Measures the train step of a config on whatever devices are here.
+
+  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti
+  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
+      --methods linear,lora,full --compare torch --rounds 20
+  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
+      --attacks pgd-20,apgd-ce --images 256
+
+Compile time, seconds of a step, images per second, FLOPs and how much of the
+measured peak they reach, memory, the parts of a step, and whether the input
+keeps up; beside other methods, and beside the same work in PyTorch. What is
+compared takes turns in one run. The base has random weights, and the images
+are noise, unless --data=config: neither changes how long a step takes.
+
+A table goes to the terminal, with all numbers to WORKDIR/benchmark.json and
+benchmark.md.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+
+from absl import flags
+
+from fulllora_jax import errors
+
+
+def define_flags() -> None:
+  """Defines what is measured, beside what, and how often."""
+  from ml_collections import config_flags
+
+  config_flags.DEFINE_config_file(
+    'config', None, 'A file of configs/, with its variant after a colon.'
+  )
+  flags.mark_flag_as_required('config')
+  flags.DEFINE_string(
+    'workdir', None, 'For the results. Default: runs/benchmark-<config.name>.'
+  )
+  flags.DEFINE_list(
+    'methods',
+    ['linear'],
+    'Other methods to time beside; linear has the same steps without adapters.',
+  )
+  flags.DEFINE_integer('rounds', 10, 'Timed steps of each.', lower_bound=1)
+  flags.DEFINE_integer('warmup', 2, 'Steps before them.', lower_bound=1)
+  flags.DEFINE_enum(
+    'data', 'random', ['random', 'config'], 'Noise, or the data of the config.'
+  )
+  flags.DEFINE_integer('num_classes', 10, 'With --data=random.', lower_bound=2)
+  flags.DEFINE_enum('compare', None, ['torch'], 'The same work in PyTorch.')
+  flags.DEFINE_list(
+    'torch_modes', ['eager', 'compile'], 'With --compare: eager, compile.'
+  )
+  flags.DEFINE_list(
+    'attacks', [], 'Evaluations to time, e.g. pgd-20,autoattack.'
+  )
+  flags.DEFINE_integer(
+    'images', 256, 'That --attacks are timed on.', lower_bound=1
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures, prints and writes."""
+  del argv
+  given = flags.FLAGS
+  import jax
+
+  from fulllora_jax import data, files
+  from fulllora_jax.benchmarking import cases, evaluations, peers, steps
+
+  steps.check_devices()
+  # What is timed is compiling, not reading what an earlier run compiled.
+  jax.config.update('jax_compilation_cache_dir', None)
+  config = given.config
+  workdir = files.absolute_path(
+    given.workdir or os.path.join('runs', f'benchmark-{config.name}')
+  )
+  files.make_writable(workdir)
+  if given.data == 'config':
+    dataset = data.open_dataset(config.data, config.seed)
+  else:
+    dataset = cases.random_dataset(config, given.num_classes, channels=3)
+  with contextlib.ExitStack() as stack:
+    running = {}
+    if given.compare:
+      running = peers.start(stack, config, dataset, given.torch_modes)
+    compiled = steps.compile_cases(config, dataset, given.methods)
+    record = steps.measure(compiled, given.rounds, given.warmup, running)
+    text = steps.markdown(record)
+    if given.attacks:
+      record['evaluations'] = evaluations.measure(
+        compiled[config.method], given.attacks, given.images, running
+      )
+      text += '\n' + evaluations.markdown(record['evaluations'])
+  files.replace_file(
+    workdir / 'benchmark.json', json.dumps(record, indent=2).encode()
+  )
+  files.replace_file(workdir / 'benchmark.md', text.encode())
+  print(text)
+
+
+if __name__ == '__main__':
+  define_flags()
+  errors.run(main)
