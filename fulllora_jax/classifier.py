@@ -134,6 +134,7 @@ def read(
   directory = pretrained.find_artefact(path, which)
   adapter, metadata = checkpoint.read_artefact(directory)
   cfg = config.from_mapping(metadata['config'])
+  cfg.model.attention = ''  # this machine's, not that of the training
   built = build.build(cfg, metadata['num_classes'])
   shapes = build.shapes(built, tuple(metadata['image_shape']))
   trainable, frozen = state_lib.split(shapes, built.mask(shapes))

@@ -50,6 +50,8 @@ def default() -> ConfigDict:
   # Memory for time: none | blocks (recompute each) | dots (keep what linear
   # maps gave). It changes no number.
   m.remat = 'none'
+  # '': cuDNN's fused kernel in bfloat16 on a GPU, XLA elsewhere; xla | cudnn.
+  m.attention = ''
   m.dropout = 0.0  # training forward only, never in an attack
   m.dtype = 'float32'  # compute: float32 | bfloat16; attack state is float32
 
@@ -132,6 +134,9 @@ def default() -> ConfigDict:
   # published checkpoint: a file or folder, hf-hub:owner/name[@revision], or
   # https://...#sha256=... (pretrained/sources.py).
   b.source = 'train'
+  # Of the frozen kernels in memory: float32 | bfloat16, which needs model.dtype
+  # bfloat16 and changes no number (each call would cast them anyway).
+  b.dtype = 'float32'
   b.patch_resize = 'sum'  # to another patch size: sum | flexi | interpolate
   # Row of a published head for each class, -1 for a new one; (): a new head
   # unless there are as many classes.

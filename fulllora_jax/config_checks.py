@@ -51,6 +51,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
   choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
   choose('model.remat', config.model.remat, ('none', 'blocks', 'dots'))
+  choose('base.dtype', config.base.dtype, ('float32', 'bfloat16'))
+  if config.base.dtype == 'bfloat16' != config.model.dtype:
+    raise UserError(
+      f'base.dtype bfloat16: model.dtype {config.model.dtype} computes with '
+      'more; set both to bfloat16, or neither'
+    )
   choose('adapter.dtype', config.adapter.dtype, ('float32', 'bfloat16'))
   resizes = ('sum', 'flexi', 'interpolate')
   choose('base.patch_resize', config.base.patch_resize, resizes)

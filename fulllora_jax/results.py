@@ -164,7 +164,7 @@ def logits_functions(
   exact = None
   config = config_lib.from_mapping(loaded.metadata['config'])
   if config.model.dtype != 'float32':
-    config.model.dtype = 'float32'
+    config.model.dtype, config.model.attention = 'float32', ''
     model = build.build(config, loaded.metadata['num_classes']).model
     exact = Partial(model.apply, variables)
   return Partial(loaded.model.apply, variables), exact

@@ -59,6 +59,27 @@ def split(variables: Tree, mask: Tree) -> tuple[Tree, Tree]:
   return trainable, frozen
 
 
+def in_compute_dtype(frozen: Tree, dtype: str, head: str) -> Tree:
+  """Casts the frozen kernels to the dtype that their layers compute in.
+
+  Those are what a layer casts at each call anyway, so no number changes. Norms
+  and the head compute in float32 and stay as they are.
+
+  Args:
+    frozen: of `split`.
+    dtype: of the model.
+    head: regular expression of the head's module path.
+  """
+
+  def cast(path, leaf):
+    _, *module, name = (entry.key for entry in path)
+    if name != 'kernel' or re.fullmatch(head, '/'.join(module)):
+      return leaf
+    return leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, frozen)
+
+
 def merge(trainable: Tree, frozen: Tree) -> Tree:
   """Joins what `split` took apart.
 

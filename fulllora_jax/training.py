@@ -67,6 +67,10 @@ class Training:
     self.algorithm = build.make_algorithm(
       config, self.built, mask, self.total_steps, dataset.num_classes
     )
+    if config.base.dtype != 'float32':
+      frozen = state_lib.in_compute_dtype(
+        frozen, config.base.dtype, self.built.head
+      )
     self.frozen = sharding.shard_frozen(
       frozen, self.mesh, config.mesh.shard_from
     )

@@ -1,6 +1,6 @@
 """The blocks of a Vision Transformer, under the AugReg checkpoints' names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,6 +61,7 @@ class EncoderBlock(nn.Module):
     first: computes so many first tokens alone, from all of them; None: all.
     layer_scale: scales each branch by a learned vector (Touvron et al., 2021,
       arXiv 2103.17239).
+    attend: of attention.py.
   """
 
   num_heads: int
@@ -69,6 +70,7 @@ class EncoderBlock(nn.Module):
   epsilon: float
   dropout: float
   dtype: jnp.dtype
+  attend: Callable[..., jax.Array]
   layer_scale: bool = False
   swiglu: bool = False
   first: int | None = None
@@ -83,7 +85,7 @@ class EncoderBlock(nn.Module):
       num_heads=self.num_heads,
       dtype=self.dtype,
       kernel_init=nn.initializers.xavier_uniform(),
-      force_fp32_for_softmax=True,
+      attention_fn=self.attend,
       name='MultiHeadDotProductAttention_1',
     )(queries, y)
     y = nn.Dropout(self.dropout)(y, deterministic=not train)
@@ -114,6 +116,7 @@ class MAPHead(nn.Module):
   act: str
   epsilon: float
   dtype: jnp.dtype
+  attend: Callable[..., jax.Array]
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -125,7 +128,7 @@ class MAPHead(nn.Module):
       num_heads=self.num_heads,
       dtype=self.dtype,
       kernel_init=initial,
-      force_fp32_for_softmax=True,
+      attention_fn=self.attend,
       name='MultiHeadDotProductAttention_0',
     )(probe, x)
     y = layer_norm(self.epsilon, self.dtype, 'LayerNorm_0')(x)

@@ -9,7 +9,7 @@ Images are float32 [B, H, W, C] in [0, 1]; normalisation is the first line.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fulllora_jax.errors import UserError
+from fulllora_jax.models import attention
 from fulllora_jax.models.layers import (
   IMAGENET_MEAN,
   IMAGENET_STD,
@@ -51,7 +52,7 @@ SIZES = {
   'g': (1536, 40, 24, 4096),
 }
 SIZE_FIELDS = ('width', 'depth', 'num_heads', 'mlp_dim')
-FIELDS = (*SIZE_FIELDS, 'pool', 'class_token', 'swiglu')
+FIELDS = (*SIZE_FIELDS, 'pool', 'class_token', 'swiglu', 'attention')
 POOLS = ('token', 'mean', 'mean_norm', 'token_mean', 'map')
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -103,7 +104,7 @@ def create(model, num_classes: int) -> nn.Module:
 
   Raises:
     UserError: a free size with a missing field, a width that the heads do not
-      divide, or a pool that the model has no token for.
+      divide, a pool that the model has no token for, or as attention.function.
   """
   settings = resolve(model, NAMES, SIZE_FIELDS)
   if settings['width'] % settings['num_heads']:
@@ -127,6 +128,8 @@ def create(model, num_classes: int) -> nn.Module:
   chosen = {k: v for k, v in settings.items() if k in known}
   chosen['mean'], chosen['std'] = tuple(chosen['mean']), tuple(chosen['std'])
   chosen['dtype'] = jnp.dtype(model.dtype)
+  head_dim = settings['width'] // settings['num_heads']
+  attention.function(settings.get('attention', ''), chosen['dtype'], head_dim)
   return VisionTransformer(num_classes=num_classes, **chosen)
 
 
@@ -156,6 +159,7 @@ class VisionTransformer(nn.Module):
     std: likewise, the standard deviation.
     dtype: of the computation; logits are always float32.
     remat: what the backward pass recomputes (layers.py).
+    attention: '' for the fastest here, or a name of attention.py.
   """
 
   num_classes: int
@@ -178,6 +182,7 @@ class VisionTransformer(nn.Module):
   std: tuple[float, ...] = (0.5,)
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
+  attention: str = ''
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -194,6 +199,7 @@ class VisionTransformer(nn.Module):
         epsilon=self.epsilon,
         dropout=self.dropout,
         dtype=self.dtype,
+        attend=self._attend(),
         layer_scale=self.layer_scale,
         swiglu=self.swiglu,
       ),
@@ -223,6 +229,10 @@ class VisionTransformer(nn.Module):
       parts.insert(0, self._token('cls', x.shape[0]))
     return jnp.concatenate(parts, axis=1)
 
+  def _attend(self) -> Callable[..., jax.Array]:
+    head_dim = self.width // self.num_heads
+    return attention.function(self.attention, self.dtype, head_dim)
+
   def _token(self, name: str, count: int) -> jax.Array:
     token = self.param(name, nn.initializers.zeros, (1, 1, self.width))
     return jnp.tile(token.astype(self.dtype), (count, 1, 1))
@@ -238,6 +248,7 @@ class VisionTransformer(nn.Module):
         self.act,
         self.epsilon,
         self.dtype,
+        self._attend(),
         name='MAPHead_0',
       )(patches)
     mean = patches.mean(axis=1)
