@@ -22,14 +22,13 @@ import os
 from collections.abc import Sequence
 
 from absl import flags
+from ml_collections import config_flags
 
 from fulllora_jax import errors
 
 
 def define_flags() -> None:
   """Defines what is measured, beside what, and how often."""
-  from ml_collections import config_flags
-
   config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, with its variant after a colon.'
   )
@@ -67,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from fulllora_jax import data, files
+  from fulllora_jax import workdir as workdir_lib
   from fulllora_jax.benchmarking import cases, evaluations, peers, steps
 
   steps.check_devices()
@@ -76,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
   workdir = files.absolute_path(
     given.workdir or os.path.join('runs', f'benchmark-{config.name}')
   )
-  files.make_writable(workdir)
+  with workdir_lib.writing(workdir):
+    files.make_writable(workdir)
   if given.data == 'config':
     dataset = data.open_dataset(config.data, config.seed)
   else:

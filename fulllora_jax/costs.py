@@ -144,7 +144,7 @@ def step_flops(model: Model, method: str) -> int:
 
   The gradient of a product costs one product for each side that needs it: in
   the attack the activations alone, in the update also what learns; below the
-  patch embedding nothing needs it.
+  patch embedding and its branch nothing needs it.
 
   Args:
     model: what is trained.
@@ -159,7 +159,8 @@ def step_flops(model: Model, method: str) -> int:
   if method == 'full':
     backward += f['patches'] + 2 * f['blocks']
   else:
-    backward += f['blocks'] + 2 * (f['branches'] + f['patch_branch'])
+    pixels = 2 * model.patches * model.rank * model.patch_values
+    backward += f['blocks'] + 2 * (f['branches'] + f['patch_branch']) - pixels
   return model.attack_steps * ascent + (forward + backward) + forward
 
 

@@ -61,7 +61,7 @@ def claim(workdir: str | os.PathLike, config) -> Path:
 
 def _claim(path: Path, config) -> None:
   saved = path / 'config.json'
-  with _writing(path):
+  with writing(path):
     make_writable(path)
     if saved.exists():
       _check_same(path, read_config(path), config)
@@ -104,7 +104,7 @@ def exclusive(workdir: str | os.PathLike) -> Iterator[None]:
   with contextlib.ExitStack() as held:
 
     def acquire() -> None:
-      with _writing(path):
+      with writing(path):
         make_writable(path)
         held.enter_context(locks.exclusive(path))
 
@@ -117,7 +117,8 @@ def _path(workdir: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+  """Makes one line about --workdir of an OSError."""
   try:
     yield
   except OSError as error:

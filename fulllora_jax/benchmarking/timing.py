@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from fulllora_jax.console import Progress, say
 
@@ -75,14 +75,3 @@ def ratio(a: Seconds, b: Seconds) -> Seconds:
   (2.0, 1.5)
   """
   return Seconds(tuple(x / y for x, y in zip(a.all, b.all, strict=True)))
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-  """Formats rows as columns, the first to the left, the others to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = []
-  for first, *rest in rows:
-    cells = [f'{first:<{widths[0]}}']
-    cells += [f'{c:>{w}}' for c, w in zip(rest, widths[1:], strict=True)]
-    lines.append('  '.join(cells).rstrip())
-  return '\n'.join(lines)
