@@ -121,8 +121,8 @@ class LNLoRA:
     """Computes what a call does, with the LayerNorm moved behind A.
 
     The columns of G are centred, which changes nothing (x - mean(x) sums to 0)
-    and keeps x G small where x has a large mean; what rounding leaves of their
-    sums is taken off again.
+    and leaves nothing to subtract; but for what rounding to less than float32
+    leaves of their sums.
 
     Args:
       parameters: as of a call.
@@ -144,9 +144,10 @@ class LNLoRA:
     a = a.astype(wide)
     g = parameters['ln_scale'].astype(wide)[:, None] * a
     g = (g - g.mean(axis=0)).astype(x.dtype)
-    rest = g.astype(wide).sum(axis=0)
     low = jnp.matmul(x, g, preferred_element_type=wide)
-    low = (low - moments.mean * rest) * moments.inverse_deviation
+    if g.dtype != wide:
+      low -= moments.mean * g.astype(wide).sum(axis=0)
+    low *= moments.inverse_deviation
     low += (parameters['ln_bias'].astype(wide)[:, None] * a).sum(axis=0)
     return low.astype(x.dtype) @ b
 
