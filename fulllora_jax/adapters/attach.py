@@ -172,14 +172,19 @@ class _SharedMoments:
 
   def __init__(self):
     # The arrays themselves are kept, so that no other gets the same id.
-    self._known: dict[tuple[int, float], tuple[Any, jax.Array, Moments]] = {}
+    self._known: dict[tuple[int, float], tuple[Any, ...]] = {}
 
-  def of(self, x: jax.Array, epsilon: float) -> Moments:
-    """Returns Moments.of(x, epsilon), computed in the current trace."""
+  def of(self, x: jax.Array, epsilon: float) -> tuple[jax.Array, Moments]:
+    """Returns x as rows [N, d], and their moments, in the current trace.
+
+    The compiler multiplies rows; reading others for the moments, it would
+    write x twice.
+    """
     trace, key = current_trace(), (id(x), epsilon)
     if key not in self._known or self._known[key][0] != trace:
-      self._known[key] = trace, x, Moments.of(x, epsilon)
-    return self._known[key][2]
+      rows = x.reshape(-1, x.shape[-1])
+      self._known[key] = trace, x, rows, Moments.of(rows, epsilon)
+    return self._known[key][2:]
 
 
 def _branch_output(
@@ -206,7 +211,9 @@ def _branch_output(
     for name, value in drawn.items():
       module.put_variable(COLLECTION, name, value)
   parameters = {n: module.get_variable(COLLECTION, n) for n in branch.names()}
-  moments = shared.of(rows, branch.epsilon) if branch.layer_norm else None
+  moments = None
+  if branch.layer_norm:
+    rows, moments = shared.of(rows, branch.epsilon)
   return branch.moved(parameters, rows, moments).reshape(y.shape)
 
 

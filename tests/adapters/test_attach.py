@@ -385,9 +385,9 @@ def test_maps_of_one_input_share_its_moments(tiny_config, fill, moments):
   jax.grad(lambda x: built.model.apply(variables, x).sum())(IMAGES)
   # Patches; then in each block attention's input, its heads, and the MLP's
   # two. The last block's one query is an array of its own.
-  tokens = [(2, 5, 8)] * 4
-  last = [(2, 1, 8), (2, 5, 8), (2, 1, 8), (2, 1, 8), (2, 1, 16)]
-  assert moments == [(2, 2, 2, 48), *tokens[:3], (2, 5, 16), *last]
+  tokens = [(10, 8), (10, 8), (10, 8), (10, 16)]
+  last = [(2, 8), (10, 8), (2, 8), (2, 8), (2, 16)]
+  assert moments == [(8, 48), *tokens, *last]
 
 
 class Rematerialising(nn.Module):
