@@ -5,6 +5,8 @@
       --methods linear,lora,full --compare torch --rounds 20
   python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
       --attacks pgd-20,apgd-ce --images 256
+  python -m fulllora_jax.benchmark --config configs/digits.py \
+      --to_robustness 0.5 --schedules pgd-10,early_stop,quarter-n_fgsm
 
 Compile time, seconds of a step, images per second, FLOPs and how much of the
 measured peak they reach, memory, the parts of a step, and whether the input
@@ -13,7 +15,9 @@ compared takes turns in one run. The base has random weights, and the images
 are noise, unless --data=config: neither changes how long a step takes.
 
 A table goes to the terminal, with all numbers to WORKDIR/benchmark.json and
-benchmark.md.
+benchmark.md. --to_robustness measures something else: how many passes and
+seconds training takes to a robust accuracy, by schedule of the inner attack
+(WORKDIR/road.md, .json, .png); killed, it goes on with the same command.
 """
 
 import contextlib
@@ -57,22 +61,71 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'images', 256, 'That --attacks are timed on.', lower_bound=1
   )
+  flags.DEFINE_float(
+    'to_robustness',
+    None,
+    'Race schedules to this robust accuracy, 0 to 1, on the data of --config.',
+  )
+  flags.DEFINE_list(
+    'schedules', [], 'With --to_robustness; docs/performance.md has them.'
+  )
+  flags.DEFINE_string(
+    'final',
+    'apgd-ce+apgd-t',
+    'With --to_robustness: the attacks on what was trained; empty: none.',
+  )
+  flags.DEFINE_integer(
+    'test_images', 200, 'With --to_robustness, for --final; 0: all.'
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   """Measures, prints and writes."""
   del argv
   given = flags.FLAGS
+  # The peers want some of a GPU's memory too; before JAX starts.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   import jax
 
-  from fulllora_jax import data, files
-  from fulllora_jax import workdir as workdir_lib
-  from fulllora_jax.benchmarking import cases, evaluations, peers, steps
+  from fulllora_jax.benchmarking import steps
 
   steps.check_devices()
   # What is timed is compiling, not reading what an earlier run compiled.
   jax.config.update('jax_compilation_cache_dir', None)
-  config = given.config
+  if given.to_robustness is None:
+    _time_steps(given, given.config)
+  else:
+    _race(given, given.config)
+
+
+def _race(given, config) -> None:
+  """Races schedules; road.race prints and writes."""
+  from fulllora_jax import data
+  from fulllora_jax.benchmarking import road
+
+  for flag in ('compare', 'attacks'):
+    if given[flag].value:
+      raise errors.UserError(
+        f'--{flag}: a race does not measure it; leave out --to_robustness, or '
+        f'--{flag}'
+      )
+  road.race(
+    config,
+    data.open_dataset(config.data, config.seed),
+    given.workdir or os.path.join('runs', f'road-{config.name}'),
+    target=given.to_robustness,
+    schedules=given.schedules or road.DEFAULT,
+    final=given.final,
+    num_test=given.test_images,
+  )
+
+
+def _time_steps(given, config) -> None:
+  """Times steps and evaluations side by side."""
+  from fulllora_jax import data, files
+  from fulllora_jax import workdir as workdir_lib
+  from fulllora_jax.benchmarking import cases, evaluations, peers, steps
+
   workdir = files.absolute_path(
     given.workdir or os.path.join('runs', f'benchmark-{config.name}')
   )

@@ -223,7 +223,8 @@ class Parts:
     keys = jax.random.split(key, x.shape[0])
     logits_fn = functools.partial(self._logits, trainable, frozen)
     step = self._case.training.total_steps  # at full strength
-    return self._algorithm.attack(keys, logits_fn, x, labels, step)
+    x_adv, _ = self._algorithm.attack(keys, logits_fn, x, labels, step)
+    return x_adv
 
   def breakdown(
     self, step: float, seconds: Mapping[str, float]

@@ -233,18 +233,34 @@ def test_the_command_writes_what_it_prints(tmp_path, run_python):
   assert record['evaluations'][0]['attack'] == 'pgd-2'
 
 
+def test_the_command_races(tmp_path, run_python, digits_dir):
+  done = run_python(
+    '-m', 'fulllora_jax.benchmark', f'--config={CONFIG}',
+    f'--config.data.dir={digits_dir}', '--config.train.steps=4',
+    '--config.base.train.steps=20', f'--workdir={tmp_path}/road',
+    '--to_robustness=0.9', '--schedules=pgd-10,n_fgsm', '--final=apgd-ce',
+    '--test_images=16',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / 'road' / 'road.json').read_text())
+  assert list(result['schedules']) == ['pgd-10', 'n_fgsm']
+  assert result['target'] == 0.9 and result['num_test'] == 16
+  assert (tmp_path / 'road' / 'road.png').exists()
+
+
 @pytest.mark.parametrize(
   'flag, words',
   [
     ('--methods=best', "unknown method 'best'"),
     ('--rounds=0', 'rounds'),
     ('--workdir=/proc/nowhere', '/proc/nowhere'),
+    ('--to_robustness=0.5 --attacks=pgd-2', '--attacks: a race does not'),
   ],
 )
 def test_bad_flags_are_one_line(run_python, tmp_path, flag, words):
   done = run_python(
     '-m', 'fulllora_jax.benchmark', f'--config={CONFIG}',
-    f'--workdir={tmp_path}', flag,
+    f'--workdir={tmp_path}', *flag.split(),
   )  # fmt: skip
   assert done.returncode == 2
   errors = [s for s in done.stderr.splitlines() if s.startswith('error: ')]
