@@ -67,7 +67,7 @@ def define_flags() -> None:
     'Race schedules to this robust accuracy, 0 to 1, on the data of --config.',
   )
   flags.DEFINE_list(
-    'schedules', [], 'With --to_robustness; docs/performance.md has them.'
+    'schedules', [], 'With --to_robustness; docs/road.md has them.'
   )
   flags.DEFINE_string(
     'final',
