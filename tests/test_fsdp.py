@@ -219,10 +219,10 @@ def collectives(run_python):
 
 def test_only_adapter_sized_gradients_travel(collectives):
   light, full = (collectives(method, 1, 64) for method in ('fulllora', 'full'))
-  # Of each branch's LayerNorm two numbers for each column of A travel, not two
+  # Of each branch's LayerNorm one number for each column of A travels, not two
   # for each input; patches have 48, and fc2 of 256.
   inputs, branches, rank = 48 + 5 * 64 + 256, 7, 2
-  for one, norms in ((light, 2 * (inputs - branches * rank)), (full, 0)):
+  for one, norms in ((light, 2 * inputs - branches * rank), (full, 0)):
     assert one['found'].keys() == {'all-reduce'}
     # The gradient once, and a few scalars: losses and accuracies.
     sent = 4 * (one['trainable'] - norms)

@@ -117,10 +117,10 @@ def test_the_gradient_alone_is_reduced(compiled):
   moved = collectives.moved(step.as_text())
   gradient = costs.FLOAT32 * model.adapted
   # Scale and bias of a branch's LayerNorm are multiplied into A before the
-  # tokens; in their place travel two numbers for each column of A.
+  # tokens; in their place travels one number for each column of A.
   inputs = [48] + 2 * [5 * 64 + 256]
   branches, rank = 1 + 2 * 6, 3
-  saved = costs.FLOAT32 * 2 * (sum(inputs) - branches * rank)
+  saved = costs.FLOAT32 * (2 * sum(inputs) - branches * rank)
   assert moved.keys() == {'all-reduce'}
   rest = moved['all-reduce'] - (gradient - saved)
   assert 0 < rest < 64  # losses and accuracies

@@ -206,10 +206,12 @@ class Parts:
       variables = (trainable, training.frozen)
       forward = jax.jit(self._logits, out_shardings=rows)
       self.runs['forward'] = _timed(forward, *variables, x)
-      attack = jax.jit(self._attack, out_shardings=rows)
+      whole = sharding.replicated(self._mesh)
+      attack = jax.jit(self._attack, out_shardings=(rows, whole))
       arguments = (*variables, x, labels, training.root_key)
       attack = attack.lower(*arguments).compile()
       self.runs['attack'] = _timed(attack, *arguments)
+      self._ascents = float(attack(*arguments)[1])
       self.attack_costs = flops.compiled(attack)
 
   def _augment(self, batch, key):
@@ -223,8 +225,7 @@ class Parts:
     keys = jax.random.split(key, x.shape[0])
     logits_fn = functools.partial(self._logits, trainable, frozen)
     step = self._case.training.total_steps  # at full strength
-    x_adv, _ = self._algorithm.attack(keys, logits_fn, x, labels, step)
-    return x_adv
+    return self._algorithm.attack(keys, logits_fn, x, labels, step)
 
   def breakdown(
     self, step: float, seconds: Mapping[str, float]
@@ -240,8 +241,7 @@ class Parts:
     """
     parts = {'augment': seconds['augment']}
     if 'attack' in seconds:
-      steps = self._case.config.attack.steps * self._case.config.attack.restarts
-      forward = min(steps * seconds['forward'], seconds['attack'])
+      forward = min(self._ascents * seconds['forward'], seconds['attack'])
       parts['attack, forward'] = forward
       parts['attack, backward'] = seconds['attack'] - forward
     parts['update'] = max(0.0, step - sum(parts.values()))
