@@ -328,7 +328,7 @@ def test_the_document_of_memory_adds_up():
     for fsdp in '14'
   )
   saved = {r: 100 - round(100 * split[r] / whole[r]) for r in REMAT}
-  assert saved == {'none': -14, 'dots': 22, 'blocks': 39}  # as the text says
+  assert saved == {'none': -20, 'dots': 19, 'blocks': 38}  # as the text says
   assert len(sums) == len(rows) == 9
 
 
