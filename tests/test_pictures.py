@@ -182,7 +182,7 @@ def test_radii(tmp_path):
 def test_radii_are_labelled_as_they_were_given(tmp_path, monkeypatch):
   figures = []
   monkeypatch.setattr(
-    pictures, '_save', lambda figure, path: figures.append(figure)
+    pictures, 'save', lambda figure, path: figures.append(figure)
   )
   last = radii('pgd', 'last', steps=20)
   draw_radii(radii() + radii('pgd', steps=20) + last, tmp_path / 'radii.png')
