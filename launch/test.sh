@@ -21,10 +21,12 @@ check() {
 check 'ruff check' ruff check
 check 'ruff format' ruff format --check
 check tests pytest tests "$@"
-# These two need PyTorch, which is an extra.
+# These need PyTorch, which is an extra.
 check doctests pytest --doctest-modules fulllora_jax -q \
   --ignore=fulllora_jax/torch_adapter.py \
-  --ignore=fulllora_jax/exporting/timm_vit.py
+  --ignore=fulllora_jax/exporting/timm_vit.py \
+  --ignore=fulllora_jax/benchmarking/torch_step.py \
+  --ignore=fulllora_jax/benchmarking/torch_work.py
 
 if ((${#failed[@]})); then
   say "FAILED: $(IFS=,; echo "${failed[*]}")"
