@@ -1,7 +1,9 @@
 """A train step, compiled and ready to be timed, and its parts."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -75,7 +77,8 @@ class Case:
     config_checks.validate(config, jax.device_count())
     self.name, self.config = name, config
     self.training = training = Training(config, _WORKDIR, dataset, None)
-    self.batch = sharding.put_batch(next(self._batches(1)), training.mesh)
+    with contextlib.closing(training.batches(0)) as batches:
+      self.batch = training.put(next(batches))
     step = train_step.compile_train_step(training.algorithm, training.mesh)
     arguments = self._arguments(training.state)
     began = time.perf_counter()
@@ -89,17 +92,6 @@ class Case:
     }
     self.plan = memory.measure(
       self.compiled, training.state, training.frozen, self.batch, config
-    )
-
-  def _batches(self, steps: int):
-    return data.train_batches(
-      self.training.dataset.train,
-      self.config.train.batch_size,
-      self.config.seed,
-      0,
-      steps,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     )
 
   def _arguments(self, state):
@@ -118,20 +110,25 @@ class Case:
   def loop(self, steps: int) -> dict[str, float]:
     """Makes steps as training does, with new batches, without waiting.
 
+    Args:
+      steps: at most; no more than the training has.
+
     Returns:
-      seconds of the loop, and those of them that it waited for its input.
+      steps that were made, seconds of the loop, and those of them that it
+      waited for its input.
     """
     training, waited, metrics = self.training, 0.0, None
+    steps = min(steps, training.total_steps)
     began = previous = time.perf_counter()
-    for rows in self._batches(steps):
-      self.batch = sharding.put_batch(rows, training.mesh)
+    for rows in itertools.islice(training.batches(0), steps):
+      self.batch = training.put(rows)
       waited += time.perf_counter() - previous
       training.state, now = self.compiled(*self._arguments(training.state))
       jax.block_until_ready(metrics)  # of the step before: one runs ahead
       metrics, previous = now, time.perf_counter()
     jax.block_until_ready(metrics)
     seconds = time.perf_counter() - began
-    return {'seconds': seconds, 'input_wait': waited}
+    return {'steps': steps, 'seconds': seconds, 'input_wait': waited}
 
   def flops(self) -> dict[str, float | None]:
     """Counts the FLOPs of a step of all devices, and the bytes of one.

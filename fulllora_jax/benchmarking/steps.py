@@ -94,7 +94,7 @@ def measure(
     'versions': provenance.versions(),
     'steps': steps,
     'breakdown': parts.breakdown(first.median, medians),
-    'input': ours.loop(_LOOP_STEPS) | {'steps': _LOOP_STEPS},
+    'input': ours.loop(_LOOP_STEPS),
     'peak': best,
     'roofline': _roofline(parts, best),
   }
