@@ -88,6 +88,12 @@ def validate_evaluation(config: ConfigDict) -> None:
   _positive('eval.batch_size', config.eval.batch_size)
   step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
   _positive('eval.step_size', step_size)
+  for factor in config.eval.radii:
+    if not parse_fraction(factor, 'eval.radii') > 0:
+      raise UserError(
+        f'eval.radii {factor}: give multiples of eps above 0; clean images are '
+        'there without asking'
+      )
   for field in ('num_examples', 'validation_examples'):
     if config.eval[field] < 0:
       raise UserError(

@@ -88,8 +88,7 @@ def write_report(
   """
   directory = as_path(workdir)
   # The numbers first: no fault in a picture can lose them.
-  text = json.dumps(_json_value(report), indent=2, allow_nan=False)
-  replace_file(directory / 'report.json', text.encode() + b'\n')
+  write_numbers(directory, report)
   pictures = []
   for name in ('curves.png', 'examples.png'):
     with os_errors(directory):
@@ -106,13 +105,21 @@ def write_report(
   return path
 
 
+def write_numbers(
+  workdir: str | os.PathLike, report: Mapping[str, Any]
+) -> None:
+  """Writes report.json alone; arguments as those of `write_report`."""
+  text = json.dumps(_json_value(report), indent=2, allow_nan=False)
+  replace_file(as_path(workdir) / 'report.json', text.encode() + b'\n')
+
+
 def summary_table(report: Mapping[str, Any]) -> str:
   """Returns the results as text: a row for an attack, a column for weights.
 
   The lines below the table say what the numbers are, the parameters trained
   and the threat model.
   """
-  rows = _table(report)
+  rows = table(report)
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     '  '.join(
@@ -131,23 +138,25 @@ def summary_table(report: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _table(report: Mapping[str, Any]) -> list[list[str]]:
+def table(report: Mapping[str, Any]) -> list[list[str]]:
   """Returns the header and the rows of the table of results, as text."""
   evaluations = report.get('evaluations', ())
   columns = [w for w in _WEIGHTS if any(e['weights'] == w for e in evaluations)]
   cells = {}
   for evaluation in evaluations:
-    row = cells.setdefault(_label(evaluation, evaluations), {})
+    row = cells.setdefault(row_label(evaluation, evaluations), {})
     row[evaluation['weights']] = evaluation
-  table = [['attack', *columns, 'n']]
+  rows = [['attack', *columns, 'n']]
   for label, row in cells.items():
     counts = sorted({e['num_examples'] for e in row.values()})
     texts = [_cell(row[c]) if c in row else '-' for c in columns]
-    table.append([label, *texts, ' / '.join(map(str, counts))])
-  return table
+    rows.append([label, *texts, ' / '.join(map(str, counts))])
+  return rows
 
 
-def _label(evaluation, evaluations) -> str:
+def row_label(
+  evaluation: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]
+) -> str:
   """Names the row of an evaluation: the attack and all that is not common."""
   label = evaluation['attack']
   restarts = evaluation.get('restarts') or 0  # 0: not an iterated attack
@@ -189,36 +198,36 @@ def _threat(report: Mapping[str, Any]) -> str:
 
 def _markdown(report, pictures) -> str:
   """Returns the text of report.md."""
-  header, *rows = _table(report)
-  table = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
+  header, *rows = table(report)
+  rows = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
   parts = [
     f'# {report["config_name"]}: {report["method"]} on {report["dataset"]}',
-    _headline(report),
+    headline(report),
     overfitting.note(report),
     '## Results',
-    '\n'.join(f'| {" | ".join(row)} |' for row in table),
+    '\n'.join(f'| {" | ".join(row)} |' for row in rows),
     'Accuracy in % [95 % Wilson interval]; n is the number of images.'
-    f'{_weights_note(report)}',
+    f'{weights_note(report)}',
     *attack_report.markdown(report),
     *(f'![{title}]({name})' for title, name in pictures),
     *_example_note(pictures),
     '## Parameters and threat model',
-    _bullets(_model_facts(report)),
+    _bullets(model_facts(report)),
     '## How it was trained',
-    _bullets(_training_facts(report)),
+    _bullets(training_facts(report)),
     '## Where it comes from',
     _bullets(_provenance(report)),
     '## What these numbers mean',
-    _bullets(_limits(report)),
+    _bullets(limits(report)),
     'Everything above, and the whole configuration, is in `report.json`.',
   ]
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def _headline(report: Mapping[str, Any]) -> str:
+def headline(report: Mapping[str, Any]) -> str:
   """Says the result in a paragraph."""
   evaluations = report['evaluations']
-  found = {(e['weights'], _label(e, evaluations)): e for e in evaluations}
+  found = {(e['weights'], row_label(e, evaluations)): e for e in evaluations}
   weights = next(
     (w for w in ('best', 'last') if any(key[0] == w for key in found)), 'base'
   )
@@ -249,7 +258,8 @@ def _percent(evaluation: Mapping[str, Any]) -> str:
   return f'{100 * evaluation["accuracy"]:.1f} %'
 
 
-def _weights_note(report: Mapping[str, Any]) -> str:
+def weights_note(report: Mapping[str, Any]) -> str:
+  """Says which steps `best` and `last` are; empty where that is unknown."""
   best, last = report.get('best_step'), report.get('last_step')
   notes = []
   if best is not None:
@@ -269,7 +279,8 @@ def _example_note(pictures) -> Iterator[str]:
     )
 
 
-def _model_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def model_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields names and values of what was trained and of each attack."""
   yield 'trained', _parameters(report)
   size = report.get('adapter_bytes')
   yield 'adapter', f'{size / 1e6:.2f} MB' if size is not None else None
@@ -295,11 +306,12 @@ def _attacks(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
   first = {}
   for evaluation in report['evaluations']:
     if evaluation['attack'] != 'clean':
-      first.setdefault(_label(evaluation, report['evaluations']), evaluation)
+      first.setdefault(row_label(evaluation, report['evaluations']), evaluation)
   return first
 
 
-def _training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields names and values of the recipe; None where one is unknown."""
   config = report.get('config') or {}
   names = ['model.name', 'model.patch_size', 'data.image_size']
   if report['method'] in ('fulllora', 'lora'):
@@ -349,7 +361,8 @@ def _provenance(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   yield 'versions', ', '.join(f'{k} {v}' for k, v in versions.items())
 
 
-def _limits(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def limits(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields what the numbers do not say, by name."""
   yield (
     'interval',
     'covers the choice of these n images only, not of the training seed; '

@@ -220,7 +220,7 @@ class Evaluator:
     def craft(variables, x, labels):
       with jax.default_matmul_precision(self.precision):
         logits_fn = self._logits_fn(variables)
-        keys = self._keys(jnp.arange(x.shape[0]))
+        keys = self.keys(jnp.arange(x.shape[0]))
         x_adv = attack(keys, logits_fn, x, labels, self.threat)
         return x_adv, logits_fn(x_adv).argmax(axis=-1)
 
@@ -247,13 +247,14 @@ class Evaluator:
     if attack.name == 'clean':
       return clean, clean
     x_adv = attack(
-      self._keys(batch['index']), logits_fn, x, labels, self.threat
+      self.keys(batch['index']), logits_fn, x, labels, self.threat
     )
     return clean, clean & losses.correct(logits_fn(x_adv), labels)
 
   def _logits_fn(self, variables):
     return lambda images: self.apply(variables, images)
 
-  def _keys(self, indices: jax.Array) -> jax.Array:
+  def keys(self, indices: jax.Array) -> jax.Array:
+    """Returns the PRNG keys [B] of examples, by their indices [B]."""
     stream = jax.random.fold_in(jax.random.key(self.seed), _EVALUATION_STREAM)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(stream, indices)

@@ -14,7 +14,9 @@ from fulllora_jax import (
   data,
   distributed,
   files,
+  inspection,
   overfitting,
+  page,
   pretrained,
   provenance,
   published_base,
@@ -23,7 +25,7 @@ from fulllora_jax import (
 )
 from fulllora_jax import config as config_lib
 from fulllora_jax import workdir as workdir_lib
-from fulllora_jax.console import say
+from fulllora_jax.console import say, warn
 from fulllora_jax.metrics import read_metrics
 from fulllora_jax.training import Training
 
@@ -144,11 +146,34 @@ def _report(
     'evaluate': time.monotonic() - started,
   }
   result = results.assemble_report(run, evaluations, seconds)
+  history = []
   if distributed.is_primary():
     history = read_metrics(workdir / 'metrics.jsonl')
     if steps := overfitting.collapses(history):
       result['overfitting'] = steps
-    report.write_report(workdir, result, history, examples)
+    report.write_numbers(workdir, result)  # whatever becomes of the page
+  found = _page(run, result, history)
+  if distributed.is_primary():
+    # report.md is written last: with it, the run is finished.
+    report.write_report(workdir, result | found, history, examples)
     run.forget_progress()
   distributed.wait_for_all()
-  return result
+  return result | found
+
+
+def _page(
+  run: results.FinishedRun, result: dict[str, Any], history
+) -> dict[str, Any]:
+  """Writes report.html; returns what it shows beyond the report's numbers.
+
+  The page is for looking at; a run that has its numbers does not fail for it.
+  """
+  found: dict[str, Any] = {}
+  try:
+    found, twins = inspection.inspect_run(run)
+    if distributed.is_primary():
+      path = page.write_page(run.workdir, result | found, history, twins)
+      say(f'page: {path}')
+  except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
+    warn(f'no report.html: {type(error).__name__}: {error}')
+  return found

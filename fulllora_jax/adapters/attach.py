@@ -9,7 +9,7 @@ the path of the map they stand beside. The model needs no change.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from fulllora_jax.errors import UserError
 
 COLLECTION = 'lnlora'
 LINEAR_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)
+# (the map's module, what it gives, what its branch adds); may sow.
+Watch = Callable[[nn.Module, jax.Array, jax.Array], None]
 _WRAPPED = ('CIRCULAR', 'CAUSAL', 'REFLECT')  # paddings made outside the conv
 
 
@@ -98,7 +100,22 @@ class AdaptedModel:
     with nn.intercept_methods(self._interceptor()):
       return self.model.apply(variables, *args, **kwargs)
 
-  def _interceptor(self, seen: dict[str, str | None] | None = None):
+  def watched(
+    self,
+    watch: Watch,
+    variables: Mapping[str, Any],
+    *args: Any,
+    **kwargs: Any,
+  ) -> Any:
+    """Runs the model as `apply` does and calls `watch` at every branch."""
+    with nn.intercept_methods(self._interceptor(watch=watch)):
+      return self.model.apply(variables, *args, **kwargs)
+
+  def _interceptor(
+    self,
+    seen: dict[str, str | None] | None = None,
+    watch: Watch | None = None,
+  ):
     """Makes the interceptor; notes each linear map's path and target."""
     shared = _SharedMoments()
 
@@ -110,18 +127,22 @@ class AdaptedModel:
       ):
         return y
       path = '/'.join(module.path)
-      target = self._match(path)
+      target = self.target_of(path)
       if seen is not None:
         seen[path] = target
       if target is None:
         return y
       x = args[0] if args else kwargs['inputs']
       branch = self.targets[target]
-      return y + _branch_output(module, branch, path, x, y, shared)
+      added = _branch_output(module, branch, path, x, y, shared)
+      if watch is not None:
+        watch(module, y, added)
+      return y + added
 
     return intercept
 
-  def _match(self, path: str) -> str | None:
+  def target_of(self, path: str) -> str | None:
+    """Returns the target that matches a module's path, if any does."""
     return next((t for t in self.targets if re.fullmatch(t, path)), None)
 
 
