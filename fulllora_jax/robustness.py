@@ -246,9 +246,7 @@ class Evaluator:
     clean = losses.correct(logits_fn(x), labels)
     if attack.name == 'clean':
       return clean, clean
-    x_adv = attack(
-      self.keys(batch['index']), logits_fn, x, labels, self.threat
-    )
+    x_adv = attack(self.keys(batch['index']), logits_fn, x, labels, self.threat)
     return clean, clean & losses.correct(logits_fn(x_adv), labels)
 
   def _logits_fn(self, variables):

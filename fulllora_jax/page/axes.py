@@ -7,8 +7,8 @@ from typing import NamedTuple
 from fulllora_jax.page.markup import Markup, join, tag
 
 # In units of the drawing, which is scaled to the width it gets: on a phone
-# 0.75 of this, in two columns of a wide screen 1.1.
-WIDTH = 440
+# 0.8 of this, in two columns of a wide screen 1.2.
+WIDTH = 420
 
 
 class Scale(NamedTuple):
@@ -100,9 +100,9 @@ def x_axis(
         class_='grid' if grid else 'axis',
       )
     )
-    parts.append(text(place, bottom + 17, words))
+    parts.append(text(place, bottom + 18, words))
   middle = (x.first + x.last) / 2
-  parts.append(text(middle, bottom + 35, title))
+  parts.append(text(middle, bottom + 37, title))
   return join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Charts as SVG, from numbers alone: lines, columns, bars, dots, a scatter.
+"""Charts as SVG, from numbers alone: lines, columns, bars and dots.
 
 Colours are names of the style sheet (clean, robust, base, third, ...), so that
 a chart follows the theme. Where colours tell series apart, dashes or hollow
@@ -6,7 +6,7 @@ marks do too. Each mark says its numbers when pointed at.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fulllora_jax.page import axes
@@ -14,6 +14,8 @@ from fulllora_jax.page.axes import Scale
 from fulllora_jax.page.layout import limited
 from fulllora_jax.page.markup import Markup, join, tag
 
+# Of a name at a chart's side, in letters, and how wide one is.
+_LONGEST, LETTER = 16, 7.3
 _PERCENT = (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)
 COLOURS = ('robust', 'clean', 'third', 'fourth', 'fifth', 'base')
 
@@ -123,7 +125,7 @@ def line_chart(
   marks = _PERCENT if percent else axes.ticks(y.low, y.high)
   return axes.drawing(
     label,
-    254,
+    256,
     axes.y_axis(x, y, marks),
     axes.x_axis(x, y, x_marks, x_title),
     _across(x, y, marked_x),
@@ -214,14 +216,14 @@ def columns(
     x_title: below.
     top: the end of the y axis.
   """
-  width, top = 260, top or 1.0
-  x = Scale(0, max(len(names), 1), 46, width - 6)
+  width, top = 200, top or 1.0
+  x = Scale(0, max(len(names), 1), 38, width - 4)
   y = Scale(0, top, 128, 8)
-  every = math.ceil(len(names) / 8)
+  every = math.ceil(len(names) / 6)
   marks = [(i + 0.5, n) for i, n in enumerate(names) if i % every == 0]
   step = (x.last - x.first) / max(len(names), 1)
   # A single map would fill the chart.
-  wide = min(step * 0.76, 56) / len(series)
+  wide = min(step * 0.76, 48) / len(series)
   bars = []
   for number, part in enumerate(series):
     for place, value in enumerate(part.values):
@@ -240,7 +242,7 @@ def columns(
       bars.append(tag('g', shape, class_=f'c-{part.colour}'))
   return axes.drawing(
     label,
-    168,
+    170,
     axes.y_axis(x, y, axes.ticks(0, top, 3)),
     bars,
     axes.x_axis(x, y, marks, x_title),
@@ -255,14 +257,15 @@ def bars(
   thick, gap = 9, 8
   row = thick * len(series) + gap
   bottom = 6 + row * len(names)
-  x = Scale(0, 100, 110, axes.WIDTH - 40)
+  left = _margin(names)
+  x = Scale(0, 100, left, axes.WIDTH - 24)
   y = Scale(0, 1, bottom, 2)
   parts = []
   for place, name in enumerate(names):
     top = 6 + row * place
-    shown = limited(name, 16)
+    shown = limited(name, _LONGEST)
     middle = top + thick * len(series) / 2 + 4
-    parts.append(axes.text(103, middle, shown, 'end', strong=True))
+    parts.append(axes.text(left - 7, middle, shown, 'end', strong=True))
     for number, part in enumerate(series):
       value = part.values[place]
       if value is None:
@@ -281,7 +284,7 @@ def bars(
       parts.append(tag('g', shape, class_=f'c-{part.colour}'))
   marks = [(v, axes.number(v)) for v in _PERCENT]
   return axes.drawing(
-    label, bottom + 42, axes.x_axis(x, y, marks, x_title, grid=True), parts
+    label, bottom + 44, axes.x_axis(x, y, marks, x_title, grid=True), parts
   )
 
 
@@ -304,14 +307,14 @@ def dot_plot(
   values = [
     v for row in rows for v in (*row.values, *row[2:5]) if v is not None
   ]
-  low, high = _room([*values, 0.0] if zero else values or [0.0])
+  low, high = room([*values, 0.0] if zero else values or [0.0])
   bottom = 8 + 30 * len(rows)
-  x = Scale(low, high, 118, axes.WIDTH - 16)
+  x = Scale(low, high, _margin([row.name for row in rows]), axes.WIDTH - 16)
   y = Scale(0, 1, bottom, 2)
   marks = [(v, axes.number(v)) for v in axes.ticks(low, high)]
   return axes.drawing(
     label,
-    bottom + 42,
+    bottom + 44,
     axes.x_axis(x, y, marks, x_title, grid=True),
     _across(x, y, 0.0) if zero else None,
     [_dots(row, 23 + 30 * i, x, unit) for i, row in enumerate(rows)],
@@ -341,7 +344,7 @@ def _dots(row: Dots, at: float, x: Scale, unit: str) -> Markup:
   ]
   return join(
     [
-      axes.text(110, at + 4, limited(row.name, 17), 'end', strong=True),
+      axes.text(x.first - 8, at + 4, limited(row.name, _LONGEST), 'end', True),
       tag(
         'g', tag('title', words), span, each, middle, class_=f'c-{row.colour}'
       ),
@@ -349,50 +352,14 @@ def _dots(row: Dots, at: float, x: Scale, unit: str) -> Markup:
   )
 
 
-def scatter(
-  points: Sequence[tuple[str, float, float, str]],
-  label: str,
-  x_title: str,
-) -> Markup:
-  """Draws named points (name, x above 0, y in %, colour); x is logarithmic."""
-  xs = [p[1] for p in points] or [1.0]
-  low, high = _room([p[2] for p in points] or [0.0])
-  x = Scale(min(xs) / 1.8, max(xs) * 1.8, 44, axes.WIDTH - 14, True)
-  y = Scale(low, high, 214, 10)
-  marks = [(v, axes.number(v)) for v in axes.log_ticks(x.low, x.high)]
-  parts, taken = [], []
-  for name, at, value, colour in points:
-    title = tag('title', f'{name}: {value:.1f} % with {axes.number(at)}')
-    circle = tag('circle', title, cx=x(at), cy=y(value), r=5, class_='fill')
-    parts.append(tag('g', circle, class_=f'c-{colour}'))
-    parts.append(_name_beside(limited(name, 18), x(at), y(value), taken))
-  return axes.drawing(
-    label,
-    254,
-    axes.y_axis(x, y, axes.ticks(low, high)),
-    axes.x_axis(x, y, marks, x_title),
-    parts,
-  )
+def _margin(names: Sequence[str]) -> float:
+  """Returns the room that names at the left need, as drawn."""
+  longest = max((len(limited(name, _LONGEST)) for name in names), default=0)
+  return 18 + LETTER * longest
 
 
-def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
-  """Writes a point's name where no other is, or else below."""
-  right = x < axes.WIDTH - 130
-  place = y + 4
-  while any(abs(x - a) < 120 and abs(place - b) < 13 for a, b in taken):
-    place += 13
-  taken.append((x, place))
-  at, anchor = (x + 9, 'start') if right else (x - 9, 'end')
-  return axes.text(at, place, name, anchor, strong=True)
-
-
-def _room(values: Sequence[float]) -> tuple[float, float]:
+def room(values: Sequence[float]) -> tuple[float, float]:
   """Returns a range with some room around the values."""
   low, high = min(values), max(values)
   room = max((high - low) * 0.08, 1.0)
   return low - room, high + room
-
-
-def colour_of(names: Sequence[str]) -> Mapping[str, str]:
-  """Gives each name a colour, in order; the same after the last."""
-  return {n: COLOURS[i % len(COLOURS)] for i, n in enumerate(names)}

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fulllora_jax.console import duration
-from fulllora_jax.page import charts, layout
+from fulllora_jax.page import charts, layout, scatter
 from fulllora_jax.page.charts import Dots
 from fulllora_jax.page.layout import Section
 from fulllora_jax.page.markup import Markup, join, tag
@@ -206,8 +206,8 @@ def _parameters(comparison: Mapping[str, Any]) -> Markup | None:
   ]
   if not points:
     return None
-  colours = charts.colour_of([name for name, *_ in points])
-  chart = charts.scatter(
+  colours = scatter.colour_of([name for name, *_ in points])
+  chart = scatter.scatter(
     [(*point, colours[point[0]]) for point in points],
     f'Accuracy in % under {headline} against the learnable parameters',
     'learnable parameters',

@@ -1,6 +1,7 @@
 """The section on what the adapter changed, map by map."""
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,13 +40,12 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
   _, text, keys = _KINDS[found['kind']]
   maps = found['maps']
   keys = [key for key in keys if key[0] in maps[0]]
-  top = 1.1 * max(m[name] or 0.0 for m in maps for name, *_ in keys)
-  roles = list(dict.fromkeys(m['role'] for m in maps))
+  tops = _tops(maps, keys)
   figures = [
     charts.figure(
       role, _columns([m for m in maps if m['role'] == role], keys, top)
     )
-    for role in roles
+    for role, top in tops.items()
   ]
   series = [Bars(words, [], colour) for _, words, colour in keys]
   rows = [['map', 'role', *(words for _, words, _ in keys)]]
@@ -62,8 +62,8 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
       charts.legend(series) if len(series) > 1 else None,
       layout.grid('columns', figures),
       layout.paragraph(
-        'All charts have the same scale; the numbers below are of the blocks, '
-        'in network order.',
+        f'{_scales(tops)} The numbers below are of the blocks, in network '
+        'order.',
         'note',
       ),
       layout.details('The same as a table', layout.table(rows, 'By map')),
@@ -84,6 +84,27 @@ def _columns(maps: Sequence[Mapping[str, Any]], keys, top: float) -> Markup:
     'block' if len(maps) > 1 else '',
     top,
   )
+
+
+def _tops(maps: Sequence[Mapping[str, Any]], keys) -> dict[str, float]:
+  """Returns the end of the y axis of each role's chart.
+
+  It is the same of all, unless one role would flatten the others.
+  """
+  largest: dict[str, float] = {}
+  for m in maps:
+    values = [m[name] or 0.0 for name, *_ in keys]
+    largest[m['role']] = max(largest.get(m['role'], 0.0), *values)
+  top = max(largest.values())
+  if top <= 4 * statistics.median(largest.values()):
+    largest = dict.fromkeys(largest, top)
+  return {role: 1.1 * value for role, value in largest.items()}
+
+
+def _scales(tops: Mapping[str, float]) -> str:
+  if len(set(tops.values())) == 1:
+    return 'All charts have the same scale.'
+  return 'Each chart has a scale of its own, for the roles differ much.'
 
 
 def _short(paths: Sequence[str]) -> list[str]:

@@ -226,7 +226,7 @@ def _twin(twin: Mapping[str, Any], labels) -> Markup:
   true = name_of(labels, twin['label'])
   before = name_of(labels, twin['clean_prediction'])
   after = name_of(labels, twin['prediction'])
-  verb = 'broken' if twin['broken'] else 'withstood'
+  verb = 'broken at' if twin['broken'] else 'withstood'
   return tag(
     'figure',
     pictures.trio(
@@ -234,11 +234,11 @@ def _twin(twin: Mapping[str, Any], labels) -> Markup:
       twin['adversarial'],
       (_taken_for('clean', before, true), _taken_for('attacked', after, true)),
       (
-        f'test image {twin["index"]}, a {true}',
+        f'test image {twin["index"]}, labelled {true}',
         f'the same attacked with eps {twin["eps"]}, taken for {after}',
       ),
     ),
-    tag('figcaption', f'{true}: {verb} at eps {twin["eps"]}'),
+    tag('figcaption', f'label {true}: {verb} eps {twin["eps"]}'),
     class_='twin',
   )
 

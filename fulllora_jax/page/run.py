@@ -140,4 +140,9 @@ def _headline_numbers(report) -> Iterator[tuple[str, str, str]]:
 def _change(before: Mapping[str, Any] | None, weights: str) -> str:
   if before is None or weights == 'base':
     return f'{weights} weights'
-  return f'base: {robust.percent(before)}'
+  return f'base: {_unbroken(robust.percent(before))}'
+
+
+def _unbroken(text: str) -> str:
+  """Keeps a number and its unit on one line."""
+  return text.replace(' ', '\N{NO-BREAK SPACE}')

@@ -49,13 +49,13 @@ nav ul {
   display: grid; gap: 16px; margin: 12px 0 16px;
 }
 .cards {
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 215px), 1fr));
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 160px), 1fr));
 }
 .charts {
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr));
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
 }
 .columns {
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr));
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 160px), 1fr));
 }
 .twins {
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 235px), 1fr));
@@ -68,7 +68,7 @@ nav ul {
 dl.cards { padding: 0; }
 figure { margin: 0; break-inside: avoid; min-width: 0; }
 figcaption { font-size: 14px; color: var(--soft); }
-.single { max-width: 620px; }
+.single { max-width: 560px; }
 .box { overflow-x: auto; margin: 8px 0 12px; }
 table {
   border-collapse: collapse; font-size: 14px; overflow-wrap: normal;
@@ -86,14 +86,14 @@ table.facts th, table.facts td {
   text-align: left; white-space: normal; vertical-align: top;
   overflow-wrap: anywhere; padding-right: 12px;
 }
-table.facts th { font-weight: 400; color: var(--soft); width: 34%; }
+table.facts th { font-weight: 400; color: var(--soft); width: 38%; }
 details { margin: 8px 0; }
 summary { cursor: pointer; padding: 4px 0; }
 code {
   font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
+svg text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; }
 svg text { fill: var(--soft); }
 svg text.strong { fill: var(--ink); }
 svg .grid { stroke: var(--line); stroke-width: 1; }
