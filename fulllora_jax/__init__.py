@@ -11,6 +11,7 @@ __version__ = '0.1.0'
 _HOMES = {
   'AdaptedModel': 'adapters',
   'LNLoRA': 'adapters',
+  'ManyAdapters': 'many_adapters',
   'RobustClassifier': 'classifier',
   'Threat': 'attacks',
   'attach': 'adapters',

@@ -1,19 +1,20 @@
-"""The product: a robust classifier from a published adapter and its base."""
+"""The product: a robust classifier from published adapters and their base."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fulllora_jax import build, checkpoint, config, pretrained
+from fulllora_jax import build, checkpoint, config, pretrained, stacking
 from fulllora_jax import state as state_lib
 from fulllora_jax.adapters import AdaptedModel
 from fulllora_jax.errors import UserError
 from fulllora_jax.files import beside
+from fulllora_jax.image_checks import check_images
+from fulllora_jax.many_adapters import ManyAdapters
 from fulllora_jax.state import Tree
 
 
@@ -62,45 +63,52 @@ class RobustClassifier:
     return self._apply(self.base_variables, self._checked(images))
 
   def _checked(self, images) -> jax.Array:
-    expected = tuple(self.metadata['image_shape'])
-    if getattr(images, 'dtype', None) != np.float32:
-      raise UserError(
-        f'images have dtype {getattr(images, "dtype", type(images).__name__)}, '
-        'expected float32 in [0, 1]; divide uint8 pixels by 255'
-      )
-    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-      raise UserError(
-        f'images have shape {tuple(images.shape)}, expected [B, H, W, C] with '
-        f'[H, W, C] = {list(expected)}'
-      )
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-      raise UserError(
-        f'images have values in [{low:g}, {high:g}], expected [0, 1]; do not '
-        'normalise them, the model does'
-      )
-    return jnp.asarray(images)
+    return check_images(images, self.metadata['image_shape'])
 
 
+@overload
 def load(
   path: str | os.PathLike,
   base: str | os.PathLike | None = None,
   which: str = 'best',
-) -> RobustClassifier:
-  """Loads an adapter onto its base.
+) -> RobustClassifier: ...
+
+
+@overload
+def load(
+  path: Mapping[str, str | os.PathLike],
+  base: str | os.PathLike | None = None,
+  which: str = 'best',
+) -> ManyAdapters: ...
+
+
+def load(path, base=None, which='best'):
+  """Loads an adapter, or several, onto their base.
 
   Args:
-    path: a work directory, or the `best/` or `last/` in one.
+    path: a work directory, or the `best/` or `last/` in one; several as a
+      mapping, name -> path, e.g. {'linf': 'runs/a', 'l2': 'runs/b'}.
     base: the base's work directory or artefact, or the published checkpoint
       it came from (pretrained.load); None takes the place that the adapter's
       metadata names, relative to the adapter, and where nothing is there the
-      published checkpoint.
+      published checkpoint. Of several adapters, the first's.
     which: 'best' or 'last', where `path` is a work directory.
+
+  Returns:
+    The classifier: of one path a RobustClassifier, of several ManyAdapters.
 
   Raises:
     UserError: nothing there, damaged, another base, or any leaf missing,
-      extra or misshaped (naming it).
+      extra or misshaped (naming it); several that do not share one base and
+      one structure (saying which differs in what).
   """
+  if isinstance(path, Mapping):
+    return _load_many(path, base, which)
+  if not isinstance(path, str | os.PathLike):
+    raise UserError(
+      f'load takes a path, or a name for each of several, {{name: path}}; this '
+      f'is a {type(path).__name__}'
+    )
   found = read(path, base, which)
   base_variables = jax.device_put(found.base_variables)
   return RobustClassifier(
@@ -108,6 +116,25 @@ def load(
     state_lib.override(base_variables, jax.device_put(found.adapter)),
     base_variables,
     found.metadata,
+  )
+
+
+def _load_many(
+  paths: Mapping[str, str | os.PathLike],
+  base: str | os.PathLike | None,
+  which: str,
+) -> ManyAdapters:
+  stacking.check_names(paths)
+  adapters = {name: read_adapter(path, which) for name, path in paths.items()}
+  stacking.check_set(adapters)
+  first = next(iter(adapters.values()))
+  # The others' too: it has the fingerprint that all of them name.
+  params = _load_base(first.directory, first.metadata, base, first.frozen)
+  frozen = state_lib.named_leaves(state_lib.prune(first.frozen))
+  return ManyAdapters(
+    stacking.stack(adapters, params),
+    state_lib.select({'params': params}, frozen),
+    {name: adapter.metadata for name, adapter in adapters.items()},
   )
 
 
@@ -131,6 +158,18 @@ def read(
   which: str = 'best',
 ) -> Published:
   """Reads an adapter and its base; arguments and errors are those of `load`."""
+  directory, built, adapter, frozen, metadata = read_adapter(path, which)
+  if metadata['base'] is None:  # trained from scratch: its own base
+    base_variables = {'params': adapter['params']}
+  else:
+    base_variables = {'params': _load_base(directory, metadata, base, frozen)}
+  return Published(built.model, adapter, base_variables, metadata)
+
+
+def read_adapter(
+  path: str | os.PathLike, which: str = 'best'
+) -> stacking.Adapter:
+  """Reads an adapter alone; arguments and errors are those of `load`."""
   directory = pretrained.find_artefact(path, which)
   adapter, metadata = checkpoint.read_artefact(directory)
   cfg = config.from_mapping(metadata['config'])
@@ -139,11 +178,7 @@ def read(
   shapes = build.shapes(built, tuple(metadata['image_shape']))
   trainable, frozen = state_lib.split(shapes, built.mask(shapes))
   checkpoint.check_leaves(trainable, adapter, str(directory))
-  if metadata['base'] is None:  # trained from scratch: its own base
-    base_variables = {'params': adapter['params']}
-  else:
-    base_variables = {'params': _load_base(directory, metadata, base, frozen)}
-  return Published(built.model, adapter, base_variables, metadata)
+  return stacking.Adapter(directory, built, adapter, frozen, metadata)
 
 
 def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
