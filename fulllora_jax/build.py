@@ -7,8 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fulllora_jax import (
+  ard_prm,
+  awp,
+  inner_attack,
+  models,
+  objectives,
+  optim,
+  train_step,
+)
 from fulllora_jax import config as config_lib
-from fulllora_jax import inner_attack, models, objectives, optim, train_step
 from fulllora_jax.adapters import COLLECTION, AdaptedModel, attach, methods
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.data import augment
@@ -104,6 +112,7 @@ def make_algorithm(
     config.schedule, config.optimizer.learning_rate, steps
   )
   attack = None
+  own_start = config.objective.name in ('trades', 'mart')
   if built.method.adversarial:
     attack = inner_attack.InnerAttack(
       threat=config_lib.threat(config),
@@ -111,19 +120,27 @@ def make_algorithm(
       steps=config.attack.steps,
       step_size=parse_fraction(config.attack.step_size, 'attack.step_size'),
       restarts=config.attack.restarts,
-      loss=config.attack.loss,
+      loss=(
+        inner_attack.KL
+        if config.objective.name == 'trades'
+        else config.attack.loss
+      ),
       random_start=config.attack.random_start,
       eps_warmup=config.attack.eps_warmup,
       total_steps=steps,
       rise=config.attack.rise,
       early_stop=config.attack.early_stop,
       carry=config.attack.carry,
+      near=objectives.NEAR if own_start else 0.0,
+      warmup=_warmup(config, steps),
     )
   return train_step.Algorithm(
     apply=built.model.apply,
     tx=optim.create(config.optimizer, learning_rate, mask),
     learning_rate=learning_rate,
-    objective=objectives.pgd_at if attack else objectives.erm,
+    objective=objectives.create(
+      config.objective, adversarial=built.method.adversarial
+    ),
     attack=attack,
     augment=functools.partial(
       augment.augment, num_classes=num_classes, **config.augment.to_dict()
@@ -133,6 +150,24 @@ def make_algorithm(
     dropout=config.model.dropout > 0,
     log_every=config.train.log_every,
     total_steps=steps,
+    awp=(
+      awp.WeightPerturbation(config.awp.gamma, config.awp.warmup, steps)
+      if config.awp.gamma
+      else None
+    ),
+    ema_decay=config.ema.decay,
+  )
+
+
+def _warmup(config, steps: int) -> ard_prm.Warmup | None:
+  if not (config.attack.ard or config.attack.prm):
+    return None
+  return ard_prm.Warmup(
+    ard=config.attack.ard,
+    prm=config.attack.prm,
+    total_steps=steps,
+    attention=models.attention_outputs(config.model.name),
+    patch_size=config.model.patch_size,
   )
 
 

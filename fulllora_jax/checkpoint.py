@@ -57,7 +57,7 @@ class TrainingCheckpoints:
     self, step: int, state: TrainState, notes: Mapping[str, Any]
   ) -> None:
     adapter = state_lib.prune(state.trainable)
-    optimizer = _numbered((state.opt_state, state.deltas))
+    optimizer = _numbered((state.opt_state, state.deltas, state.ema))
     meta = _sealed(
       {
         'notes': dict(notes),
@@ -113,7 +113,7 @@ class TrainingCheckpoints:
 
   def _restore_step(self, step: int, like: TrainState):
     adapter = state_lib.prune(like.trainable)
-    rest = (like.opt_state, like.deltas)
+    rest = (like.opt_state, like.deltas, like.ema)
     optimizer = _numbered(rest)
     restored = self._manager.restore(
       step,
@@ -127,12 +127,15 @@ class TrainingCheckpoints:
     arrays = {'adapter': restored.adapter, 'optimizer': restored.optimizer}
     _verify(arrays, meta['checksums'])
     leaves = [restored.optimizer[k] for k in sorted(restored.optimizer)]
-    opt_state, deltas = jax.tree.unflatten(jax.tree.structure(rest), leaves)
+    opt_state, deltas, ema = jax.tree.unflatten(
+      jax.tree.structure(rest), leaves
+    )
     state = TrainState(
       step=sharding.put(np.int32(step), like.step.sharding),
       trainable=state_lib.override(like.trainable, restored.adapter),
       opt_state=opt_state,
       deltas=deltas,
+      ema=ema,
     )
     return state, meta['notes']
 

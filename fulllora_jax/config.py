@@ -103,6 +103,24 @@ def default() -> ConfigDict:
   # place of a random point; for linf, without augmentation. N x H x W x C
   # bytes on every device.
   k.carry = False
+  # Fraction of training over which what an attack may use rises to all of it:
+  # the attention's gradient (ARD), the patches (PRM); 0: off (ard_prm.py).
+  k.ard = 0.0
+  k.prm = 0.0
+
+  c.objective = j = ConfigDict()  # the outer loss (objectives.py)
+  # pgd_at | trades | mart; the last two bring a start of the attack, trades a
+  # loss of it too.
+  j.name = 'pgd_at'
+  j.beta = 6.0  # trades, mart: weight of the divergence
+  j.label_smoothing = 0.0  # of the cross entropy; not of mart
+
+  c.awp = ConfigDict()  # weights perturbed before each gradient (awp.py)
+  c.awp.gamma = 0.0  # relative to each leaf's norm, e.g. 0.005; 0: off
+  c.awp.warmup = 0.0  # fraction of training before it starts
+
+  c.ema = ConfigDict()  # of the leaves that learn: validated and published
+  c.ema.decay = 0.0  # e.g. 0.999; 0: off
 
   c.augment = u = ConfigDict()  # on the device, before the attack
   u.crop_padding = 4  # pixels of zeros; 0: no crop
@@ -277,6 +295,10 @@ def base_config(config: ConfigDict) -> ConfigDict:
   base.method = 'standard'
   for part in ('optimizer', 'schedule', 'augment', 'train'):
     base[part] = ConfigDict(config.base[part].to_dict())
+  # What else belongs to the main run alone.
+  for part in ('objective', 'awp', 'ema'):
+    base[part] = ConfigDict(default()[part].to_dict())
+  base.attack.update(carry=False, ard=0.0, prm=0.0)
   base.base.source = 'scratch'
   base.eval.attacks = ('clean',)
   base.eval.validation_attack = 'clean'

@@ -1,6 +1,6 @@
 """What can be known wrong of a config before data is read or code compiled."""
 
-from fulllora_jax import models, optim
+from fulllora_jax import models, objective_checks, optim
 from fulllora_jax.adapters import methods
 from fulllora_jax.attacks.losses import LOSSES
 from fulllora_jax.attacks.threat import parse_fraction
@@ -71,6 +71,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   _check_mesh(config, num_devices)
   _check_fetching(config)
   _check_attack(config)
+  objective_checks.check(config, method)
   _check_patches(config)
   _check_recipe('', config, num_devices)
   if config.base.source == 'train':

@@ -45,7 +45,7 @@ class Memory:
     device: its kind, e.g. 'NVIDIA H200'.
     base: the frozen leaves, or the part of them that the device holds.
     adapter: the leaves that learn.
-    optimizer: their state, the step count, and the deltas of attack.carry.
+    optimizer: their state, the step count, the deltas of attack.carry, the ema.
     batch: uint8 images and labels.
     activations: whatever the step keeps until it is done with it; None where
       the backend does not tell.
@@ -121,7 +121,7 @@ def measure(
   """
   device = _device(state)
   base, adapter = per_device(frozen), per_device(state.trainable)
-  optimizer = per_device((state.step, state.opt_state, state.deltas))
+  optimizer = per_device((state.step, state.opt_state, state.deltas, state.ema))
   held = base + adapter + optimizer + per_device(batch)
   activations, program = _planned(compiled, held)
   return Memory(

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from fulllora_jax import attack_report, overfitting
+from fulllora_jax import attack_report, objective_facts, overfitting
 from fulllora_jax.console import duration
 from fulllora_jax.errors import UserError
 from fulllora_jax.files import as_path, os_errors, replace_file
@@ -266,7 +266,8 @@ def weights_note(report: Mapping[str, Any]) -> str:
     notes.append(f'`best` is step {best:,}, chosen on validation images')
   if last is not None:
     notes.append(f'`last` is step {last:,}')
-  return f' {"; ".join(notes)}.' if notes else ''
+  averaged = objective_facts.weights_note(report.get('config') or {})
+  return f' {"; ".join(notes)}.{averaged}' if notes else ''
 
 
 def _example_note(pictures) -> Iterator[str]:
@@ -317,7 +318,9 @@ def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   if report['method'] in ('fulllora', 'lora'):
     names += ['adapter.rank', 'adapter.alpha', 'adapter.head']
   if report['method'] != 'standard':
-    names += ['attack.name', 'attack.loss']
+    names += ['attack.name']
+    if _field(config, 'objective.name') != 'trades':  # which has its own
+      names += ['attack.loss']
     if _field(config, 'attack.name') in (None, 'pgd'):  # else they are unused
       names += ['attack.steps', 'attack.step_size', 'attack.rise']
       names += ['attack.early_stop', 'attack.carry']
@@ -331,6 +334,7 @@ def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   yield 'method', report['method']
   for name in names:
     yield name, _field(config, name)
+  yield from objective_facts.facts(config)
   if _field(config, 'train.steps') is None:
     yield 'train.epochs', _field(config, 'train.epochs')
   yield 'steps', report.get('last_step')

@@ -375,4 +375,4 @@ def artefact_metadata(
     'versions': provenance.versions(),
     'device': provenance.device(),
     'config': config_lib.as_plain(config),
-  }
+  } | ({'ema_decay': config.ema.decay} if config.ema.decay else {})

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fulllora_jax import sharding
+from fulllora_jax import ema, sharding
 from fulllora_jax.attacks import losses
+from fulllora_jax.awp import WeightPerturbation
 from fulllora_jax.data import augment
 from fulllora_jax.inner_attack import InnerAttack
 from fulllora_jax.objectives import Objective
@@ -36,6 +37,7 @@ class Purpose(enum.IntEnum):
   AUGMENT = 0
   ATTACK = 1
   DROPOUT = 2
+  WARMUP = 3  # of the attack: ARD and PRM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Algorithm:
     log_every: steps; of the others nobody reads the clean scores, which cost
       a forward pass of their own.
     total_steps: the last step is logged too.
+    awp: perturbs the weights before the gradient is taken; None: does not.
+    ema_decay: of the average in the state, where there is one.
   """
 
   apply: Callable[..., jax.Array]
@@ -68,6 +72,8 @@ class Algorithm:
   dropout: bool = False
   log_every: int = 1
   total_steps: int = 0
+  awp: WeightPerturbation | None = None
+  ema_decay: float = 0.0
 
 
 def train_step(
@@ -107,7 +113,7 @@ def train_step(
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
 
   def microbatch_gradient(microbatch):
-    return _gradient(algorithm, state, frozen, *microbatch)
+    return _gradient(algorithm, state, frozen, key, *microbatch)
 
   if state.deltas is None:
     gradient, metrics = _mean_over_microbatches(
@@ -120,7 +126,8 @@ def train_step(
   updates, opt_state = algorithm.tx.update(
     gradient, state.opt_state, state.trainable
   )
-  updated = (optax.apply_updates(state.trainable, updates), opt_state)
+  trainable = optax.apply_updates(state.trainable, updates)
+  average = ema.update(state.ema, trainable, algorithm.ema_decay)
 
   finite = [jnp.isfinite(metrics['loss'])]
   finite += [jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]
@@ -128,21 +135,25 @@ def train_step(
   metrics['gradient_norm'] = optax.tree.norm(gradient)
   metrics['learning_rate'] = jnp.asarray(algorithm.learning_rate(state.step))
   good = ~metrics['nonfinite'].any()
-  trainable, opt_state = jax.tree.map(
+  trainable, opt_state, average = jax.tree.map(
     lambda new, old: jnp.where(good, new, old),
-    updated,
-    (state.trainable, state.opt_state),
+    (trainable, opt_state, average),
+    (state.trainable, state.opt_state, state.ema),
   )
   deltas = state.deltas
   if deltas is not None:
     deltas = deltas.at[batch['index']].set(jnp.where(good, moved, last))
-  return TrainState(state.step + 1, trainable, opt_state, deltas), metrics
+  return (
+    TrainState(state.step + 1, trainable, opt_state, deltas, average),
+    metrics,
+  )
 
 
 def _gradient(
   algorithm: Algorithm,
   state: TrainState,
   frozen: Tree,
+  key: jax.Array,
   keys: jax.Array,
   x: jax.Array,
   labels: jax.Array,
@@ -157,7 +168,13 @@ def _gradient(
   x_adv, passes = x, 0
   if algorithm.attack is not None:
     x_adv, passes = algorithm.attack(
-      fold_in(keys, Purpose.ATTACK), logits_fn, x, labels, state.step, deltas
+      fold_in(keys, Purpose.ATTACK),
+      logits_fn,
+      x,
+      labels,
+      state.step,
+      deltas,
+      jax.random.fold_in(key, Purpose.WARMUP),
     )
 
   def mean_loss(trainable):
@@ -169,12 +186,20 @@ def _gradient(
       x_adv,
       labels,
     )
-    return outcome.loss.mean(), outcome.logits
+    return outcome.loss.mean(), (outcome.logits, outcome.passes)
 
-  (loss, logits), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
-    state.trainable
-  )
-  metrics = {'loss': loss, 'passes': jnp.asarray(passes + 1, jnp.float32)}
+  weights = state.trainable
+  if algorithm.awp is not None:
+    weights, (unperturbed, more), started = algorithm.awp(
+      mean_loss, weights, state.step
+    )
+    passes += more * started
+  (loss, (logits, more)), gradient = jax.value_and_grad(
+    mean_loss, has_aux=True
+  )(weights)
+  if algorithm.awp is not None:  # the scores are those of the weights we have
+    logits = jnp.where(started, unperturbed, logits)
+  metrics = {'loss': loss, 'passes': jnp.asarray(passes + more, jnp.float32)}
   if algorithm.attack is None:
     metrics |= _scores('clean', logits, labels)
   else:

@@ -14,6 +14,7 @@ from fulllora_jax import (
   classifier,
   data,
   distributed,
+  ema,
   files,
   memory,
   overfitting,
@@ -78,7 +79,13 @@ class Training:
     if self.algorithm.attack is not None and self.algorithm.attack.carry:
       carried = (len(dataset.train), *dataset.image_shape)
     self.state = sharding.replicate(
-      state_lib.create(trainable, self.algorithm.tx, carried), self.mesh
+      state_lib.create(
+        trainable,
+        self.algorithm.tx,
+        carried,
+        ema.begin(trainable) if config.ema.decay else None,
+      ),
+      self.mesh,
     )
     self.evaluator = robustness.Evaluator(
       self.built.model.apply,
@@ -295,7 +302,7 @@ class Training:
       self.config, self.config.eval.validation_attack
     )
     outcome = self.evaluator.evaluate(
-      state_lib.merge(self.state.trainable, self.frozen),
+      state_lib.merge(ema.published(self.state), self.frozen),
       self.dataset.validation,
       attack,
       self.config.eval.validation_examples,
@@ -318,7 +325,7 @@ class Training:
     say(shown)
 
   def _publish(self, which: str, step: int) -> None:
-    """Writes the trainable leaves and their metadata to best/ or last/."""
+    """Writes the trained leaves and their metadata to best/ or last/."""
     directory = self.workdir / which
     base = files.relative(self.base, directory) if self.base else None
     metadata = results.artefact_metadata(
@@ -330,4 +337,6 @@ class Training:
       self.best,
     )
     metadata['base_source'] = self.base_source
-    checkpoint.save_artefact(directory, step, self.state.trainable, metadata)
+    checkpoint.save_artefact(
+      directory, step, ema.published(self.state), metadata
+    )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses
+from fulllora_jax.attacks.hooks import PLAIN, Hooks
 from fulllora_jax.attacks.threat import Threat
 
 # Shares of the batch that there is a program for. Each costs compiling the
@@ -25,6 +26,7 @@ class _Rows(NamedTuple):
   x: jax.Array
   x_adv: jax.Array
   labels: jax.Array
+  target: jax.Array | None  # of the loss, where that is not the labels
   going: jax.Array  # bool: not found misclassified yet
   place: jax.Array  # int32: row of the batch
 
@@ -49,6 +51,9 @@ def ascend_until_broken(
   *,
   steps: jax.Array | int,
   step_size: jax.Array | float,
+  target: jax.Array | None = None,
+  hooks: Hooks = PLAIN,
+  number: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
   """Ascends each image's loss until it is misclassified or `steps` are made.
 
@@ -59,42 +64,44 @@ def ascend_until_broken(
 
   Args:
     logits_fn: images [B, H, W, C] -> logits [B, K], for any B of `tier_sizes`.
-    loss_fn: of losses.LOSSES.
+    loss_fn: (logits, target) -> [B].
     x: images [B, H, W, C], float32 in [0, 1].
     start: where the ascent begins, [B, H, W, C] in the ball and the box.
     labels: int [B], or soft labels float [B, K].
     threat: the ball and the box.
     steps: at most, may be traced.
     step_size: in [0, 1] pixels.
+    target: [B, ...], what the loss is of; None: the labels.
+    hooks: what changes from step to step.
+    number: of the first step, for the hooks.
 
   Returns:
     x_adv [B, H, W, C], and the forward-backward passes that were computed for
     it, float32 [], as a mean over the images.
   """
 
-  def total_loss(x_adv, labels):
-    logits = logits_fn(x_adv)
-    return loss_fn(logits, labels).sum(), losses.correct(logits, labels)
-
   def ascend(state):
     done, rows, computed = state
-    gradient, right = jax.grad(total_loss, has_aux=True)(
-      rows.x_adv, rows.labels
-    )
+    t, begin = number + done, rows.x_adv
+    if hooks.begin is not None:
+      begin = _where(rows.going, hooks.begin(rows.x, begin, t), begin)
+
+    def total_loss(x_adv):
+      logits = hooks.logits(logits_fn, x_adv, t)
+      aim = rows.labels if rows.target is None else rows.target
+      return loss_fn(logits, aim).sum(), losses.correct(logits, rows.labels)
+
+    gradient, right = jax.grad(total_loss, has_aux=True)(begin)
     going = rows.going & right
-    moved = rows.x_adv + step_size * threat.direction(gradient)
-    x_adv = jnp.where(
-      going.reshape(-1, *[1] * (x.ndim - 1)),
-      threat.project(rows.x, moved),
-      rows.x_adv,
-    )
+    moved = begin + step_size * threat.direction(gradient)
+    x_adv = _where(going, threat.project(rows.x, moved), begin)
     rows = rows._replace(x_adv=x_adv, going=going)
     return done + 1, rows, computed + going.size
 
   batch_size = x.shape[0]
   sizes = tier_sizes(batch_size)
   going, place = jnp.ones(batch_size, bool), jnp.arange(batch_size)
-  rows, x_adv = _Rows(x, start, labels, going, place), start
+  rows, x_adv = _Rows(x, start, labels, target, going, place), start
   done = computed = jnp.zeros((), jnp.int32)
   for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
     if size < rows.going.size:
@@ -110,3 +117,8 @@ def ascend_until_broken(
     )
     x_adv = x_adv.at[rows.place].set(rows.x_adv)
   return x_adv, computed / batch_size
+
+
+def _where(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+  """Takes whole images by bool [n]."""
+  return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)

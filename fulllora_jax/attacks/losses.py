@@ -100,6 +100,28 @@ def ranked_class(logits: jax.Array, rank: jax.Array | int) -> jax.Array:
   return _at(jnp.argsort(-logits, axis=-1), rank)
 
 
+def log_softmax(logits: jax.Array) -> jax.Array:
+  """Returns log probabilities, float32 [B, K]."""
+  return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+
+def kl_from(logits: jax.Array, target: jax.Array) -> jax.Array:
+  """Returns how far a prediction moved: KL(target || softmax(logits)), [B].
+
+  What the attack of TRADES ascends (Zhang et al., 2019, arXiv 1901.08573).
+
+  Args:
+    logits: [B, K].
+    target: log probabilities [B, K], of `log_softmax`.
+
+  >>> import jax.numpy as jnp
+  >>> here = log_softmax(jnp.array([[0.0, jnp.log(3.0)]]))
+  >>> f'{kl_from(jnp.zeros((1, 2)), here)[0]:.4f}'  # log 2 - H(1/4, 3/4)
+  '0.1308'
+  """
+  return (jnp.exp(target) * (target - log_softmax(logits))).sum(axis=-1)
+
+
 def _need_classes(loss: str, logits: jax.Array, least: int) -> None:
   if logits.shape[-1] < least:
     raise UserError(

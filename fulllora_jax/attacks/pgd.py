@@ -7,16 +7,13 @@ The gradient is that of the *sum* of per-example losses, so what happens to one
 image never depends on its batch, nor on how the batch is sharded.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.early_stop import ascend_until_broken
+from fulllora_jax.attacks.hooks import PLAIN, Hooks, LogitsFn
 from fulllora_jax.attacks.threat import Threat
-
-LogitsFn = Callable[[jax.Array], jax.Array]
 
 
 def pgd(
@@ -77,10 +74,13 @@ def counted_pgd(
   steps: jax.Array | int,
   step_size: jax.Array | float,
   restarts: int = 1,
-  loss: str = 'ce',
+  loss: str | losses.Loss = 'ce',
   random_start: bool = True,
   early_stop: bool = False,
   start: jax.Array | None = None,
+  near: float = 0.0,
+  target: jax.Array | None = None,
+  hooks: Hooks = PLAIN,
 ) -> tuple[jax.Array, jax.Array | int]:
   """Does what `pgd` does, and counts; for training.
 
@@ -93,24 +93,32 @@ def counted_pgd(
     steps: may be traced, and then is nothing to compile for.
     step_size: likewise.
     restarts: likewise.
-    loss: likewise.
+    loss: likewise, or a function of (logits, target) to [B].
     random_start: likewise.
     early_stop: steps an image no further once it is misclassified
       (early_stop.py).
     start: where to begin, [B, H, W, C] in the ball and the box, in place of a
       random point.
+    near: deviation of normal noise, the random point being x with it; 0: a
+      uniform point of the ball.
+    target: [B, ...], what the loss is of; None: the labels.
+    hooks: what changes from step to step.
 
   Returns:
     x_adv, and the forward-backward passes made, as a mean over the images. The
     forward passes that compare restarts are not counted.
   """
-  loss_fn = losses.LOSSES[loss]
+  loss_fn = losses.LOSSES[loss] if isinstance(loss, str) else loss
   keys = _per_example(keys, x.shape[0])
+  aim = labels if target is None else target
 
-  def total_loss(x_adv):
-    return loss_fn(logits_fn(x_adv), labels).sum()
+  def ascend(t, x_adv):
+    if hooks.begin is not None:
+      x_adv = hooks.begin(x, x_adv, t)
 
-  def ascend(_, x_adv):
+    def total_loss(x_adv):
+      return loss_fn(hooks.logits(logits_fn, x_adv, t), aim).sum()
+
     gradient = jax.grad(total_loss)(x_adv)
     step = step_size * threat.direction(gradient)
     return threat.project(x, x_adv + step)
@@ -119,7 +127,8 @@ def counted_pgd(
     begin = x if start is None else start
     if random_start and start is None:
       fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-      begin = threat.random_start(fold_in(keys, restart), x)
+      begin = _random_start(threat, fold_in(keys, restart), x, near)
+    first = restart * steps  # of the hooks' steps
     if early_stop:
       return ascend_until_broken(
         logits_fn,
@@ -130,12 +139,19 @@ def counted_pgd(
         threat,
         steps=steps,
         step_size=step_size,
+        target=target,
+        hooks=hooks,
+        number=first,
       )
-    return jax.lax.fori_loop(0, steps, ascend, begin), steps
+
+    def ascend_again(i, x_adv):
+      return ascend(first + i, x_adv)
+
+    return jax.lax.fori_loop(0, steps, ascend_again, begin), steps
 
   def strength(x_adv):
     logits = logits_fn(x_adv)
-    return ~losses.correct(logits, labels), loss_fn(logits, labels)
+    return ~losses.correct(logits, labels), loss_fn(logits, aim)
 
   def keep_stronger(restart, best):
     x_best, broken_best, loss_best, passes = best
@@ -157,6 +173,12 @@ def counted_pgd(
     first = (x_adv, *strength(x_adv), passes)
     x_adv, _, _, passes = jax.lax.fori_loop(1, restarts, keep_stronger, first)
   return jax.lax.stop_gradient(x_adv), passes
+
+
+def _random_start(threat, keys, x, near) -> jax.Array:
+  if near:
+    return threat.near_start(keys, x, near)
+  return threat.random_start(keys, x)
 
 
 def _per_example(keys: jax.Array, batch_size: int) -> jax.Array:

@@ -96,6 +96,22 @@ class Threat:
     delta = jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
     return self.project(x, x + self.eps * delta)
 
+  def near_start(
+    self, keys: jax.Array, x: jax.Array, deviation: float
+  ) -> jax.Array:
+    """Adds a little normal noise, then projects; arguments as `random_start`.
+
+    TRADES and MART begin so, for at x itself the gradient of a divergence from
+    the prediction there is zero.
+
+    Args:
+      keys: PRNG keys [B].
+      x: images [B, H, W, C].
+      deviation: of the noise, in [0, 1] pixels.
+    """
+    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+    return self.project(x, x + deviation * noise)
+
   def direction(self, gradient: jax.Array) -> jax.Array:
     """Steepest ascent direction of unit norm, for each image [B, H, W, C].
 

@@ -19,6 +19,7 @@ from fulllora_jax.models.vit import VisionTransformer
 
 __all__ = [
   'VisionTransformer',
+  'attention_outputs',
   'create',
   'linear_maps',
   'names',
@@ -64,6 +65,14 @@ def create(model, num_classes: int) -> nn.Module:
 def linear_maps(name: str) -> Mapping[str, str]:
   """Returns role -> regular expression of module paths, e.g. 'query'."""
   return family(name).LINEAR_MAPS
+
+
+def attention_outputs(name: str) -> str:
+  """Returns a regular expression of the maps that end a block's attention.
+
+  The attention that pools the tokens belongs to no block.
+  """
+  return rf'(?=.*block_\d+/){linear_maps(name)["attn_out"]}'
 
 
 def normalisation(model) -> tuple[tuple[float, ...], tuple[float, ...]]:
