@@ -2,7 +2,7 @@
 
   python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti
   python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
-      --methods linear,lora,full --compare torch --rounds 20
+      --methods linear,lora_everywhere,full --compare torch --rounds 20
   python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
       --attacks pgd-20,apgd-ce --images 256
   python -m fulllora_jax.benchmark --config configs/digits.py \

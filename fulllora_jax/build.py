@@ -48,7 +48,7 @@ def build(config, num_classes: int) -> Built:
   maps = models.linear_maps(config.model.name)
   model = attach(
     models.create(config.model, num_classes),
-    methods.branches(config.adapter, method, maps),
+    methods.branches(config, method),
   )
   return Built(model, method, maps['head'], config.adapter.head)
 

@@ -23,7 +23,8 @@ def default() -> ConfigDict:
   c = ConfigDict()
   c.name = 'cifar10'  # names the report and the default work directory
   c.seed = 0  # every random number of the run follows from it
-  # fulllora | lora | linear | full | standard (adapters/methods.py)
+  # fulllora | lnlora | lora | lora_everywhere | adapter | adaptformer | vpt |
+  # bias | layernorm | linear | full | standard (adapters/methods.py)
   c.method = 'fulllora'
 
   c.model = m = ConfigDict()
@@ -57,14 +58,16 @@ def default() -> ConfigDict:
 
   c.adapter = a = ConfigDict()
   # Roles of the model's LINEAR_MAPS, or regular expressions of module paths;
-  # (): all roles but the head.
+  # (): the method's own (docs/methods.md), in fulllora all roles but the head.
   a.targets = ()
   a.rank = 24  # 4.9 % of ViT-B; 1..min(d_in, d_out)
   a.alpha = 24.0  # the branch is scaled by alpha / rank
   a.layer_norm = True  # False: plain LoRA
   a.epsilon = 1e-6  # of the LayerNorm
-  # For one target: 'patch_embed.layer_norm=False', 'query.rank=4', ...
+  # For one target: 'patch_embed.layer_norm=False', 'query.rank=4', ... Those
+  # of a role that the method does not adapt have no effect.
   a.overrides = ()
+  a.prompts = 10  # vpt: learned tokens for each block
   a.head = 'train'  # train (in full) | frozen | lnlora
   a.dtype = 'float32'  # of the adapter's parameters
 

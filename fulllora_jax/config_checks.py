@@ -6,6 +6,7 @@ from fulllora_jax.attacks.losses import LOSSES
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import (
   ConfigDict,
+  default,
   evaluation_attack,
   evaluation_attacks,
   threat,
@@ -39,16 +40,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
       f'eval.validation_attack {validation.label}: an ensemble takes too long '
       'to choose among checkpoints; give pgd-10'
     )
-  if method.branch:
-    methods.branches(
-      config.adapter, method, models.linear_maps(config.model.name)
-    )
+  _check_adapter(config, method)
   if config.base.source == 'scratch' and method.trains_less_than_all():
     raise UserError(
       f'base.source scratch: method {config.method} freezes a base, so it '
       'needs one; give train, or the work directory of a run'
     )
-  choose('adapter.head', config.adapter.head, ('train', 'frozen', 'lnlora'))
   choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
   choose('model.remat', config.model.remat, ('none', 'blocks', 'dots'))
   choose('base.dtype', config.base.dtype, ('float32', 'bfloat16'))
@@ -57,17 +54,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
       f'base.dtype bfloat16: model.dtype {config.model.dtype} computes with '
       'more; set both to bfloat16, or neither'
     )
-  choose('adapter.dtype', config.adapter.dtype, ('float32', 'bfloat16'))
   resizes = ('sum', 'flexi', 'interpolate')
   choose('base.patch_resize', config.base.patch_resize, resizes)
   choose('attack.loss', config.attack.loss, tuple(LOSSES))
   choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
   choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))
-  if config.adapter.rank < 1:
-    raise UserError(
-      f'adapter.rank {config.adapter.rank}: it must be in 1..min(d_in, d_out) '
-      'of every target'
-    )
   _check_mesh(config, num_devices)
   _check_fetching(config)
   _check_attack(config)
@@ -76,6 +67,37 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   _check_recipe('', config, num_devices)
   if config.base.source == 'train':
     _check_recipe('base.', config.base, num_devices)
+
+
+def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
+  """Refuses what cannot be, and what the method would not read.
+
+  A rank or an alpha that it does not read is let pass, for configs set them,
+  and so is all in a base that is trained first, which has its run's fields.
+  """
+  adapter, usual = config.adapter, default().adapter
+  choose('adapter.head', adapter.head, ('train', 'frozen', 'lnlora'))
+  choose('adapter.dtype', adapter.dtype, ('float32', 'bfloat16'))
+  if adapter.rank < 1:
+    raise UserError(
+      f'adapter.rank {adapter.rank}: it must be in 1..min(d_in, d_out) of '
+      'every target'
+    )
+  if adapter.prompts < 1:
+    raise UserError(f'adapter.prompts {adapter.prompts}: it must be at least 1')
+  if method.adversarial:
+    for field in ('targets', 'prompts'):
+      if field not in method.reads and adapter[field] != usual[field]:
+        readers = [m.name for m in methods.METHODS.values() if field in m.reads]
+        raise UserError(
+          f'adapter.{field} {adapter[field]}: method {method.name} reads no '
+          f'{field}; leave it out, or give {", ".join(readers)}'
+        )
+    if adapter.head == 'lnlora' and method.branch is None:
+      raise UserError(
+        f'adapter.head lnlora: method {method.name} has no adapter; give train'
+      )
+  methods.branches(config, method)
 
 
 def validate_evaluation(config: ConfigDict) -> None:

@@ -29,7 +29,7 @@ from flax import traverse_util
 import fulllora_jax
 from fulllora_jax import classifier, errors, pretrained, sharding
 from fulllora_jax import state as state_lib
-from fulllora_jax.adapters import COLLECTION
+from fulllora_jax.adapters import COLLECTION, LNLoRA
 from fulllora_jax.classifier import RobustClassifier
 from fulllora_jax.errors import UserError
 from fulllora_jax.exporting import adapter_file, program
@@ -248,14 +248,22 @@ def _module_fields(module) -> dict[str, Any]:
 
 
 def _branches(loaded: RobustClassifier) -> dict[str, dict[str, Any]]:
-  """Returns module path -> settings, of every branch."""
+  """Returns module path -> settings, of every branch (adapter_file.py)."""
   flat = traverse_util.flatten_dict(loaded.variables.get(COLLECTION, {}))
   targets = loaded.model.targets
   branches = {}
   for path in sorted({'/'.join(leaf[:-1]) for leaf in flat}):
     target = next(t for t in targets if re.fullmatch(t, path))
-    branches[path] = {n: getattr(targets[target], n) for n in _BRANCH_FIELDS}
+    branches[path] = _settings(targets[target])
   return branches
+
+
+def _settings(branch) -> dict[str, Any]:
+  if isinstance(branch, LNLoRA):
+    return {name: getattr(branch, name) for name in _BRANCH_FIELDS}
+  settings = dataclasses.asdict(branch)
+  del settings['dtype']  # which the leaves have
+  return {'kind': type(branch).__name__.lower(), **settings}
 
 
 def define_flags() -> None:

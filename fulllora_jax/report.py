@@ -13,19 +13,13 @@ from statistics import NormalDist
 from typing import Any
 
 from fulllora_jax import attack_report, objective_facts, overfitting
+from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.console import duration
 from fulllora_jax.errors import UserError
 from fulllora_jax.files import as_path, os_errors, replace_file
 from fulllora_jax.pictures import draw_curves, draw_examples
 
 _WEIGHTS = ('base', 'best', 'last', 'model')
-_METHODS = {
-  'fulllora': 'FullLoRA adversarial finetuning',
-  'lora': 'LoRA adversarial finetuning',
-  'linear': 'Adversarial finetuning of the head',
-  'full': 'Full adversarial finetuning',
-  'standard': 'Standard training, without an adversary,',
-}
 
 
 def wilson_interval(
@@ -234,8 +228,8 @@ def headline(report: Mapping[str, Any]) -> str:
   ours = {label: e for (w, label), e in found.items() if w == weights}
   clean = next((k for k, e in ours.items() if e['attack'] == 'clean'), None)
   attacked = [k for k, e in ours.items() if e['attack'] != 'clean']
-  method = _METHODS.get(report['method'], report['method'])
-  text = f'{method} on {report["dataset"]}'
+  known = METHODS.get(report['method'])
+  text = f'{known.title if known else report["method"]} on {report["dataset"]}'
   if clean:
     before = _before(found.get(('base', clean)), weights)
     text += f' gives {_percent(ours[clean])} clean accuracy{before}'
@@ -315,8 +309,10 @@ def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   """Yields names and values of the recipe; None where one is unknown."""
   config = report.get('config') or {}
   names = ['model.name', 'model.patch_size', 'data.image_size']
-  if report['method'] in ('fulllora', 'lora'):
-    names += ['adapter.rank', 'adapter.alpha', 'adapter.head']
+  method = METHODS.get(report['method'])
+  if method and method.branch:
+    numbers = [n for n in ('rank', 'alpha', 'prompts') if n in method.reads]
+    names += [f'adapter.{name}' for name in (*numbers, 'head')]
   if report['method'] != 'standard':
     names += ['attack.name']
     if _field(config, 'objective.name') != 'trades':  # which has its own

@@ -119,13 +119,14 @@ def attach(
     The model behind the run's normalisation; `.model` is the one given.
 
   Raises:
-    UserError: the file cannot be read or is of another family; the model is
-      no plain ViT, is of another size or has other weights than the base, or
-      has an adapter already.
+    UserError: the file cannot be read, is of another family, or has other
+      adapters than LoRA and LNLoRA; the model is no plain ViT, is of another
+      size or has other weights than the base, or has an adapter already.
   """
   leaves, metadata = adapter_file.read(path)
   run = metadata['run']
   fields = _plain_vit(metadata, path)
+  _check_branches(metadata, path)
   params = _sub(leaves, 'params')
   _check_kind(model)
   if 'head/kernel' in params and model.num_classes != run['num_classes']:
@@ -155,8 +156,8 @@ def load(path: str | os.PathLike) -> Normalised:
     timm's.
 
   Raises:
-    UserError: the file cannot be read, is of another family, or holds an
-      adapter alone.
+    UserError: the file cannot be read, is of another family, has other
+      adapters than LoRA and LNLoRA, or holds an adapter alone.
   """
   leaves, metadata = adapter_file.read(path)
   fields = _plain_vit(metadata, path)
@@ -204,6 +205,17 @@ def _plain_vit(metadata: Mapping[str, Any], path) -> dict[str, Any]:
       'Transformers only; use fulllora_jax.load, or export --to=stablehlo'
     )
   return fields
+
+
+def _check_branches(metadata: Mapping[str, Any], path) -> None:
+  """Raises UserError for what is no LNLoRA: bottlenecks and prompts."""
+  for name, settings in metadata['branches'].items():
+    if 'kind' in settings:
+      raise UserError(
+        f'{path}: method {metadata["run"]["method"]} put {settings["kind"]} at '
+        f'{name}, and PyTorch has LoRA and LNLoRA only; use fulllora_jax.load, '
+        'or export --to=stablehlo'
+      )
 
 
 def _check_kind(model) -> None:

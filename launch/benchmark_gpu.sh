@@ -17,7 +17,7 @@ for config in imagenette cifar10; do
     "${PYTHON:-python3}" -m fulllora_jax.benchmark \
       --config="configs/$config.py" \
       --config.model.dtype=bfloat16 --config.base.dtype=bfloat16 \
-      --config.train.batch_size="$batch" --methods=linear,lora,full \
+      --config.train.batch_size="$batch" --methods=linear,lora_everywhere,full \
       --compare=torch --torch_modes="${MODES:-compile,compile-cudagraphs}" \
       --attacks=pgd-20 --workdir="runs/benchmark-$config-$batch" "$@" ||
       failed+=("$config with $batch images")

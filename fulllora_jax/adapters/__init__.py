@@ -1,6 +1,15 @@
-"""LNLoRA: the branch, its attachment to any linen model, and the methods."""
+"""Branches, their attachment to any linen model, and the methods."""
 
 from fulllora_jax.adapters.attach import COLLECTION, AdaptedModel, attach
+from fulllora_jax.adapters.bottleneck import Bottleneck
 from fulllora_jax.adapters.lnlora import LNLoRA
+from fulllora_jax.adapters.prompts import Prompts
 
-__all__ = ['COLLECTION', 'AdaptedModel', 'LNLoRA', 'attach']
+__all__ = [
+  'COLLECTION',
+  'AdaptedModel',
+  'Bottleneck',
+  'LNLoRA',
+  'Prompts',
+  'attach',
+]

@@ -1,9 +1,11 @@
-"""Attaching LNLoRA branches to any linen model, from outside.
+"""Attaching branches to any linen model, from outside.
 
 `flax.linen.intercept_methods` sees each call of a Dense, DenseGeneral or Conv
 whose path a target matches and adds the branch's output to it. The model's own
 `params` keep their tree; the branches live in the collection `lnlora`, under
 the path of the map they stand beside. The model needs no change.
+
+Parallel bottlenecks stand beside any module, and prompts go into blocks.
 """
 
 import dataclasses
@@ -17,19 +19,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.tracers import current_trace
 
+from fulllora_jax.adapters.bottleneck import Bottleneck
 from fulllora_jax.adapters.lnlora import LNLoRA, Moments
+from fulllora_jax.adapters.prompts import Prompts
 from fulllora_jax.errors import UserError
 
 COLLECTION = 'lnlora'
 LINEAR_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)
 # (the map's module, what it gives, what its branch adds); may sow.
 Watch = Callable[[nn.Module, jax.Array, jax.Array], None]
+Branch = LNLoRA | Bottleneck | Prompts
 _WRAPPED = ('CIRCULAR', 'CAUSAL', 'REFLECT')  # paddings made outside the conv
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModel:
-  """A linen model with branches beside the maps its targets match.
+  """A linen model with branches where its targets match.
 
   Attributes:
     model: the linen module, unchanged.
@@ -38,7 +43,7 @@ class AdaptedModel:
   """
 
   model: nn.Module
-  targets: Mapping[str, LNLoRA]
+  targets: Mapping[str, Branch]
 
   def init_adapter(
     self,
@@ -57,10 +62,10 @@ class AdaptedModel:
 
     Returns:
       The `lnlora` collection. With it the adapted model computes exactly what
-      the base computes, since every B is zero.
+      the base computes, since every B is zero; not so with prompts.
 
     Raises:
-      UserError: a target matches no linear map, or a rank does not fit.
+      UserError: a target matches nothing, or a rank does not fit.
     """
     if not self.targets:
       return {}
@@ -85,9 +90,11 @@ class AdaptedModel:
     drawn = jax.jit(draw)(key)
     unmatched = [t for t in self.targets if t not in seen.values()]
     if unmatched:
+      anywhere = _stands_anywhere(self.targets[unmatched[0]])
       raise UserError(
-        f'adapter target {unmatched[0]!r} matches no linear map; the model '
-        f'has: {", ".join(sorted(seen))}'
+        f'adapter target {unmatched[0]!r} matches no '
+        f'{"module" if anywhere else "linear map"}; the model has: '
+        + ', '.join(sorted(seen))
       )
     return drawn[COLLECTION]
 
@@ -120,20 +127,22 @@ class AdaptedModel:
     shared = _SharedMoments()
 
     def intercept(next_fun, args, kwargs, context):
-      y = next_fun(*args, **kwargs)
       module = context.module
-      if context.method_name != '__call__' or not isinstance(
-        module, LINEAR_TYPES
-      ):
-        return y
+      if context.method_name != '__call__':
+        return next_fun(*args, **kwargs)
       path = '/'.join(module.path)
       target = self.target_of(path)
+      branch = None if target is None else self.targets[target]
+      if not isinstance(module, LINEAR_TYPES) and not _stands_anywhere(branch):
+        return next_fun(*args, **kwargs)
       if seen is not None:
         seen[path] = target
-      if target is None:
+      if isinstance(branch, Prompts):
+        return _with_prompts(next_fun, module, branch, path, args, kwargs)
+      y = next_fun(*args, **kwargs)
+      if branch is None:
         return y
-      x = args[0] if args else kwargs['inputs']
-      branch = self.targets[target]
+      x = _input(path, args, kwargs)
       added = _branch_output(module, branch, path, x, y, shared)
       if watch is not None:
         watch(module, y, added)
@@ -146,7 +155,7 @@ class AdaptedModel:
     return next((t for t in self.targets if re.fullmatch(t, path)), None)
 
 
-def attach(model: nn.Module, targets: Mapping[str, LNLoRA]) -> AdaptedModel:
+def attach(model: nn.Module, targets: Mapping[str, Branch]) -> AdaptedModel:
   """Adapts a linen model built from Dense, DenseGeneral and Conv.
 
   Args:
@@ -208,30 +217,74 @@ class _SharedMoments:
     return self._known[key][2:]
 
 
-def _branch_output(
-  module: nn.Module,
-  branch: LNLoRA,
-  path: str,
-  x: jax.Array,
-  y: jax.Array,
-  shared: _SharedMoments,
+def _stands_anywhere(branch: Branch | None) -> bool:
+  """Returns whether it needs no linear map to stand beside."""
+  return isinstance(branch, Prompts) or (
+    isinstance(branch, Bottleneck) and branch.parallel
+  )
+
+
+def _with_prompts(
+  call: Callable, module: nn.Module, branch: Prompts, path: str, args, kwargs
 ) -> jax.Array:
-  """Runs the branch beside `module`; draws its parameters when initialising."""
-  if x.dtype != y.dtype:  # a cast, even to its own dtype, is another array
-    x = x.astype(y.dtype)
-  rows = _rows(module, path, x)
-  d_out = math.prod(y.shape[rows.ndim - 1 :])
+  """Calls a block with prompts beside the tokens, its first argument."""
+  x = _input(path, args, kwargs)
+  branch.check(path, x)
+  parameters = _parameters(
+    module, branch, path, lambda key: branch.init(key, x.shape[-1])
+  )
+  others = {name: value for name, value in kwargs.items() if value is not x}
+  return branch(parameters, lambda tokens: call(tokens, *args[1:], **others), x)
+
+
+def _input(path: str, args, kwargs) -> jax.Array:
+  """Returns what a module is called with: its first argument, or `inputs`."""
+  if not args and 'inputs' not in kwargs:
+    raise UserError(
+      f'{path}: it is called by keywords alone, so that an adapter cannot tell '
+      'its input; make that the first argument'
+    )
+  return args[0] if args else kwargs['inputs']
+
+
+def _parameters(
+  module: nn.Module, branch: Branch, path: str, init: Callable
+) -> dict[str, jax.Array]:
+  """Returns a branch's parameters; draws them when initialising."""
   if not all(module.has_variable(COLLECTION, n) for n in branch.names()):
     if not module.is_mutable_collection(COLLECTION):
       raise UserError(
         f'the adapter has no parameters for {path}: it was made for other '
         'targets'
       )
-    branch.check_rank(path, rows.shape[-1], d_out)
-    drawn = branch.init(module.make_rng('params'), rows.shape[-1], d_out)
-    for name, value in drawn.items():
+    for name, value in init(module.make_rng('params')).items():
       module.put_variable(COLLECTION, name, value)
-  parameters = {n: module.get_variable(COLLECTION, n) for n in branch.names()}
+  return {n: module.get_variable(COLLECTION, n) for n in branch.names()}
+
+
+def _branch_output(
+  module: nn.Module,
+  branch: LNLoRA | Bottleneck,
+  path: str,
+  x: jax.Array,
+  y: jax.Array,
+  shared: _SharedMoments,
+) -> jax.Array:
+  """Runs the branch beside `module`, or a sequential one behind it."""
+  if x.dtype != y.dtype:  # a cast, even to its own dtype, is another array
+    x = x.astype(y.dtype)
+  rows = _rows(module, path, x)
+  d_out = math.prod(y.shape[rows.ndim - 1 :])
+  if isinstance(branch, Bottleneck) and not branch.parallel:
+    rows = y.reshape(*y.shape[: rows.ndim - 1], d_out)
+
+  def init(key):
+    branch.check_rank(path, rows.shape[-1], d_out)
+    return branch.init(key, rows.shape[-1], d_out)
+
+  parameters = _parameters(module, branch, path, init)
+  if isinstance(branch, Bottleneck):
+    return branch(parameters, rows).reshape(y.shape)
   moments = None
   if branch.layer_norm:
     rows, moments = shared.of(rows, branch.epsilon)
@@ -242,7 +295,7 @@ def _rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:
   """Brings the map's input to [..., d_in], as its kernel would multiply it."""
   if isinstance(module, nn.Conv):
     return _conv_patches(module, path, x)
-  if isinstance(module, nn.Dense):
+  if not isinstance(module, nn.DenseGeneral):
     return x
   if module.batch_dims not in ((), []):  # 0 is a batch dimension
     raise UserError(

@@ -1,39 +1,56 @@
 """Which leaves learn: every method is one predicate over (collection, path).
 
 From the predicate come the optax mask, the split that `jax.grad` sees, the
-contents of a checkpoint and the parameter table (DESIGN: one mask).
+contents of a checkpoint and the parameter table (DESIGN: one mask). A method
+that adds parameters also says what it attaches, and where (docs/methods.md).
 """
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import traverse_util
 
-from fulllora_jax.adapters.attach import COLLECTION
+from fulllora_jax import models
+from fulllora_jax.adapters.attach import COLLECTION, Branch
+from fulllora_jax.adapters.bottleneck import Bottleneck
 from fulllora_jax.adapters.lnlora import LNLoRA
+from fulllora_jax.adapters.prompts import Prompts
 from fulllora_jax.errors import UserError
 
 # (collection, path joined by '/', path of the head) -> learns?
 Predicate = Callable[[str, str, str], bool]
+# How the three families name their norms: LayerNorm_0, norm1, mlp_norm, ...
+_NORM = re.compile(r'(.*/)?[^/]*norm[^/]*/(scale|bias)', re.IGNORECASE)
+_LOW_RANK = ('targets', 'overrides', 'rank', 'alpha', 'layer_norm', 'epsilon')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
   """What a method attaches, trains and trains against.
 
   Attributes:
-    learns: the predicate.
-    branch: 'lnlora', 'lora' (no LayerNorm) or None (no adapter).
-    adversarial: False trains on clean images.
+    name: of `config.method`.
+    title: what a report calls it.
     source: where the method is from.
+    learns: the predicate.
+    branch: makes of a config what stands at each target; None: no adapter.
+    roles: of the model (models/__init__.py), where it stands unless
+      `config.adapter.targets` says otherwise; (): all linear maps but the head.
+    reads: fields of `config.adapter`, beside head and dtype.
+    adversarial: False trains on clean images.
   """
 
-  learns: Predicate
-  branch: str | None
-  adversarial: bool
+  name: str
+  title: str
   source: str
+  learns: Predicate
+  branch: Callable[[Any], Branch] | None = None
+  roles: tuple[str, ...] = ()
+  reads: tuple[str, ...] = ()
+  adversarial: bool = True
 
   def trains_less_than_all(self) -> bool:
     """Returns whether some of the base's parameters stay frozen."""
@@ -52,26 +69,155 @@ def _adapter_and_head(collection: str, path: str, head: str) -> bool:
   return collection == COLLECTION or _head_only(collection, path, head)
 
 
-METHODS: Mapping[str, Method] = {
-  'fulllora': Method(
-    _adapter_and_head, 'lnlora', True, 'Yuan et al., 2025, arXiv 2401.01752'
+def _biases_and_head(collection: str, path: str, head: str) -> bool:
+  return path.endswith('/bias') or _head_only(collection, path, head)
+
+
+def _norms_and_head(collection: str, path: str, head: str) -> bool:
+  return bool(_NORM.fullmatch(path)) or _head_only(collection, path, head)
+
+
+def _lnlora(config) -> LNLoRA:
+  a = config.adapter
+  return LNLoRA(
+    rank=a.rank,
+    alpha=a.alpha,
+    layer_norm=a.layer_norm,
+    epsilon=a.epsilon,
+    dtype=a.dtype,
+  )
+
+
+def _lora(config) -> LNLoRA:
+  return dataclasses.replace(_lnlora(config), layer_norm=False)
+
+
+def _sequential(config) -> Bottleneck:
+  return Bottleneck(rank=config.adapter.rank, dtype=config.adapter.dtype)
+
+
+def _beside_the_mlp(config) -> Bottleneck:
+  return Bottleneck(
+    rank=config.adapter.rank,
+    scale=0.1,
+    act='relu',
+    parallel=True,
+    dtype=config.adapter.dtype,
+  )
+
+
+def _prompts(config) -> Prompts:
+  return Prompts(
+    count=config.adapter.prompts,
+    patch_size=config.model.patch_size,
+    dtype=config.adapter.dtype,
+  )
+
+
+_ALL = (
+  Method(
+    name='fulllora',
+    title='FullLoRA adversarial finetuning',
+    source='Yuan et al., 2025, arXiv 2401.01752',
+    learns=_adapter_and_head,
+    branch=_lnlora,
+    reads=_LOW_RANK,
   ),
-  'lora': Method(
-    _adapter_and_head, 'lora', True, 'Hu et al., 2021, arXiv 2106.09685'
+  Method(
+    name='lnlora',
+    title='LNLoRA (query and value) adversarial finetuning',
+    source='Yuan et al., 2025, arXiv 2401.01752',
+    learns=_adapter_and_head,
+    branch=_lnlora,
+    roles=('query', 'value'),
+    reads=_LOW_RANK,
   ),
-  'linear': Method(_head_only, None, True, 'linear probing of the head'),
-  'full': Method(
-    _everything, None, True, 'Madry et al., 2018, arXiv 1706.06083'
+  Method(
+    name='lora',
+    title='LoRA (query and value) adversarial finetuning',
+    source='Hu et al., 2021, arXiv 2106.09685',
+    learns=_adapter_and_head,
+    branch=_lora,
+    roles=('query', 'value'),
+    reads=_LOW_RANK,
   ),
-  'standard': Method(_everything, None, False, 'empirical risk minimisation'),
-}
+  Method(
+    name='lora_everywhere',
+    title='LoRA (all linear maps) adversarial finetuning',
+    source='Hu et al., 2021, arXiv 2106.09685, where FullLoRA has LNLoRA',
+    learns=_adapter_and_head,
+    branch=_lora,
+    reads=_LOW_RANK,
+  ),
+  Method(
+    name='adapter',
+    title='Bottleneck adapter adversarial finetuning',
+    source='Houlsby et al., 2019, arXiv 1902.00751',
+    learns=_adapter_and_head,
+    branch=_sequential,
+    roles=('attn_out', 'fc2'),
+    reads=('targets', 'overrides', 'rank'),
+  ),
+  Method(
+    name='adaptformer',
+    title='AdaptFormer adversarial finetuning',
+    source='Chen et al., 2022, arXiv 2205.13535',
+    learns=_adapter_and_head,
+    branch=_beside_the_mlp,
+    roles=('mlp',),
+    reads=('targets', 'overrides', 'rank'),
+  ),
+  Method(
+    name='vpt',
+    title='Deep visual prompt adversarial tuning',
+    source='Jia et al., 2022, arXiv 2203.12119',
+    learns=_adapter_and_head,
+    branch=_prompts,
+    roles=('block',),
+    reads=('prompts',),
+  ),
+  Method(
+    name='bias',
+    title='BitFit (biases) adversarial finetuning',
+    source='Ben Zaken et al., 2022, arXiv 2106.10199',
+    learns=_biases_and_head,
+  ),
+  Method(
+    name='layernorm',
+    title='LayerNorm adversarial finetuning',
+    source='Basu et al., 2023, arXiv 2304.01917',
+    learns=_norms_and_head,
+  ),
+  Method(
+    name='linear',
+    title='Adversarial finetuning of the head',
+    source='linear probing',
+    learns=_head_only,
+  ),
+  Method(
+    name='full',
+    title='Full adversarial finetuning',
+    source='Madry et al., 2018, arXiv 1706.06083',
+    learns=_everything,
+  ),
+  Method(
+    name='standard',
+    title='Standard training, without an adversary,',
+    source='empirical risk minimisation',
+    learns=_everything,
+    adversarial=False,
+  ),
+)
+METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 
 
 def get(name: str) -> Method:
   """Returns the method of that name; UserError if there is none."""
   if name not in METHODS:
+    near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.5)
+    hint = f'did you mean {" or ".join(near)}? ' if near else ''
     raise UserError(
-      f'method: unknown method {name!r}; known: {", ".join(METHODS)}'
+      f'method: unknown method {name!r}; {hint}known: {", ".join(METHODS)}'
     )
   return METHODS[name]
 
@@ -101,47 +247,68 @@ def trainable_mask(
   return traverse_util.unflatten_dict({path: learns(path) for path in flat})
 
 
-def branches(
-  adapter, method: Method, linear_maps: Mapping[str, str]
-) -> dict[str, LNLoRA]:
-  """Reads `config.adapter` into path pattern -> branch, for `attach`.
+def branches(config, method: Method) -> dict[str, Branch]:
+  """Reads a config into path pattern -> branch, for `attach`.
+
+  Targets that are no role of the model are taken as patterns themselves.
 
   Args:
-    adapter: the `adapter` part of a config (config.py).
+    config: config.py; its parts `adapter` and `model` are read.
     method: from `get`.
-    linear_maps: role -> pattern of the model (models/__init__.py); targets
-      that are no role are taken as patterns themselves.
 
   Raises:
-    UserError: an override that cannot be read, or of something that is not a
-      target.
+    UserError: the model has no place for the method; a head that it cannot
+      adapt; an override that cannot be read, or of what is neither a target
+      nor a role, or a field that the target has not.
   """
-  if method.branch is None:
+  if not method.adversarial:  # the base of a run, which has a method of its own
     return {}
-  targets = tuple(adapter.targets) or tuple(
-    role for role in linear_maps if role != 'head'
-  )
-  if adapter.head == 'lnlora':
-    targets += ('head',)
-  chosen = {
-    target: LNLoRA(
-      rank=adapter.rank,
-      alpha=adapter.alpha,
-      layer_norm=adapter.layer_norm and method.branch == 'lnlora',
-      epsilon=adapter.epsilon,
-      dtype=adapter.dtype,
-    )
-    for target in targets
-  }
-  for override in adapter.overrides:
+  maps = models.linear_maps(config.model.name)
+  places = {**maps, **models.modules(config.model.name)}
+  chosen = {}
+  if method.branch is not None:
+    branch = method.branch(config)
+    for target in _targets(config, method, maps, places):
+      chosen[target] = branch
+  for override in config.adapter.overrides:
     target, field, value = _parse_override(override)
-    if target not in chosen:
+    if target in chosen:
+      if not hasattr(chosen[target], field):
+        raise UserError(
+          f'adapter.overrides: {override!r}: what method {method.name} puts '
+          f'there has no {field}'
+        )
+      chosen[target] = dataclasses.replace(chosen[target], **{field: value})
+    # A role's rank, say, goes with every method, whether it adapts it or not.
+    elif config.adapter.targets or target not in maps or target == 'head':
       raise UserError(
         f'adapter.overrides: {override!r} names no target; the targets are: '
-        + ', '.join(targets)
+        + (', '.join(chosen) or f'none, in method {method.name}')
       )
-    chosen[target] = dataclasses.replace(chosen[target], **{field: value})
-  return {linear_maps.get(t, t): branch for t, branch in chosen.items()}
+  return {places.get(t, t): branch for t, branch in chosen.items()}
+
+
+def _targets(
+  config, method: Method, maps: Mapping[str, str], places: Mapping[str, str]
+) -> tuple[str, ...]:
+  """Returns the roles or patterns at which a method's branches stand."""
+  adapter, model = config.adapter, config.model.name
+  own = method.roles or tuple(role for role in maps if role != 'head')
+  targets = tuple(adapter.targets) or own
+  if 'block' in own and 'block' not in places:
+    raise UserError(
+      f'method {method.name}: the blocks of a {model} take no tokens but their '
+      'own; give another method, or a plain Vision Transformer (vit_b, '
+      'deit_s, ...)'
+    )
+  if adapter.head != 'lnlora':
+    return targets
+  if not isinstance(method.branch(config), LNLoRA):
+    raise UserError(
+      f'adapter.head lnlora: method {method.name} has no LNLoRA; give train or '
+      'frozen'
+    )
+  return (*targets, 'head')
 
 
 _READERS: Mapping[str, Callable[[str], Any]] = {

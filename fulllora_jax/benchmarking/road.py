@@ -209,7 +209,7 @@ def _check(config, target, schedules, points) -> None:
   if not methods.get(config.method).adversarial:
     raise UserError(
       f'method {config.method} trains without an attack, so there is no road '
-      'to robustness; give fulllora, lora, linear or full'
+      'to robustness; give another, e.g. fulllora'
     )
 
 

@@ -36,7 +36,7 @@ _ARITHMETIC = ('pool', 'act', 'epsilon')
 _FAMILIES = ('vit', 'deit')
 _METHODS = {
   'fulllora': 'lora',  # peft has no LNLoRA
-  'lora': 'lora',
+  'lora_everywhere': 'lora',
   'linear': 'linear',
   'full': 'full',
   'standard': 'full',
@@ -216,6 +216,11 @@ def spec_of(
   Raises:
     UserError: timm and peft have not the like of the config, naming the field.
   """
+  if config.method not in _METHODS:
+    raise UserError(
+      f'torch peer: method {config.method}: it has the like of '
+      f'{", ".join(_METHODS)} alone; compare with one of those'
+    )
   model, optimizer = _plain_vit(config), config.optimizer
   _check_same(config)
   height, width, channels = image_shape

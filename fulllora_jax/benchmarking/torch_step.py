@@ -7,7 +7,7 @@ its users would have:
 - timm keeps query, key and value in one map, so peft puts one branch beside
   the three, where ours has one beside each: less work for PyTorch.
 - LoRA has no LayerNorm before its branch: less work than LNLoRA, and the same
-  as our method `lora`.
+  as our method `lora_everywhere`.
 - timm's last block computes every token, where ours computes those read only.
 - Batches are not mixed (mixup, cutmix), a gradient that is not finite is not
   looked for, and clean images are scored every `log_every` steps only.

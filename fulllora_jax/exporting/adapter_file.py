@@ -16,7 +16,8 @@ linen model can be had back. Arrays have the shapes of the linen model: kernels
   model           JSON: class of the linen module and its fields that are not
                   the class's defaults
   branches        JSON: module path, joined by '/' -> rank, alpha, layer_norm,
-                  epsilon of the branch beside it
+                  epsilon of the LNLoRA beside it; or kind, bottleneck or
+                  prompts, and the fields of that (fulllora_jax/adapters/)
   run             JSON: what the run published of itself: config, threat,
                   normalisation, image_shape, label_names, base_fingerprint, ...
   checksum        SHA-256 of all the above and of every leaf

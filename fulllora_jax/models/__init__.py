@@ -3,7 +3,7 @@
 Every model maps images float32 [B, H, W, C] in [0, 1] to logits [B, K] and
 knows nothing of adapters; `linear_maps` names the maps an adapter may target.
 A family is one file with NAMES (name -> settings), FIELDS (those of
-`config.model` that only it has), LINEAR_MAPS and `create`.
+`config.model` that only it has), LINEAR_MAPS, MODULES and `create`.
 """
 
 import difflib
@@ -22,6 +22,7 @@ __all__ = [
   'attention_outputs',
   'create',
   'linear_maps',
+  'modules',
   'names',
   'normalisation',
   'settings',
@@ -73,6 +74,14 @@ def attention_outputs(name: str) -> str:
   The attention that pools the tokens belongs to no block.
   """
   return rf'(?=.*block_\d+/){linear_maps(name)["attn_out"]}'
+
+
+def modules(name: str) -> Mapping[str, str]:
+  """Returns role -> regular expression of module paths, of other modules.
+
+  'mlp'; and 'block', where blocks take more tokens than their own.
+  """
+  return family(name).MODULES
 
 
 def normalisation(model) -> tuple[tuple[float, ...], tuple[float, ...]]:

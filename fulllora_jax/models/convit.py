@@ -37,6 +37,9 @@ LINEAR_MAPS = {
   'fc2': r'block_\d+/mlp/fc2',
   'head': r'head',
 }
+# Likewise of other modules. No 'block': the local ones have a position for
+# each token, and take no others.
+MODULES = {'mlp': r'block_\d+/mlp'}
 
 SIZE_FIELDS = ('width', 'depth', 'num_heads', 'local_layers')
 FIELDS = (*SIZE_FIELDS, 'mlp_dim', 'pool')

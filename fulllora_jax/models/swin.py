@@ -30,6 +30,8 @@ LINEAR_MAPS = {
   'downsample': r'.*/downsample/reduction',
   'head': r'head',
 }
+# Likewise of other modules. No 'block': they take a grid of tokens alone.
+MODULES = {'mlp': r'.*/mlp'}
 
 FIELDS = ('width', 'depths', 'heads', 'window')
 # Settings of every name; a size adds width, depths and heads.

@@ -40,6 +40,11 @@ LINEAR_MAPS = {
   'fc2': r'.*/MlpBlock_[03]/Dense_1',
   'head': r'head(_dist)?',
 }
+# Likewise of other modules. The blocks take any number of tokens.
+MODULES = {
+  'mlp': r'.*/MlpBlock_[03]',
+  'block': r'Transformer/encoderblock_\d+',
+}
 
 # Width, depth, heads and MLP width of the published sizes.
 SIZES = {

@@ -1,0 +1,96 @@
+"""Bottleneck adapters: two small dense layers with an activation between them.
+
+Houlsby et al., 2019 (arXiv 1902.00751) put one behind a map, on its output y,
+
+    y <- y + up(gelu(down(y)))
+
+and AdaptFormer (Chen et al., 2022, arXiv 2205.13535) one beside an MLP, on its
+input x,
+
+    mlp(x) <- mlp(x) + s up(relu(down(x)))
+
+with down: [d_in, r], up: [r, d_out], and a bias in each. `up` starts at zero,
+so that the adapted model starts as the base, exactly; Houlsby et al. start
+close to that, from 0.01 times a normal number.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from fulllora_jax.errors import UserError
+
+_ACTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'relu': jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+  """One adapter's shape; its arrays live in the `lnlora` collection.
+
+  Attributes:
+    rank: r, in 1..min(d_in, d_out).
+    scale: of what is added.
+    act: 'gelu' or 'relu'.
+    parallel: reads the module's input; else its output.
+    dtype: name of the parameters' dtype.
+  """
+
+  rank: int
+  scale: float = 1.0
+  act: str = 'gelu'
+  parallel: bool = False
+  dtype: str = 'float32'
+
+  def init(self, key: jax.Array, d_in: int, d_out: int) -> dict[str, jax.Array]:
+    """Draws the adapter's parameters.
+
+    Args:
+      key: a PRNG key.
+      d_in: dimension of what it reads.
+      d_out: of what it adds.
+
+    Returns:
+      down [d_in, rank], uniform in +-1/sqrt(d_in); down_bias [rank], up
+      [rank, d_out] and up_bias [d_out], zeros.
+    """
+    dtype = jnp.dtype(self.dtype)
+    bound = d_in**-0.5
+    return {
+      'down': jax.random.uniform(key, (d_in, self.rank), dtype, -bound, bound),
+      'down_bias': jnp.zeros((self.rank,), dtype),
+      'up': jnp.zeros((self.rank, d_out), dtype),
+      'up_bias': jnp.zeros((d_out,), dtype),
+    }
+
+  def names(self) -> tuple[str, ...]:
+    """Returns the names of the adapter's parameters."""
+    return ('down', 'down_bias', 'up', 'up_bias')
+
+  def check_rank(self, path: str, d_in: int, d_out: int) -> None:
+    """Raises UserError if the rank is not in 1..min(d_in, d_out)."""
+    if not 1 <= self.rank <= min(d_in, d_out):
+      raise UserError(
+        f'adapter.rank {self.rank} does not fit {path}, whose bottleneck maps '
+        f'{d_in} -> {d_out}: it must be in 1..{min(d_in, d_out)}'
+      )
+
+  def __call__(
+    self, parameters: dict[str, jax.Array], x: jax.Array
+  ) -> jax.Array:
+    """Computes scale * up(act(down(x))).
+
+    Args:
+      parameters: what `init` returned, possibly trained.
+      x: [..., d_in], of any float dtype.
+
+    Returns:
+      [..., d_out] in x's dtype.
+    """
+    p = {name: parameters[name].astype(x.dtype) for name in self.names()}
+    low = _ACTS[self.act](x @ p['down'] + p['down_bias'])
+    return self.scale * (low @ p['up'] + p['up_bias'])
