@@ -145,6 +145,7 @@ def make_algorithm(
     augment=functools.partial(
       augment.augment, num_classes=num_classes, **config.augment.to_dict()
     ),
+    prepare=built.model.prepare,
     accumulate=config.train.accumulate,
     remat=config.model.remat,
     dropout=config.model.dropout > 0,

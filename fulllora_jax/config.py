@@ -16,6 +16,7 @@ from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.errors import UserError
 
 ConfigDict = config_dict.ConfigDict
+WEIGHTS = ('base', 'best', 'last')  # of a run
 
 
 def default() -> ConfigDict:
@@ -78,6 +79,7 @@ def default() -> ConfigDict:
   d.train_split = 'train'
   d.test_split = ''  # '': test, or validation where there is no test
   d.validation_fraction = 0.02  # of the train split, held out
+  d.seed = config_dict.placeholder(int)  # of what is held out; None: seed
   d.cache = 'auto'  # memory | stream | auto (memory up to 4 GiB)
   d.on_broken = 'refuse'  # an unreadable image of a folder: refuse | skip
   d.prepare = True  # prepare (download) a missing set on first use
@@ -172,6 +174,7 @@ def default() -> ConfigDict:
   c.eval = e = ConfigDict()
   # name[-steps]; autoattack and its attacks too (attacks/named.py)
   e.attacks = ('clean', 'fgsm', 'pgd-20', 'cw_linf-20')
+  e.weights = ()  # of base, best, last; (): all there are
   e.step_size = '2/255'
   e.restarts = 1
   e.batch_size = 256

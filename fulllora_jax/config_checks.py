@@ -5,6 +5,7 @@ from fulllora_jax.adapters import methods
 from fulllora_jax.attacks.losses import LOSSES
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import (
+  WEIGHTS,
   ConfigDict,
   default,
   evaluation_attack,
@@ -117,6 +118,8 @@ def validate_evaluation(config: ConfigDict) -> None:
         f'eval.radii {factor}: give multiples of eps above 0; clean images are '
         'there without asking'
       )
+  for weights in config.eval.weights:
+    choose('eval.weights', weights, WEIGHTS)
   for field in ('num_examples', 'validation_examples'):
     if config.eval[field] < 0:
       raise UserError(

@@ -42,7 +42,6 @@ from fulllora_jax.evaluations import (
 )
 from fulllora_jax.files import absolute_path, replace_file
 
-WEIGHTS = ('base', 'best', 'last')
 SPLITS = ('train', 'validation', 'test')
 
 
@@ -95,7 +94,7 @@ class FinishedRun(Evaluations):
     metadata = self.load('best').metadata
     published = metadata.get('base_source') or {}
     headless = metadata['base'] is None or published.get('new_head', False)
-    return WEIGHTS[1:] if headless else WEIGHTS
+    return config_lib.WEIGHTS[1:] if headless else config_lib.WEIGHTS
 
   def variables(self, weights: str) -> tuple[tuple, Any]:
     """Returns what identifies the weights, and the weights on the mesh."""
@@ -202,7 +201,7 @@ def evaluate_again(
     UserError: bad input, before anything is computed.
   """
   for name in weights:
-    choose('--weights', name, WEIGHTS)
+    choose('--weights', name, config_lib.WEIGHTS)
   eps = _check(config, split, eps)
   config_checks.refuse_rand(config)
   workdir = absolute_path(workdir)

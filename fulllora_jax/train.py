@@ -79,8 +79,8 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
     dataset = dataset or _open_dataset(config)
     base = ensure_base(config, workdir, dataset, published)
     training = Training(config, workdir, dataset, base)
-    seconds = training.run()
-    result = _report(config, workdir, dataset, seconds)
+    training.run()
+    result = _report(config, workdir, dataset, training)
   say(f'\n{report.summary_table(result)}\n\nreport: {workdir}/report.md')
   return result
 
@@ -127,7 +127,7 @@ def _report(
   config,
   workdir: Path,
   dataset: data.Dataset,
-  train_seconds: float,
+  training: Training,
 ) -> dict[str, Any]:
   """Evaluates the finished run and writes its report."""
   started = time.monotonic()
@@ -137,16 +137,18 @@ def _report(
     dataset,
   )
   attacks = config_lib.evaluation_attacks(config)
+  asked = [w for w in run.weights() if w in config.eval.weights]
   evaluations = run.evaluate_all(
-    run.weights(), attacks, 'test', config.eval.num_examples
+    asked or run.weights(), attacks, 'test', config.eval.num_examples
   )
   examples = run.examples(config_lib.picture_attack(attacks))
   seconds = {
-    'train': train_seconds,
+    'train': training.seconds,
     'evaluate': time.monotonic() - started,
   }
   result = results.assemble_report(run, evaluations, seconds)
   history = []
+  result['passes'] = training.passes
   if distributed.is_primary():
     history = read_metrics(workdir / 'metrics.jsonl')
     if steps := overfitting.collapses(history):

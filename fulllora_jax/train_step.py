@@ -51,6 +51,8 @@ class Algorithm:
     objective: the outer loss.
     attack: the inner maximisation; None trains on clean images.
     augment: (key, images, labels) -> (images, labels).
+    prepare: variables -> what `apply` takes in their place, once for all of
+      the attack's calls.
     accumulate: microbatches of a step.
     remat: as config.model.remat, which the model already follows.
     dropout: whether the training forward pass draws random numbers.
@@ -67,6 +69,7 @@ class Algorithm:
   objective: Objective
   attack: InnerAttack | None
   augment: Callable[..., tuple[jax.Array, jax.Array]]
+  prepare: Callable[[Tree], Tree] = lambda variables: variables
   accumulate: int = 1
   remat: str = 'none'
   dropout: bool = False
@@ -129,10 +132,12 @@ def train_step(
   trainable = optax.apply_updates(state.trainable, updates)
   average = ema.update(state.ema, trainable, algorithm.ema_decay)
 
-  finite = [jnp.isfinite(metrics['loss'])]
-  finite += [jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]
-  metrics['nonfinite'] = ~jnp.stack(finite)
-  metrics['gradient_norm'] = optax.tree.norm(gradient)
+  # A sum is finite only where all of its terms are.
+  squares = [
+    jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(gradient)
+  ]
+  metrics['nonfinite'] = ~jnp.isfinite(jnp.stack([metrics['loss'], *squares]))
+  metrics['gradient_norm'] = jnp.sqrt(sum(squares))
   metrics['learning_rate'] = jnp.asarray(algorithm.learning_rate(state.step))
   good = ~metrics['nonfinite'].any()
   trainable, opt_state, average = jax.tree.map(
@@ -161,8 +166,10 @@ def _gradient(
 ) -> tuple[Tree, Metrics]:
   """The two lines of Algorithm 1, up to the optimizer."""
 
+  prepared = algorithm.prepare(merge(state.trainable, frozen))
+
   def logits_fn(images):  # deterministic, as every attack needs it
-    return algorithm.apply(merge(state.trainable, frozen), images)
+    return algorithm.apply(prepared, images)
 
   fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
   x_adv, passes = x, 0

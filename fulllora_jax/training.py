@@ -47,6 +47,8 @@ class Training:
     frozen: the leaves that never change.
     best: score, step and attack of the best validation so far.
     skipped: steps whose loss or gradient was not finite.
+    passes: of one image forward and back through the model, so far.
+    seconds: that the training has taken so far, here and before it was killed.
     counts: of the parameters (state.py).
   """
 
@@ -96,6 +98,7 @@ class Training:
     )
     self.best: dict[str, Any] = {'score': -1.0}
     self.skipped = 0
+    self.passes, self.seconds = 0.0, 0.0
     self._alarm = self._new_alarm(None)
     self._writer: MetricWriter | None = None
 
@@ -116,15 +119,16 @@ class Training:
     variables = build.init_variables(self.built, adapter_key, params, shape)
     return params, variables
 
-  def run(self) -> float:
-    """Trains to the last step; returns the seconds it took here."""
-    started = time.monotonic()
+  def run(self) -> None:
+    """Trains to the last step."""
     checkpoints = checkpoint.TrainingCheckpoints(
       self.workdir / 'checkpoints', self.config.train.keep
     )
     if restored := checkpoints.restore(self.state):
       self.state, notes = restored
       self.best, self.skipped = notes['best'], notes['skipped']
+      self.passes = notes.get('passes', 0.0)
+      self.seconds = notes.get('seconds', 0.0)
       self._alarm = self._new_alarm(notes.get('alarm'))
       self._check_data(notes.get('data'))
       say(f'resuming at step {int(self.state.step)}')
@@ -137,7 +141,6 @@ class Training:
       finally:
         checkpoints.close()  # once the last save is whole on disk
     self._publish('last', self.total_steps)
-    return time.monotonic() - started
 
   def _new_alarm(
     self, notes: dict[str, Any] | None
@@ -177,6 +180,7 @@ class Training:
     """Steps, and what happens every so many of them."""
     every = self.config.train
     progress, in_flight = Progress(self.total_steps, start), []
+    began = time.monotonic() - self.seconds
     step_fn = None
     for step, rows in enumerate(self.batches(start), start + 1):
       batch = self.put(rows)
@@ -198,10 +202,13 @@ class Training:
         self._say(step, scalars, progress.update(step))
       if validate:
         self._validate(step)
+      self.seconds = time.monotonic() - began
       if save or stop:
         notes = {
           'best': self.best,
           'skipped': self.skipped,
+          'passes': self.passes,
+          'seconds': self.seconds,
           'alarm': self._alarm and self._alarm.notes(),
           'data': data.identity(self.dataset),
         }
@@ -254,6 +261,8 @@ class Training:
       nonfinite = metrics.pop('nonfinite')
       if nonfinite.any():
         self._skip(step, float(metrics['loss']), nonfinite)
+      passes = float(metrics['passes'])
+      self.passes += self.config.train.batch_size * passes
       if self._alarm is not None:
         self._alarm.saw(float(metrics['robust_accuracy']))
     return {name: float(value) for name, value in fetched[-1][1].items()}

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 from flax.core.tracers import current_trace
 
 from fulllora_jax.adapters.bottleneck import Bottleneck
@@ -106,6 +107,26 @@ class AdaptedModel:
       return self.model.apply(variables, *args, **kwargs)
     with nn.intercept_methods(self._interceptor()):
       return self.model.apply(variables, *args, **kwargs)
+
+  def prepare(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Computes once what `apply` computes of the branches at each call.
+
+    Returns:
+      Variables that `apply` takes in place of those given, with the same
+      result and the same gradients.
+    """
+    if not variables.get(COLLECTION):
+      return dict(variables)
+    flat = traverse_util.flatten_dict(variables[COLLECTION])
+    branches: dict[tuple[str, ...], dict[str, Any]] = {}
+    for (*path, name), leaf in flat.items():
+      branches.setdefault(tuple(path), {})[name] = leaf
+    for path, parameters in branches.items():
+      branch = self.targets[self.target_of('/'.join(path))]
+      if isinstance(branch, LNLoRA):
+        branches[path] = branch.prepare(parameters)
+    prepared = traverse_util.unflatten_dict(branches)
+    return {**variables, COLLECTION: prepared}
 
   def watched(
     self,
@@ -282,13 +303,17 @@ def _branch_output(
     branch.check_rank(path, rows.shape[-1], d_out)
     return branch.init(key, rows.shape[-1], d_out)
 
-  parameters = _parameters(module, branch, path, init)
-  if isinstance(branch, Bottleneck):
-    return branch(parameters, rows).reshape(y.shape)
+  if module.has_variable(COLLECTION, 'g'):  # of AdaptedModel.prepare
+    prepared = module.variables[COLLECTION]
+  else:
+    parameters = _parameters(module, branch, path, init)
+    if isinstance(branch, Bottleneck):
+      return branch(parameters, rows).reshape(y.shape)
+    prepared = branch.prepare(parameters)
   moments = None
   if branch.layer_norm:
     rows, moments = shared.of(rows, branch.epsilon)
-  return branch.moved(parameters, rows, moments).reshape(y.shape)
+  return branch.moved(prepared, rows, moments).reshape(y.shape)
 
 
 def _rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:

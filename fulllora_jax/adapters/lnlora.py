@@ -112,21 +112,39 @@ class LNLoRA:
     b = parameters['lora_b'].astype(x.dtype)
     return (self.alpha / self.rank) * ((normed @ a) @ b)
 
+  def prepare(self, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Computes what `moved` needs of the parameters, whatever the images.
+
+    So an attack of many steps needs it once. The columns of G are centred,
+    which changes nothing (x - mean(x) sums to 0) and leaves nothing to
+    subtract; but for what rounding to less than float32 leaves of their sums.
+
+    Args:
+      parameters: as of a call.
+
+    Returns:
+      In float32: g [d_in, rank] and b [rank, d_out], scaled by alpha / r; with
+      the LayerNorm also offset [rank], the bias through A.
+    """
+    wide = {n: p.astype(jnp.float32) for n, p in parameters.items()}
+    a, b = wide['lora_a'], (self.alpha / self.rank) * wide['lora_b']
+    if not self.layer_norm:
+      return {'g': a, 'b': b}
+    g = wide['ln_scale'][:, None] * a
+    offset = (wide['ln_bias'][:, None] * a).sum(axis=0)
+    return {'g': g - g.mean(axis=0), 'b': b, 'offset': offset}
+
   def moved(
     self,
-    parameters: dict[str, jax.Array],
+    prepared: dict[str, jax.Array],
     x: jax.Array,
     moments: 'Moments | None' = None,
   ) -> jax.Array:
     """Computes what a call does, with the LayerNorm moved behind A.
 
-    The columns of G are centred, which changes nothing (x - mean(x) sums to 0)
-    and leaves nothing to subtract; but for what rounding to less than float32
-    leaves of their sums.
-
     Args:
-      parameters: as of a call.
-      x: likewise.
+      prepared: of `prepare`.
+      x: as of a call.
       moments: of x, where they are known; branches beside maps of one input
         can share them. None: they are computed here. Of no use without the
         LayerNorm.
@@ -134,21 +152,16 @@ class LNLoRA:
     Returns:
       As a call, to rounding.
     """
-    wide = jnp.float32
-    a, b = parameters['lora_a'], parameters['lora_b'].astype(wide)
-    b = ((self.alpha / self.rank) * b).astype(x.dtype)
+    g, b = (prepared[name].astype(x.dtype) for name in ('g', 'b'))
     if not self.layer_norm:
-      return (x @ a.astype(x.dtype)) @ b
+      return (x @ g) @ b
     if moments is None:
       moments = Moments.of(x, self.epsilon)
-    a = a.astype(wide)
-    g = parameters['ln_scale'].astype(wide)[:, None] * a
-    g = (g - g.mean(axis=0)).astype(x.dtype)
+    wide = jnp.float32
     low = jnp.matmul(x, g, preferred_element_type=wide)
     if g.dtype != wide:
       low -= moments.mean * g.astype(wide).sum(axis=0)
-    low *= moments.inverse_deviation
-    low += (parameters['ln_bias'].astype(wide)[:, None] * a).sum(axis=0)
+    low = low * moments.inverse_deviation + prepared['offset']
     return low.astype(x.dtype) @ b
 
 

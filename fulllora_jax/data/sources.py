@@ -59,7 +59,7 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
   Args:
     data: the fields of config.data.
     seed: chooses the validation examples, and the test examples of a folder
-      that has none.
+      that has none, unless data.seed is set.
 
   Returns:
     The data set; its images are square, of data.image_size pixels.
@@ -70,6 +70,8 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
   """
   if data.cache not in _CACHES:
     raise UserError(f'data.cache={data.cache}: use {", ".join(_CACHES)}')
+  if data.seed is not None:
+    seed = data.seed
   if data.name.startswith('folder:'):
     source = folder.open_folder(data, seed)
   else:
