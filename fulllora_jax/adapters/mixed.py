@@ -119,14 +119,18 @@ class _PerExample:
     self.layer_norm, self.epsilon = branch.layer_norm, branch.epsilon
     self.names = branch.names
 
+  def prepare(self, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """As LNLoRA.prepare, for all the adapters of the stack."""
+    return jax.vmap(self._branch.prepare)(parameters)
+
   def moved(
     self,
-    parameters: dict[str, jax.Array],
+    prepared: dict[str, jax.Array],
     x: jax.Array,
     moments: Moments | None = None,
   ) -> jax.Array:
     """As LNLoRA.moved; x [..., d_in] is one example's rows after another's."""
-    own = {name: leaf[self._index] for name, leaf in parameters.items()}
+    own = {name: leaf[self._index] for name, leaf in prepared.items()}
     x, moments = jax.tree.map(
       lambda a: a.reshape(len(self._index), -1, a.shape[-1]), (x, moments)
     )
