@@ -1,6 +1,7 @@
 """The product: a robust classifier from published adapters and their base."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -189,6 +190,21 @@ def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
   """
   pruned = state_lib.prune(frozen)
   return state_lib.fingerprint(pruned or {'params': base_params})
+
+
+def body_fingerprint(base_params: Tree, head: str) -> str:
+  """Returns the hash of a base but for its head, whatever a method freezes.
+
+  Args:
+    base_params: the base's `params`.
+    head: regular expression of the head's module path.
+  """
+  body = {
+    path: leaf
+    for path, leaf in state_lib.named_leaves(base_params).items()
+    if not re.fullmatch(head, path.rpartition('/')[0])
+  }
+  return state_lib.fingerprint(body)
 
 
 def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:

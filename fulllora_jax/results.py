@@ -322,6 +322,10 @@ def assemble_report(
     'method': run.config.method,
     'parameters': metadata['parameters'],
     'base_fingerprint': metadata['base_fingerprint'],
+    'body_fingerprint': classifier.body_fingerprint(
+      run.load('best').base_variables['params'],
+      models.linear_maps(run.config.model.name)['head'],
+    ),
     'best_step': metadata['step'],
     'best_validation': metadata['validation'],
     'last_step': run.load('last').metadata['step'],

@@ -76,7 +76,7 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
   else:
     config = config_lib.copy(config)
     published = published_base.find(config, workdir)
-    dataset = dataset or _open_dataset(config)
+    dataset = dataset or open_dataset(config)
     base = ensure_base(config, workdir, dataset, published)
     training = Training(config, workdir, dataset, base)
     training.run()
@@ -91,7 +91,7 @@ def _finished_report(workdir: Path) -> dict[str, Any] | None:
   return json.loads(files.read_file(workdir / 'report.json'))
 
 
-def _open_dataset(config) -> data.Dataset:
+def open_dataset(config) -> data.Dataset:
   """Opens the data; every process reads its own copy of the same."""
   if not distributed.from_primary(data.is_ready, config.data):
     # One prepares it; the others find it, or prepare it on their own disks.

@@ -295,8 +295,8 @@ def _cost(comparison: Mapping[str, Any]) -> Markup:
     [
       layout.table(table, 'Cost of each method'),
       layout.paragraph(
-        'Passes are forward-backward passes over a batch, those of the attack '
-        'included.',
+        'A pass is one image once forward and back through the model, those '
+        'of the attack included.',
         'note',
       ),
     ]

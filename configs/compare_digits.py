@@ -1,0 +1,110 @@
+"""Every method on scikit-learn's digits, three seeds, under AutoAttack.
+
+  python -m fulllora_jax.compare --config configs/compare_digits.py
+
+About an hour on two CPU cores, no network. The experiment is that of digits.py
+with a smaller ViT (3 blocks of width 64), so that AutoAttack on the whole test
+split and 33 runs fit. Each method has the learning rate that was best of three
+(1e-3, 5e-3, 2e-2) on validation images with seed 0, by
+
+  python -m fulllora_jax.compare --config configs/compare_digits.py:rates
+
+`:ablations` is FullLoRA by rank, by target, and with and without the LayerNorm;
+`:tiny` two methods and two seeds in a few minutes, for a look.
+"""
+
+import runpy
+from pathlib import Path
+
+from fulllora_jax.comparing import plan
+from fulllora_jax.errors import choose
+
+_DIGITS = Path(__file__).with_name('digits.py')
+# Of AdamW, for each method.
+RATES = {
+  'full': 1e-3,
+  'fulllora': 5e-3,
+  'lora_everywhere': 5e-3,
+  'lnlora': 5e-3,
+  'lora': 5e-3,
+  'adapter': 5e-3,
+  'adaptformer': 5e-3,
+  'vpt': 5e-3,
+  'bias': 5e-3,
+  'layernorm': 5e-3,
+  'linear': 5e-3,
+}
+_TRIED = (1e-3, 5e-3, 2e-2)
+
+
+def get_config(variant: str = ''):
+  """Returns the comparison; variant: '', rates, ablations or tiny."""
+  choose('config variant', variant, ('', 'rates', 'ablations', 'tiny'))
+  experiment = runpy.run_path(str(_DIGITS))['get_config']()
+  experiment.model.update(width=64, depth=3, mlp_dim=256)
+  experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
+  experiment.eval.update(weights=('best',), radii=())
+  experiment.log.tensorboard = False
+  c = plan.default(experiment)
+  c.name = 'compare_digits' + (f'-{variant}' if variant else '')
+  if variant == 'ablations':
+    return _ablations(c)
+  for method, rate in RATES.items():
+    c.rows[method] = _row(method, rate)
+  if variant == 'rates':
+    return _rates(c)
+  return _tiny(c) if variant == 'tiny' else c
+
+
+def _row(method: str, rate: float, **adapter):
+  row = {'method': method, 'optimizer': {'learning_rate': rate}}
+  return row | ({'adapter': adapter} if adapter else {})
+
+
+def _rates(c):
+  """One seed at every rate, to be ranked by the validation images."""
+  c.seeds, c.references = (0,), ()
+  c.experiment.eval.attacks = ('clean', 'pgd-20')
+  c.experiment.eval.num_examples = 64  # the test images are not to be ranked by
+  for method in list(c.rows):
+    del c.rows[method]
+    for rate in _TRIED:
+      c.rows[f'{method}-{rate:g}'] = _row(method, rate)
+  return c
+
+
+def _ablations(c):
+  """What of FullLoRA matters: the LayerNorm, where it stands, the rank."""
+  c.references = ('fulllora',)
+  rate = RATES['fulllora']
+  blocks = ('query', 'key', 'value', 'attn_out', 'fc1', 'fc2')
+  no_norm = ('patch_embed.layer_norm=False',)
+  c.rows['fulllora'] = _row('fulllora', rate)
+  c.rows['rank-2'] = _row('fulllora', rate, rank=2, alpha=4.0)
+  c.rows['rank-8'] = _row('fulllora', rate, rank=8, alpha=16.0)
+  c.rows['no-norm'] = _row('fulllora', rate, layer_norm=False)
+  c.rows['no-norm-at-patches'] = _row('fulllora', rate, overrides=no_norm)
+  epsilon = ('patch_embed.epsilon=1e-2',)
+  c.rows['epsilon-at-patches'] = _row('fulllora', rate, overrides=epsilon)
+  c.rows['not-at-patches'] = _row('fulllora', rate, targets=blocks)
+  c.rows['attention'] = _row('fulllora', rate, targets=blocks[:4])
+  c.rows['mlp'] = _row('fulllora', rate, targets=blocks[4:])
+  for name, norm in (('sgd', True), ('sgd-no-norm', False)):
+    row = _row('fulllora', 0.1, layer_norm=norm)
+    row['optimizer']['name'] = 'sgd'
+    c.rows[name] = row
+  return c
+
+
+def _tiny(c):
+  """Shows the road in a few minutes; the accuracies mean nothing."""
+  c.seeds, c.references = (0, 1), ('fulllora',)
+  for method in list(c.rows):
+    if method not in ('fulllora', 'lora'):
+      del c.rows[method]
+  experiment = c.experiment
+  experiment.model.update(width=32, depth=2, num_heads=2, mlp_dim=64)
+  experiment.train.update(steps=60, log_every=20, eval_every=60)
+  experiment.base.train.update(steps=200, eval_every=200)
+  experiment.eval.attacks = ('clean', 'pgd-20')
+  return c
