@@ -27,8 +27,16 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import small_digits  # noqa: E402
 
-from fulllora_jax import config, data, sharding  # noqa: E402
+from fulllora_jax import (  # noqa: E402
+  build,
+  checkpoint,
+  classifier,
+  config,
+  data,
+  sharding,
+)
 from fulllora_jax import evaluate as evaluate_command  # noqa: E402
+from fulllora_jax import state as state_lib  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -130,6 +138,36 @@ def tiny_config():
     return tiny
 
   return make
+
+
+@pytest.fixture(scope='session')
+def write_run(fill):
+  """Saves a run of made-up weights, whose branches are not zero."""
+
+  def write(workdir, own):
+    built = build.build(own, 5)
+    shape = (8, 8, 3)
+    params = fill(build.shapes(built, shape), seed=1)['params']
+    variables = fill(build.shapes(built, shape), seed=2) | {'params': params}
+    trainable, frozen = state_lib.split(variables, built.mask(variables))
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    own.model.update(mean=mean, std=std)
+    metadata = dict(
+      num_classes=5, image_shape=shape, config=config.as_plain(own),
+      normalisation=dict(mean=mean, std=std), method=own.method,
+      base_fingerprint=classifier.base_fingerprint(params, frozen),
+    )  # fmt: skip
+    checkpoint.save_artefact(
+      workdir / 'base' / 'best',
+      1,
+      {'params': params},
+      metadata | dict(method='standard', base=None),
+    )
+    checkpoint.save_artefact(
+      workdir / 'best', 1, trainable, metadata | dict(base='../base/best')
+    )
+
+  return write
 
 
 @pytest.fixture(scope='session')

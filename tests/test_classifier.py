@@ -11,6 +11,8 @@ from fulllora_jax.errors import UserError
 
 A = 'lnlora/embedding/lora_a'
 KERNEL = 'params/embedding/kernel'
+BLOCK = 'Transformer/encoderblock_0'
+VALUE = f'{BLOCK}/MultiHeadDotProductAttention_1/value'
 
 
 @pytest.fixture(scope='module')
@@ -222,7 +224,10 @@ def test_images_of_another_kind_are_refused(loaded, images, change, words):
 @pytest.mark.parametrize(
   'method, head, trained, frozen',
   [
-    ('lora', 'train', 'lnlora/embedding/lora_a', KERNEL),
+    ('lora', 'train', f'lnlora/{VALUE}/lora_a', 'lnlora/embedding/lora_a'),
+    ('adapter', 'frozen', f'lnlora/{BLOCK}/MlpBlock_3/Dense_1/up', KERNEL),
+    ('vpt', 'train', f'lnlora/{BLOCK}/prompts', KERNEL),
+    ('bias', 'train', 'params/embedding/bias', KERNEL),
     ('fulllora', 'lnlora', 'lnlora/head/lora_a', 'params/head/bias'),
     ('linear', 'train', 'params/head/bias', KERNEL),
     ('full', 'train', KERNEL, 'lnlora/embedding/lora_a'),

@@ -8,6 +8,7 @@ import pytest
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import config_checks
+from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.errors import UserError
 
 FILES = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
@@ -161,6 +162,66 @@ def test_a_bad_field_is_refused_by_its_name(field, value, words):
   with pytest.raises(UserError, match=words) as caught:
     config_checks.validate(changed(**{field: value}), num_devices=8)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  'method, field, value, words',
+  [
+    *[
+      (
+        method,
+        'targets',
+        ('fc1',),
+        f"'fc1'.*: method {method} reads no targets",
+      )
+      for method in ('linear', 'full', 'bias', 'layernorm', 'vpt')
+    ],
+    *[
+      (method, 'head', 'lnlora', f'head lnlora: method {method} has no')
+      for method in ('linear', 'full', 'bias', 'layernorm', 'vpt', 'adapter')
+    ],
+    *[
+      (method, 'prompts', 5, f'prompts 5: method {method} .*or give vpt')
+      for method in ('fulllora', 'adapter', 'linear', 'full')
+    ],
+    *[
+      (method, 'overrides', ('x.rank=2',), "'x.rank=2' names no target; .*none")
+      for method in ('linear', 'full', 'bias', 'layernorm')
+    ],
+    ('vpt', 'overrides', ('query.rnk=2',), "cannot read 'query.rnk=2'"),
+    ('vpt', 'prompts', 0, 'adapter.prompts 0: it must be at least 1'),
+    (
+      'adapter',
+      'overrides',
+      ('fc2.alpha=2',),
+      'adapter puts there has no alpha',
+    ),
+    ('lora', 'rank', 0, 'adapter.rank 0: it must be in 1'),
+  ],
+)
+def test_what_a_method_would_not_read_is_refused(method, field, value, words):
+  config_checks.validate(changed(method=method), num_devices=8)
+  config = changed(method=method, **{f'adapter__{field}': value})
+  with pytest.raises(UserError, match=words) as caught:
+    config_checks.validate(config, num_devices=8)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_config_for_fulllora_goes_with_every_method(method):
+  config = changed(method=method, adapter__rank=8, adapter__alpha=16.0)
+  config.adapter.overrides = ('patch_embed.layer_norm=False',)
+  config_checks.validate(config, num_devices=8)
+
+
+def test_a_base_that_is_trained_first_has_the_adapter_of_its_run():
+  config = changed(method='vpt', adapter__prompts=5)
+  config_checks.validate(config, num_devices=8)
+  config_checks.validate(config_lib.base_config(config), num_devices=8)
+  config = changed(adapter__targets=('.*/query',), adapter__head='lnlora')
+  config.adapter.overrides = ('.*/query.rank=3',)
+  config_checks.validate(config, num_devices=8)
+  config_checks.validate(config_lib.base_config(config), num_devices=8)
 
 
 @pytest.mark.parametrize('name', ['fgsm_rs', 'n_fgsm'])

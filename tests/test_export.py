@@ -14,7 +14,8 @@ from fulllora_jax import state as state_lib
 from fulllora_jax.errors import UserError
 from fulllora_jax.exporting import adapter_file, program
 
-QUERY = 'Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query'
+BLOCK = 'Transformer/encoderblock_0'
+QUERY = f'{BLOCK}/MultiHeadDotProductAttention_1/query'
 
 
 @pytest.fixture(scope='module')
@@ -363,3 +364,45 @@ def test_pytorch_is_asked_for_by_name(run_python):
   done = run_python('-c', f'{blocked}import fulllora_jax.torch_adapter')
   assert 'needs torch, torchvision and timm' in done.stderr
   assert 'pip install "fulllora_jax[torch]"' in done.stderr
+
+
+@pytest.mark.parametrize(
+  'method, added',
+  [
+    (
+      'adapter',
+      {
+        f'{BLOCK}/{name}': {
+          'kind': 'bottleneck', 'rank': 2, 'scale': 1.0, 'act': 'gelu',
+          'parallel': False,
+        }
+        for name in ('MlpBlock_3/Dense_1', 'MultiHeadDotProductAttention_1/out')
+      },
+    ),
+    ('vpt', {BLOCK: {'kind': 'prompts', 'count': 10, 'patch_size': 4}}),
+    ('layernorm', {}),
+  ],
+)  # fmt: skip
+def test_every_kind_of_adapter_goes_out(
+  tiny_config, write_run, tmp_path, method, added
+):
+  write_run(tmp_path, tiny_config(method))
+  loaded = classifier.load(tmp_path)
+  written = export.to_safetensors(tmp_path)
+  variables, metadata = export.read_safetensors(written.path)
+  assert metadata['branches'] == added
+  trained = state_lib.named_leaves(variables)
+  assert set(trained) == set(loaded.metadata['leaves'])
+  for name, leaf in trained.items():
+    whole = state_lib.named_leaves(loaded.variables)[name]
+    np.testing.assert_array_equal(leaf, whole)
+
+
+def test_a_program_has_its_prompts_inside(tiny_config, write_run, tmp_path):
+  write_run(tmp_path, tiny_config('vpt'))
+  loaded = classifier.load(tmp_path)
+  written = export.to_stablehlo(tmp_path)
+  x = np.random.default_rng(0).uniform(size=(3, 8, 8, 3)).astype(np.float32)
+  found = export.load_stablehlo(written.path)(x)
+  np.testing.assert_allclose(found, loaded.logits(x), atol=1e-4)
+  assert np.abs(found - loaded.base_logits(x)).max() > 1e-3

@@ -70,6 +70,23 @@ def trained(jobs):
   return {shape: job.run() for shape, job in jobs.items()}
 
 
+@pytest.fixture(scope='module')
+def prompted(config, fill):
+  """Prompts after three steps, on one device and on a split base."""
+  vpt = config.copy_and_resolve_references()
+  vpt.method = 'vpt'
+  return [Job(vpt, fill, *shape).run() for shape in ((1, 1), (8, 4))]
+
+
+def test_prompts_are_the_same_on_a_split_base(prompted):
+  one, other = (state_lib.named_leaves(s.trainable) for s in prompted)
+  assert 'lnlora/Transformer/encoderblock_0/prompts' in one
+  assert one.keys() == other.keys()
+  for path, leaf in one.items():
+    np.testing.assert_allclose(other[path], leaf, atol=2e-6, err_msg=path)
+    assert other[path].sharding.is_fully_replicated
+
+
 def test_the_largest_side_that_divides_is_split():
   mesh = sharding.make_mesh(fsdp=4)
 

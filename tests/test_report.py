@@ -1,10 +1,13 @@
 """The report: intervals, the table, and the files."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
+from fulllora_jax import config
+from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.errors import UserError
 from fulllora_jax.report import summary_table, wilson_interval, write_report
 
@@ -207,3 +210,24 @@ def test_json_is_strict(tmp_path):
   assert read['seconds'] == {'train': 1.5}
   assert read['nothing'] == [None, [0, 1]]
   assert read['extra'] == str(tmp_path)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_has_a_title_and_its_own_fields(tmp_path, method):
+  full = config.as_plain(config.default())
+  report = example_report(method=method, config=full)
+  text = write_report(tmp_path, report, [], None).read_text()
+  assert f'\n{METHODS[method].title} on digits gives' in text
+  shown = re.findall(r'\*\*adapter\.(\w+)\*\*', text)
+  low_rank = ['rank', 'alpha', 'head']
+  assert shown == {
+    'vpt': ['prompts', 'head'],
+    'adapter': ['rank', 'head'],
+    'adaptformer': ['rank', 'head'],
+  }.get(method, low_rank if 'lora' in method else [])
+
+
+def test_a_method_of_a_later_version_keeps_its_name(tmp_path):
+  report = example_report(method='later')
+  text = write_report(tmp_path, report, [], None).read_text()
+  assert '\nlater on digits gives' in text

@@ -9,6 +9,7 @@ import pytest
 
 from fulllora_jax import build, objectives, sharding
 from fulllora_jax import state as state_lib
+from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.train_step import (
   Algorithm,
@@ -85,9 +86,7 @@ def assert_same(left, right):
   jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-@pytest.mark.parametrize(
-  'method', ['fulllora', 'lora', 'linear', 'full', 'standard']
-)
+@pytest.mark.parametrize('method', METHODS)
 def test_frozen_leaves_stay_and_trainable_ones_move(
   fulllora, make_config, fill, method
 ):

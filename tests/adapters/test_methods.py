@@ -1,83 +1,213 @@
+import re
+
 import pytest
 
 from fulllora_jax import build, config, state
-from fulllora_jax.adapters import LNLoRA, methods
+from fulllora_jax.adapters import Bottleneck, LNLoRA, Prompts, methods
 from fulllora_jax.errors import UserError
 
-BLOCK = 'Transformer/encoderblock_0/'
-ATTENTION = f'{BLOCK}MultiHeadDotProductAttention_1/'
-ADAPTED = (
-  'embedding',
-  *(f'{ATTENTION}{name}' for name in ('query', 'key', 'value', 'out')),
-  f'{BLOCK}MlpBlock_3/Dense_0',
-  f'{BLOCK}MlpBlock_3/Dense_1',
-)
-LORA = {
-  f'lnlora/{path}/{name}' for path in ADAPTED for name in ('lora_a', 'lora_b')
+BLOCK = 'Transformer/encoderblock_0'
+ATTENTION = f'{BLOCK}/MultiHeadDotProductAttention_1'
+MLP = f'{BLOCK}/MlpBlock_3'
+# Of the tiny ViT's linear maps: shapes of the kernel and the bias.
+HEADS = ((8, 2, 4), (2, 4))
+MAPS = {
+  'embedding': ((4, 4, 3, 8), (8,)),
+  f'{ATTENTION}/query': HEADS,
+  f'{ATTENTION}/key': HEADS,
+  f'{ATTENTION}/value': HEADS,
+  f'{ATTENTION}/out': ((2, 4, 8), (8,)),
+  f'{MLP}/Dense_0': ((8, 16), (16,)),
+  f'{MLP}/Dense_1': ((16, 8), (8,)),
+  'head': ((8, 10), (10,)),
 }
+HEAD = {'params/head/kernel': (8, 10), 'params/head/bias': (10,)}
+BIASES = {f'params/{path}/bias': bias for path, (_, bias) in MAPS.items()}
 NORMS = {
-  f'lnlora/{path}/{name}'
-  for path in ADAPTED
-  for name in ('ln_scale', 'ln_bias')
+  f'params/{path}/{name}': (8,)
+  for path in (
+    f'{BLOCK}/LayerNorm_0',
+    f'{BLOCK}/LayerNorm_2',
+    'Transformer/encoder_norm',
+  )
+  for name in ('scale', 'bias')
 }
-HEAD = {'params/head/kernel', 'params/head/bias'}
-HEAD_BRANCH = {
-  f'lnlora/head/{name}' for name in ('lora_a', 'lora_b', 'ln_scale', 'ln_bias')
+BASE = {
+  **{f'params/{path}/kernel': kernel for path, (kernel, _) in MAPS.items()},
+  **BIASES,
+  **NORMS,
+  'params/cls': (1, 1, 8),
+  'params/Transformer/posembed_input/pos_embedding': (1, 5, 8),
 }
-BASE = HEAD | {
-  'params/cls',
-  'params/Transformer/posembed_input/pos_embedding',
-  *(f'params/{path}/{name}' for path in ADAPTED for name in ('kernel', 'bias')),
-  *(
-    f'params/{path}/{name}'
-    for path in (
-      f'{BLOCK}LayerNorm_0',
-      f'{BLOCK}LayerNorm_2',
-      'Transformer/encoder_norm',
-    )
-    for name in ('scale', 'bias')
-  ),
+ADAPTED = {  # d_in, d_out
+  'embedding': (48, 8),
+  **{
+    f'{ATTENTION}/{name}': (8, 8) for name in ('query', 'key', 'value', 'out')
+  },
+  f'{MLP}/Dense_0': (8, 16),
+  f'{MLP}/Dense_1': (16, 8),
 }
+QUERY_VALUE = (f'{ATTENTION}/query', f'{ATTENTION}/value')
 
 
-def trained_paths(c):
-  """Returns the paths that learn, and all there are."""
+def low_rank(paths=tuple(ADAPTED), norm=False):
+  """Returns path -> shape of LoRA or LNLoRA branches of rank 2."""
+  tree = {}
+  for path in paths:
+    d_in, d_out = {**ADAPTED, 'head': (8, 10)}[path]
+    tree[f'lnlora/{path}/lora_a'] = (d_in, 2)
+    tree[f'lnlora/{path}/lora_b'] = (2, d_out)
+    if norm:
+      tree[f'lnlora/{path}/ln_scale'] = tree[f'lnlora/{path}/ln_bias'] = (d_in,)
+  return tree
+
+
+def bottlenecks(*paths):
+  """Returns path -> shape of bottlenecks of rank 2 and width 8."""
+  shapes = dict(down=(8, 2), down_bias=(2,), up=(2, 8), up_bias=(8,))
+  return {
+    f'lnlora/{path}/{name}': shape
+    for path in paths
+    for name, shape in shapes.items()
+  }
+
+
+LNLORA = low_rank(norm=True)
+LNLORA_HEAD = low_rank(['head'], norm=True)
+LNLORA_QUERY_VALUE = low_rank(QUERY_VALUE, norm=True)
+LORA_QUERY_VALUE = low_rank(QUERY_VALUE)
+LORA_AND_HEAD = low_rank((*QUERY_VALUE, 'head'))
+ADAPTER = bottlenecks(f'{ATTENTION}/out', f'{MLP}/Dense_1')
+PROMPTS = {f'lnlora/{BLOCK}/prompts': (10, 8)}
+
+
+def described(tree):
+  return {path: leaf.shape for path, leaf in state.named_leaves(tree).items()}
+
+
+def trained_tree(c):
+  """Returns what learns and all there is, as path -> shape."""
   built = build.build(c, 10)
   variables = build.shapes(built, (8, 8, 3))
   trainable, _ = state.split(variables, built.mask(variables))
-  return set(state.named_leaves(trainable)), set(state.named_leaves(variables))
+  return described(trainable), described(variables)
 
 
-@pytest.mark.parametrize(
-  ('method', 'head', 'trained', 'present'),
-  [
-    ('fulllora', 'train', LORA | NORMS | HEAD, BASE | LORA | NORMS),
-    ('fulllora', 'frozen', LORA | NORMS, BASE | LORA | NORMS),
-    (
-      'fulllora',
-      'lnlora',
-      LORA | NORMS | HEAD_BRANCH,
-      BASE | LORA | NORMS | HEAD_BRANCH,
-    ),
-    ('lora', 'train', LORA | HEAD, BASE | LORA),
-    ('lora', 'frozen', LORA, BASE | LORA),
-    ('linear', 'train', HEAD, BASE),
-    ('linear', 'frozen', HEAD, BASE),
-    ('full', 'train', BASE, BASE),
-    ('full', 'frozen', BASE, BASE),
-    ('standard', 'lnlora', BASE, BASE),
-  ],
-)
-def test_method_trains_exactly(tiny_config, method, head, trained, present):
+CASES = [  # method, adapter.head, what learns, what is there beside the base
+  ('fulllora', 'train', LNLORA | HEAD, LNLORA),
+  ('fulllora', 'frozen', LNLORA, LNLORA),
+  ('fulllora', 'lnlora', LNLORA | LNLORA_HEAD, LNLORA | LNLORA_HEAD),
+  ('lnlora', 'train', LNLORA_QUERY_VALUE | HEAD, LNLORA_QUERY_VALUE),
+  ('lora', 'train', LORA_QUERY_VALUE | HEAD, LORA_QUERY_VALUE),
+  ('lora', 'lnlora', LORA_AND_HEAD, LORA_AND_HEAD),
+  ('lora_everywhere', 'train', low_rank() | HEAD, low_rank()),
+  ('lora_everywhere', 'frozen', low_rank(), low_rank()),
+  ('adapter', 'train', ADAPTER | HEAD, ADAPTER),
+  ('adapter', 'frozen', ADAPTER, ADAPTER),
+  ('adaptformer', 'train', bottlenecks(MLP) | HEAD, bottlenecks(MLP)),
+  ('vpt', 'train', PROMPTS | HEAD, PROMPTS),
+  ('vpt', 'frozen', PROMPTS, PROMPTS),
+  ('bias', 'train', BIASES | HEAD | {
+    path: shape for path, shape in NORMS.items() if path.endswith('bias')
+  }, {}),
+  ('layernorm', 'train', NORMS | HEAD, {}),
+  ('linear', 'train', HEAD, {}),
+  ('linear', 'frozen', HEAD, {}),
+  ('full', 'train', BASE, {}),
+  ('full', 'frozen', BASE, {}),
+  ('standard', 'lnlora', BASE, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('method', 'head', 'trained', 'added'), CASES)
+def test_method_trains_exactly(tiny_config, method, head, trained, added):
   c = tiny_config(method)
   c.adapter.head = head
-  assert trained_paths(c) == (trained, present)
+  assert trained_tree(c) == (trained, BASE | added)
 
 
 def test_every_method_is_tested():
-  assert set(methods.METHODS) == {
-    'fulllora', 'lora', 'linear', 'full', 'standard',
-  }  # fmt: skip
+  assert {case[0] for case in CASES} == set(methods.METHODS)
+
+
+def test_every_method_says_where_it_is_from():
+  for name, method in methods.METHODS.items():
+    assert method.name == name
+    assert re.search(r'arXiv \d{4}\.\d{5}', method.source) or name in (
+      'linear',
+      'standard',
+    )
+
+
+OTHERS = {
+  'swin': dict(
+    width=8, depths=(1, 1), heads=(2, 2), window=2, patch_size=2, image_size=8
+  ),
+  'convit': dict(width=8, depth=2, num_heads=4, local_layers=1, image_size=8),
+}
+WHERE = {  # method -> last parts of the modules' paths that it adds to
+  'swin': {
+    'fulllora': {
+      'embedding', 'query', 'key', 'value', 'out', 'fc1', 'fc2', 'reduction',
+    },
+    'lora': {'query', 'value'},
+    'adapter': {'out', 'fc2'},
+    'adaptformer': {'mlp'},
+  },
+  'convit': {
+    'fulllora': {'embedding', 'query', 'key', 'value', 'out', 'fc1', 'fc2'},
+    'lnlora': {'query', 'value'},
+    'adapter': {'out', 'fc2'},
+    'adaptformer': {'mlp'},
+  },
+}  # fmt: skip
+
+
+def other_config(name, method):
+  c, sizes = config.default(), dict(OTHERS[name])
+  c.data.image_size = sizes.pop('image_size')
+  c.method, c.model.name, c.model.patch_size = method, name, 4
+  c.model.update(sizes)
+  c.adapter.rank, c.adapter.alpha = 2, 2.0
+  return c
+
+
+@pytest.mark.parametrize(
+  ('name', 'method'), [(n, m) for n, where in WHERE.items() for m in where]
+)
+def test_other_families_have_their_own_places(name, method):
+  trained, present = trained_tree(other_config(name, method))
+  added = {path for path in present if path.startswith('lnlora/')}
+  assert {p.split('/')[-2] for p in added} == WHERE[name][method]
+  assert added | set(HEAD) == set(trained)
+  in_blocks = {re.sub(r'/[^/]*$', '', path) for path in added}
+  blocks = {re.match(r'.*block_\d', path) for path in in_blocks} - {None}
+  assert len({match.group() for match in blocks}) == 2
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_bias_and_layernorm_find_all_of_another_family(name):
+  trained, present = trained_tree(other_config(name, 'bias'))
+  assert set(trained) == set(HEAD) | {p for p in present if p.endswith('/bias')}
+  trained, present = trained_tree(other_config(name, 'layernorm'))
+  norms = {p.rpartition('/')[0] for p in present if p.endswith('/scale')}
+  assert len(norms) >= 5
+  assert set(trained) == set(HEAD) | {
+    f'{norm}/{leaf}' for norm in norms for leaf in ('scale', 'bias')
+  }
+
+
+def test_layernorm_leaves_layer_scale_alone(tiny_config):
+  c = tiny_config('layernorm', name='deit3')
+  trained, present = trained_tree(c)
+  assert f'params/{BLOCK}/ls1' in present
+  assert trained == NORMS | HEAD
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_prompts_are_refused_where_blocks_take_no_tokens(name):
+  with pytest.raises(UserError, match=f'method vpt: the blocks of a {name} '):
+    build.build(other_config(name, 'vpt'), 10)
 
 
 def test_the_mask_has_the_tree_of_the_variables(tiny_config):
@@ -94,15 +224,23 @@ def test_only_standard_trains_on_clean_images():
 
 
 def test_unknown_method_is_refused():
-  with pytest.raises(
-    UserError, match="unknown method 'lorra'; known: fulllora"
+  known = 'known: fulllora, lnlora, lora, .*, standard'
+  for name, near in (
+    ('lorra', 'did you mean lora or '),
+    ('layer_norm', 'did you mean layernorm'),
+    ('xyz', 'known'),
   ):
-    methods.get('lorra')
+    words = f"unknown method '{name}'; {near}.*"
+    with pytest.raises(UserError, match=words) as caught:
+      methods.get(name)
+    assert re.search(known, str(caught.value))
 
 
 def branches(c, method='fulllora'):
-  maps = {'patch_embed': 'embedding', 'head': 'head', 'fc1': '.*/Dense_0'}
-  return methods.branches(c.adapter, methods.get(method), maps)
+  return methods.branches(c, methods.get(method))
+
+
+FC1 = '.*/MlpBlock_[03]/Dense_0'
 
 
 @pytest.fixture
@@ -114,11 +252,9 @@ def c():
 
 def test_branches_have_the_patterns_of_the_roles_or_their_own(c):
   branch = LNLoRA(rank=24, alpha=24.0)
-  assert branches(c) == dict.fromkeys(
-    ('embedding', '.*/Dense_0', '.*/Dense_9'), branch
-  )
+  assert branches(c) == dict.fromkeys(('embedding', FC1, '.*/Dense_9'), branch)
   c.adapter.head = 'lnlora'
-  assert branches(c)['head'] == branch
+  assert branches(c)['head(_dist)?'] == branch
 
 
 def test_overrides_change_one_target(c):
@@ -130,7 +266,7 @@ def test_overrides_change_one_target(c):
   )
   assert branches(c) == {
     'embedding': LNLoRA(rank=24, alpha=24, layer_norm=False, epsilon=0.01),
-    '.*/Dense_0': LNLoRA(rank=4, alpha=24.0),
+    FC1: LNLoRA(rank=4, alpha=24.0),
     '.*/Dense_9': LNLoRA(rank=24, alpha=2.0),
   }
 
@@ -153,10 +289,64 @@ def test_bad_overrides_are_refused(c, override, message):
     branches(c)
 
 
+def test_an_override_must_be_of_what_stands_there(c):
+  c.adapter.targets, c.adapter.overrides = ('fc2',), ('fc2.alpha=2',)
+  for method in ('adapter', 'adaptformer'):
+    words = f'what method {method} puts there has no alpha'
+    with pytest.raises(UserError, match=words):
+      branches(c, method)
+  c.adapter.overrides = ('fc2.rank=3',)
+  (branch,) = branches(c, 'adapter').values()
+  assert branch == Bottleneck(rank=3)
+
+
+@pytest.mark.parametrize('method', ['lora', 'adapter', 'vpt', 'linear', 'bias'])
+def test_an_override_of_a_role_goes_with_every_method(method):
+  c = config.default()
+  before = branches(c, method)
+  c.adapter.overrides = ('patch_embed.rank=8',)  # as Swin's config has it
+  assert branches(c, method) == before
+  for override in ('patch_emb.rank=8', 'head.rank=8'):
+    c.adapter.overrides = (override,)
+    with pytest.raises(UserError, match=f"'{override}' names no target"):
+      branches(c, method)
+
+
 def test_lora_never_has_the_norm_and_methods_without_branch_have_none(c):
-  assert not any(b.layer_norm for b in branches(c, 'lora').values())
-  for method in ('linear', 'full', 'standard'):
+  for method in ('lora', 'lora_everywhere'):
+    assert not any(b.layer_norm for b in branches(c, method).values())
+  c.adapter.targets = ()
+  for method in ('bias', 'layernorm', 'linear', 'full', 'standard'):
     assert branches(c, method) == {}
+
+
+def test_fulllora_without_the_norm_is_lora_everywhere():
+  c = config.default()
+  c.adapter.layer_norm = False
+  assert branches(c, 'fulllora') == branches(c, 'lora_everywhere')
+  assert branches(c, 'lnlora') == branches(c, 'lora')
+
+
+def test_branches_are_those_of_the_papers():
+  c = config.default()
+  c.adapter.rank, c.adapter.prompts, c.adapter.dtype = 3, 7, 'bfloat16'
+  c.model.patch_size = 16
+  own = dict(dtype='bfloat16')
+  assert set(branches(c, 'adapter').values()) == {Bottleneck(rank=3, **own)}
+  assert list(branches(c, 'adaptformer').values()) == [
+    Bottleneck(rank=3, scale=0.1, act='relu', parallel=True, **own)
+  ]
+  assert list(branches(c, 'vpt').values()) == [
+    Prompts(count=7, patch_size=16, **own)
+  ]
+
+
+@pytest.mark.parametrize('method', ['adapter', 'adaptformer', 'vpt'])
+def test_what_is_no_lnlora_adapts_no_head(method):
+  c = config.default()
+  c.adapter.head = 'lnlora'
+  with pytest.raises(UserError, match=f'head lnlora: method {method} has no'):
+    branches(c, method)
 
 
 @pytest.mark.parametrize(('rank', 'percent'), [(16, 3.3), (24, 4.9)])

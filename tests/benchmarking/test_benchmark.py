@@ -63,7 +63,8 @@ def test_flops_are_those_of_the_formula(case):
 @pytest.mark.parametrize(
   'field, value',
   [
-    ('method', 'lora'),
+    ('method', 'lora_everywhere'),
+    ('method', 'vpt'),
     ('model.pool', 'mean'),
     ('adapter.targets', ('query',)),
     ('adapter.head', 'frozen'),

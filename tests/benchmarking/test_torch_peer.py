@@ -161,7 +161,7 @@ def test_the_process_has_no_jax_and_ends_with_its_parent(run_python):
   'method, theirs, steps',
   [
     ('fulllora', 'lora', 10),
-    ('lora', 'lora', 10),
+    ('lora_everywhere', 'lora', 10),
     ('linear', 'linear', 10),
     ('full', 'full', 10),
     ('standard', 'full', 0),
@@ -170,6 +170,13 @@ def test_the_process_has_no_jax_and_ends_with_its_parent(run_python):
 def test_spec_of_a_method(tiny_config, method, theirs, steps):
   spec = torch_peer.spec_of(tiny_config(method), 5, (8, 8, 3))
   assert (spec.method, spec.attack_steps) == (theirs, steps)
+
+
+@pytest.mark.parametrize('method', ['lora', 'adapter', 'vpt', 'bias'])
+def test_a_method_that_peft_has_not_is_refused(tiny_config, method):
+  words = f'torch peer: method {method}: .*fulllora, lora_everywhere'
+  with pytest.raises(UserError, match=words):
+    torch_peer.spec_of(tiny_config(method), 5, (8, 8, 3))
 
 
 def test_spec_of_reads_every_field():

@@ -83,7 +83,7 @@ def test_the_frozen_head():
   assert changed_names(before, work.model) == branches
 
 
-@pytest.mark.parametrize('method', ['lora', 'linear', 'full'])
+@pytest.mark.parametrize('method', ['lora_everywhere', 'linear', 'full'])
 @pytest.mark.parametrize('pool', ['token', 'mean', 'mean_norm'])
 def test_as_much_is_trained_as_by_us(tiny_config, method, pool):
   config = tiny_config(method, pool=pool)
@@ -94,7 +94,7 @@ def test_as_much_is_trained_as_by_us(tiny_config, method, pool):
     jax.tree.leaves(shapes), jax.tree.leaves(built.mask(shapes)), strict=True
   )
   ours = sum(int(np.prod(leaf.shape)) for leaf, learns in leaves if learns)
-  if method == 'lora':
+  if method == 'lora_everywhere':
     # peft: one A and one B [r, 3d] for query, key and value, not three As.
     ours -= 2 * spec.rank * spec.width
   assert torch_work.Work(spec).facts()['trainable'] == ours

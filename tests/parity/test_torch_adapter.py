@@ -10,15 +10,7 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('torchvision', reason='timm needs torchvision')
 timm_vit = pytest.importorskip('timm.models.vision_transformer')
 
-from fulllora_jax import (  # noqa: E402
-  build,
-  checkpoint,
-  classifier,
-  export,
-  torch_adapter,
-)
-from fulllora_jax import config as config_lib  # noqa: E402
-from fulllora_jax import state as state_lib  # noqa: E402
+from fulllora_jax import classifier, export, torch_adapter  # noqa: E402
 from fulllora_jax.errors import UserError  # noqa: E402
 from fulllora_jax.exporting import adapter_file  # noqa: E402
 
@@ -255,31 +247,6 @@ def test_a_damaged_file_is_refused(tmp_path):
   refused('is damaged', torch_adapter.load, tmp_path / 'x.safetensors')
 
 
-def write_run(workdir, config, fill):
-  """Saves a run of made-up weights, whose branches are not zero."""
-  built = build.build(config, 5)
-  shape = (8, 8, 3)
-  params = fill(build.shapes(built, shape), seed=1)['params']
-  variables = fill(build.shapes(built, shape), seed=2) | {'params': params}
-  trainable, frozen = state_lib.split(variables, built.mask(variables))
-  mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-  config.model.update(mean=mean, std=std)
-  metadata = dict(
-    num_classes=5, image_shape=shape, config=config_lib.as_plain(config),
-    normalisation=dict(mean=mean, std=std), method=config.method,
-    base_fingerprint=classifier.base_fingerprint(params, frozen),
-  )  # fmt: skip
-  checkpoint.save_artefact(
-    workdir / 'base' / 'best',
-    1,
-    {'params': params},
-    metadata | dict(method='standard', base=None),
-  )
-  checkpoint.save_artefact(
-    workdir / 'best', 1, trainable, metadata | dict(base='../base/best')
-  )
-
-
 @pytest.mark.parametrize(
   'model, adapter, method',
   [
@@ -297,18 +264,41 @@ def write_run(workdir, config, fill):
       ),
       'fulllora',
     ),
+    (dict(pool='mean'), {}, 'lora'),
     (dict(pool='mean'), {}, 'linear'),
+    (dict(pool='mean_norm'), {}, 'bias'),
+    (dict(pool='token'), {}, 'layernorm'),
     (dict(pool='token'), {}, 'full'),
   ],
 )
 def test_every_choice_of_a_config(
-  tiny_config, fill, tmp_path, model, adapter, method
+  tiny_config, write_run, tmp_path, model, adapter, method
 ):
   config = tiny_config(method, **model)
   config.adapter.update(adapter)
-  write_run(tmp_path, config, fill)
+  write_run(tmp_path, config)
   written = export.to_safetensors(tmp_path, with_base=True)
   loaded = classifier.load(tmp_path)
   rng = np.random.default_rng(3)
   images = rng.uniform(size=(3, 8, 8, 3)).astype(np.float32)
   assert_same_model(torch_adapter.load(written.path), loaded, images)
+
+
+@pytest.mark.parametrize(
+  'method, kind',
+  [
+    ('adapter', 'bottleneck'),
+    ('adaptformer', 'bottleneck'),
+    ('vpt', 'prompts'),
+  ],
+)
+def test_what_is_no_lnlora_is_refused(
+  tiny_config, write_run, tmp_path, method, kind
+):
+  write_run(tmp_path, tiny_config(method))
+  written = export.to_safetensors(tmp_path, with_base=True)
+  refused(
+    f'method {method} put {kind} at .*LNLoRA only',
+    torch_adapter.load,
+    written.path,
+  )
