@@ -1,3 +1,4 @@
+import pathlib
 import re
 
 import pytest
@@ -363,3 +364,28 @@ def test_parameter_budget_of_vit_b_is_the_papers(rank, percent):
   assert counts['base'] == 85_806_346
   assert counts['trainable'] == 12 * state.count(block) + state.count(embedding)
   assert abs(100 * counts['fraction'] - percent) < 0.06
+
+
+@pytest.fixture(scope='module')
+def table():
+  """The rows of docs/methods.md: method -> cells."""
+  text = (pathlib.Path(__file__).parents[2] / 'docs/methods.md').read_text()
+  rows = re.findall(r'^\| `(\w+)` \|(.*)\|$', text, re.MULTILINE)
+  return {name: [c.strip() for c in cells.split('|')] for name, cells in rows}
+
+
+def test_the_documented_table_has_every_method(table):
+  assert list(table) == list(methods.METHODS)
+  for name, method in methods.METHODS.items():
+    assert method.source.startswith(table[name][2])
+
+
+@pytest.mark.parametrize('method', ['adapter', 'vpt', 'bias', 'layernorm'])
+def test_the_documented_counts_are_the_codes(table, method):
+  c = config.default()
+  c.method, c.data.image_size, c.model.patch_size = method, 224, 16
+  built = build.build(c, 10)
+  shapes = build.shapes(built, (224, 224, 3))
+  counts = state.parameter_counts(shapes, built.mask(shapes))
+  count, share = f'{counts["trainable"]:,}', f'{counts["fraction"]:.2%}'
+  assert table[method][3:] == [count, share.replace('%', ' %')]
