@@ -156,6 +156,8 @@ def write_run(fill):
       num_classes=5, image_shape=shape, config=config.as_plain(own),
       normalisation=dict(mean=mean, std=std), method=own.method,
       base_fingerprint=classifier.base_fingerprint(params, frozen),
+      label_names=None, threat=None, config_name='tiny', dataset='none',
+      versions={},
     )  # fmt: skip
     checkpoint.save_artefact(
       workdir / 'base' / 'best',
