@@ -28,5 +28,6 @@ def get_config():
   )
   c.eval.update(attacks=('clean', 'pgd-2'), num_examples=60, batch_size=16)
   c.eval.update(validation_attack='pgd-2', validation_examples=32)
+  c.eval.radii = (0.5, 1.0)
   c.log.tensorboard = False
   return c
