@@ -11,8 +11,6 @@ machine that shares the directory. Once every run is finished, the table is
 written: WORKDIR/comparison.md, .csv, .json and .html.
 """
 
-import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -40,55 +38,22 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Carries out what is asked for, then writes the table."""
+  """Reads the flags, then one call."""
   del argv
-  values = flags.FLAGS
   # After the flags: JAX is slow.
   from fulllora_jax import sharding
-  from fulllora_jax import workdir as workdir_lib
-  from fulllora_jax.comparing import carry_out, plan, table
-  from fulllora_jax.console import say
-  from fulllora_jax.files import replace_file
-  from fulllora_jax.page.comparison import comparison_page
+  from fulllora_jax.comparing import command
 
-  comparison = values.config
-  if 'experiment' not in comparison:
-    raise errors.UserError(
-      '--config: it is no comparison but one experiment; give '
-      'configs/compare_digits.py or the like, or run fulllora_jax.main'
-    )
+  values = flags.FLAGS
   sharding.enable_compilation_cache()
-  given = values.workdir or os.path.join('runs', comparison.name)
-  workdir = workdir_lib.absolute_path(given)
-  every = plan.runs(comparison, given)
-  chosen = plan.runs(comparison, given, values.rows, _numbers(values.seeds))
-  if not values.table_only:
-    carry_out.prepare_base(plan.base_config(comparison), workdir)
-    carry_out.carry_out(chosen)
-  reports = {(run.row, run.seed): carry_out.report_of(run) for run in every}
-  missing = [r.title for r in every if reports[r.row, r.seed] is None]
-  if missing:
-    text = f'{len(missing)} of {len(every)} runs are missing: ' + '; '.join(
-      missing[:5] + ['...'] * (len(missing) > 5)
-    )
-    if values.table_only:
-      raise errors.UserError(
-        f'{text}; give the same command without --table_only'
-      )
-    say(f'\nno table yet: {text}; give the command without --rows and --seeds')
-    return
-  found = table.summarise(comparison, reports, _command())
-  replace_file(
-    workdir / 'comparison.json', (json.dumps(found, indent=2) + '\n').encode()
+  command.compare(
+    values.config,
+    values.workdir,
+    rows=values.rows,
+    seeds=_numbers(values.seeds),
+    table_only=values.table_only,
+    made_by=shlex.join(['python', '-m', 'fulllora_jax.compare', *sys.argv[1:]]),
   )
-  replace_file(workdir / 'comparison.csv', table.as_csv(found).encode())
-  replace_file(workdir / 'comparison.html', comparison_page(found).encode())
-  replace_file(workdir / 'comparison.md', table.markdown(found).encode())
-  say(f'\n{table.results_table(found)}\n\ntable: {given}/comparison.md, .html')
-
-
-def _command() -> str:
-  return shlex.join(['python', '-m', 'fulllora_jax.compare', *sys.argv[1:]])
 
 
 def _numbers(texts: Sequence[str]) -> list[int]:

@@ -64,7 +64,7 @@ def _claim(path: Path, config) -> None:
   with writing(path):
     make_writable(path)
     if saved.exists():
-      _check_same(path, read_config(path), config)
+      check_same(path, config)
     replace_file(saved, f'{config_lib.to_json(config)}\n'.encode())
 
 
@@ -169,8 +169,9 @@ def config_without_run(data_name: str | None, image_size: int | None):
   return config
 
 
-def _check_same(path: Path, saved, config) -> None:
-  old, new = config_lib.flat(saved), config_lib.flat(config)
+def check_same(path: Path, config) -> None:
+  """Raises UserError where the run in a directory has another config."""
+  old, new = config_lib.flat(read_config(path)), config_lib.flat(config)
   for free in _FREE_TO_CHANGE:
     for prefix in ('', 'base.'):
       old.pop(prefix + free, None)

@@ -66,13 +66,22 @@ def carry_out(runs: Sequence[Run]) -> None:
 
 
 def report_of(run: Run) -> dict[str, Any] | None:
-  """Returns the report of a finished run, or None."""
-  return distributed.from_primary(_read_report, run.workdir)
+  """Returns the report of a finished run, or None.
+
+  Raises:
+    UserError: it cannot be read, or is of another config.
+  """
+  return distributed.from_primary(_read_report, run)
 
 
-def _read_report(workdir: Path) -> dict[str, Any] | None:
+def _read_report(run: Run) -> dict[str, Any] | None:
+  workdir = run.workdir
   if not (workdir / 'report.md').exists():  # it is written last
     return None
+  try:
+    workdir_lib.check_same(workdir, run.config)
+  except UserError as error:
+    raise UserError(f'{run.title}: {error}') from None
   try:
     return json.loads(files.read_file(workdir / 'report.json'))
   except (OSError, ValueError) as error:

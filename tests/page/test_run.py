@@ -140,7 +140,12 @@ def report():
       'num_images': 32,
       'attack': 'pgd-10',
       'maps': [
-        {'path': f'block_{i}/fc1', 'role': 'fc1', 'clean': 0.1, 'adversarial': a}
+        {
+          'path': f'block_{i}/fc1',
+          'role': 'fc1',
+          'clean': 0.1,
+          'adversarial': a,
+        }
         for i, a in enumerate((0.125, 0.25))
       ],
     },
@@ -291,7 +296,9 @@ def test_a_run_writes_its_page(finished):
     assert row in read.rows
   records = report['radii']['records']
   assert [(r['weights'], r['eps']) for r in records] == [
-    (weights, eps) for weights in ('base', 'best') for eps in ('0', '0.05', '0.1')
+    (weights, eps)
+    for weights in ('base', 'best')
+    for eps in ('0', '0.05', '0.1')
   ]
   assert f'page: {finished.workdir}/report.html' in finished.stderr
   assert len(report['influence']['maps']) == 7
@@ -317,7 +324,9 @@ def test_a_fault_in_the_page_loses_no_number(
   train.train_and_evaluate(small_config, finished_copy, digits)
   assert there == [True]
   assert (finished_copy / 'report.md').exists()
-  assert 'no report.html: RuntimeError: out of memory' in capsys.readouterr().err
+  assert (
+    'no report.html: RuntimeError: out of memory' in capsys.readouterr().err
+  )
 
 
 @pytest.mark.skipif(
