@@ -16,7 +16,7 @@ split and 33 runs fit. Each method has the learning rate that was best of three
 import runpy
 from pathlib import Path
 
-from fulllora_jax.comparing import plan
+from fulllora_jax.comparing import plan, rows
 from fulllora_jax.errors import choose
 
 _DIGITS = Path(__file__).with_name('digits.py')
@@ -34,7 +34,7 @@ RATES = {
   'layernorm': 5e-3,
   'linear': 5e-3,
 }
-_TRIED = (1e-3, 5e-3, 2e-2)
+_TRIED = ('1e-3', '5e-3', '2e-2')
 
 
 def get_config(variant: str = ''):
@@ -49,16 +49,10 @@ def get_config(variant: str = ''):
   c.name = 'compare_digits' + (f'-{variant}' if variant else '')
   if variant == 'ablations':
     return _ablations(c)
-  for method, rate in RATES.items():
-    c.rows[method] = _row(method, rate)
+  rows.methods(c, tuple(RATES), RATES)
   if variant == 'rates':
     return _rates(c)
   return _tiny(c) if variant == 'tiny' else c
-
-
-def _row(method: str, rate: float, **adapter):
-  row = {'method': method, 'optimizer': {'learning_rate': rate}}
-  return row | ({'adapter': adapter} if adapter else {})
 
 
 def _rates(c):
@@ -69,30 +63,18 @@ def _rates(c):
   for method in list(c.rows):
     del c.rows[method]
     for rate in _TRIED:
-      c.rows[f'{method}-{rate:g}'] = _row(method, rate)
+      c.rows[f'{method}-{rate}'] = rows.row(method, float(rate))
   return c
 
 
 def _ablations(c):
-  """What of FullLoRA matters: the LayerNorm, where it stands, the rank."""
-  c.references = ('fulllora',)
-  rate = RATES['fulllora']
-  blocks = ('query', 'key', 'value', 'attn_out', 'fc1', 'fc2')
-  no_norm = ('patch_embed.layer_norm=False',)
-  c.rows['fulllora'] = _row('fulllora', rate)
-  c.rows['rank-2'] = _row('fulllora', rate, rank=2, alpha=4.0)
-  c.rows['rank-8'] = _row('fulllora', rate, rank=8, alpha=16.0)
-  c.rows['no-norm'] = _row('fulllora', rate, layer_norm=False)
-  c.rows['no-norm-at-patches'] = _row('fulllora', rate, overrides=no_norm)
-  epsilon = ('patch_embed.epsilon=1e-2',)
-  c.rows['epsilon-at-patches'] = _row('fulllora', rate, overrides=epsilon)
-  c.rows['not-at-patches'] = _row('fulllora', rate, targets=blocks)
-  c.rows['attention'] = _row('fulllora', rate, targets=blocks[:4])
-  c.rows['mlp'] = _row('fulllora', rate, targets=blocks[4:])
+  """What of FullLoRA it is; also under SGD, with and without the LayerNorm."""
+  c.experiment.optimizer.learning_rate = RATES['fulllora']
+  rows.ablations(c)
   for name, norm in (('sgd', True), ('sgd-no-norm', False)):
-    row = _row('fulllora', 0.1, layer_norm=norm)
-    row['optimizer']['name'] = 'sgd'
-    c.rows[name] = row
+    changes = rows.row('fulllora', 0.1, {'layer_norm': norm})
+    changes['optimizer']['name'] = 'sgd'
+    c.rows[name] = changes
   return c
 
 

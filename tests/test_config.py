@@ -11,7 +11,9 @@ from fulllora_jax import config_checks
 from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.errors import UserError
 
-FILES = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
+CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
+# Those of comparisons: tests/comparing/test_configs.py.
+FILES = [file for file in CONFIGS if not file.stem.startswith('compare_')]
 EVERY_CONFIG = pytest.mark.parametrize('variant', ['', 'tiny'])
 
 

@@ -1,0 +1,87 @@
+"""The paper's comparison on CIFAR-10: full finetuning, LoRA, LNLoRA, FullLoRA.
+
+  python -m fulllora_jax.compare --config configs/compare_cifar10.py
+
+ViT-B with patch 4 at 32 px and the inherited protocol of cifar10.py, under
+AutoAttack on 1,000 test images; days on one accelerator, so give it several
+machines by --rows and --seeds. `:deit_s`, `:vit_s` and the other published
+models of fulllora_jax/variants.py take another base; `:ablations` is FullLoRA
+by rank, by target, and with and without the LayerNorm. No accuracy is promised
+for these: they have not been run.
+
+  python -m fulllora_jax.compare --config configs/compare_cifar10.py:small
+
+A ViT of 6.4 M parameters, trained here on clean images first, then every method
+for 8 epochs of PGD-10, in bfloat16 on one accelerator. Not run yet either.
+
+  python -m fulllora_jax.compare --config configs/compare_cifar10.py:cpu
+
+The same road with a ViT of 0.2 M parameters, PGD-3 and few steps on two CPU
+cores. It shows that the road works; the accuracies are far below what a real
+model has.
+"""
+
+import runpy
+from pathlib import Path
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import variants
+from fulllora_jax.comparing import plan, rows
+from fulllora_jax.errors import choose
+
+_EXPERIMENT = Path(__file__).with_name('cifar10.py')
+_OWN = ('', 'small', 'cpu', 'ablations')
+# Of SGD in the protocol; for the models trained here, of AdamW.
+_RATES = {'full': 5e-4}
+
+
+def get_config(variant: str = ''):
+  """Returns the comparison; see above for what follows the colon."""
+  choose('config variant', variant, (*_OWN, *variants.PUBLISHED))
+  published = '' if variant in _OWN else variant
+  experiment = runpy.run_path(str(_EXPERIMENT))['get_config'](published)
+  experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
+  experiment.eval.update(num_examples=1000, weights=('best',), radii=())
+  c = plan.default(experiment)
+  if variant == 'small':
+    small(experiment)
+  elif variant == 'cpu':
+    cpu(experiment)
+  c.name = 'compare_cifar10' + (f'-{variant}' if variant else '')
+  if variant == 'ablations':
+    rows.ablations(c)
+    return c
+  names = rows.OF_THE_PAPER
+  if variant in ('small', 'cpu'):
+    names = tuple(name for name in names if name != 'lnlora')
+    c.seeds = (0,)
+  rows.methods(c, names, _RATES if variant in ('small', 'cpu') else None)
+  return c
+
+
+def small(c) -> None:
+  """A ViT that one accelerator trains and hardens in half an hour."""
+  c.base.source = 'train'
+  c.model.update(
+    name='vit', width=256, depth=8, num_heads=4, mlp_dim=1024, dtype='bfloat16'
+  )
+  c.adapter.rank, c.adapter.alpha = 8, 16.0
+  c.optimizer = config_lib.adamw(learning_rate=2e-3)
+  c.schedule = config_lib.cosine(warmup=0.05)
+  c.train.update(epochs=8.0, batch_size=256, eval_every=750)
+  c.base.train.update(epochs=150.0, batch_size=512, eval_every=2000)
+  c.base.augment.mix_probability = 1.0
+
+
+def cpu(c) -> None:
+  """A ViT for two CPU cores, and few steps."""
+  small(c)
+  c.model.update(width=64, depth=4, mlp_dim=256, dtype='float32')
+  c.adapter.rank, c.adapter.alpha = 4, 8.0
+  c.attack.update(steps=3, step_size='4/255')
+  c.train.update(steps=300, batch_size=64, eval_every=150)
+  c.base.train.update(steps=1500, batch_size=128, eval_every=750)
+  c.base.optimizer.learning_rate = 2e-3
+  c.base.augment.mix_probability = 0.0
+  c.eval.update(num_examples=200, validation_examples=128)
+  c.log.tensorboard = False
