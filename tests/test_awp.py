@@ -100,9 +100,7 @@ def test_passes_count_the_perturbation_from_its_start_on():
   plain, expected = toy_step()
   assert metrics['passes'] == 3
   assert metrics['robust_loss'] == expected['robust_loss']
-  jax.tree.map(
-    np.testing.assert_array_equal, before.trainable, plain.trainable
-  )
+  jax.tree.map(np.testing.assert_array_equal, before.trainable, plain.trainable)
   trades = functools.partial(objectives.trades, beta=6.0)
   assert toy_step(awp=AWP, objective=trades)[1]['passes'] == 6
 
