@@ -99,8 +99,11 @@ def test_passes_count_the_perturbation_from_its_start_on():
   before, metrics = toy_step(awp=late)
   plain, expected = toy_step()
   assert metrics['passes'] == 3
-  assert metrics['robust_loss'] == expected['robust_loss']
-  jax.tree.map(np.testing.assert_array_equal, before.trainable, plain.trainable)
+  jax.tree.map(  # another program, which may round in another way
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    (before.trainable, metrics['robust_loss']),
+    (plain.trainable, expected['robust_loss']),
+  )
   trades = functools.partial(objectives.trades, beta=6.0)
   assert toy_step(awp=AWP, objective=trades)[1]['passes'] == 6
 

@@ -19,9 +19,10 @@ from test_train_step import (
   copy,
 )
 
-from fulllora_jax import checkpoint, ema, memory, sharding
+from fulllora_jax import checkpoint, ema, memory, pretrained, sharding
 from fulllora_jax import state as state_lib
 from fulllora_jax.train_step import compile_train_step
+from fulllora_jax.training import Training
 
 TX = optax.masked(optax.sgd(0.5, momentum=0.9), TOY_MASK)
 
@@ -113,11 +114,9 @@ def test_without_it_the_state_has_no_leaf_more():
 def test_a_run_validates_and_publishes_it(
   small_config, digits, finished, tmp_path, one_device
 ):
-  from fulllora_jax import pretrained
-  from fulllora_jax.training import Training
-
   config = small_config
-  config.ema.decay = 0.9
+  config.ema.decay, config.method = 0.9, 'linear'
+  config.attack.name, config.eval.validation_attack = 'n_fgsm', 'clean'
   config.train.update(steps=2, eval_every=2, checkpoint_every=2)
   base = pretrained.find_artefact(finished.workdir / 'base')
   training = Training(config, tmp_path, digits, base)
