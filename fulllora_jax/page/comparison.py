@@ -40,7 +40,8 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
 def _lead(comparison: Mapping[str, Any]) -> str:
   rows, threat = comparison['rows'], comparison.get('threat') or {}
   seeds = sorted({len(row['seeds']) for row in rows})
-  text = f'{len(rows)} methods on {comparison["dataset"]}'
+  plural = '' if len(rows) == 1 else 's'
+  text = f'{len(rows)} method{plural} on {comparison["dataset"]}'
   if seeds:
     several = ' to '.join(map(str, (seeds[0], seeds[-1])[: len(set(seeds))]))
     text += f', {several} seed{"" if seeds == [1] else "s"} each'

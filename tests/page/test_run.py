@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from fulllora_jax import page, train
+from fulllora_jax import config, page, train
 from fulllora_jax.report import table, wilson_interval
 
 VOID = ('br', 'img', 'link', 'meta')
@@ -308,25 +308,51 @@ def test_a_run_writes_its_page(finished):
   ]  # fmt: skip
 
 
+class StandIn:
+  """A finished run whose evaluations cost nothing."""
+
+  def __init__(self, config, workdir, dataset):
+    self.workdir = workdir
+
+  def weights(self):
+    return ('base', 'best')
+
+  def evaluate_all(self, *unused):
+    return []
+
+  def examples(self, *unused):
+    return None
+
+  def forget_progress(self):
+    pass
+
+
 @pytest.mark.parametrize('part', ['inspection.inspect_run', 'page.write_page'])
 def test_a_fault_in_the_page_loses_no_number(
-  part, finished_copy, small_config, digits, one_device, monkeypatch, capsys
+  part, tmp_path, report, monkeypatch, capsys
 ):
-  (finished_copy / 'report.md').unlink()
-  (finished_copy / 'report.json').unlink()
+  (tmp_path / 'metrics.jsonl').write_text('')
+  numbers = {name: report.pop(name) for name in ('radii', 'influence')}
   there = []
 
   def fault(*unused):
-    there.append((finished_copy / 'report.json').exists())
+    there.append((tmp_path / 'report.json').exists())
     raise RuntimeError('out of memory')
 
+  monkeypatch.setattr(train.results, 'FinishedRun', StandIn)
+  monkeypatch.setattr(train.results, 'assemble_report', lambda *_: report)
+  monkeypatch.setattr(train.inspection, 'inspect_run', lambda _: (numbers, {}))
   monkeypatch.setattr(f'fulllora_jax.train.{part}', fault)
-  train.train_and_evaluate(small_config, finished_copy, digits)
+  train._report(config.default(), tmp_path, None, 1.0)
   assert there == [True]
-  assert (finished_copy / 'report.md').exists()
+  assert (tmp_path / 'report.md').exists()
+  assert not (tmp_path / 'report.html').exists()
   assert (
     'no report.html: RuntimeError: out of memory' in capsys.readouterr().err
   )
+  # What was measured before the fault is kept.
+  written = json.loads((tmp_path / 'report.json').read_text())
+  assert ('radii' in written) == (part == 'page.write_page')
 
 
 @pytest.mark.skipif(
