@@ -77,6 +77,8 @@ def radius_text(eps: str, factor: float) -> str:
   >>> radius_text('8/255', 1 / 3)
   '2.67/255'
   """
+  if not factor:
+    return '0'
   above, slash, below = eps.partition('/')
   value = Fraction(above) * Fraction(factor).limit_denominator(1000)
   return f'{float(value):.3g}{slash}{below}'

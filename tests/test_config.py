@@ -157,6 +157,12 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
     ('eval__step_size', 'x', "eval.step_size: cannot read 'x'"),
     ('eval__step_size', '0', 'eval.step_size .*above 0'),
     ('eval__num_examples', -1, 'eval.num_examples -1: give 0 for all'),
+    (
+      'eval__radii',
+      (0.5, 0.0),
+      'eval.radii 0.0: give multiples of eps above 0',
+    ),
+    ('eval__radii', ('a',), "eval.radii: cannot read 'a'"),
     ('eval__validation_examples', -1, 'eval.validation_examples -1: give 0'),
   ],
 )
