@@ -6,6 +6,7 @@ leaves are taken out of the stack where they are read, so that no more than one
 layer's are there B times.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -101,14 +102,25 @@ def _apply_parts(
     own = {n: v[index] if n in stacked else v for n, v in own.items()}
     return _dense(module, own, len(index), *args, **kwargs)
 
+  # Inside of the branches' own: they add to what a layer of one's own gives.
+  inner = _Intercepted(model.model, intercept)
   targets = {t: _PerExample(b, index) for t, b in model.targets.items()}
   first = {'params': take(stack.get('params', {}), jnp.int32(0))}
   variables = state_lib.override(frozen, first)
   if COLLECTION in stack:
     variables[COLLECTION] = stack[COLLECTION]
-  with nn.intercept_methods(intercept):  # inside of the model's own
-    logits = AdaptedModel(model.model, targets).apply(variables, images)
-  return logits, served
+  return AdaptedModel(inner, targets).apply(variables, images), served
+
+
+class _Intercepted:
+  """A linen model whose calls are intercepted, within other interceptors."""
+
+  def __init__(self, model: nn.Module, intercept: Callable):
+    self._model, self._intercept = model, intercept
+
+  def apply(self, *args, **kwargs):
+    with nn.intercept_methods(self._intercept):
+      return self._model.apply(*args, **kwargs)
 
 
 class _PerExample:
