@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import types
 from html.parser import HTMLParser
 
 import numpy as np
@@ -343,7 +344,8 @@ def test_a_fault_in_the_page_loses_no_number(
   monkeypatch.setattr(train.results, 'assemble_report', lambda *_: report)
   monkeypatch.setattr(train.inspection, 'inspect_run', lambda _: (numbers, {}))
   monkeypatch.setattr(f'fulllora_jax.train.{part}', fault)
-  train._report(config.default(), tmp_path, None, 1.0)
+  training = types.SimpleNamespace(seconds=1.0, passes=1.0)
+  train._report(config.default(), tmp_path, None, training)
   assert there == [True]
   assert (tmp_path / 'report.md').exists()
   assert not (tmp_path / 'report.html').exists()
