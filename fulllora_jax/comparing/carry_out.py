@@ -11,7 +11,7 @@ import jax
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, distributed, files, published_base, train
 from fulllora_jax import workdir as workdir_lib
-from fulllora_jax.comparing.plan import Run
+from fulllora_jax.comparing.plan import Run, has_own_base
 from fulllora_jax.console import duration, say
 from fulllora_jax.errors import UserError
 
@@ -26,7 +26,7 @@ def prepare_base(config, workdir: Path) -> None:
   Raises:
     UserError: as `train.train_and_evaluate` and `pretrained.load`.
   """
-  if config.base.source == 'scratch':
+  if not has_own_base(config):
     return
   if config.base.source == 'train':
     own = config_lib.base_config(config)

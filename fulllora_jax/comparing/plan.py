@@ -15,7 +15,7 @@ import jax
 from ml_collections import config_dict
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import config_checks
+from fulllora_jax import config_checks, pretrained
 from fulllora_jax.adapters import methods
 from fulllora_jax.errors import UserError
 
@@ -91,6 +91,15 @@ def runs(
   ]
 
 
+def has_own_base(experiment: ConfigDict) -> bool:
+  """Returns whether the base is made in the comparison's base/.
+
+  Else there is none, or it is a run's, and stays where it is.
+  """
+  source = experiment.base.source
+  return source != 'scratch' and not pretrained.is_artefact(source)
+
+
 def base_config(comparison: ConfigDict) -> ConfigDict:
   """Returns the experiment, as the base is trained or read by it."""
   config = config_lib.copy(comparison.experiment)
@@ -155,7 +164,7 @@ def _run(comparison, workdir: Path, row: str, seed: int) -> Run:
   if config.data.seed is None:  # the same images held out in every run
     config.data.seed = experiment.seed
   config.name = f'{comparison.name}-{row}-{seed}'
-  if experiment.base.source != 'scratch':
+  if has_own_base(experiment):
     config.base.source = str(workdir / 'base')
   try:
     config_checks.validate(config, jax.device_count())
