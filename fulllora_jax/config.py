@@ -182,7 +182,7 @@ def default() -> ConfigDict:
   e.validation_attack = 'pgd-10'
   e.validation_examples = 1000  # at most; 0: all
   # Multiples of eps at which report.html shows robust accuracy, by the
-  # validation attack on 256 test images; (): not at all.
+  # validation attack on 256 test images at most; (): not at all.
   e.radii = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
   c.log = ConfigDict()

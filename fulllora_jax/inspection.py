@@ -26,7 +26,7 @@ from fulllora_jax.radii import Radii, broken_at, extremes
 from fulllora_jax.report import wilson_interval
 from fulllora_jax.results import FinishedRun
 
-_EXAMPLES = 256  # attacked at every radius
+_EXAMPLES = 256  # attacked at every radius, at most
 _INFLUENCE_EXAMPLES = 32
 _SHOWN = 4  # images, most and least robust
 
@@ -53,8 +53,9 @@ def inspect_run(run: FinishedRun) -> Inspection:
   twins: dict[str, list[dict[str, Any]]] = {}
   factors = radii_of(run.config)
   tried = Radii(run.evaluator, run.dataset.test, attack) if attack else None
+  count = min(_EXAMPLES, run.config.eval.num_examples or _EXAMPLES)
   chosen = data.choose_examples(
-    len(run.dataset.test), _EXAMPLES, run.evaluator.seed
+    len(run.dataset.test), count, run.evaluator.seed
   )
   if tried and factors:
     numbers['radii'], twins = _radii(run, tried, chosen, factors)

@@ -20,7 +20,7 @@ def test_a_finished_run(run, digits):
     (weights, factor) for weights in ('base', 'best') for factor in (0, 0.5, 1)
   ]
   assert numbers['radii']['attack'] == 'pgd-2'
-  assert numbers['radii']['num_examples'] == 256
+  assert numbers['radii']['num_examples'] == 60  # eval.num_examples
   base = [r['num_correct'] for r in records[:3]]
   assert base == sorted(base, reverse=True) and base[0] > base[2]
   maps = numbers['influence']['maps']
