@@ -84,10 +84,10 @@ def measure(
       'each adapter gets as many of the images'
     )
   case = _Case(config, count, batch_size, num_classes)
-  compiled = {name: _compilations(run) for name, run in case.runs.items()}
+  compiled = {n: _compilations(run, count) for n, run in case.runs.items()}
   runs = {name: functools.partial(_seconds, r) for name, r in case.runs.items()}
   taken = timing.take_turns(runs, rounds, warmup=1)
-  again = {name: _compilations(run) for name, run in case.runs.items()}
+  again = {n: _compilations(run, count) for n, run in case.runs.items()}
   return {
     'config': config.name,
     'model': config.model.name,
@@ -220,7 +220,7 @@ def _seconds(run: Callable[[], Any]) -> float:
   return time.perf_counter() - began
 
 
-def _compilations(run: Callable[[], Any], calls: int = 10) -> int:
+def _compilations(run: Callable[[], Any], calls: int) -> int:
   """Counts the programs that so many calls compile."""
   compiled = []
 
