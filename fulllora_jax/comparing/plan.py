@@ -70,7 +70,7 @@ def runs(
   rows: Sequence[str] = (),
   seeds: Sequence[int] = (),
 ) -> list[Run]:
-  """Returns the runs of a comparison, those of one seed after another.
+  """Returns the runs of a comparison, seed by seed, rows by name.
 
   Args:
     comparison: of `default`, with rows.

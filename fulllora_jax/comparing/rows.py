@@ -1,6 +1,6 @@
 """Rows that several comparisons share: the methods, and what of FullLoRA is it.
 
-Each adds to `comparison.rows` (plan.default) in the order of the table.
+Each adds to `comparison.rows` (plan.default).
 """
 
 from collections.abc import Mapping, Sequence

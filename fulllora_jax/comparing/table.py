@@ -25,7 +25,7 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
 
   Returns:
     title, command, dataset, threat, references, headline_attack, notes,
-    provenance; and rows: method (the row's label), seeds, trainable, share,
+    provenance; and rows, the most robust first: method (the row's label), seeds, trainable, share,
     adapter_bytes, steps, passes, seconds, attacks (label -> per_seed, mean,
     spread, n) and difference (reference -> label -> mean, low, high).
 
@@ -48,15 +48,17 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     }
   first = next(iter(reports.values()))
   labels = list(next(iter(rows.values()))['attacks'])
+  headline = comparison.headline or labels[-1]
+  ranked = sorted(rows.values(), key=lambda r: -r['attacks'][headline]['mean'])
   return {
     'title': comparison.name,
     'command': command,
     'dataset': first['dataset'],
     'threat': first['threat'],
     'base': {'body_fingerprint': first['body_fingerprint']},
-    'headline_attack': comparison.headline or labels[-1],
+    'headline_attack': headline,
     'references': references,
-    'rows': list(rows.values()),
+    'rows': ranked,
     'notes': _notes(first),
     'provenance': {
       'command': command,
