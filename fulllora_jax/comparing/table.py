@@ -24,10 +24,11 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     command: that makes it again.
 
   Returns:
-    title, command, dataset, threat, references, headline_attack, notes,
-    provenance; and rows, the most robust first: method (the row's label), seeds, trainable, share,
-    adapter_bytes, steps, passes, seconds, attacks (label -> per_seed, mean,
-    spread, n) and difference (reference -> label -> mean, low, high).
+    title, command, dataset, threat, base, references, headline_attack, notes,
+    provenance; and rows, the most robust first: method (the row's label),
+    seeds, trainable, share, adapter_bytes, steps, passes, seconds, validation,
+    attacks (label -> per_seed, mean, spread, n) and difference (reference ->
+    label -> mean, low, high).
 
   Raises:
     UserError: the runs have different data, base, threat or evaluation.
