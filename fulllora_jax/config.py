@@ -181,6 +181,9 @@ def default() -> ConfigDict:
   e.num_examples = 0  # of the test split, chosen by the seed; 0: all
   e.validation_attack = 'pgd-10'
   e.validation_examples = 1000  # at most; 0: all
+  # Attacks a few hundred more images for report.html: what follows, the most
+  # and least robust images, and what the adapter changed.
+  e.closer_look = True
   # Multiples of eps at which report.html shows robust accuracy, by the
   # validation attack on 256 test images at most; (): not at all.
   e.radii = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

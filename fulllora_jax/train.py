@@ -172,7 +172,9 @@ def _page(
   """
   found: dict[str, Any] = {}
   try:
-    found, twins = inspection.inspect_run(run)
+    twins: dict[str, Any] = {}
+    if run.config.eval.closer_look:
+      found, twins = inspection.inspect_run(run)
     if distributed.is_primary():
       path = page.write_page(run.workdir, result | found, history, twins)
       say(f'page: {path}')

@@ -165,7 +165,6 @@ def _gradient(
   deltas: jax.Array | None = None,
 ) -> tuple[Tree, Metrics]:
   """The two lines of Algorithm 1, up to the optimizer."""
-
   prepared = algorithm.prepare(merge(state.trainable, frozen))
 
   def logits_fn(images):  # deterministic, as every attack needs it

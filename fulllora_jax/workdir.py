@@ -32,6 +32,7 @@ from fulllora_jax.files import (
 _FREE_TO_CHANGE = (
   'data.dir',
   'data.prepare',
+  'eval.closer_look',
   'log.tensorboard',
   'mesh.fsdp',
   'mesh.shard_from',

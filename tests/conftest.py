@@ -208,7 +208,10 @@ def finished(tmp_path_factory, run_python, small_command):
   """
   workdir = tmp_path_factory.mktemp('runs') / 'finished'
   done = run_python(
-    *small_command, f'--workdir={workdir}', PYTHONPROFILEIMPORTTIME='1'
+    *small_command,
+    '--config.eval.closer_look=True',
+    f'--workdir={workdir}',
+    PYTHONPROFILEIMPORTTIME='1',
   )
   lines = done.stderr.splitlines()
   said = [line for line in lines if not line.startswith('import time:')]

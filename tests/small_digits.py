@@ -29,5 +29,6 @@ def get_config():
   c.eval.update(attacks=('clean', 'pgd-2'), num_examples=60, batch_size=16)
   c.eval.update(validation_attack='pgd-2', validation_examples=32)
   c.eval.radii = (0.5, 1.0)
+  c.eval.closer_look = False  # but in the finished run (conftest.py)
   c.log.tensorboard = False
   return c

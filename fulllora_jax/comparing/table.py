@@ -211,13 +211,14 @@ def results_table(comparison: Mapping[str, Any]) -> str:
   labels = list(comparison['rows'][0]['attacks'])
   table = [
     ['method', 'seeds', 'learnable', 'share', 'on disk', *labels]
-    + ['steps', 'passes', 'time']
+    + ['validation', 'steps', 'passes', 'time']
   ]
   for row in comparison['rows']:
     table.append(
       [row['method'], str(len(row['seeds'])), f'{row["trainable"]:,}']
       + [f'{100 * row["share"]:.2f} %', f'{row["adapter_bytes"] / 1e6:.2f} MB']
       + [_spread(row['attacks'][label]) for label in labels]
+      + [_spread(row['validation'])]
       + [f'{row["steps"]:,}', f'{row["passes"]:,.0f}', duration(row['seconds'])]
     )
   return _markdown_table(table)

@@ -17,7 +17,7 @@ def small(digits_dir, finished):
   experiment.data.dir = str(digits_dir)
   experiment.base.source = str(finished.workdir / 'base')
   experiment.train.update(steps=2, log_every=1)
-  experiment.eval.update(num_examples=20, weights=('best',), radii=())
+  experiment.eval.update(num_examples=20, weights=('best',), closer_look=False)
   experiment.eval.validation_examples = 16
   c = plan.default(experiment)
   c.name = 'small'
