@@ -199,7 +199,7 @@ def _gradient(
     weights, (unperturbed, more), started = algorithm.awp(
       mean_loss, weights, state.step
     )
-    passes += more * started
+    passes += more
   (loss, (logits, more)), gradient = jax.value_and_grad(
     mean_loss, has_aux=True
   )(weights)
