@@ -62,7 +62,13 @@ setup(
     # gcsfs stands in where there is no TensorFlow.
     'gcs': _BUCKETS,
     # flaxmodels: a linen model that is not ours, to adapt.
-    'test': ['flaxmodels>=0.1.3', 'pytest>=8.0', 'ruff>=0.12', *_BUCKETS],
+    'test': [
+      'flaxmodels>=0.1.3',
+      'pytest>=8.0',
+      'pytest-xdist>=3.6',
+      'ruff>=0.12',
+      *_BUCKETS,
+    ],
     'torch': ['safetensors>=0.5', 'timm>=1.0', 'torch>=2.6', 'torchvision'],
     'tpu': ['jax[tpu]', *_BUCKETS],
   },

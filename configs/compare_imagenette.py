@@ -26,7 +26,9 @@ def get_config(variant: str = ''):
   published = '' if variant == 'ablations' else variant
   experiment = runpy.run_path(str(_EXPERIMENT))['get_config'](published)
   experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
-  experiment.eval.update(num_examples=1000, weights=('best',), closer_look=False)
+  experiment.eval.update(
+    num_examples=1000, weights=('best',), closer_look=False
+  )
   c = plan.default(experiment)
   c.name = 'compare_imagenette' + (f'-{variant}' if variant else '')
   if variant == 'ablations':

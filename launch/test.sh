@@ -20,7 +20,8 @@ check() {
 # All of them, so that one run shows all there is to mend.
 check 'ruff check' ruff check
 check 'ruff format' ruff format --check
-check tests pytest tests "$@"
+# Two at a time, each file by one: what a file starts from is made once.
+check tests pytest tests -n 2 --dist loadfile "$@"
 # These need PyTorch, which is an extra.
 check doctests pytest --doctest-modules fulllora_jax -q \
   --ignore=fulllora_jax/torch_adapter.py \

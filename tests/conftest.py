@@ -23,6 +23,12 @@ _CACHE = pathlib.Path(tempfile.gettempdir()) / 'fulllora_jax_test_cache'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 
+# Most of a test's time is LLVM's, which here makes nothing that runs for long.
+os.environ.setdefault(
+  'XLA_FLAGS',
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+)
+
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import small_digits  # noqa: E402
