@@ -103,7 +103,7 @@ def examine(
   from fulllora_jax import data, diagnosis, evaluations, results
 
   errors.choose('--split', split, results.SPLITS)
-  errors.choose('--weights', weights, results.WEIGHTS)
+  errors.choose('--weights', weights, config_lib.WEIGHTS)
   threat = config_lib.threat(config)
   workdir = None
   if spec:

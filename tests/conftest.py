@@ -1,6 +1,7 @@
 """Fixtures: prepared digits, folders of images, commands, 8 CPU devices."""
 
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -50,6 +51,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def pytest_configure(config):
   for kind in ('DeprecationWarning', 'PendingDeprecationWarning'):
     config.addinivalue_line('filterwarnings', f'error::{kind}')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Frees what the file compiled: every collection would go through it."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope='session')

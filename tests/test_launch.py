@@ -196,7 +196,8 @@ def test_tests_run_all_checks(shell):
   assert process.returncode == 0, process.stderr
   assert shell.calls('pip install')[0].endswith('-e .[test]')
   for call in (
-    '-m ruff check', '-m ruff format --check', '-m pytest tests -k two words',
+    '-m ruff check', '-m ruff format --check',
+    '-m pytest tests -n 2 --dist loadfile -k two words',
     '-m pytest --doctest-modules fulllora_jax -q',
   ):  # fmt: skip
     assert shell.calls(f'python {call}')

@@ -57,7 +57,11 @@ def method(name):
   [
     (method('full'), {}, "'b': method full trained all .* load runs/1 by its"),
     (method('linear'), {}, r'adapter\.targets is \[\], not \['),
-    (method('lora'), {}, 'layer_norm of the branch .* is False, not True'),
+    (
+      method('lora_everywhere'),
+      {},
+      'layer_norm of the branch .* is False, not True',
+    ),
     (
       field('adapter', targets=('query',)),
       {},

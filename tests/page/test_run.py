@@ -313,7 +313,7 @@ class StandIn:
   """A finished run whose evaluations cost nothing."""
 
   def __init__(self, config, workdir, dataset):
-    self.workdir = workdir
+    self.workdir, self.config = workdir, config
 
   def weights(self):
     return ('base', 'best')
