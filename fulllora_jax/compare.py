@@ -11,8 +11,6 @@ machine that shares the directory. Once every run is finished, the table is
 written: WORKDIR/comparison.md, .csv, .json and .html.
 """
 
-import shlex
-import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -41,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags, then one call."""
   del argv
   # After the flags: JAX is slow.
-  from fulllora_jax import sharding
+  from fulllora_jax import provenance, sharding
   from fulllora_jax.comparing import command
 
   values = flags.FLAGS
@@ -52,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     rows=values.rows,
     seeds=_numbers(values.seeds),
     table_only=values.table_only,
-    made_by=shlex.join(['python', '-m', 'fulllora_jax.compare', *sys.argv[1:]]),
+    made_by=provenance.command(),
   )
 
 

@@ -325,6 +325,7 @@ def common_report(
     },
     'evaluations': evaluations,
     'label_names': list(run.dataset.label_names),
+    'command': provenance.command(),
     'versions': provenance.versions(),
     'device': provenance.device(),
     'seed': run.evaluator.seed,

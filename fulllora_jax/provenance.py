@@ -1,7 +1,9 @@
-"""Where a result comes from: versions and devices."""
+"""Where a result comes from: the command, versions and devices."""
 
 import importlib.metadata
 import platform
+import shlex
+import sys
 
 import jax
 
@@ -22,6 +24,13 @@ def versions() -> dict[str, str]:
   for package in _PACKAGES:
     found[package] = importlib.metadata.version(package)
   return found
+
+
+def command() -> str:
+  """Returns how this process was started: python -m module, and its flags."""
+  spec = sys.modules['__main__'].__spec__
+  started = ['-m', spec.name] if spec else [sys.argv[0]]
+  return shlex.join(['python', *started, *sys.argv[1:]])
 
 
 def device() -> str:

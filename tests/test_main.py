@@ -1,5 +1,6 @@
 """python -m fulllora_jax.main: what it prints, and bad input in one line."""
 
+import json
 import re
 import sys
 
@@ -33,6 +34,14 @@ def test_a_run_says_what_it_does(finished):
   ):
     assert words in finished.stderr
   assert 'warning' not in finished.stderr
+
+
+def test_a_report_says_how_the_run_was_started(finished):
+  report = json.loads((finished.workdir / 'report.json').read_text())
+  assert report['command'].startswith('python -m fulllora_jax.main --config=')
+  assert report['command'].endswith(f'--workdir={finished.workdir}')
+  for name in ('report.md', 'report.html'):
+    assert report['command'] in (finished.workdir / name).read_text()
 
 
 def test_training_imports_no_tensorflow(finished):

@@ -62,7 +62,6 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     'rows': ranked,
     'notes': _notes(first),
     'provenance': {
-      'command': command,
       'device': ', '.join(sorted({str(r['device']) for r in reports.values()})),
       'versions': provenance.versions(),
       'base': first['body_fingerprint'],

@@ -17,8 +17,9 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
     comparison: title, command, dataset; threat (norm, eps as the config
       writes it); headline_attack, a label of `attacks`, 'clean' left aside;
       references, names of methods; notes, sentences; provenance, nested
-      fields. rows, a dict for each method: method; seeds; trainable, a number
-      of parameters; share of the base in [0, 1]; adapter_bytes; steps;
+      fields, of which experiment and rows are shown when asked for. rows, a
+      dict for each method: method; seeds; trainable, a number of parameters;
+      share of the base in [0, 1]; adapter_bytes; steps;
       passes, forward-backward, of all of training; seconds; attacks, of each
       label 'per_seed' accuracies in [0, 1], in the order of the seeds, their
       mean and spread (the standard deviation), and n, the images of each;
@@ -307,13 +308,19 @@ def _cost(comparison: Mapping[str, Any]) -> Markup:
 def _provenance(comparison: Mapping[str, Any]) -> Markup:
   threat = comparison.get('threat') or {}
   command = comparison.get('command')
-  return layout.facts(
-    [
-      ('command', tag('code', command) if command else None),
-      ('data', comparison.get('dataset')),
-      ('threat model', f'{threat.get("norm")}, eps {threat.get("eps")}'),
-      *layout.flat(comparison.get('provenance') or {}),
-    ]
+  known = dict(comparison.get('provenance') or {})
+  config = {n: known.pop(n) for n in ('experiment', 'rows') if n in known}
+  facts = [
+    ('command', tag('code', command) if command else None),
+    ('data', comparison.get('dataset')),
+    ('threat model', f'{threat.get("norm")}, eps {threat.get("eps")}'),
+    *layout.flat(known),
+  ]
+  if not config:
+    return layout.facts(facts)
+  whole = layout.facts(layout.flat(config))
+  return join(
+    [layout.facts(facts), layout.details('The whole configuration', whole)]
   )
 
 
