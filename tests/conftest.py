@@ -72,7 +72,7 @@ def run_python():
       env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', **env},
       capture_output=True,
       text=True,
-      timeout=300,
+      timeout=900,
     )
 
   return run

@@ -57,7 +57,7 @@ def command(tmp_path):
       env={'PYTHONPATH': str(_ROOT)},
       capture_output=True,
       text=True,
-      timeout=60,
+      timeout=300,
     )
 
   run.directory = tmp_path

@@ -314,7 +314,7 @@ def test_killed_in_the_middle_of_autoattack_it_goes_on(
   assert process.returncode == -signal.SIGKILL
   assert len(finished_batches()) >= 4
   with start(tmp_path / 'killed') as process:
-    said = process.communicate(timeout=200)[1]
+    said = process.communicate(timeout=600)[1]
   assert process.returncode == 0, said
   folder = tmp_path / 'killed' / 'evaluations'
   result = json.loads((folder / '001.json').read_text())

@@ -63,7 +63,7 @@ def main(server, tmp_path_factory, digits_dir):
       cwd=ROOT,
       capture_output=True,
       text=True,
-      timeout=300,
+      timeout=900,
     )
 
   return run

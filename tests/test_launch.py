@@ -67,7 +67,7 @@ class Shell:
       cwd='/',
       capture_output=True,
       text=True,
-      timeout=60,
+      timeout=300,
     )
 
   def calls(self, word):

@@ -207,7 +207,7 @@ def test_event_process_ends_with_a_killed_run(tmp_path):
     cwd=Path(__file__).parents[1],
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=300,
   )
   status = Path('/proc', process.stdout.strip(), 'stat')
   if not Path('/proc/self').exists():

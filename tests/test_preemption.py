@@ -53,7 +53,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     lines.append(line)
     if line.startswith('step 20/'):
       process.send_signal(signal.SIGTERM)
-  assert process.wait(timeout=100) == peers.RESTART
+  assert process.wait(timeout=400) == peers.RESTART
   assert lines[-1].startswith('SIGTERM: saved step ')
   assert 'Traceback' not in ''.join(lines)
   step = int(lines[-1].split()[3].split('/')[0])

@@ -32,7 +32,7 @@ SETTINGS = (
   '--peer_timeout=20',
   '--start_timeout=100',
 )
-WAIT = 240  # seconds, for a run on a busy machine
+WAIT = 900  # seconds, for a run on a busy machine
 
 
 class Pod:

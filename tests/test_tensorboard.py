@@ -45,7 +45,7 @@ def test_event_files(tmp_path):
     [sys.executable, '-c', _READER, str(path)],
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=400,
   )
   assert process.returncode == 0, process.stderr
   assert json.loads(process.stdout) == [

@@ -271,7 +271,7 @@ def test_after_kill_9_it_goes_on_to_the_same_result(tmp_path, uninterrupted):
   left = {path: path.stat().st_mtime_ns for path in kept.glob('0*.npz')}
   assert left and not file.exists()
   with start(kept, file, 0) as process:
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
   assert process.returncode == 0, said
   assert all(path.stat().st_mtime_ns == when for path, when in left.items())
   assert len(list(kept.glob('0*.npz'))) > len(left)

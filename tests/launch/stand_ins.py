@@ -104,7 +104,7 @@ class Cluster:
       cwd='/',
       capture_output=True,
       text=True,
-      timeout=60,
+      timeout=300,
     )
 
   def forget(self, scenario):
@@ -139,7 +139,7 @@ def pasted(text, cluster):
     cwd=cluster.repository,
     check=True,
     text=True,
-    timeout=60,
+    timeout=300,
     stdout=subprocess.DEVNULL,
   )
   return (cluster.root / 'log').read_text().splitlines()

@@ -373,7 +373,7 @@ def test_a_browser_shows_it(tmp_path, report, scheme):
     ],
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=300,
   )  # fmt: skip
   assert 'CONSOLE' not in done.stderr
   assert (tmp_path / 'page.png').read_bytes().startswith(b'\x89PNG')
