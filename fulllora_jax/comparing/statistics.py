@@ -43,7 +43,7 @@ def paired_difference(
   # For this alone SciPy would be imported with the package.
   from scipy import stats
 
-  half = stats.t.ppf((1 + confidence) / 2, n - 1)
+  half = float(stats.t.ppf((1 + confidence) / 2, n - 1))
   half *= stdev(differences) / math.sqrt(n)
   return {
     'mean': round(mean, 12),
