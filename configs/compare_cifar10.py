@@ -21,43 +21,31 @@ cores. It shows that the road works; the accuracies are far below what a real
 model has.
 """
 
-import runpy
 from pathlib import Path
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import variants
-from fulllora_jax.comparing import plan, rows
+from fulllora_jax.comparing import paper, rows
 from fulllora_jax.errors import choose
 
 _EXPERIMENT = Path(__file__).with_name('cifar10.py')
-_OWN = ('', 'small', 'cpu', 'ablations')
-# Of SGD in the protocol; for the models trained here, of AdamW.
+# Of AdamW, for the models that are trained here.
 _RATES = {'full': 5e-4}
 
 
 def get_config(variant: str = ''):
   """Returns the comparison; see above for what follows the colon."""
-  choose('config variant', variant, (*_OWN, *variants.PUBLISHED))
-  published = '' if variant in _OWN else variant
-  experiment = runpy.run_path(str(_EXPERIMENT))['get_config'](published)
-  experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
-  experiment.eval.update(
-    num_examples=1000, weights=('best',), closer_look=False
-  )
-  c = plan.default(experiment)
-  if variant == 'small':
-    small(experiment)
-  elif variant == 'cpu':
-    cpu(experiment)
-  c.name = 'compare_cifar10' + (f'-{variant}' if variant else '')
-  if variant == 'ablations':
-    rows.ablations(c)
-    return c
-  names = rows.OF_THE_PAPER
-  if variant in ('small', 'cpu'):
-    names = tuple(name for name in names if name != 'lnlora')
-    c.seeds = (0,)
-  rows.methods(c, names, _RATES if variant in ('small', 'cpu') else None)
+  own = {'small': small, 'cpu': cpu}
+  known = ('', *own, 'ablations', *variants.PUBLISHED)
+  choose('config variant', variant, known)
+  if variant not in own:
+    return paper.compare(_EXPERIMENT, variant)
+  c = paper.under_autoattack(_EXPERIMENT)
+  own[variant](c.experiment)
+  c.name += f'-{variant}'
+  names = [name for name in rows.OF_THE_PAPER if name != 'lnlora']
+  c.seeds = (0,)
+  rows.methods(c, names, _RATES)
   return c
 
 

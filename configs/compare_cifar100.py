@@ -10,29 +10,11 @@ give it several machines by --rows and --seeds. No accuracy is promised: it has
 not been run.
 """
 
-import runpy
 from pathlib import Path
 
-from fulllora_jax import variants
-from fulllora_jax.comparing import plan, rows
-from fulllora_jax.errors import choose
-
-_EXPERIMENT = Path(__file__).with_name('cifar100.py')
+from fulllora_jax.comparing import paper
 
 
 def get_config(variant: str = ''):
   """Returns the comparison; variant: '', ablations or a published model."""
-  choose('config variant', variant, ('', 'ablations', *variants.PUBLISHED))
-  published = '' if variant == 'ablations' else variant
-  experiment = runpy.run_path(str(_EXPERIMENT))['get_config'](published)
-  experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
-  experiment.eval.update(
-    num_examples=1000, weights=('best',), closer_look=False
-  )
-  c = plan.default(experiment)
-  c.name = 'compare_cifar100' + (f'-{variant}' if variant else '')
-  if variant == 'ablations':
-    rows.ablations(c)
-  else:
-    rows.methods(c)
-  return c
+  return paper.compare(Path(__file__).with_name('cifar100.py'), variant)
