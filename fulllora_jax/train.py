@@ -70,7 +70,7 @@ def train_and_evaluate(
 
 def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
   """Does what is still to do in a claimed work directory."""
-  result = distributed.from_primary(_finished_report, workdir)
+  result = distributed.from_primary(finished_report, workdir)
   if result is not None:
     say(f'{workdir} holds a finished run of this config')
   else:
@@ -85,7 +85,8 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
   return result
 
 
-def _finished_report(workdir: Path) -> dict[str, Any] | None:
+def finished_report(workdir: Path) -> dict[str, Any] | None:
+  """Reads the report of a run; None where it is not finished."""
   if not (workdir / 'report.md').exists():  # it is written last
     return None
   return json.loads(files.read_file(workdir / 'report.json'))

@@ -1,6 +1,5 @@
 """Carrying out the runs of a comparison, each of which resumes."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, distributed, files, published_base, train
+from fulllora_jax import data, distributed, published_base, train
 from fulllora_jax import workdir as workdir_lib
 from fulllora_jax.comparing.plan import Run, has_own_base
 from fulllora_jax.console import duration, say
@@ -76,16 +75,16 @@ def report_of(run: Run) -> dict[str, Any] | None:
 
 def _read_report(run: Run) -> dict[str, Any] | None:
   workdir = run.workdir
-  if not (workdir / 'report.md').exists():  # it is written last
-    return None
   try:
-    workdir_lib.check_same(workdir, run.config)
-  except UserError as error:
-    raise UserError(f'{run.title}: {error}') from None
-  try:
-    return json.loads(files.read_file(workdir / 'report.json'))
+    report = train.finished_report(workdir)
   except (OSError, ValueError) as error:
     raise UserError(
       f'{workdir}/report.json cannot be read ({error}); remove {workdir} and '
       'give the same command'
     ) from None
+  if report is not None:
+    try:
+      workdir_lib.check_same(workdir, run.config)
+    except UserError as error:
+      raise UserError(f'{run.title}: {error}') from None
+  return report
