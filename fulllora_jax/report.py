@@ -347,8 +347,13 @@ def _field(config: Mapping[str, Any], path: str) -> Any:
 
 
 def _provenance(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  command = report.get('command')
-  yield 'command', f'`{command}`' if command else None
+  for name, value in provenance_facts(report):
+    yield name, f'`{value}`' if name == 'command' and value else value
+
+
+def provenance_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields where the numbers come from, by name; None where it is unknown."""
+  yield 'command', report.get('command')
   yield 'seed', report.get('seed')
   yield 'base', report.get('base_fingerprint')
   yield 'device', report.get('device')

@@ -3,8 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fulllora_jax import report as reports
 from fulllora_jax.page import layout
 from fulllora_jax.page.markup import Markup, join, tag
+
+_CODE = ('command', 'base')
 
 
 def provenance(report: Mapping[str, Any]) -> Markup:
@@ -23,16 +26,5 @@ def provenance(report: Mapping[str, Any]) -> Markup:
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  command = report.get('command')
-  yield 'command', tag('code', command) if command else None
-  yield 'seed', report.get('seed')
-  fingerprint = report.get('base_fingerprint')
-  yield 'base', tag('code', fingerprint) if fingerprint else None
-  yield 'device', report.get('device')
-  arithmetic = {
-    f'{e.get("dtype")}, matmul precision {e.get("matmul_precision")}'
-    for e in report['evaluations']
-  }
-  yield 'evaluated in', '; '.join(sorted(arithmetic))
-  versions = report.get('versions') or {}
-  yield 'versions', ', '.join(f'{k} {v}' for k, v in versions.items())
+  for name, value in reports.provenance_facts(report):
+    yield name, tag('code', value) if name in _CODE and value else value
