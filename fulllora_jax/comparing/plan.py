@@ -18,6 +18,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import config_checks, pretrained
 from fulllora_jax.adapters import methods
 from fulllora_jax.errors import UserError
+from fulllora_jax.files import as_path
 
 ConfigDict = config_dict.ConfigDict
 # What a row may not change; of the model, how it is computed is free.
@@ -84,7 +85,7 @@ def runs(
   """
   _check(comparison, rows, seeds)
   return [
-    _run(comparison, Path(workdir), row, seed)
+    _run(comparison, as_path(workdir), row, seed)
     for seed in comparison.seeds
     for row in comparison.rows
     if row in (rows or comparison.rows) and seed in (seeds or comparison.seeds)

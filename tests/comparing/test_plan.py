@@ -39,6 +39,12 @@ def test_a_run_is_the_experiment_with_its_row(small):
   assert small.experiment.method == 'fulllora'  # it is not changed
 
 
+def test_a_comparison_may_live_in_a_bucket(small):
+  (run,) = plan.runs(small, 'gs://bucket/x', ['full'], [5])
+  assert str(run.workdir) == 'gs://bucket/x/runs/full-5'
+  assert run.config.base.source == 'gs://bucket/x/base'
+
+
 def test_the_base_is_the_experiments(small):
   config = plan.base_config(small)
   assert config.base.source == small.experiment.base.source == 'train'
