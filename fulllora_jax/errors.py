@@ -1,9 +1,10 @@
 """Errors that a user can mend, and how the commands show them."""
 
+import difflib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import app, flags, logging
 
@@ -30,6 +31,18 @@ def choose(name: str, value: str, known: tuple[str, ...]) -> None:
   """Raises UserError unless the field's value is one of the known."""
   if value not in known:
     raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}')
+
+
+def did_you_mean(
+  name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.5
+) -> str:
+  """Returns 'did you mean a or b? ' of the nearest names, or nothing.
+
+  >>> did_you_mean('fulllorra', ['fulllora', 'linear'])
+  'did you mean fulllora? '
+  """
+  near = difflib.get_close_matches(name, list(known), most, cutoff)
+  return f'did you mean {" or ".join(near)}? ' if near else ''
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -5,7 +5,6 @@ objectives.md has them in a table. The inner maximisation that belongs to each
 is built beside it (build.py).
 """
 
-import difflib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses
-from fulllora_jax.errors import UserError
+from fulllora_jax.errors import UserError, did_you_mean
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 NEAR = 0.001  # deviation of the noise that TRADES and MART attack from
@@ -164,8 +163,7 @@ OBJECTIVES = {'pgd_at': pgd_at, 'trades': trades, 'mart': mart}
 def check_name(name: str) -> None:
   """Raises UserError for an unknown objective, with the nearest names."""
   if name not in OBJECTIVES:
-    near = difflib.get_close_matches(name.lower(), OBJECTIVES, 2, 0.4)
-    hint = f'did you mean {" or ".join(near)}? ' if near else ''
+    hint = did_you_mean(name.lower(), OBJECTIVES, most=2, cutoff=0.4)
     raise UserError(
       f'objective.name: unknown objective {name!r}; {hint}known: '
       + ', '.join(OBJECTIVES)

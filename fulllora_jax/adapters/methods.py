@@ -6,7 +6,6 @@ that adds parameters also says what it attaches, and where (docs/methods.md).
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from fulllora_jax.adapters.attach import COLLECTION, Branch
 from fulllora_jax.adapters.bottleneck import Bottleneck
 from fulllora_jax.adapters.lnlora import LNLoRA
 from fulllora_jax.adapters.prompts import Prompts
-from fulllora_jax.errors import UserError
+from fulllora_jax.errors import UserError, did_you_mean
 
 # (collection, path joined by '/', path of the head) -> learns?
 Predicate = Callable[[str, str, str], bool]
@@ -214,8 +213,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 def get(name: str) -> Method:
   """Returns the method of that name; UserError if there is none."""
   if name not in METHODS:
-    near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.5)
-    hint = f'did you mean {" or ".join(near)}? ' if near else ''
+    hint = did_you_mean(name, METHODS)
     raise UserError(
       f'method: unknown method {name!r}; {hint}known: {", ".join(METHODS)}'
     )

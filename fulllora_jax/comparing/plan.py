@@ -5,7 +5,6 @@ differs in the table is what the row says. The base is the experiment's own,
 trained or read once.
 """
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ml_collections import config_dict
 from fulllora_jax import config as config_lib
 from fulllora_jax import config_checks, pretrained
 from fulllora_jax.adapters import methods
-from fulllora_jax.errors import UserError
+from fulllora_jax.errors import UserError, did_you_mean
 from fulllora_jax.files import as_path
 
 ConfigDict = config_dict.ConfigDict
@@ -197,5 +196,5 @@ def _flat(changes: Mapping[str, Any], prefix: str = '') -> Iterator:
 
 
 def _near(name: str, known) -> str:
-  found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-  return f'; did you mean {" or ".join(found)}?' if found else ''
+  hint = did_you_mean(name, known).rstrip()
+  return f'; {hint}' if hint else ''

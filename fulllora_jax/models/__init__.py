@@ -6,14 +6,13 @@ A family is one file with NAMES (name -> settings), FIELDS (those of
 `config.model` that only it has), LINEAR_MAPS, MODULES and `create`.
 """
 
-import difflib
 import types
 from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.errors import UserError, did_you_mean
 from fulllora_jax.models import convit, layers, swin, vit
 from fulllora_jax.models.vit import VisionTransformer
 
@@ -100,8 +99,7 @@ def family(name: str) -> types.ModuleType:
   for module in _FAMILIES:
     if name in module.NAMES:
       return module
-  near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
-  hint = f'did you mean {" or ".join(near)}? ' if near else ''
+  hint = did_you_mean(name, names(), cutoff=0.4)
   raise UserError(
     f'model.name: unknown model {name!r}; {hint}known: {", ".join(names())}'
   )
