@@ -139,7 +139,7 @@ def test_every_schedule_is_a_valid_config(name, race_config, digits):
     (
       {'schedules': ('n_fsgm',)},
       {},
-      "schedules: unknown 'n_fsgm'; nearest: n_fgsm, .*known: pgd-10",
+      "schedules: unknown 'n_fsgm'; did you mean n_fgsm.*known: pgd-10",
     ),
     ({}, {'method': 'standard'}, 'method standard trains without an attack'),
     ({'final': 'apgd-t+pgd-20'}, {}, 'pgd-20 cannot be joined with others'),

@@ -5,7 +5,6 @@ robust accuracy is measured at regular intervals. The cost is counted in passes:
 one image once forward and back through the model.
 """
 
-import difflib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from fulllora_jax.adapters import methods
 from fulllora_jax.attacks import Attack
 from fulllora_jax.benchmarking import road_report
 from fulllora_jax.console import Progress, say
-from fulllora_jax.errors import UserError
+from fulllora_jax.errors import UserError, did_you_mean
 from fulllora_jax.files import read_file, replace_file
 from fulllora_jax.training import Training
 
@@ -199,9 +198,9 @@ def _check(config, target, schedules, points) -> None:
     raise UserError(f'points {points}: measure at least once')
   for name in schedules:
     if name not in SCHEDULES:
-      near = difflib.get_close_matches(name, SCHEDULES, 3, 0.3)
       raise UserError(
-        f'schedules: unknown {name!r}; nearest: {", ".join(near) or "none"}; '
+        f'schedules: unknown {name!r}; '
+        f'{did_you_mean(name, SCHEDULES, cutoff=0.3)}'
         f'known: {", ".join(SCHEDULES)}'
       )
   if not schedules:

@@ -1,7 +1,6 @@
 """Finds tfds builders by name, and says how a missing set is prepared."""
 
 import contextlib
-import difflib
 import os
 import pathlib
 
@@ -9,7 +8,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from fulllora_jax.data.datasets import digits  # noqa: F401, registers it
-from fulllora_jax.errors import UserError
+from fulllora_jax.errors import UserError, did_you_mean
 
 FORMAT = 'array_record'  # the one that is read without TensorFlow
 
@@ -72,10 +71,10 @@ def _unknown(name: str, directory: str) -> str:
   known = tfds.list_builders(with_community_datasets=False)
   with contextlib.suppress(OSError):
     known += [entry.name for entry in pathlib.Path(directory).iterdir()]
-  close = difflib.get_close_matches(name.split('/')[0], known, n=4)
-  hint = f'did you mean {" or ".join(close)}?' if close else 'see tfds'
+  hint = did_you_mean(name.split('/')[0], known, most=4, cutoff=0.6)
   return (
-    f'data.name={name}: neither tfds nor {directory} has such a set; {hint} '
+    f'data.name={name}: neither tfds nor {directory} has such a set; '
+    f'{hint or "see tfds "}'
     '(a folder of images is written folder:/path)'
   )
 
