@@ -1,6 +1,5 @@
 """Several adapters on one base, in memory at once: made by `load`."""
 
-import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from jax.tree_util import Partial
 
 from fulllora_jax import sharding
 from fulllora_jax.adapters import mixed
-from fulllora_jax.errors import UserError
+from fulllora_jax.errors import UserError, did_you_mean
 from fulllora_jax.image_checks import check_images
 from fulllora_jax.stacking import BASE, Stack
 from fulllora_jax.state import Tree
@@ -112,10 +111,9 @@ class ManyAdapters:
         f'adapter {BASE!r}: the base is not offered: {self._no_base}; known: '
         f'{", ".join(self.names)}'
       )
-    near = difflib.get_close_matches(str(name), self.names, cutoff=0.5)
-    hint = f'did you mean {" or ".join(near)}? ' if near else ''
     raise UserError(
-      f'unknown adapter {name!r}; {hint}known: {", ".join(self.names)}'
+      f'unknown adapter {name!r}; {did_you_mean(str(name), self.names)}'
+      f'known: {", ".join(self.names)}'
     )
 
 

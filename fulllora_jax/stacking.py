@@ -131,7 +131,7 @@ def _trained(adapter: Adapter) -> dict[str, Any]:
 
 
 def stack(adapters: Mapping[str, Adapter], base_params: Tree) -> Stack:
-  """Stacks adapters, and the base as one more whose branches add nothing.
+  """Stacks adapters, and the base as one more that adds nothing.
 
   Args:
     adapters: name -> adapter; checked (`check_set`).
@@ -144,7 +144,7 @@ def stack(adapters: Mapping[str, Adapter], base_params: Tree) -> Stack:
   names, no_base = list(adapters), _no_base(adapters, base_params, rows[0])
   if no_base is None:
     names.append(BASE)
-    rows.append(_neutral(rows[0], base_params))
+    rows.append(_neutral(model, rows[0], base_params))
   leaves = {path: np.stack([row[path] for row in rows]) for path in rows[0]}
   return Stack(
     model, tuple(names), state_lib.select(leaves, leaves.keys()), no_base
@@ -193,12 +193,15 @@ def _refitted(
   return refitted
 
 
-def _neutral(row: Mapping[str, np.ndarray], base_params: Tree) -> dict:
-  """Returns the base as an adapter: its own leaves, and every B zero."""
+def _neutral(
+  model: AdaptedModel, row: Mapping[str, np.ndarray], base_params: Tree
+) -> dict:
+  """Returns the base as an adapter: its own leaves, and silent branches."""
   params = traverse_util.flatten_dict({'params': base_params}, sep='/')
+  silent = {name for b in model.targets.values() for name in b.SILENT}
   return {
     path: np.zeros_like(leaf)
-    if path.endswith('/lora_b')
+    if path.startswith(f'{COLLECTION}/') and path.split('/')[-1] in silent
     else params.get(path, leaf)
     for path, leaf in row.items()
   }
@@ -211,8 +214,8 @@ def _no_base(
   first = next(iter(adapters.values()))
   if (first.metadata.get('base_source') or {}).get('new_head', False):
     return 'its head is new, zeros that classify nothing'
-  if not all(isinstance(b, LNLoRA) for b in first.built.model.targets.values()):
-    return 'with such adapters it is another program'
+  if not all(branch.SILENT for branch in first.built.model.targets.values()):
+    return 'prompts change it, whatever their numbers'
   wanted = {path: v for path, v in row.items() if path.startswith('params/')}
   have = traverse_util.flatten_dict({'params': base_params}, sep='/')
   return state_lib.first_difference(

@@ -132,6 +132,35 @@ def _base(adapter, head):
   return state_lib.override(frozen, head)
 
 
+@pytest.mark.parametrize('name', ['adapter', 'adaptformer'])
+def test_a_base_has_silent_bottlenecks(adapter, name):
+  own = adapter(change=method(name))
+  params = _base(own, own.leaves['params'])
+  stack = stacking.stack({'a': own}, params)
+  assert stack.names == ('a', 'base')
+  images = np.random.default_rng(0).uniform(size=(2, *SHAPE)).astype('f4')
+  adapted, bare = (
+    stack.model.apply(
+      state_lib.override(
+        {'params': params},
+        jax.tree.map(lambda leaf, i=i: leaf[i], stack.leaves),
+      ),
+      images,
+    )
+    for i in (0, 1)
+  )
+  expected = stack.model.model.apply({'params': params}, images)
+  np.testing.assert_array_equal(bare, expected)
+  assert np.abs(adapted - expected).max() > 0.01
+
+
+def test_a_base_with_prompts_is_not_offered(adapter):
+  own = adapter(change=method('vpt'))
+  stack = stacking.stack({'a': own}, _base(own, own.leaves['params']))
+  assert stack.names == ('a',)
+  assert 'prompts' in stack.no_base
+
+
 def test_of_one_rank_nothing_is_changed(adapter):
   own = [adapter(), adapter(1)]
   adapters = dict(zip('ab', own, strict=True))

@@ -38,7 +38,10 @@ class Bottleneck:
     act: 'gelu' or 'relu'.
     parallel: reads the module's input; else its output.
     dtype: name of the parameters' dtype.
+    SILENT: names of the parameters that, as zeros, make it add nothing.
   """
+
+  SILENT = ('up', 'up_bias')
 
   rank: int
   scale: float = 1.0

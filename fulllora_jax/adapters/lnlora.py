@@ -42,7 +42,10 @@ class LNLoRA:
     epsilon: added to the variance. Over raw pixels (patch embedding) a small
       one divides by almost nothing and amplifies an attacker's noise.
     dtype: name of the parameters' dtype.
+    SILENT: names of the parameters that, as zeros, make it add nothing.
   """
+
+  SILENT = ('lora_b',)
 
   rank: int
   alpha: float

@@ -31,7 +31,10 @@ class Prompts:
     count: number of prompts, at least 1.
     patch_size: of the model, in pixels; sets the scale that they start with.
     dtype: name of the parameters' dtype.
+    SILENT: empty: prompts of zeros are attended to as well.
   """
+
+  SILENT = ()
 
   count: int
   patch_size: int

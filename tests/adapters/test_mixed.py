@@ -94,10 +94,15 @@ def only_branches(vmap):
   [
     dict(method='linear'),
     dict(method='lora'),
+    dict(method='adaptformer'),
+    dict(method='vpt'),
     dict(adapter=dict(head='lnlora')),
     dict(adapter=dict(targets=('.*/query', '.*head'))),
   ],
-  ids=['linear', 'lora', 'branch at the head', 'branch at a trained head'],
+  ids=[
+    'linear', 'lora', 'bottleneck', 'prompts', 'branch at the head',
+    'branch at a trained head',
+  ],
 )
 def test_every_method(fill, fields):
   each_is_its_own(*made(fill, VIT, **fields))
