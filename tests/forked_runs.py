@@ -12,8 +12,10 @@ import threading
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# One adapted map, one attack (in training): less to trace at every start.
+# One adapted map, one attack (in training): less to trace at every start. An
+# average, which a checkpoint must bring back too.
 _SMALLER = (
+  '--config.ema.decay=0.5',
   '--config.adapter.targets=("query",)',
   '--config.eval.attacks=("clean",)',
   '--config.eval.validation_attack=clean',

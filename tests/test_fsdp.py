@@ -71,19 +71,22 @@ def trained(jobs):
 
 
 @pytest.fixture(scope='module')
-def prompted(config, fill):
-  """Prompts after three steps, on one device and on a split base."""
-  vpt = config.copy_and_resolve_references()
-  vpt.method = 'vpt'
-  return [Job(vpt, fill, *shape).run() for shape in ((1, 1), (8, 4))]
+def otherwise_trained(config, fill):
+  """Prompts, by TRADES with AWP and ARD, on one device and a split base."""
+  other = config.copy_and_resolve_references()
+  other.method, other.objective.name = 'vpt', 'trades'
+  other.awp.gamma, other.attack.ard = 0.01, 0.5
+  return [Job(other, fill, *shape).run() for shape in ((1, 1), (8, 4))]
 
 
-def test_prompts_are_the_same_on_a_split_base(prompted):
-  one, other = (state_lib.named_leaves(s.trainable) for s in prompted)
+def test_prompts_and_objectives_are_the_same_on_a_split_base(
+  otherwise_trained,
+):
+  one, other = (state_lib.named_leaves(s.trainable) for s in otherwise_trained)
   assert 'lnlora/Transformer/encoderblock_0/prompts' in one
   assert one.keys() == other.keys()
   for path, leaf in one.items():
-    np.testing.assert_allclose(other[path], leaf, atol=2e-6, err_msg=path)
+    np.testing.assert_allclose(other[path], leaf, atol=2e-5, err_msg=path)
     assert other[path].sharding.is_fully_replicated
 
 
