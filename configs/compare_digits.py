@@ -9,8 +9,10 @@ rates, by the validation images of seed 0 after half as many steps:
 
   python -m fulllora_jax.compare --config configs/compare_digits.py:rates
 
-`:ablations` is FullLoRA by rank, by target, and with and without the LayerNorm;
-`:tiny` two methods and two seeds in a few minutes, for a look.
+`:ablations` is FullLoRA by rank, by target, and with and without the LayerNorm,
+`:norm` with and without it by AdamW and by SGD, both after half as many steps
+and without AutoAttack; `:tiny` two methods and two seeds in a few minutes, for
+a look.
 """
 
 import runpy
@@ -38,8 +40,8 @@ _TRIED = ('5e-4', '2e-3', '5e-3', '2e-2', '5e-2')
 
 
 def get_config(variant: str = ''):
-  """Returns the comparison; variant: '', rates, ablations or tiny."""
-  choose('config variant', variant, ('', 'rates', 'ablations', 'tiny'))
+  """Returns the comparison; variant: '', rates, ablations, norm or tiny."""
+  choose('config variant', variant, ('', 'rates', 'ablations', 'norm', 'tiny'))
   experiment = runpy.run_path(str(_DIGITS))['get_config']()
   experiment.model.update(width=48, depth=3, mlp_dim=192)
   experiment.train.update(steps=800, eval_every=200)
@@ -48,8 +50,8 @@ def get_config(variant: str = ''):
   experiment.log.tensorboard = False
   c = plan.default(experiment)
   c.name = 'compare_digits' + (f'-{variant}' if variant else '')
-  if variant == 'ablations':
-    return _ablations(c)
+  if variant in ('ablations', 'norm'):
+    return _parts_of_fulllora(c, variant)
   rows.methods(c, tuple(RATES), RATES)
   if variant == 'rates':
     return _rates(c)
@@ -68,14 +70,20 @@ def _rates(c):
   return c
 
 
-def _ablations(c):
-  """What of FullLoRA it is; also under SGD, with and without the LayerNorm."""
+def _parts_of_fulllora(c, variant):
+  """What of FullLoRA it is, or what its LayerNorm is for."""
+  c.references = ('fulllora',)
+  c.experiment.train.steps = 400
+  c.experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20')
   c.experiment.optimizer.learning_rate = RATES['fulllora']
-  rows.ablations(c)
-  for name, norm in (('sgd', True), ('sgd-no-norm', False)):
-    changes = rows.row('fulllora', 0.1, {'layer_norm': norm})
-    changes['optimizer']['name'] = 'sgd'
-    c.rows[name] = changes
+  if variant == 'ablations':
+    rows.ablations(c)
+    return c
+  for name, norm in (('fulllora', True), ('no-norm', False)):
+    adapter = {'layer_norm': norm}
+    c.rows[name] = rows.row('fulllora', adapter=adapter)
+    c.rows[f'{name}-sgd'] = rows.row('fulllora', 0.1, adapter)
+    c.rows[f'{name}-sgd']['optimizer']['name'] = 'sgd'
   return c
 
 
