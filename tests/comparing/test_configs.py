@@ -3,20 +3,24 @@
 import pathlib
 import runpy
 
+import numpy as np
 import pytest
 
-from fulllora_jax import build
+from fulllora_jax import build, checkpoint
 from fulllora_jax import state as state_lib
 from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.comparing import plan
 from fulllora_jax.errors import UserError
 
-CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = ROOT / 'configs'
+SCALE_BASE = ROOT / 'docs' / 'results' / 'digits' / 'scale_base.py'
 FILES = sorted(CONFIGS.glob('compare_*.py'))
 VARIANTS = (
   ('digits', ''),
   ('digits', 'rates'),
   ('digits', 'ablations'),
+  ('digits', 'norm'),
   ('digits', 'tiny'),
   ('cifar10', ''),
   ('cifar10', 'deit_s'),
@@ -42,7 +46,7 @@ def test_every_comparison_plans_its_runs(name, variant, capsys):
   found = plan.runs(comparison, 'runs/x')
   assert len(found) == len(comparison.rows) * len(comparison.seeds)
   assert capsys.readouterr().err == ''
-  if variant == 'ablations':  # no row is another row
+  if variant in ('ablations', 'norm'):  # no row is another row
     changes = [str(row.to_dict()) for row in comparison.rows.values()]
     assert len(set(changes)) == len(changes)
 
@@ -52,6 +56,16 @@ def test_every_comparison_says_its_command(file):
   assert f'--config configs/{file.name}' in file.read_text()
   with pytest.raises(UserError, match='config variant: unknown'):
     load(file.stem.removeprefix('compare_'), 'tin')
+
+
+def test_a_scaled_base_computes_the_same(run_python, finished, tmp_path):
+  base, scaled = finished.workdir / 'base', tmp_path / 'scaled'
+  done = run_python(SCALE_BASE, base, scaled)  # compares the logits itself
+  assert done.returncode == 0, done.stderr
+  trees = [checkpoint.read_artefact(run / 'best')[0] for run in (base, scaled)]
+  before, after = map(state_lib.named_leaves, trees)
+  changed = [p for p in before if not np.array_equal(before[p], after[p])]
+  assert len(changed) == 9  # of one block
 
 
 def test_digits_compares_every_method():
