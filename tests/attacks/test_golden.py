@@ -62,6 +62,7 @@ def evaluator(expected, loss):
 COMPILER = {
   'xla_backend_optimization_level': 3,
   'xla_llvm_disable_expensive_passes': False,
+  'xla_cpu_use_fusion_emitters': True,
 }
 
 
