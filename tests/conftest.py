@@ -25,7 +25,7 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 
 # Most of a test's time is LLVM's, which here makes nothing that runs for long.
-# Without fusion emitters it has half as much to do, at level 0 alone: for a step
+# Without fusion emitters it has half as much to do, at level 0 alone: in a step
 # of real size at the users' level they save two thirds of the compile time.
 os.environ.setdefault(
   'XLA_FLAGS',

@@ -100,7 +100,11 @@ def only_branches(vmap):
     dict(adapter=dict(targets=('.*/query', '.*head'))),
   ],
   ids=[
-    'linear', 'lora', 'bottleneck', 'prompts', 'branch at the head',
+    'linear',
+    'lora',
+    'bottleneck',
+    'prompts',
+    'branch at the head',
     'branch at a trained head',
   ],
 )

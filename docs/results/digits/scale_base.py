@@ -1,11 +1,13 @@
 """Writes a base that computes the same and whose activations are scaled.
 
-  python docs/results/digits/scale_base.py runs/compare_digits-norm/base runs/scaled
+  python docs/results/digits/scale_base.py runs/compare_digits/base runs/scaled
+  python -m fulllora_jax.compare --config configs/compare_digits.py:norm \
+      --config.experiment.base.source=runs/scaled --workdir runs/scaled-norm
 
-In each block, what query, key, value and the attention's output map read is made
-8 times as large, and what the MLP reads 8 times as small; the weights that read
-it are scaled back. By powers of two this is exact. It shows what a LayerNorm in
-front of a branch is for: the base does not notice, plain LoRA does.
+In each block, what query, key, value and the attention's output map read is
+made 8 times as large, and what the MLP reads 8 times as small; the weights that
+read it are scaled back. By powers of two this is exact. It is there to see what
+the LayerNorm in front of a branch is for.
 """
 
 import sys
