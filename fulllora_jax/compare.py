@@ -19,6 +19,11 @@ from ml_collections import config_flags
 from fulllora_jax import errors
 
 
+# Flags that carry out a part, and whether a value goes with them: the command
+# that makes the table again has none.
+_PARTS = {'rows': True, 'seeds': True, 'table_only': False}
+
+
 def define_flags() -> None:
   """Defines what is compared, and which part of it to carry out."""
   config_flags.DEFINE_config_file(
@@ -50,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     rows=values.rows,
     seeds=_numbers(values.seeds),
     table_only=values.table_only,
-    made_by=provenance.command(),
+    made_by=provenance.command(without=_PARTS),
   )
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 
 import jax
 
@@ -26,11 +27,22 @@ def versions() -> dict[str, str]:
   return found
 
 
-def command() -> str:
-  """Returns how this process was started: python -m module, and its flags."""
+def command(without: Mapping[str, bool] | None = None) -> str:
+  """Returns how this process was started: python -m module, and its flags.
+
+  Args:
+    without: flags to leave out, and whether a value goes with them.
+  """
   spec = sys.modules['__main__'].__spec__
   started = ['-m', spec.name] if spec else [sys.argv[0]]
-  return shlex.join(['python', *started, *sys.argv[1:]])
+  without, arguments, kept = without or {}, iter(sys.argv[1:]), []
+  for argument in arguments:
+    name, equals, _ = argument.lstrip('-').partition('=')
+    if name not in without:
+      kept.append(argument)
+    elif without[name] and not equals:
+      next(arguments, None)
+  return shlex.join(['python', *started, *kept])
 
 
 def device() -> str:

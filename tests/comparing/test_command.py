@@ -6,7 +6,8 @@ import jax
 import pytest
 import small_digits
 
-from fulllora_jax import sharding, train
+from fulllora_jax import compare as compare_command
+from fulllora_jax import provenance, sharding, train
 from fulllora_jax.comparing import carry_out, command, plan
 from fulllora_jax.errors import UserError
 
@@ -109,3 +110,18 @@ def test_a_damaged_report_is_named(compared, small):
 def test_an_experiment_is_no_comparison(small):
   with pytest.raises(UserError, match='it is no comparison but one experiment'):
     command.compare(small.experiment)
+
+
+@pytest.mark.parametrize(
+  'part',
+  [
+    ['--table_only'],
+    ['--rows', 'a,b', '--seeds=0'],
+    ['--rows=a', '-seeds', '1', '--table_only=true'],
+  ],
+)
+def test_the_command_of_a_table_is_that_of_all_its_runs(monkeypatch, part):
+  given = ['compare', '--config', 'c.py', *part, '--workdir=runs/x']
+  monkeypatch.setattr('sys.argv', given)
+  made_by = provenance.command(compare_command._PARTS)
+  assert made_by.endswith(' --config c.py --workdir=runs/x')
