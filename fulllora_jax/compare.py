@@ -18,7 +18,6 @@ from ml_collections import config_flags
 
 from fulllora_jax import errors
 
-
 # Flags that carry out a part, and whether a value goes with them: the command
 # that makes the table again has none.
 _PARTS = {'rows': True, 'seeds': True, 'table_only': False}
