@@ -48,7 +48,7 @@ def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
   width = LETTER * len(name)
   places = [
     (x + side * 9, y + 4 + down)
-    for down in (0, -13, 13, -26, 26, -39, 39, 52, 65)
+    for down in (0, -13, 13, -26, 26, -39, 39, -52, 52, -65, 65)
     for side in (1, -1)
   ]
   boxes = [
