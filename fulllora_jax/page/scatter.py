@@ -58,7 +58,7 @@ def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
   free = [
     number
     for number, box in enumerate(boxes)
-    if box[0] > 40 and box[1] < axes.WIDTH and box[2] > 0 and box[3] < 214
+    if box[0] > 40 and box[1] < axes.WIDTH and box[2] > 0 and box[3] < 219
     if not any(
       box[0] < t[1] and t[0] < box[1] and box[2] < t[3] and t[2] < box[3]
       for t in taken
