@@ -50,6 +50,12 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     'precision', 'highest', ['highest', 'default'], 'Of matrix products.'
   )
+  flags.DEFINE_enum(
+    'dtype',
+    None,
+    ['float32', 'bfloat16'],
+    'That the model computes in. Default: as the run.',
+  )
   flags.DEFINE_string(
     'logits',
     None,
@@ -71,8 +77,9 @@ def main(argv: Sequence[str]) -> None:
   sharding.use_every_core()
   sharding.enable_compilation_cache()
   if given.logits:
-    if given.weights:
-      raise errors.UserError('--weights: --logits has its own; leave one out')
+    for flag in ('weights', 'dtype'):
+      if given[flag].value:
+        raise errors.UserError(f'--{flag}: --logits has its own; leave one out')
     config = workdir.config_without_run(given.data, given.image_size)
   else:
     if given.data or given.image_size:
@@ -88,6 +95,7 @@ def main(argv: Sequence[str]) -> None:
     ('eval', 'batch_size', given.batch_size),
     ('eval', 'num_examples', given.num_examples),
     ('threat', 'norm', given.norm),
+    ('model', 'dtype', given.dtype),
     ('data', 'dir', given.data_dir),
   ):
     if flag is not None:

@@ -180,7 +180,8 @@ class Evaluations:
   def _progress_dir(self, key: tuple) -> Path:
     """Returns the same place whenever the same evaluation is asked for."""
     used = self.evaluator
-    key = (key, used.seed, used.precision, used.ensemble_batch_size)
+    computed_in = (self.config.model.dtype, used.precision)
+    key = (key, used.seed, computed_in, used.ensemble_batch_size)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     directory = self.folder / 'progress' / digest[:16]
     self._progress.append(directory)

@@ -7,7 +7,7 @@ what `fulllora_jax.load` gives.
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fulllora_jax import (
   sharding,
 )
 from fulllora_jax import config as config_lib
+from fulllora_jax.adapters import AdaptedModel
 from fulllora_jax.attacks import Attack
 from fulllora_jax.console import say
 from fulllora_jax.errors import choose
@@ -49,7 +50,8 @@ class FinishedRun(Evaluations):
   """The artefacts of a work directory, evaluated under one threat model.
 
   Args:
-    config: of the run; its `threat` and `eval` say what to evaluate under.
+    config: of the run; its `threat` and `eval` say what to evaluate under, its
+      `model.dtype` what to compute in.
     workdir: of the run.
     dataset: that `config.data` names.
     precision: of matrix products, 'highest' or 'default'.
@@ -69,10 +71,14 @@ class FinishedRun(Evaluations):
     self.workdir = workdir
     self._loaded: dict[str, classifier.Published] = {}
     self._variables: dict[tuple, Any] = {}
+    best = self.load('best')
+    model, dtype = best.model, config.model.dtype
+    if dtype != best.metadata['config']['model']['dtype']:
+      model = _computing_in(dtype, best.metadata)
     super().__init__(
       config,
       dataset,
-      self.load('best').model.apply,
+      model.apply,
       folder=workdir / 'evaluations',
       name=name,
       precision=precision,
@@ -161,12 +167,17 @@ def logits_functions(
   base = weights == 'base'
   variables = loaded.base_variables if base else loaded.variables
   exact = None
-  config = config_lib.from_mapping(loaded.metadata['config'])
-  if config.model.dtype != 'float32':
-    config.model.dtype, config.model.attention = 'float32', ''
-    model = build.build(config, loaded.metadata['num_classes']).model
+  if loaded.metadata['config']['model']['dtype'] != 'float32':
+    model = _computing_in('float32', loaded.metadata)
     exact = Partial(model.apply, variables)
   return Partial(loaded.model.apply, variables), exact
+
+
+def _computing_in(dtype: str, metadata: Mapping[str, Any]) -> AdaptedModel:
+  """Returns the model of an artefact, which computes in another dtype."""
+  config = config_lib.from_mapping(metadata['config'])
+  config.model.dtype, config.model.attention = dtype, ''
+  return build.build(config, metadata['num_classes']).model
 
 
 def evaluate_again(

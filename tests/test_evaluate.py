@@ -30,6 +30,7 @@ def test_flags_say_what_is_evaluated(run_python, finished_copy):
     '--num_examples=40',
     '--batch_size=32',
     '--precision=default',
+    '--dtype=bfloat16',
   )
   assert done.returncode == 0, done.stderr
   path = finished_copy / 'evaluations' / '001.json'
@@ -39,7 +40,7 @@ def test_flags_say_what_is_evaluated(run_python, finished_copy):
   said = {
     'attack': 'pgd', 'steps': 3, 'norm': 'l2', 'eps': '1/2', 'eps_value': 0.5,
     'step_size': 0.2, 'restarts': 2, 'weights': 'best', 'split': 'train',
-    'num_examples': 40, 'matmul_precision': 'default',
+    'num_examples': 40, 'matmul_precision': 'default', 'dtype': 'bfloat16',
   }  # fmt: skip
   assert said.items() <= attacked.items()
   assert attacked['num_correct'] <= clean['num_correct']
@@ -308,6 +309,7 @@ BAD_INPUT = {
   '--workdir=/proc/run': '--workdir: cannot write to /proc/run',
   '--data=no_such_set': 'no_such_set',
   '--weights=best': '--weights: --logits has its own',
+  '--dtype=float32': '--dtype: --logits has its own',
 }
 
 

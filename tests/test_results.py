@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from fulllora_jax import attacks, checkpoint, data, results, workdir
@@ -19,7 +20,21 @@ def run_of(small_config, digits, one_device):
       digits,
     )
 
+  make.config = small_config
   return make
+
+
+def test_it_computes_in_the_dtype_that_is_asked_for(run_of, finished):
+  images = np.random.default_rng(0).uniform(size=(4, 8, 8, 1)).astype('f4')
+  logits = {}
+  for dtype in ('float32', 'bfloat16'):
+    run_of.config.model.dtype = dtype
+    run = run_of(finished.workdir)
+    logits[dtype] = run.evaluator.apply(run.variables('best')[1], images)
+  exact = run.load('best').model.apply(run.load('best').variables, images)
+  np.testing.assert_allclose(logits['float32'], exact, rtol=1e-5, atol=1e-5)
+  error = np.abs(logits['bfloat16'] - exact).max()
+  assert 1e-3 < error < 0.1 * np.abs(exact).max()
 
 
 @pytest.fixture
