@@ -61,7 +61,7 @@ def get_config(variant: str = ''):
 def _rates(c):
   """One seed at each rate, to be ranked by the validation images."""
   c.seeds, c.references = (0,), ()
-  c.experiment.train.steps = 400
+  c.experiment.train.steps //= 2
   c.experiment.eval.attacks = ('clean',)
   for method in list(c.rows):
     del c.rows[method]
@@ -73,7 +73,7 @@ def _rates(c):
 def _parts_of_fulllora(c, variant):
   """What of FullLoRA it is, or what its LayerNorm is for."""
   c.references = ('fulllora',)
-  c.experiment.train.steps = 400
+  c.experiment.train.steps //= 2
   c.experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20')
   c.experiment.optimizer.learning_rate = RATES['fulllora']
   if variant == 'ablations':
