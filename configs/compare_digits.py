@@ -84,6 +84,7 @@ def _parts_of_fulllora(c, variant):
     c.rows[name] = rows.row('fulllora', adapter=adapter)
     c.rows[f'{name}-sgd'] = rows.row('fulllora', 0.1, adapter)
     c.rows[f'{name}-sgd']['optimizer']['name'] = 'sgd'
+  c.references = ('fulllora', 'fulllora-sgd')
   return c
 
 
