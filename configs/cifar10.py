@@ -23,4 +23,22 @@ from fulllora_jax import variants
 def get_config(variant: str = ''):
   """Returns the config; see variants.py for what follows the colon."""
   c = config_lib.default()
-  return variants.with_variant(c, variant, published='vit_b')
+  return variants.with_variant(c, variant, 'vit_b', {'cpu': cpu})
+
+
+def cpu(c) -> None:
+  """A ViT of 0.47 M parameters, and few steps of a short attack."""
+  c.name += '-cpu'
+  c.model.update(
+    name='vit', width=96, depth=4, num_heads=4, mlp_dim=384, patch_size=8
+  )
+  c.adapter.rank, c.adapter.alpha = 4, 8.0
+  c.attack.update(steps=3, step_size='4/255', eps_warmup=0.5)
+  c.optimizer = config_lib.adamw(learning_rate=1e-2)
+  c.schedule = config_lib.cosine(warmup=0.05)
+  c.train.update(steps=2000, batch_size=64, eval_every=500)
+  c.base.source = 'train'
+  c.base.optimizer.learning_rate = 2e-3
+  c.base.augment.mix_probability = 0.0  # too few steps to overfit
+  c.base.train.update(steps=5000, batch_size=128, eval_every=1250)
+  c.eval.validation_examples = 256

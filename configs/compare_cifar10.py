@@ -31,21 +31,36 @@ from fulllora_jax.errors import choose
 _EXPERIMENT = Path(__file__).with_name('cifar10.py')
 # Of AdamW, for the models that are trained here.
 _RATES = {'full': 5e-4}
+_CPU_RATES = {
+  'full': 2e-3,
+  'linear': 1e-2,
+  'lora': 1e-2,
+  'lora_everywhere': 1e-2,
+  'fulllora': 1e-2,
+}
+_TRIED = ('2e-3', '5e-3', '1e-2')
 
 
 def get_config(variant: str = ''):
   """Returns the comparison; see above for what follows the colon."""
-  own = {'small': small, 'cpu': cpu}
+  own = ('small', 'cpu', 'cpu_rates')
   known = ('', *own, 'ablations', *variants.PUBLISHED)
   choose('config variant', variant, known)
   if variant not in own:
     return paper.compare(_EXPERIMENT, variant)
-  c = paper.under_autoattack(_EXPERIMENT)
-  own[variant](c.experiment)
+  on_cpu = variant != 'small'
+  c = paper.under_autoattack(_EXPERIMENT, 'cpu' if on_cpu else '')
   c.name += f'-{variant}'
-  names = [name for name in rows.OF_THE_PAPER if name != 'lnlora']
   c.seeds = (0,)
-  rows.methods(c, names, _RATES)
+  methods = [name for name in rows.OF_THE_PAPER if name != 'lnlora']
+  rows.methods(c, methods, _CPU_RATES if on_cpu else _RATES)
+  if on_cpu:
+    c.experiment.eval.num_examples = 500
+    c.experiment.log.tensorboard = False
+  else:
+    small(c.experiment)
+  if variant == 'cpu_rates':
+    rows.rates(c, _TRIED, share=4)
   return c
 
 
@@ -61,17 +76,3 @@ def small(c) -> None:
   c.train.update(epochs=8.0, batch_size=256, eval_every=750)
   c.base.train.update(epochs=150.0, batch_size=512, eval_every=2000)
   c.base.augment.mix_probability = 1.0
-
-
-def cpu(c) -> None:
-  """A ViT for two CPU cores, and few steps."""
-  small(c)
-  c.model.update(width=64, depth=4, mlp_dim=256, dtype='float32')
-  c.adapter.rank, c.adapter.alpha = 4, 8.0
-  c.attack.update(steps=3, step_size='4/255')
-  c.train.update(steps=300, batch_size=64, eval_every=150)
-  c.base.train.update(steps=1500, batch_size=128, eval_every=750)
-  c.base.optimizer.learning_rate = 2e-3
-  c.base.augment.mix_probability = 0.0
-  c.eval.update(num_examples=200, validation_examples=128)
-  c.log.tensorboard = False

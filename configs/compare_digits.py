@@ -54,20 +54,8 @@ def get_config(variant: str = ''):
     return _parts_of_fulllora(c, variant)
   rows.methods(c, tuple(RATES), RATES)
   if variant == 'rates':
-    return _rates(c)
+    rows.rates(c, _TRIED, share=2)
   return _tiny(c) if variant == 'tiny' else c
-
-
-def _rates(c):
-  """One seed at each rate, to be ranked by the validation images."""
-  c.seeds, c.references = (0,), ()
-  c.experiment.train.steps //= 2
-  c.experiment.eval.attacks = ('clean',)
-  for method in list(c.rows):
-    del c.rows[method]
-    for rate in _TRIED:
-      c.rows[f'{method}-{rate}'] = rows.row(method, float(rate))
-  return c
 
 
 def _parts_of_fulllora(c, variant):

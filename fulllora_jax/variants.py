@@ -6,6 +6,7 @@ timm's conversions on the Hugging Face hub, of the authors' own weights. `fast`
 trains with a shorter attack, alone or after another: `deit_s,fast`.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ml_collections.config_dict import ConfigDict
@@ -78,22 +79,27 @@ PUBLISHED = {
 
 
 def with_variant(
-  config: ConfigDict, variant: str, published: str = ''
+  config: ConfigDict,
+  variant: str,
+  published: str = '',
+  own: Mapping[str, Callable[[ConfigDict], None]] | None = None,
 ) -> ConfigDict:
   """Applies what a config file's name may carry after a colon.
 
   Args:
     config: changed in place.
-    variant: '' for the config as it is; 'tiny'; or, where `published` is not
-      empty, a name in PUBLISHED. Each may be followed by ',fast', and 'fast'
-      may stand alone.
+    variant: '' for the config as it is; 'tiny'; a key of `own`; or, where
+      `published` is not empty, a name in PUBLISHED. Each may be followed by
+      ',fast', and 'fast' may stand alone.
     published: what '' stands for.
+    own: variants of this file alone: name -> what changes the config.
 
   Raises:
     UserError: another variant.
   """
   size, *more = variant.split(',') if variant != 'fast' else ('', 'fast')
-  known = ('tiny', *(PUBLISHED if published else ()))
+  own = {'tiny': tiny, **(own or {})}
+  known = (*own, *(PUBLISHED if published else ()))
   if variant not in ('', 'fast') and (
     size not in known or more not in ([], ['fast'])
   ):
@@ -101,8 +107,8 @@ def with_variant(
       f'config variant: unknown {variant!r}; known: {", ".join(known)}, fast, '
       'and fast after another, as in tiny,fast'
     )
-  if size == 'tiny':
-    tiny(config)
+  if size in own:
+    own[size](config)
   elif size or published:
     start_from(config, PUBLISHED[size or published])
     config.name += f'-{size}' if size else ''
@@ -128,7 +134,7 @@ def start_from(config: ConfigDict, base: Published) -> None:
     config.base.patch_resize = 'flexi'  # a patch of 14 px makes no cells of 4
 
 
-def tiny(config: ConfigDict) -> ConfigDict:
+def tiny(config: ConfigDict) -> None:
   """Shrinks to a model of 0.1 M parameters, trained here in few steps."""
   config.name += '_tiny'
   config.base.source = 'train'
@@ -140,7 +146,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
     recipe.update(eval_every=1000, checkpoint_every=50)
   config.eval.update(num_examples=256, batch_size=128)
   config.eval.validation_examples = 128
-  return config
 
 
 def fast(config: ConfigDict) -> ConfigDict:

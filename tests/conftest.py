@@ -11,6 +11,7 @@ import sys
 import tempfile
 import types
 
+import filelock
 import numpy as np
 import pytest
 from absl import flags
@@ -82,14 +83,35 @@ def run_python():
 
 
 @pytest.fixture(scope='session')
-def digits_dir(tmp_path_factory, run_python):
+def made_once(tmp_path_factory):
+  """Makes a folder of a name once for all the processes that run tests."""
+  root = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    root = root.parent
+
+  def folder(name, make):
+    path, done = root / name, root / f'{name}.done'
+    with filelock.FileLock(root / f'{name}.lock'):
+      if not done.exists():
+        path.mkdir(exist_ok=True)
+        make(path)
+        done.touch()
+    return path
+
+  return folder
+
+
+@pytest.fixture(scope='session')
+def digits_dir(made_once, run_python):
   """A tfds data_dir in which digits is prepared by the command."""
-  root = tmp_path_factory.mktemp('tfds')
-  done = run_python(
-    '-m', 'fulllora_jax.data.prepare', '--name=digits', f'--dir={root}'
-  )
-  assert done.returncode == 0, done.stderr
-  return root
+
+  def prepare(root):
+    done = run_python(
+      '-m', 'fulllora_jax.data.prepare', '--name=digits', f'--dir={root}'
+    )
+    assert done.returncode == 0, done.stderr
+
+  return made_once('tfds', prepare)
 
 
 @pytest.fixture
@@ -219,24 +241,31 @@ def small_command(digits_dir):
 
 
 @pytest.fixture(scope='session')
-def finished(tmp_path_factory, run_python, small_command):
+def finished(made_once, run_python, small_command):
   """A run of `small_command` to its end: workdir, stderr, modules imported.
 
   Nobody writes into the workdir; `finished_copy` is for that.
   """
-  workdir = tmp_path_factory.mktemp('runs') / 'finished'
-  done = run_python(
-    *small_command,
-    '--config.eval.closer_look=True',
-    f'--workdir={workdir}',
-    PYTHONPROFILEIMPORTTIME='1',
-  )
-  lines = done.stderr.splitlines()
-  said = [line for line in lines if not line.startswith('import time:')]
-  assert done.returncode == 0, '\n'.join(said)
-  modules = {line.split('|')[-1].strip() for line in lines if '|' in line}
+
+  def train(folder):
+    done = run_python(
+      *small_command,
+      '--config.eval.closer_look=True',
+      f'--workdir={folder / "finished"}',
+      PYTHONPROFILEIMPORTTIME='1',
+    )
+    lines = done.stderr.splitlines()
+    said = [line for line in lines if not line.startswith('import time:')]
+    assert done.returncode == 0, '\n'.join(said)
+    (folder / 'said').write_text('\n'.join(said))
+    modules = {line.split('|')[-1].strip() for line in lines if '|' in line}
+    (folder / 'modules').write_text('\n'.join(modules))
+
+  folder = made_once('runs', train)
   return types.SimpleNamespace(
-    workdir=workdir, stderr='\n'.join(said), modules=modules
+    workdir=folder / 'finished',
+    stderr=(folder / 'said').read_text(),
+    modules=set((folder / 'modules').read_text().splitlines()),
   )
 
 

@@ -98,6 +98,7 @@ def test_names_and_so_default_work_directories_differ():
   ]
   names += [load('digits').name, load('digits', 'tiny').name]
   names += [load(file, 'fast').name for file in (*FILES, 'digits')]
+  names += [load('cifar10', 'cpu').name, load('cifar10', 'cpu,fast').name]
   names += [
     load('cifar10', f'{variant},fast').name for variant in ('tiny', 'vit_b')
   ]
@@ -121,6 +122,20 @@ def test_tiny_trains_its_own_base(file):
   side = config.data.image_size
   shapes = build.shapes(built, (side, side, 3))
   assert state_lib.count(shapes['params']) < 200_000
+
+
+def test_the_cpu_variant_is_what_its_comparison_compares(capsys):
+  config = load('cifar10', 'cpu')
+  config_checks.validate(config, 1)
+  assert capsys.readouterr().err == ''
+  assert config.base.source == 'train'
+  compared = config_lib.flat(load('compare_cifar10', 'cpu').experiment)
+  differing = {
+    field.split('.')[0]
+    for field, value in config_lib.flat(config).items()
+    if value != compared[field]
+  }
+  assert differing == {'eval', 'log'}
 
 
 @pytest.mark.parametrize('file', [*FILES, 'digits'])

@@ -36,6 +36,26 @@ def methods(
     comparison.rows[name] = row(name, (rates or {}).get(name))
 
 
+def rates(comparison: ConfigDict, tried: Sequence[str], share: int) -> None:
+  """Makes each row one for each learning rate, to be ranked by validation.
+
+  One seed, no attack on the test images, no differences.
+
+  Args:
+    comparison: its rows have methods' names and no other change.
+    tried: learning rates, as the rows' names should have them.
+    share: of the experiment's train steps, one in so many.
+  """
+  experiment = comparison.experiment
+  comparison.seeds, comparison.references = comparison.seeds[:1], ()
+  experiment.train.steps //= share
+  experiment.eval.attacks = ('clean',)
+  for method in list(comparison.rows):
+    del comparison.rows[method]
+    for rate in tried:
+      comparison.rows[f'{method}-{rate}'] = row(method, float(rate))
+
+
 def ablations(comparison: ConfigDict) -> None:
   """Adds FullLoRA by rank, by target, and with and without the LayerNorm."""
   rank = comparison.experiment.adapter.rank

@@ -27,6 +27,7 @@ VARIANTS = (
   ('cifar10', 'swin_t'),
   ('cifar10', 'small'),
   ('cifar10', 'cpu'),
+  ('cifar10', 'cpu_rates'),
   ('cifar10', 'ablations'),
   ('cifar100', ''),
   ('cifar100', 'ablations'),
