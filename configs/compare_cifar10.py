@@ -38,7 +38,7 @@ _CPU_RATES = {
   'lora_everywhere': 1e-2,
   'fulllora': 1e-2,
 }
-_TRIED = ('2e-3', '5e-3', '1e-2')
+_TRIED = ('2e-3', '5e-3', '1e-2', '2e-2')
 
 
 def get_config(variant: str = ''):
