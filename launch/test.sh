@@ -20,8 +20,9 @@ check() {
 # All of them, so that one run shows all there is to mend.
 check 'ruff check' ruff check
 check 'ruff format' ruff format --check
-# Two at a time, each file by one: what a file starts from is made once.
-check tests pytest tests -n 2 --dist loadfile "$@"
+# Two at a time, each file by one: what a file starts from is made once. In the
+# order of tests/conftest.py, the longest files first.
+check tests pytest tests -n 2 --dist loadfile --no-loadscope-reorder "$@"
 # These need PyTorch, which is an extra.
 check doctests pytest --doctest-modules fulllora_jax -q \
   --ignore=fulllora_jax/torch_adapter.py \

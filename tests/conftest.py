@@ -52,6 +52,27 @@ from fulllora_jax import state as state_lib  # noqa: E402
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+# A file is one process's (launch/test.sh): these last one would leave the other
+# with nothing to do for minutes.
+_LONG = (
+  'test_processes.py',
+  'test_fsdp.py',
+  'test_loading.py',
+  'test_faults.py',
+  'test_published_base.py',
+  'test_kills.py',
+  'test_benchmark.py',
+  'test_resume.py',
+  'test_doctor.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Begins with the files that take longest."""
+  rank = {name: number for number, name in enumerate(_LONG)}
+  items.sort(key=lambda item: rank.get(item.path.name, len(_LONG)))
+
+
 def pytest_configure(config):
   for kind in ('DeprecationWarning', 'PendingDeprecationWarning'):
     config.addinivalue_line('filterwarnings', f'error::{kind}')
