@@ -92,15 +92,19 @@ class FinishedRun(Evaluations):
     return self._loaded[which]
 
   def weights(self) -> tuple[str, ...]:
-    """Returns base, best, last; no base where it classifies nothing.
+    """Returns those there are of base, best, last.
 
-    That is where the run began from scratch, or from published weights under a
-    head of zeros.
+    A base classifies nothing where the run began from scratch, or from
+    published weights under a head of zeros; a run that was given to others may
+    have its best weights alone.
     """
     metadata = self.load('best').metadata
     published = metadata.get('base_source') or {}
     headless = metadata['base'] is None or published.get('new_head', False)
-    return config_lib.WEIGHTS[1:] if headless else config_lib.WEIGHTS
+    absent = {'base'} if headless else set()
+    if not (self.workdir / 'last').exists():
+      absent.add('last')
+    return tuple(name for name in config_lib.WEIGHTS if name not in absent)
 
   def variables(self, weights: str) -> tuple[tuple, Any]:
     """Returns what identifies the weights, and the weights on the mesh."""
@@ -328,6 +332,7 @@ def assemble_report(
 ) -> dict[str, Any]:
   """Returns the report of a run, as report.json holds it."""
   metadata = run.load('best').metadata
+  last = run.load('last').metadata if 'last' in run.weights() else {}
   return common_report(run, evaluations, seconds) | {
     'config_name': run.config.name,
     'method': run.config.method,
@@ -339,7 +344,7 @@ def assemble_report(
     ),
     'best_step': metadata['step'],
     'best_validation': metadata['validation'],
-    'last_step': run.load('last').metadata['step'],
+    'last_step': last.get('step'),
     'adapter_bytes': checkpoint.size_on_disk(
       pretrained.find_artefact(run.workdir, 'best')
     ),

@@ -117,6 +117,17 @@ def test_the_same_again_gives_the_same(again):
   assert set(result) <= set(report)
 
 
+def test_a_run_of_its_best_weights_alone(again):
+  for path in again.workdir.iterdir():
+    if path.name not in ('base', 'best', 'config.json'):
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+  result = again(eval__attacks=('clean',), eval__num_examples=8)
+  assert [e['weights'] for e in result['evaluations']] == ['base', 'best']
+  assert result['last_step'] is None
+  with pytest.raises(UserError, match="--weights: unknown 'last'"):
+    again(['last'])
+
+
 def test_another_attack_split_and_number(again, capsys):
   result = again(
     ['base', 'last'],
