@@ -75,6 +75,12 @@ def define_flags() -> None:
     'With --to_robustness: the attacks on what was trained; empty: none.',
   )
   flags.DEFINE_integer(
+    'validation_images',
+    128,
+    'With --to_robustness, to measure on along the way; 0: all.',
+    lower_bound=0,
+  )
+  flags.DEFINE_integer(
     'test_images', 200, 'With --to_robustness, for --final; 0: all.'
   )
 
@@ -115,6 +121,7 @@ def _race(given, config) -> None:
     given.workdir or os.path.join('runs', f'road-{config.name}'),
     target=given.to_robustness,
     schedules=given.schedules or road.DEFAULT,
+    num_validation=given.validation_images,
     final=given.final,
     num_test=given.test_images,
   )

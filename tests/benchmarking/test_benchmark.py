@@ -240,12 +240,13 @@ def test_the_command_races(tmp_path, run_python, digits_dir):
     f'--config.data.dir={digits_dir}', '--config.train.steps=4',
     '--config.base.train.steps=20', f'--workdir={tmp_path}/road',
     '--to_robustness=0.9', '--schedules=pgd-10,n_fgsm', '--final=apgd-ce',
-    '--test_images=16',
+    '--test_images=16', '--validation_images=24',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / 'road' / 'road.json').read_text())
   assert list(result['schedules']) == ['pgd-10', 'n_fgsm']
   assert result['target'] == 0.9 and result['num_test'] == 16
+  assert result['num_validation'] == 24
   assert (tmp_path / 'road' / 'road.png').exists()
 
 
