@@ -10,6 +10,13 @@ and brought to patches of 4 px. Another published model is one word away:
 (fulllora_jax/variants.py). No accuracy is promised for this file: it has not
 been run to its end yet.
 
+  python -m fulllora_jax.main --config configs/cifar10.py:cpu
+
+trains a ViT of 0.47 M parameters on CIFAR-10 first and hardens it by PGD-3, in
+half an hour on two CPU cores. Expected on 500 test images: base 58 % clean and
+0 % robust, FullLoRA 41 % clean, 25 % under PGD-20 and 20 % under AutoAttack
+(docs/results/cifar10_cpu).
+
   python -m fulllora_jax.main --config configs/cifar10.py:tiny
 
 runs the same road, on the same data, with a model of 0.1 M parameters on a CPU
