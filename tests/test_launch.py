@@ -197,7 +197,7 @@ def test_tests_run_all_checks(shell):
   assert shell.calls('pip install')[0].endswith('-e .[test]')
   for call in (
     '-m ruff check', '-m ruff format --check',
-    '-m pytest tests -n 2 --dist loadfile -k two words',
+    '-m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -k two words',
     '-m pytest --doctest-modules fulllora_jax -q',
   ):  # fmt: skip
     assert shell.calls(f'python {call}')
