@@ -48,4 +48,4 @@ def cpu(c) -> None:
   c.base.optimizer.learning_rate = 2e-3
   c.base.augment.mix_probability = 0.0  # too few steps to overfit
   c.base.train.update(steps=5000, batch_size=128, eval_every=1250)
-  c.eval.validation_examples = 256
+  c.eval.update(num_examples=500, validation_examples=256)

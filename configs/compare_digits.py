@@ -60,7 +60,6 @@ def get_config(variant: str = ''):
 
 def _parts_of_fulllora(c, variant):
   """What of FullLoRA it is, or what its LayerNorm is for."""
-  c.references = ('fulllora',)
   c.experiment.train.steps //= 2
   c.experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20')
   c.experiment.optimizer.learning_rate = RATES['fulllora']

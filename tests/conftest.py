@@ -52,8 +52,8 @@ from fulllora_jax import state as state_lib  # noqa: E402
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-# A file is one process's (launch/test.sh): these last one would leave the other
-# with nothing to do for minutes.
+# A file is one process's (launch/test.sh): begun last, one of these would leave
+# the other process with nothing to do for minutes.
 _LONG = (
   'test_processes.py',
   'test_fsdp.py',
@@ -142,6 +142,14 @@ def digits_data(digits_dir):
   data.name, data.dir, data.image_size = 'digits', str(digits_dir), 8
   data.prepare = False
   return data
+
+
+@pytest.fixture(scope='session')
+def needs_cifar10():
+  """Skips the test where tfds has no CIFAR-10 prepared."""
+  root = os.environ.get('TFDS_DATA_DIR', '')
+  if not root or not pathlib.Path(root, 'cifar10').is_dir():
+    pytest.skip('no cifar10 in $TFDS_DATA_DIR')
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The weights under docs/results: they load, and give their table again."""
 
 import json
-import os
 import pathlib
 import shutil
 
@@ -38,9 +37,8 @@ def test_kept_weights_stand_on_the_kept_base(name):
   assert logits.shape == (2, 10) and np.isfinite(logits).all()
 
 
-def test_kept_weights_give_their_accuracy_again(tmp_path, one_device):
-  if not pathlib.Path(os.environ.get('TFDS_DATA_DIR', ''), 'cifar10').is_dir():
-    pytest.skip('no cifar10 in $TFDS_DATA_DIR')
+@pytest.mark.usefixtures('needs_cifar10', 'one_device')
+def test_kept_weights_give_their_accuracy_again(tmp_path):
   shutil.copytree(KEPT / 'base', tmp_path / 'base')
   copied = tmp_path / 'runs' / 'fulllora-0'
   shutil.copytree(KEPT / 'runs' / 'fulllora-0', copied)

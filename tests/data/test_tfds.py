@@ -1,4 +1,3 @@
-import os
 import pathlib
 import shutil
 
@@ -326,10 +325,8 @@ print([m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'sklearn')])
   assert done.stderr == ''
 
 
+@pytest.mark.usefixtures('needs_cifar10')
 def test_cifar10():
-  root = os.environ.get('TFDS_DATA_DIR', '')
-  if not root or not pathlib.Path(root, 'cifar10').is_dir():
-    pytest.skip('no cifar10 in $TFDS_DATA_DIR')
   data = config.default().data
   data.prepare, data.cache = False, 'stream'
   data.train_split = 'train[:2000]'
