@@ -57,6 +57,8 @@ SCHEDULES: Mapping[str, Schedule] = {
   'n_fgsm': Schedule({'attack.name': 'n_fgsm'}),
   'carry': Schedule(_PGD_2 | {'attack.carry': True}),  # without augmentation
   'half-pgd-10': Schedule(_PGD, 0.5),
+  'half-rise': Schedule(_RISE, 0.5),
+  'half-rise+early_stop': Schedule(_RISE | _STOP, 0.5),
   'half-n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 0.5),
   # A quarter of the passes of the plain one.
   'quarter-pgd-10': Schedule(_PGD, 0.25),
