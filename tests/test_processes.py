@@ -23,10 +23,11 @@ HOST = socket.gethostname()
 # SGD, since AdamW makes much of rounding in gradients near zero.
 SETTINGS = (
   '--config.optimizer.name=sgd',
+  '--config.adapter.targets=("query",)',  # less to compile in each process
   '--config.train.steps=6',
   '--config.train.eval_every=3',
   '--config.train.checkpoint_every=2',
-  '--config.eval.attacks=("pgd-2","apgd-ce")',
+  '--config.eval.attacks=("clean","pgd-2","apgd-ce")',
   '--config.eval.num_examples=20',
   '--config.eval.batch_size=16',
   '--peer_timeout=20',
