@@ -145,6 +145,9 @@ def make_algorithm(
     augment=functools.partial(
       augment.augment, num_classes=num_classes, **config.augment.to_dict()
     ),
+    window=augment.CropAndFlip(
+      config.augment.crop_padding, config.augment.flip
+    ),
     prepare=built.model.prepare,
     accumulate=config.train.accumulate,
     remat=config.model.remat,

@@ -215,15 +215,13 @@ def _check_carry(config: ConfigDict) -> None:
   augment = config.augment
   mixing = augment.mix_probability and (augment.mixup or augment.cutmix)
   for field, value, off in (
-    ('augment.crop_padding', augment.crop_padding, 0),
-    ('augment.flip', augment.flip, False),
     ('augment.mix_probability', mixing and augment.mix_probability, 0.0),
     ('attack.restarts', config.attack.restarts - 1, 1),
     ('train.accumulate', config.train.accumulate - 1, 1),
   ):
     if value:
       raise UserError(
-        f'attack.carry keeps one delta of each training image as it is, so '
+        f'attack.carry keeps one delta of each training image, so '
         f'{field} must be {off}; change that, or give attack.carry False'
       )
   if config.threat.norm != 'linf' or not threat(config).eps:

@@ -51,6 +51,7 @@ class Algorithm:
     objective: the outer loss.
     attack: the inner maximisation; None trains on clean images.
     augment: (key, images, labels) -> (images, labels).
+    window: what of it moves pixels, and with them the deltas in the state.
     prepare: variables -> what `apply` takes in their place, once for all of
       the attack's calls.
     accumulate: microbatches of a step.
@@ -69,6 +70,7 @@ class Algorithm:
   objective: Objective
   attack: InnerAttack | None
   augment: Callable[..., tuple[jax.Array, jax.Array]]
+  window: augment.CropAndFlip = augment.CropAndFlip(0, flip=False)
   prepare: Callable[[Tree], Tree] = lambda variables: variables
   accumulate: int = 1
   remat: str = 'none'
@@ -107,10 +109,9 @@ def train_step(
     attack, the clean scores are NaN in a step that is not logged.
   """
   key = jax.random.fold_in(root_key, state.step)
+  augment_key = jax.random.fold_in(key, Purpose.AUGMENT)
   x, labels = algorithm.augment(
-    jax.random.fold_in(key, Purpose.AUGMENT),
-    augment.to_unit(batch['image']),
-    batch['label'],
+    augment_key, augment.to_unit(batch['image']), batch['label']
   )
   places = jnp.arange(x.shape[0])
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
@@ -124,8 +125,9 @@ def train_step(
     )
   else:  # which are one for each image, so there is one microbatch
     last = state.deltas[batch['index']]
-    gradient, metrics = microbatch_gradient((keys, x, labels, last))
-    moved = metrics.pop('deltas')
+    start = algorithm.window(augment_key, last)
+    gradient, metrics = microbatch_gradient((keys, x, labels, start))
+    ended = algorithm.window.undo(augment_key, metrics.pop('deltas'), last)
   updates, opt_state = algorithm.tx.update(
     gradient, state.opt_state, state.trainable
   )
@@ -147,7 +149,7 @@ def train_step(
   )
   deltas = state.deltas
   if deltas is not None:
-    deltas = deltas.at[batch['index']].set(jnp.where(good, moved, last))
+    deltas = deltas.at[batch['index']].set(jnp.where(good, ended, last))
   return (
     TrainState(state.step + 1, trainable, opt_state, deltas, average),
     metrics,

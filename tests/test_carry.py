@@ -1,6 +1,7 @@
 """Deltas of the training examples, carried from epoch to epoch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +21,19 @@ from test_train_step import (
 
 from fulllora_jax import checkpoint, config, config_checks, memory, sharding
 from fulllora_jax import state as state_lib
+from fulllora_jax.data import augment
 from fulllora_jax.errors import UserError
-from fulllora_jax.train_step import compile_train_step
+from fulllora_jax.train_step import Purpose, compile_train_step
 
 CARRY = dataclasses.replace(ATTACK, carry=True)
 INDEX = np.array([4, 9, 0, 11, 2, 7, 5, 1], np.int32)
 X = jnp.asarray(BATCH['image']) / 255
 
 
-def make_step(devices=1, attack=CARRY, apply=toy):
+def make_step(devices=1, apply=toy, **fields):
   """Returns the state before the first step, and (state, index) -> state."""
   algorithm = dataclasses.replace(
-    ALGORITHM, attack=attack, apply=apply, log_every=100
+    ALGORITHM, attack=CARRY, apply=apply, log_every=100, **fields
   )
   mesh = sharding.make_mesh(jax.devices()[:devices])
   step_fn = compile_train_step(algorithm, mesh)
@@ -67,6 +69,46 @@ def test_a_step_begins_where_the_last_one_ended_and_keeps_where_it_ends():
   start = jnp.clip(X + first[INDEX] * (0.1 / 127), 0, 1)
   assert any(np.allclose(x, start, atol=1e-6) for x in ended)
   assert not any(np.array_equal(x, X) for x in ended)
+
+
+def test_deltas_follow_the_pixels_that_a_crop_and_a_flip_move():
+  seen = []
+
+  def recorded(variables, images):
+    jax.debug.callback(lambda x: seen.append(np.array(x)), images)
+    return toy(variables, images)
+
+  window = augment.CropAndFlip(2, flip=True)
+
+  def crop_and_flip(key, images, labels):
+    return window(key, images), labels
+
+  def place(step):
+    key = jax.random.fold_in(ROOT_KEY, step)
+    return functools.partial(window, jax.random.fold_in(key, Purpose.AUGMENT))
+
+  state, step = make_step(apply=recorded, augment=crop_and_flip, window=window)
+  state, _ = step(state)
+  jax.effects_barrier()
+  first = copy(state.deltas)
+  assert any(np.array_equal(x, place(0)(X)) for x in seen)
+  # What a step finds outside of the image is dropped; what it does not see of
+  # the image it leaves alone.
+  visible = np.asarray(
+    window.undo(
+      place(0).args[0],
+      jnp.ones_like(first[INDEX]),
+      jnp.zeros_like(first[INDEX]),
+    )
+  )
+  assert 0 < visible.mean() < 1
+  assert not first[INDEX][visible == 0].any()
+  assert (first[INDEX][visible == 1] != 0).mean() > 0.5
+  seen.clear()
+  state, _ = step(state)
+  jax.effects_barrier()
+  start = place(1)(X) + place(1)(first[INDEX]) * (0.1 / 127)
+  assert any(np.allclose(x, start.clip(0, 1), atol=1e-6) for x in seen)
 
 
 def test_deltas_are_kept_to_half_a_level():
@@ -125,7 +167,7 @@ def test_a_step_that_is_not_finite_keeps_the_deltas():
 def plain_config(**fields):
   c = config.default()
   c.attack.carry = True
-  c.augment.update(crop_padding=0, flip=False, mix_probability=0.0)
+  c.augment.mix_probability = 0.0
   c.eval.attacks = ('clean', 'pgd-2')
   c.update_from_flattened_dict(
     {name.replace('__', '.'): value for name, value in fields.items()}
@@ -136,8 +178,6 @@ def plain_config(**fields):
 @pytest.mark.parametrize(
   'field, value, words',
   [
-    ('augment__crop_padding', 4, 'augment.crop_padding must be 0'),
-    ('augment__flip', True, 'augment.flip must be False'),
     ('augment__mix_probability', 0.3, 'augment.mix_probability must be 0.0'),
     ('attack__restarts', 2, 'attack.restarts must be 1'),
     ('train__accumulate', 2, 'train.accumulate must be 1'),

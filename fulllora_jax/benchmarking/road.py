@@ -46,6 +46,7 @@ _RISE = _PGD | {'attack.rise': 0.8}
 _STOP = {'attack.early_stop': True}
 # From the second step on it makes two steps, of 1.25 eps / 2 or more.
 _PGD_2 = {'attack.steps': 2, 'attack.rise': 1e-6}
+_CARRY = _PGD_2 | {'attack.carry': True}  # without mixing
 PLAIN = 'pgd-10'
 SCHEDULES: Mapping[str, Schedule] = {
   PLAIN: Schedule(_PGD),
@@ -55,14 +56,16 @@ SCHEDULES: Mapping[str, Schedule] = {
   'rise+early_stop': Schedule(_RISE | _STOP),
   'fgsm_rs': Schedule({'attack.name': 'fgsm_rs'}),
   'n_fgsm': Schedule({'attack.name': 'n_fgsm'}),
-  'carry': Schedule(_PGD_2 | {'attack.carry': True}),  # without augmentation
+  'carry': Schedule(_CARRY),
   'half-pgd-10': Schedule(_PGD, 0.5),
   'half-rise': Schedule(_RISE, 0.5),
   'half-rise+early_stop': Schedule(_RISE | _STOP, 0.5),
+  'half-carry': Schedule(_CARRY, 0.5),
   'half-n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 0.5),
   # A quarter of the passes of the plain one.
   'quarter-pgd-10': Schedule(_PGD, 0.25),
   'quarter-pgd-2': Schedule(_PGD_2, 0.91),
+  'quarter-carry': Schedule(_CARRY, 0.91),
   'quarter-n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 1.37),
 }
 

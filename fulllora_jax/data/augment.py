@@ -1,5 +1,7 @@
 """Augmentation on the device, inside the jitted step; images in [0, 1]."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,78 @@ _SWITCH_PROBABILITY = 0.5  # of cutmix where mixup is on too, as in timm
 def to_unit(images: jax.Array) -> jax.Array:
   """Converts uint8 pixels 0..255 of any shape to float32 in [0, 1]."""
   return images.astype(jnp.float32) / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class CropAndFlip:
+  """Where `augment` moves the pixels of every image, from its key and row.
+
+  Attributes:
+    padding: `crop_padding`.
+    flip: as there.
+  """
+
+  padding: int
+  flip: bool
+
+  def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
+    """Moves [B, H, W, C] of any dtype as `augment` does with the same key."""
+    if not self._moves:
+      return images
+    return jax.vmap(self._one)(self._keys(key, images), images)
+
+  def undo(
+    self, key: jax.Array, moved: jax.Array, before: jax.Array
+  ) -> jax.Array:
+    """Moves pixels back; those that were cut off stay as in `before`.
+
+    Args:
+      key: of the call.
+      moved: [B, H, W, C], as the call returns it.
+      before: [B, H, W, C], as it was given.
+    """
+    if not self._moves:
+      return moved
+    return jax.vmap(self._undo_one)(self._keys(key, moved), moved, before)
+
+  @property
+  def _moves(self) -> bool:
+    return self.padding > 0 or self.flip
+
+  def _keys(self, key, images):
+    image_key, _ = jax.random.split(key)
+    rows = jnp.arange(images.shape[0])
+    return jax.vmap(jax.random.fold_in, (None, 0))(image_key, rows)
+
+  def _one(self, key, image):
+    crop_key, flip_key = jax.random.split(key)
+    if self.padding > 0:
+      corner = self._corner(crop_key)
+      image = jax.lax.dynamic_slice(self._pad(image), corner, image.shape)
+    return self._mirror(flip_key, image)
+
+  def _undo_one(self, key, image, before):
+    crop_key, flip_key = jax.random.split(key)
+    image = self._mirror(flip_key, image)
+    if self.padding > 0:
+      corner = self._corner(crop_key)
+      padded = jax.lax.dynamic_update_slice(self._pad(before), image, corner)
+      own = (self.padding, self.padding, 0)
+      image = jax.lax.dynamic_slice(padded, own, before.shape)
+    return image
+
+  def _corner(self, key):
+    top, left = jax.random.randint(key, (2,), 0, 2 * self.padding + 1)
+    return top, left, 0
+
+  def _pad(self, image):
+    sides = (self.padding, self.padding)
+    return jnp.pad(image, (sides, sides, (0, 0)))
+
+  def _mirror(self, key, image):
+    if not self.flip:
+      return image
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
 def augment(
@@ -47,35 +121,12 @@ def augment(
     is off (mix_probability or both alphas 0), otherwise float32 [B, K] rows
     that sum to 1.
   """
-  image_key, mix_key = jax.random.split(key)
-  images = _crop_and_flip(image_key, images, crop_padding, flip)
+  images = CropAndFlip(crop_padding, flip)(key, images)
   if mix_probability <= 0 or (mixup <= 0 and cutmix <= 0):
     return images, labels
   soft_labels = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+  _, mix_key = jax.random.split(key)
   return _mix(mix_key, images, soft_labels, mixup, cutmix, mix_probability)
-
-
-def _crop_and_flip(key, images, padding, flip):
-  if padding <= 0 and not flip:
-    return images
-  rows = jnp.arange(images.shape[0])
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-
-  def one(key, image):
-    crop_key, flip_key = jax.random.split(key)
-    if padding > 0:
-      image = _random_crop(crop_key, image, padding)
-    if flip:
-      image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    return image
-
-  return jax.vmap(one)(keys, images)
-
-
-def _random_crop(key, image, padding):
-  padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-  top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-  return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
 
 def _mix(key, images, labels, mixup, cutmix, probability):

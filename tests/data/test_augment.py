@@ -91,6 +91,32 @@ def test_every_crop_offset_is_reached():
   assert len(np.unique(np.asarray(cropped).reshape(500, -1), axis=0)) == 9
 
 
+@pytest.mark.parametrize('padding, flip', [(0, True), (2, False), (2, True)])
+def test_a_window_moves_anything_as_the_images_and_back(padding, flip):
+  window = augment_lib.CropAndFlip(padding, flip)
+  where = jnp.arange(1, IMAGES.size + 1, dtype=jnp.int32).reshape(IMAGES.shape)
+  seen = set()
+  for key in KEYS:
+    images, _ = augment(key, crop_padding=padding, flip=flip)
+    moved = jax.jit(window)(key, where)
+    assert moved.dtype == where.dtype
+    # Zeros come from outside; all else is where its image's pixel went.
+    flat = np.append(0, np.asarray(IMAGES))
+    np.testing.assert_array_equal(images, flat[moved])
+    back = np.asarray(jax.jit(window.undo)(key, moved, -where))
+    left = np.setdiff1d(where, moved)  # what was cut off
+    kept = np.isin(where, left)
+    np.testing.assert_array_equal(back, np.where(kept, -where, where))
+    seen.add(left.size)
+  assert len(seen) > 2 or not padding
+
+
+def test_a_window_that_moves_nothing_is_the_identity():
+  window = augment_lib.CropAndFlip(0, flip=False)
+  assert window(KEYS[0], IMAGES) is IMAGES
+  assert window.undo(KEYS[0], IMAGES, -IMAGES) is IMAGES
+
+
 def test_mixup_is_one_convex_combination_with_the_reversed_batch():
   for key in KEYS[:4]:
     images, labels = augment(key, mixup=0.8, mix_probability=1.0)
