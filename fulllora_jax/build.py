@@ -134,6 +134,8 @@ def make_algorithm(
       near=objectives.NEAR if own_start else 0.0,
       warmup=_warmup(config, steps),
     )
+  mixing = config.augment.to_dict()
+  crop_padding, flip = mixing.pop('crop_padding'), mixing.pop('flip')
   return train_step.Algorithm(
     apply=built.model.apply,
     tx=optim.create(config.optimizer, learning_rate, mask),
@@ -143,11 +145,14 @@ def make_algorithm(
     ),
     attack=attack,
     augment=functools.partial(
-      augment.augment, num_classes=num_classes, **config.augment.to_dict()
+      augment.augment,
+      num_classes=num_classes,
+      crop_padding=crop_padding,
+      flip=flip,
+      **mixing,
     ),
-    window=augment.CropAndFlip(
-      config.augment.crop_padding, config.augment.flip
-    ),
+    window=augment.CropAndFlip(crop_padding, flip),
+    is_mixed=functools.partial(augment.is_mixed, **mixing),
     prepare=built.model.prepare,
     accumulate=config.train.accumulate,
     remat=config.model.remat,

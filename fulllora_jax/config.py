@@ -105,8 +105,8 @@ def default() -> ConfigDict:
   # Steps a misclassified image no further (attacks/early_stop.py).
   k.early_stop = False
   # Begins at the end of the attack on the same example an epoch before, in
-  # place of a random point, cropped and flipped as the example is; for linf,
-  # without mixing. N x H x W x C bytes on every device.
+  # place of a random point, cropped and flipped as the example is; for linf.
+  # N x H x W x C bytes on every device.
   k.carry = False
   # Fraction of training over which what an attack may use rises to all of it:
   # the attention's gradient (ARD), the patches (PRM); 0: off (ard_prm.py).

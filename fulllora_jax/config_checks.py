@@ -212,10 +212,7 @@ def _check_single_step(config: ConfigDict) -> None:
 
 def _check_carry(config: ConfigDict) -> None:
   """Refuses what makes last epoch's delta that of another image or ball."""
-  augment = config.augment
-  mixing = augment.mix_probability and (augment.mixup or augment.cutmix)
   for field, value, off in (
-    ('augment.mix_probability', mixing and augment.mix_probability, 0.0),
     ('attack.restarts', config.attack.restarts - 1, 1),
     ('train.accumulate', config.train.accumulate - 1, 1),
   ):

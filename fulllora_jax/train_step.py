@@ -52,6 +52,7 @@ class Algorithm:
     attack: the inner maximisation; None trains on clean images.
     augment: (key, images, labels) -> (images, labels).
     window: what of it moves pixels, and with them the deltas in the state.
+    is_mixed: key -> whether it mixes the batch: such an attack is kept of none.
     prepare: variables -> what `apply` takes in their place, once for all of
       the attack's calls.
     accumulate: microbatches of a step.
@@ -71,6 +72,7 @@ class Algorithm:
   attack: InnerAttack | None
   augment: Callable[..., tuple[jax.Array, jax.Array]]
   window: augment.CropAndFlip = augment.CropAndFlip(0, flip=False)
+  is_mixed: Callable[[jax.Array], jax.Array] = lambda key: jnp.array(False)
   prepare: Callable[[Tree], Tree] = lambda variables: variables
   accumulate: int = 1
   remat: str = 'none'
@@ -149,7 +151,8 @@ def train_step(
   )
   deltas = state.deltas
   if deltas is not None:
-    deltas = deltas.at[batch['index']].set(jnp.where(good, ended, last))
+    keep = good & ~algorithm.is_mixed(augment_key)
+    deltas = deltas.at[batch['index']].set(jnp.where(keep, ended, last))
   return (
     TrainState(state.step + 1, trainable, opt_state, deltas, average),
     metrics,

@@ -111,6 +111,26 @@ def test_deltas_follow_the_pixels_that_a_crop_and_a_flip_move():
   assert any(np.allclose(x, start.clip(0, 1), atol=1e-6) for x in seen)
 
 
+def test_what_is_found_for_a_mixture_is_kept_of_neither_image():
+  mixing = dict(mixup=0.8, cutmix=1.0, mix_probability=0.5)
+  augmented = functools.partial(
+    augment.augment, num_classes=4, crop_padding=0, flip=False, **mixing
+  )
+  is_mixed = functools.partial(augment.is_mixed, **mixing)
+  state, step = make_step(augment=augmented, is_mixed=is_mixed)
+  kept = []
+  for _ in range(6):
+    before = copy(state.deltas)
+    state, metrics = step(state)
+    assert not metrics['nonfinite'].any()
+    kept.append((copy(state.deltas) == before).all())
+  mixed = [
+    is_mixed(jax.random.fold_in(jax.random.fold_in(ROOT_KEY, i), 0))
+    for i in range(6)
+  ]
+  assert kept == mixed and len(set(kept)) == 2
+
+
 def test_deltas_are_kept_to_half_a_level():
   x_adv = X + np.random.default_rng(0).uniform(-0.1, 0.1, X.shape)
   packed = np.asarray(CARRY.pack(X, x_adv), np.float32)
@@ -167,7 +187,6 @@ def test_a_step_that_is_not_finite_keeps_the_deltas():
 def plain_config(**fields):
   c = config.default()
   c.attack.carry = True
-  c.augment.mix_probability = 0.0
   c.eval.attacks = ('clean', 'pgd-2')
   c.update_from_flattened_dict(
     {name.replace('__', '.'): value for name, value in fields.items()}
@@ -178,7 +197,6 @@ def plain_config(**fields):
 @pytest.mark.parametrize(
   'field, value, words',
   [
-    ('augment__mix_probability', 0.3, 'augment.mix_probability must be 0.0'),
     ('attack__restarts', 2, 'attack.restarts must be 1'),
     ('train__accumulate', 2, 'train.accumulate must be 1'),
     ('attack__name', 'fgsm_rs', 'attack.name fgsm_rs .* attack.carry is True'),

@@ -46,7 +46,7 @@ _RISE = _PGD | {'attack.rise': 0.8}
 _STOP = {'attack.early_stop': True}
 # From the second step on it makes two steps, of 1.25 eps / 2 or more.
 _PGD_2 = {'attack.steps': 2, 'attack.rise': 1e-6}
-_CARRY = _PGD_2 | {'attack.carry': True}  # without mixing
+_CARRY = _PGD_2 | {'attack.carry': True}
 PLAIN = 'pgd-10'
 SCHEDULES: Mapping[str, Schedule] = {
   PLAIN: Schedule(_PGD),

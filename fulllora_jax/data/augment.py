@@ -122,11 +122,26 @@ def augment(
     that sum to 1.
   """
   images = CropAndFlip(crop_padding, flip)(key, images)
-  if mix_probability <= 0 or (mixup <= 0 and cutmix <= 0):
+  if not _may_mix(mixup, cutmix, mix_probability):
     return images, labels
   soft_labels = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
   _, mix_key = jax.random.split(key)
   return _mix(mix_key, images, soft_labels, mixup, cutmix, mix_probability)
+
+
+def is_mixed(
+  key: jax.Array, *, mixup: float, cutmix: float, mix_probability: float
+) -> jax.Array:
+  """Returns whether `augment` mixes a batch with the same key, bool []."""
+  if not _may_mix(mixup, cutmix, mix_probability):
+    return jnp.array(False)
+  _, mix_key = jax.random.split(key)
+  apply_key, _, _ = jax.random.split(mix_key, 3)
+  return jax.random.bernoulli(apply_key, mix_probability)
+
+
+def _may_mix(mixup, cutmix, probability) -> bool:
+  return probability > 0 and (mixup > 0 or cutmix > 0)
 
 
 def _mix(key, images, labels, mixup, cutmix, probability):

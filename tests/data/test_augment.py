@@ -117,6 +117,18 @@ def test_a_window_that_moves_nothing_is_the_identity():
   assert window.undo(KEYS[0], IMAGES, -IMAGES) is IMAGES
 
 
+def test_which_batches_are_mixed_is_known_beforehand():
+  mixing = dict(mixup=0.8, cutmix=0.0, mix_probability=0.5)
+  found = []
+  for key in KEYS:
+    images, _ = augment(key, **mixing)
+    found.append(bool((images != IMAGES).any()))
+    assert augment_lib.is_mixed(key, **mixing) == found[-1]
+  assert len(set(found)) == 2
+  off = mixing | dict(mixup=0.0)
+  assert not any(augment_lib.is_mixed(key, **off) for key in KEYS)
+
+
 def test_mixup_is_one_convex_combination_with_the_reversed_batch():
   for key in KEYS[:4]:
     images, labels = augment(key, mixup=0.8, mix_probability=1.0)
