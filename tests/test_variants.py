@@ -138,6 +138,9 @@ def test_the_cpu_variant_is_what_its_comparison_compares(capsys):
   assert differing == {'eval', 'log'}
 
 
+FAST = ('steps', 'step_size', 'carry')
+
+
 @pytest.mark.parametrize('file', [*FILES, 'digits'])
 @pytest.mark.parametrize('size', ['', 'tiny', 'deit_s'])
 def test_fast_changes_the_attack_alone(file, size):
@@ -151,8 +154,10 @@ def test_fast_changes_the_attack_alone(file, size):
     for field, value in config_lib.flat(fast).items()
     if value != config_lib.flat(plain)[field]
   }
-  assert differing == {'name', 'attack.name'}
-  assert plain.attack.name == 'pgd' and fast.attack.name == 'n_fgsm'
+  assert differing == {'name', *(f'attack.{name}' for name in FAST)}
+  assert (fast.attack.steps, fast.attack.carry) == (2, True)
+  eps = {'8/255': '5/255', '4/255': '2.5/255', '0.1': '0.0625'}
+  assert fast.attack.step_size == eps[fast.threat.eps]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ _STOP = {'attack.early_stop': True}
 # From the second step on it makes two steps, of 1.25 eps / 2 or more.
 _PGD_2 = {'attack.steps': 2, 'attack.rise': 1e-6}
 _CARRY = _PGD_2 | {'attack.carry': True}
+_CARRY_1 = _CARRY | {'attack.steps': 1}
 PLAIN = 'pgd-10'
 SCHEDULES: Mapping[str, Schedule] = {
   PLAIN: Schedule(_PGD),
@@ -57,6 +58,7 @@ SCHEDULES: Mapping[str, Schedule] = {
   'fgsm_rs': Schedule({'attack.name': 'fgsm_rs'}),
   'n_fgsm': Schedule({'attack.name': 'n_fgsm'}),
   'carry': Schedule(_CARRY),
+  'carry-1': Schedule(_CARRY_1),
   'half-pgd-10': Schedule(_PGD, 0.5),
   'half-rise': Schedule(_RISE, 0.5),
   'half-rise+early_stop': Schedule(_RISE | _STOP, 0.5),
@@ -73,11 +75,12 @@ DEFAULT = (
   PLAIN,
   'rise',
   'early_stop',
-  'rise+early_stop',
   'pgd-2',
   'fgsm_rs',
   'n_fgsm',
-  'quarter-n_fgsm',
+  'carry',
+  'quarter-carry',
+  'half-carry',
 )
 
 
