@@ -6,8 +6,8 @@ Two CPU cores, about four minutes, no network. A ViT of 0.45 M parameters is
 trained on clean digits, then hardened against Linf 0.1 with 8 % as many
 learnable parameters. Expected on the 360 test images, PGD-20: base about 98 %
 clean and 0 % robust, FullLoRA about 96 % clean and 65 % robust. The variant
-`:tiny` runs the same road in less than a minute, for a look, and `:fast` trains
-against one-step N-FGSM (docs/road.md).
+`:tiny` runs the same road in less than a minute, for a look, and `:fast` makes
+two attack steps, from where those of the epoch before ended (docs/road.md).
 
 The digits are shown to the ViT at 16 px. At their own 8 px there are so few
 pixels to change that a ViT trained on clean digits is 10 to 30 % robust against

@@ -1,6 +1,7 @@
 """One training: from its base, or from scratch, to `best` and `last`."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from fulllora_jax.preemption import Notice
 
 # Steps in flight: jax 0.10 on CPU deadlocks above 32 un-awaited collectives.
 _RUN_AHEAD = 8
+_MANY_DELTAS = 1 << 30  # bytes
 
 
 class NonFiniteError(UserError):
@@ -77,14 +79,11 @@ class Training:
     self.frozen = sharding.shard_frozen(
       frozen, self.mesh, config.mesh.shard_from
     )
-    carried = None
-    if self.algorithm.attack is not None and self.algorithm.attack.carry:
-      carried = (len(dataset.train), *dataset.image_shape)
     self.state = sharding.replicate(
       state_lib.create(
         trainable,
         self.algorithm.tx,
-        carried,
+        self._carried(),
         ema.begin(trainable) if config.ema.decay else None,
       ),
       self.mesh,
@@ -101,6 +100,19 @@ class Training:
     self.passes, self.seconds = 0.0, 0.0
     self._alarm = self._new_alarm(None)
     self._writer: MetricWriter | None = None
+
+  def _carried(self) -> tuple[int, ...] | None:
+    """Returns the shape of the deltas of `attack.carry`, int8, or None."""
+    attack, keep = self.algorithm.attack, self.config.train.keep
+    if attack is None or not attack.carry:
+      return None
+    shape = (len(self.dataset.train), *self.dataset.image_shape)
+    if (size := math.prod(shape)) >= _MANY_DELTAS:
+      warn(
+        f'attack.carry keeps {memory.readable(size)} of deltas on every device '
+        f'and in each of up to {keep} checkpoints (train.keep)'
+      )
+    return shape
 
   def _initial_variables(self):
     """Returns the base's params, and all variables before the first step."""

@@ -19,7 +19,14 @@ from test_train_step import (
   toy,
 )
 
-from fulllora_jax import checkpoint, config, config_checks, memory, sharding
+from fulllora_jax import (
+  checkpoint,
+  config,
+  config_checks,
+  memory,
+  sharding,
+  training,
+)
 from fulllora_jax import state as state_lib
 from fulllora_jax.data import augment
 from fulllora_jax.errors import UserError
@@ -209,3 +216,27 @@ def test_what_a_delta_does_not_fit_is_refused(field, value, words):
   with pytest.raises(UserError, match=words) as caught:
     config_checks.validate(plain_config(**{field: value}), 1)
   assert 'attack.carry' in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_many_deltas_are_warned_of(
+  small_config, digits, tmp_path, one_device, monkeypatch, capsys
+):
+  small_config.attack.carry = True
+  small_config.base.source, small_config.method = 'scratch', 'full'
+  of_all = len(digits.train) * 64
+
+  def warned():
+    training.Training(small_config, tmp_path, digits, None)
+    return [
+      line
+      for line in capsys.readouterr().err.splitlines()
+      if 'attack.carry' in line
+    ]
+
+  monkeypatch.setattr(training, '_MANY_DELTAS', of_all + 1)
+  assert warned() == []
+  monkeypatch.setattr(training, '_MANY_DELTAS', of_all)
+  assert warned() == [
+    f'warning: attack.carry keeps {memory.readable(of_all)} of deltas on every '
+    'device and in each of up to 3 checkpoints (train.keep)'
+  ]
