@@ -116,6 +116,12 @@ class Evaluator:
       return min(self.batch_size, _CPU_BATCH * self.mesh.size)
     return self.batch_size
 
+  def batch_size_of(self, num_examples: int) -> int:
+    """Returns the batch size for so many, of which few rows are filled up."""
+    return min(
+      self.ensemble_batch_size, sharding.round_up(num_examples, self.mesh)
+    )
+
   def evaluate(
     self,
     variables: Any,
@@ -142,8 +148,9 @@ class Evaluator:
       )
     step = self._step(attack)
     progress, rows, done = Progress(len(chosen)), [], 0
-    mine = sharding.local_rows(self.batch_size)
-    for batch in data.eval_batches(split, self.batch_size, chosen, mine):
+    size = self.batch_size_of(len(chosen))
+    mine = sharding.local_rows(size)
+    for batch in data.eval_batches(split, size, chosen, mine):
       mask, ours = batch['mask'], {'image': batch['image']}
       ours |= {name: batch[name][mine] for name in ('label', 'index')}
       clean, robust = jax.device_get(

@@ -239,3 +239,20 @@ def test_predict_is_the_class_of_the_largest_logit(
   found = one.predict(sharding.replicate(weights, one.mesh), x)
   expected = (x.reshape(count, -1) @ weights).argmax(axis=1)
   np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+  'devices, count, computed', [(1, 6, 6), (1, 40, 32), (8, 6, 8), (1, 1, 1)]
+)
+def test_few_examples_make_a_small_batch(weights, devices, count, computed):
+  pixels, seen = np.zeros((40, 4, 4, 1), np.uint8), set()
+  split = data.Split('test', np.zeros(40, np.int32), lambda rows: pixels[rows])
+
+  def noted(variables, images):
+    seen.add(len(images))
+    return linear(variables, images)
+
+  one = evaluator(noted, devices, batch_size=256)
+  placed = sharding.replicate(weights, one.mesh)
+  outcome = one.evaluate(placed, split, CLEAN, count)
+  assert len(outcome.clean) == count and seen == {computed}
