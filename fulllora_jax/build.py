@@ -1,6 +1,5 @@
 """From a config to the adapted model, its variables, and Algorithm 1."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -134,8 +133,6 @@ def make_algorithm(
       near=objectives.NEAR if own_start else 0.0,
       warmup=_warmup(config, steps),
     )
-  mixing = config.augment.to_dict()
-  crop_padding, flip = mixing.pop('crop_padding'), mixing.pop('flip')
   return train_step.Algorithm(
     apply=built.model.apply,
     tx=optim.create(config.optimizer, learning_rate, mask),
@@ -144,15 +141,7 @@ def make_algorithm(
       config.objective, adversarial=built.method.adversarial
     ),
     attack=attack,
-    augment=functools.partial(
-      augment.augment,
-      num_classes=num_classes,
-      crop_padding=crop_padding,
-      flip=flip,
-      **mixing,
-    ),
-    window=augment.CropAndFlip(crop_padding, flip),
-    is_mixed=functools.partial(augment.is_mixed, **mixing),
+    augment=augment.Augmentation(num_classes, **config.augment.to_dict()),
     prepare=built.model.prepare,
     accumulate=config.train.accumulate,
     remat=config.model.remat,

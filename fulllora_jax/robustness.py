@@ -116,7 +116,7 @@ class Evaluator:
       return min(self.batch_size, _CPU_BATCH * self.mesh.size)
     return self.batch_size
 
-  def batch_size_of(self, num_examples: int) -> int:
+  def _batch_size_of(self, num_examples: int) -> int:
     """Returns the batch size for so many, of which few rows are filled up."""
     return min(
       self.ensemble_batch_size, sharding.round_up(num_examples, self.mesh)
@@ -148,7 +148,7 @@ class Evaluator:
       )
     step = self._step(attack)
     progress, rows, done = Progress(len(chosen)), [], 0
-    size = self.batch_size_of(len(chosen))
+    size = self._batch_size_of(len(chosen))
     mine = sharding.local_rows(size)
     for batch in data.eval_batches(split, size, chosen, mine):
       mask, ours = batch['mask'], {'image': batch['image']}
@@ -199,7 +199,7 @@ class Evaluator:
   def predict(self, variables: Any, x: np.ndarray) -> np.ndarray:
     """Returns classes [n] of images float32 [n, H, W, C], in a fresh pass."""
 
-    size, classes = self.batch_size, []
+    size, classes = self._batch_size_of(len(x)), []
     for first in range(0, len(x), size):
       rows = x[first : first + size]
       padded = np.concatenate([rows, np.repeat(x[:1], size - len(rows), 0)])

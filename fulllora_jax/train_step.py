@@ -50,9 +50,8 @@ class Algorithm:
     learning_rate: step -> learning rate, for the metrics.
     objective: the outer loss.
     attack: the inner maximisation; None trains on clean images.
-    augment: (key, images, labels) -> (images, labels).
-    window: what of it moves pixels, and with them the deltas in the state.
-    is_mixed: key -> whether it mixes the batch: such an attack is kept of none.
+    augment: (key, images, labels) -> (images, labels). An Augmentation where
+      the state has deltas: they move with the pixels.
     prepare: variables -> what `apply` takes in their place, once for all of
       the attack's calls.
     accumulate: microbatches of a step.
@@ -71,8 +70,6 @@ class Algorithm:
   objective: Objective
   attack: InnerAttack | None
   augment: Callable[..., tuple[jax.Array, jax.Array]]
-  window: augment.CropAndFlip = augment.CropAndFlip(0, flip=False)
-  is_mixed: Callable[[jax.Array], jax.Array] = lambda key: jnp.array(False)
   prepare: Callable[[Tree], Tree] = lambda variables: variables
   accumulate: int = 1
   remat: str = 'none'
@@ -127,9 +124,11 @@ def train_step(
     )
   else:  # which are one for each image, so there is one microbatch
     last = state.deltas[batch['index']]
-    start = algorithm.window(augment_key, last)
+    start = algorithm.augment.move(augment_key, last)
     gradient, metrics = microbatch_gradient((keys, x, labels, start))
-    ended = algorithm.window.undo(augment_key, metrics.pop('deltas'), last)
+    ended = algorithm.augment.undo_move(
+      augment_key, metrics.pop('deltas'), last
+    )
   updates, opt_state = algorithm.tx.update(
     gradient, state.opt_state, state.trainable
   )
@@ -151,7 +150,8 @@ def train_step(
   )
   deltas = state.deltas
   if deltas is not None:
-    keep = good & ~algorithm.is_mixed(augment_key)
+    # What was found for a mixture is neither image's.
+    keep = good & ~algorithm.augment.is_mixed(augment_key)
     deltas = deltas.at[batch['index']].set(jnp.where(keep, ended, last))
   return (
     TrainState(state.step + 1, trainable, opt_state, deltas, average),

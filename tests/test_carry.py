@@ -28,19 +28,31 @@ from fulllora_jax import (
   training,
 )
 from fulllora_jax import state as state_lib
-from fulllora_jax.data import augment
+from fulllora_jax.data.augment import Augmentation
 from fulllora_jax.errors import UserError
 from fulllora_jax.train_step import Purpose, compile_train_step
 
 CARRY = dataclasses.replace(ATTACK, carry=True)
 INDEX = np.array([4, 9, 0, 11, 2, 7, 5, 1], np.int32)
 X = jnp.asarray(BATCH['image']) / 255
+UNCHANGED = Augmentation(
+  num_classes=4,
+  crop_padding=0,
+  flip=False,
+  mixup=0.8,
+  cutmix=1.0,
+  mix_probability=0.0,
+)
 
 
-def make_step(devices=1, apply=toy, **fields):
+def make_step(devices=1, apply=toy, augmentation=UNCHANGED):
   """Returns the state before the first step, and (state, index) -> state."""
   algorithm = dataclasses.replace(
-    ALGORITHM, attack=CARRY, apply=apply, log_every=100, **fields
+    ALGORITHM,
+    attack=CARRY,
+    apply=apply,
+    augment=augmentation,
+    log_every=100,
   )
   mesh = sharding.make_mesh(jax.devices()[:devices])
   step_fn = compile_train_step(algorithm, mesh)
@@ -85,16 +97,15 @@ def test_deltas_follow_the_pixels_that_a_crop_and_a_flip_move():
     jax.debug.callback(lambda x: seen.append(np.array(x)), images)
     return toy(variables, images)
 
-  window = augment.CropAndFlip(2, flip=True)
-
-  def crop_and_flip(key, images, labels):
-    return window(key, images), labels
+  moving = dataclasses.replace(UNCHANGED, crop_padding=2, flip=True)
 
   def place(step):
     key = jax.random.fold_in(ROOT_KEY, step)
-    return functools.partial(window, jax.random.fold_in(key, Purpose.AUGMENT))
+    return functools.partial(
+      moving.move, jax.random.fold_in(key, Purpose.AUGMENT)
+    )
 
-  state, step = make_step(apply=recorded, augment=crop_and_flip, window=window)
+  state, step = make_step(apply=recorded, augmentation=moving)
   state, _ = step(state)
   jax.effects_barrier()
   first = copy(state.deltas)
@@ -102,7 +113,7 @@ def test_deltas_follow_the_pixels_that_a_crop_and_a_flip_move():
   # What a step finds outside of the image is dropped; what it does not see of
   # the image it leaves alone.
   visible = np.asarray(
-    window.undo(
+    moving.undo_move(
       place(0).args[0],
       jnp.ones_like(first[INDEX]),
       jnp.zeros_like(first[INDEX]),
@@ -119,12 +130,8 @@ def test_deltas_follow_the_pixels_that_a_crop_and_a_flip_move():
 
 
 def test_what_is_found_for_a_mixture_is_kept_of_neither_image():
-  mixing = dict(mixup=0.8, cutmix=1.0, mix_probability=0.5)
-  augmented = functools.partial(
-    augment.augment, num_classes=4, crop_padding=0, flip=False, **mixing
-  )
-  is_mixed = functools.partial(augment.is_mixed, **mixing)
-  state, step = make_step(augment=augmented, is_mixed=is_mixed)
+  mixing = dataclasses.replace(UNCHANGED, mix_probability=0.5)
+  state, step = make_step(augmentation=mixing)
   kept = []
   for _ in range(6):
     before = copy(state.deltas)
@@ -132,7 +139,7 @@ def test_what_is_found_for_a_mixture_is_kept_of_neither_image():
     assert not metrics['nonfinite'].any()
     kept.append((copy(state.deltas) == before).all())
   mixed = [
-    is_mixed(jax.random.fold_in(jax.random.fold_in(ROOT_KEY, i), 0))
+    mixing.is_mixed(jax.random.fold_in(jax.random.fold_in(ROOT_KEY, i), 0))
     for i in range(6)
   ]
   assert kept == mixed and len(set(kept)) == 2

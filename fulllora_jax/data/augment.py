@@ -14,49 +14,102 @@ def to_unit(images: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class CropAndFlip:
-  """Where `augment` moves the pixels of every image, from its key and row.
+class Augmentation:
+  """Crops and flips every image, then mixes the batch with its reverse.
+
+  Crop, flip and mixing are drawn from a key and the row alone, so that what was
+  done to a batch can be done to something else too, and undone. Mixing follows
+  timm's batch mode: with `mix_probability` the whole batch is mixed, by mixup
+  (Zhang et al., 2018, arXiv 1710.09412) or cutmix (Yun et al., 2019, arXiv
+  1905.04899), with equal chance where both are on.
 
   Attributes:
-    padding: `crop_padding`.
-    flip: as there.
+    num_classes: K.
+    crop_padding: pixels of zeros around the image from which a window of its
+      size is cut; 0: no crop.
+    flip: whether to mirror images left to right, with probability 1/2.
+    mixup: alpha of lambda ~ Beta(alpha, alpha); 0: off.
+    cutmix: the same for cutmix.
+    mix_probability: in [0, 1].
   """
 
-  padding: int
+  num_classes: int
+  crop_padding: int
   flip: bool
+  mixup: float
+  cutmix: float
+  mix_probability: float
 
-  def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
-    """Moves [B, H, W, C] of any dtype as `augment` does with the same key."""
+  def __call__(
+    self, key: jax.Array, images: jax.Array, labels: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Augments a batch.
+
+    Args:
+      key: a PRNG key.
+      images: float32 [B, H, W, C] in [0, 1].
+      labels: int [B].
+
+    Returns:
+      float32 [B, H, W, C] images in [0, 1], and the labels: untouched if mixing
+      is off (mix_probability or both alphas 0), otherwise float32 [B, K] rows
+      that sum to 1.
+    """
+    images = self.move(key, images)
+    if not self._may_mix:
+      return images, labels
+    soft_labels = jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32)
+    return _mix(
+      *self._mixing(key), images, soft_labels, self.mixup, self.cutmix
+    )
+
+  def move(self, key: jax.Array, images: jax.Array) -> jax.Array:
+    """Crops and flips [B, H, W, C] of any dtype as a batch with this key."""
     if not self._moves:
       return images
-    return jax.vmap(self._one)(self._keys(key, images), images)
+    return jax.vmap(self._move_one)(self._keys(key, images), images)
 
-  def undo(
+  def undo_move(
     self, key: jax.Array, moved: jax.Array, before: jax.Array
   ) -> jax.Array:
     """Moves pixels back; those that were cut off stay as in `before`.
 
     Args:
-      key: of the call.
-      moved: [B, H, W, C], as the call returns it.
-      before: [B, H, W, C], as it was given.
+      key: that was given to `move`.
+      moved: [B, H, W, C], as it came from there.
+      before: [B, H, W, C], as it went there.
     """
     if not self._moves:
       return moved
     return jax.vmap(self._undo_one)(self._keys(key, moved), moved, before)
 
+  def is_mixed(self, key: jax.Array) -> jax.Array:
+    """Returns whether a batch with this key is mixed, bool []."""
+    return self._mixing(key)[0] if self._may_mix else jnp.array(False)
+
   @property
   def _moves(self) -> bool:
-    return self.padding > 0 or self.flip
+    return self.crop_padding > 0 or self.flip
+
+  @property
+  def _may_mix(self) -> bool:
+    return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
   def _keys(self, key, images):
     image_key, _ = jax.random.split(key)
     rows = jnp.arange(images.shape[0])
     return jax.vmap(jax.random.fold_in, (None, 0))(image_key, rows)
 
-  def _one(self, key, image):
+  def _mixing(self, key):
+    """Returns whether to mix, and the keys of by which and of how."""
+    _, mix_key = jax.random.split(key)
+    apply_key, switch_key, key = jax.random.split(mix_key, 3)
+    apply = jax.random.bernoulli(apply_key, self.mix_probability)
+    return apply, switch_key, key
+
+  def _move_one(self, key, image):
     crop_key, flip_key = jax.random.split(key)
-    if self.padding > 0:
+    if self.crop_padding > 0:
       corner = self._corner(crop_key)
       image = jax.lax.dynamic_slice(self._pad(image), corner, image.shape)
     return self._mirror(flip_key, image)
@@ -64,19 +117,19 @@ class CropAndFlip:
   def _undo_one(self, key, image, before):
     crop_key, flip_key = jax.random.split(key)
     image = self._mirror(flip_key, image)
-    if self.padding > 0:
+    if self.crop_padding > 0:
       corner = self._corner(crop_key)
       padded = jax.lax.dynamic_update_slice(self._pad(before), image, corner)
-      own = (self.padding, self.padding, 0)
+      own = (self.crop_padding, self.crop_padding, 0)
       image = jax.lax.dynamic_slice(padded, own, before.shape)
     return image
 
   def _corner(self, key):
-    top, left = jax.random.randint(key, (2,), 0, 2 * self.padding + 1)
+    top, left = jax.random.randint(key, (2,), 0, 2 * self.crop_padding + 1)
     return top, left, 0
 
   def _pad(self, image):
-    sides = (self.padding, self.padding)
+    sides = (self.crop_padding, self.crop_padding)
     return jnp.pad(image, (sides, sides, (0, 0)))
 
   def _mirror(self, key, image):
@@ -85,68 +138,8 @@ class CropAndFlip:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
-def augment(
-  key: jax.Array,
-  images: jax.Array,
-  labels: jax.Array,
-  *,
-  num_classes: int,
-  crop_padding: int,
-  flip: bool,
-  mixup: float,
-  cutmix: float,
-  mix_probability: float,
-) -> tuple[jax.Array, jax.Array]:
-  """Crops and flips every image, then mixes the batch with its reverse.
-
-  Crop, flip and mixing are drawn from `key` and the row alone. Mixing follows
-  timm's batch mode: with `mix_probability` the whole batch is mixed, by mixup
-  (Zhang et al., 2018, arXiv 1710.09412) or cutmix (Yun et al., 2019, arXiv
-  1905.04899), with equal chance where both are on.
-
-  Args:
-    key: a PRNG key.
-    images: float32 [B, H, W, C] in [0, 1].
-    labels: int [B].
-    num_classes: K.
-    crop_padding: pixels of zeros around the image from which a window of its
-      size is cut; 0: no crop.
-    flip: whether to mirror images left to right, with probability 1/2.
-    mixup: alpha of lambda ~ Beta(alpha, alpha); 0: off.
-    cutmix: the same for cutmix.
-    mix_probability: in [0, 1].
-
-  Returns:
-    float32 [B, H, W, C] images in [0, 1], and the labels: untouched if mixing
-    is off (mix_probability or both alphas 0), otherwise float32 [B, K] rows
-    that sum to 1.
-  """
-  images = CropAndFlip(crop_padding, flip)(key, images)
-  if not _may_mix(mixup, cutmix, mix_probability):
-    return images, labels
-  soft_labels = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-  _, mix_key = jax.random.split(key)
-  return _mix(mix_key, images, soft_labels, mixup, cutmix, mix_probability)
-
-
-def is_mixed(
-  key: jax.Array, *, mixup: float, cutmix: float, mix_probability: float
-) -> jax.Array:
-  """Returns whether `augment` mixes a batch with the same key, bool []."""
-  if not _may_mix(mixup, cutmix, mix_probability):
-    return jnp.array(False)
-  _, mix_key = jax.random.split(key)
-  apply_key, _, _ = jax.random.split(mix_key, 3)
-  return jax.random.bernoulli(apply_key, mix_probability)
-
-
-def _may_mix(mixup, cutmix, probability) -> bool:
-  return probability > 0 and (mixup > 0 or cutmix > 0)
-
-
-def _mix(key, images, labels, mixup, cutmix, probability):
+def _mix(apply, switch_key, key, images, labels, mixup, cutmix):
   """Mixes float32 [B, H, W, C] images and [B, K] labels."""
-  apply_key, switch_key, key = jax.random.split(key, 3)
 
   def by_mixup():
     lam = jax.random.beta(key, mixup, mixup)
@@ -164,7 +157,6 @@ def _mix(key, images, labels, mixup, cutmix, probability):
     mixed, lam = jax.lax.cond(use_cutmix, by_cutmix, by_mixup)
   else:
     mixed, lam = by_cutmix() if cutmix > 0 else by_mixup()
-  apply = jax.random.bernoulli(apply_key, probability)
   lam = jnp.where(apply, lam, 1.0)
   images = jnp.where(apply, mixed, images)
   return images, lam * labels + (1 - lam) * labels[::-1]

@@ -29,7 +29,7 @@ def augment(key, images=IMAGES, labels=LABELS, **options):
 
 @functools.cache
 def _jitted(options):
-  return jax.jit(functools.partial(augment_lib.augment, **dict(options)))
+  return jax.jit(augment_lib.Augmentation(**dict(options)))
 
 
 def test_to_unit_divides_by_255_and_stays_in_range():
@@ -93,17 +93,19 @@ def test_every_crop_offset_is_reached():
 
 @pytest.mark.parametrize('padding, flip', [(0, True), (2, False), (2, True)])
 def test_a_window_moves_anything_as_the_images_and_back(padding, flip):
-  window = augment_lib.CropAndFlip(padding, flip)
+  moving = augment_lib.Augmentation(
+    **OFF | dict(crop_padding=padding, flip=flip)
+  )
   where = jnp.arange(1, IMAGES.size + 1, dtype=jnp.int32).reshape(IMAGES.shape)
   seen = set()
   for key in KEYS:
     images, _ = augment(key, crop_padding=padding, flip=flip)
-    moved = jax.jit(window)(key, where)
+    moved = jax.jit(moving.move)(key, where)
     assert moved.dtype == where.dtype
     # Zeros come from outside; all else is where its image's pixel went.
     flat = np.append(0, np.asarray(IMAGES))
     np.testing.assert_array_equal(images, flat[moved])
-    back = np.asarray(jax.jit(window.undo)(key, moved, -where))
+    back = np.asarray(jax.jit(moving.undo_move)(key, moved, -where))
     left = np.setdiff1d(where, moved)  # what was cut off
     kept = np.isin(where, left)
     np.testing.assert_array_equal(back, np.where(kept, -where, where))
@@ -112,9 +114,9 @@ def test_a_window_moves_anything_as_the_images_and_back(padding, flip):
 
 
 def test_a_window_that_moves_nothing_is_the_identity():
-  window = augment_lib.CropAndFlip(0, flip=False)
-  assert window(KEYS[0], IMAGES) is IMAGES
-  assert window.undo(KEYS[0], IMAGES, -IMAGES) is IMAGES
+  still = augment_lib.Augmentation(**OFF)
+  assert still.move(KEYS[0], IMAGES) is IMAGES
+  assert still.undo_move(KEYS[0], IMAGES, -IMAGES) is IMAGES
 
 
 def test_which_batches_are_mixed_is_known_beforehand():
@@ -123,10 +125,10 @@ def test_which_batches_are_mixed_is_known_beforehand():
   for key in KEYS:
     images, _ = augment(key, **mixing)
     found.append(bool((images != IMAGES).any()))
-    assert augment_lib.is_mixed(key, **mixing) == found[-1]
+    assert augment_lib.Augmentation(**OFF | mixing).is_mixed(key) == found[-1]
   assert len(set(found)) == 2
-  off = mixing | dict(mixup=0.0)
-  assert not any(augment_lib.is_mixed(key, **off) for key in KEYS)
+  off = augment_lib.Augmentation(**OFF | mixing | dict(mixup=0.0))
+  assert not any(off.is_mixed(key) for key in KEYS)
 
 
 def test_mixup_is_one_convex_combination_with_the_reversed_batch():
@@ -179,8 +181,7 @@ def test_soft_labels_sum_to_one_and_pixels_stay_in_range():
 
 def test_mixing_happens_with_its_probability_and_switches():
   kinds = {'none': 0, 'mixup': 0, 'cutmix': 0}
-  mix = functools.partial(
-    augment_lib.augment,
+  mix = augment_lib.Augmentation(
     **{**OFF, 'mixup': 1.0, 'cutmix': 1.0, 'mix_probability': 0.5},
   )
   keys = jax.random.split(jax.random.key(1), 400)
