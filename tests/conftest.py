@@ -67,6 +67,11 @@ _LONG = (
 )
 
 
+# Tracing makes many objects and little garbage; what goes in circles waits for
+# `forget_programs`.
+gc.set_threshold(100_000)
+
+
 def pytest_collection_modifyitems(items):
   """Begins with the files that take longest."""
   rank = {name: number for number, name in enumerate(_LONG)}
