@@ -14,6 +14,7 @@ import types
 import filelock
 import numpy as np
 import pytest
+import xla_settings
 from absl import flags
 from PIL import Image
 
@@ -24,15 +25,7 @@ os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 _CACHE = pathlib.Path(tempfile.gettempdir()) / 'fulllora_jax_test_cache'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
-
-# Most of a test's time is LLVM's, which here makes nothing that runs for long.
-# Without fusion emitters it has half as much to do, at level 0 alone: in a step
-# of real size at the users' level they save two thirds of the compile time.
-os.environ.setdefault(
-  'XLA_FLAGS',
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-  '--xla_cpu_use_fusion_emitters=false',
-)
+os.environ.setdefault('XLA_FLAGS', xla_settings.QUICK)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -1,7 +1,8 @@
 """Replays what the authors' AutoAttack did, tests/golden/make_golden.py.
 
 Both compute in float32 and sum in different orders: 1e-6 of the values, which
-iterating an attack grows by up to two orders.
+iterating an attack grows by up to two orders. The authors' paths hang on rounding,
+so that attacks compile as for users.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xla_settings
 
 from fulllora_jax.attacks import (
   Threat,
@@ -57,15 +59,6 @@ def evaluator(expected, loss):
   return apgd.objective(network, labels(), loss, targets_of(expected), key, 1)
 
 
-# As for users, and not as the other tests have it (conftest.py): the paths of
-# the authors hang on rounding.
-COMPILER = {
-  'xla_backend_optimization_level': 3,
-  'xla_llvm_disable_expensive_passes': False,
-  'xla_cpu_use_fusion_emitters': True,
-}
-
-
 def replay_apgd(expected, threat, loss, steps=100):
   """Returns the last state, points, losses and the step sizes."""
   x, evaluate = images(), evaluator(expected, loss)
@@ -73,7 +66,7 @@ def replay_apgd(expected, threat, loss, steps=100):
   checkpoints, stretches = apgd.schedule(steps)
   ascend = jax.jit(
     lambda i, s: apgd.ascend(i, s, evaluate, x, threat),
-    compiler_options=COMPILER,
+    compiler_options=xla_settings.AS_USERS,
   )
   points, values, step_sizes = [state.x_adv], [state.loss_best], []
   for i in range(steps):
@@ -93,7 +86,7 @@ def replay_apgd_l1(expected, eps, steps=40):
   state, sparsity = apgd_l1.first(evaluate, x, start, eps)
   ascend = jax.jit(
     lambda *args: apgd_l1.ascend(*args, evaluate, x, eps),
-    compiler_options=COMPILER,
+    compiler_options=xla_settings.AS_USERS,
   )
   notes = [(state.x_adv, state.loss_best, None, None)]
   for i in range(steps):

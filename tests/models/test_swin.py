@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xla_settings
 from flax import traverse_util
 
 from fulllora_jax import config, state
@@ -352,9 +353,9 @@ def adapted(fill):
 
 def test_adapters_leave_the_logits_as_they_are_at_first(adapted):
   both, params, lnlora, images = adapted
-  # As users compile: other emitters (conftest.py) round the fused sums anew.
+  # As users compile: other emitters round the fused sums anew.
   compiled = functools.partial(
-    jax.jit, compiler_options={'xla_cpu_use_fusion_emitters': True}
+    jax.jit, compiler_options=xla_settings.EMITTERS_AS_USERS
   )
   start = compiled(both.apply)({**params, 'lnlora': lnlora}, images)
   bare = compiled(both.model.apply)(params, images)
