@@ -15,9 +15,9 @@ if _HAS_SWITCH:
   QUICK += ' --xla_cpu_use_fusion_emitters=false'
 
 # jit's compiler_options that undo this, for what hangs on rounding.
-EMITTERS_AS_USERS = {'xla_cpu_use_fusion_emitters': True} if _HAS_SWITCH else {}
 AS_USERS = {
   'xla_backend_optimization_level': 3,
   'xla_llvm_disable_expensive_passes': False,
-  **EMITTERS_AS_USERS,
 }
+if _HAS_SWITCH:
+  AS_USERS['xla_cpu_use_fusion_emitters'] = True
