@@ -19,5 +19,7 @@ AS_USERS = {
   'xla_backend_optimization_level': 3,
   'xla_llvm_disable_expensive_passes': False,
 }
+# With these the authors' attacks are followed to the last decision.
+ROUNDS_AS_THE_AUTHORS = _HAS_SWITCH
 if _HAS_SWITCH:
   AS_USERS['xla_cpu_use_fusion_emitters'] = True

@@ -144,11 +144,13 @@ def test_apgd_goes_where_the_authors_goes(norm, loss):
   threat = Threat(norm, float(expected['eps']))
   state, *found = replay_apgd(expected, threat, loss)
   compared = comparable(expected, loss, steps=60)
-  # One that no longer climbs halves its step by the rounding of its losses.
-  sizes = np.isclose(found[2], expected['step_size'], rtol=1e-6, atol=0)
-  parted = (compared[1:] & ~sizes).any(axis=0)
-  assert parted.sum() <= (0 if loss == 'ce' else 1)
-  compared = compared & ~parted
+  may_part = loss != 'ce' and not xla_settings.ROUNDS_AS_THE_AUTHORS
+  if may_part:
+    # One that no longer climbs halves its step by the rounding of its losses.
+    sizes = np.isclose(found[2], expected['step_size'], rtol=1e-6, atol=0)
+    parted = (compared[1:] & ~sizes).any(axis=0)
+    assert parted.sum() <= 1
+    compared = compared & ~parted
   assert compared[60].sum() >= 2
   assert_same_search(found, expected, compared, atol=1e-3)
   np.testing.assert_array_equal(~state.broken, expected['right'])
@@ -157,7 +159,7 @@ def test_apgd_goes_where_the_authors_goes(norm, loss):
   np.testing.assert_allclose(
     state.loss_best[to_the_end],
     expected['loss_best'][to_the_end],
-    rtol=1e-3 if loss == 'ce' else 1e-2,
+    rtol=1e-2 if may_part else 1e-3,
   )
 
 

@@ -352,10 +352,9 @@ def adapted(fill):
 
 def test_adapters_leave_the_logits_as_they_are_at_first(adapted):
   both, params, lnlora, images = adapted
-  start = jax.jit(both.apply)({**params, 'lnlora': lnlora}, images)
-  bare = jax.jit(both.model.apply)(params, images)
-  # What is fused with a sum of zeros may round anew: one unit, not one B.
-  np.testing.assert_allclose(start, bare, rtol=0, atol=5e-7)
+  # Op by op: what is fused with a sum of zeros may round anew.
+  start = both.apply({**params, 'lnlora': lnlora}, images)
+  np.testing.assert_array_equal(start, both.model.apply(params, images))
 
 
 def test_every_map_has_one_role_and_every_role_a_map(adapted):
