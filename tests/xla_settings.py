@@ -3,7 +3,7 @@
 import importlib.metadata
 
 _VERSION = importlib.metadata.version('jaxlib').split('.')
-# Within 0.11 jaxlib takes the switch out, and then aborts where it is still given.
+# Within 0.11 jaxlib takes the switch out, and then aborts where it is given.
 _HAS_SWITCH = tuple(int(part) for part in _VERSION[:2]) < (0, 11)
 
 # Most of a test's time is LLVM's, which here makes nothing that runs for long.
