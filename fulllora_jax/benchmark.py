@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from fulllora_jax import errors
+from fulllora_jax import command, errors
 
 
 def define_flags() -> None:
@@ -163,4 +163,4 @@ def _time_steps(given, config) -> None:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  command.run(main)

@@ -1,7 +1,6 @@
 """The product: a robust classifier from published adapters and their base."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -9,9 +8,10 @@ from typing import Any, NamedTuple, overload
 import jax
 import numpy as np
 
-from fulllora_jax import build, checkpoint, config, pretrained, stacking
+from fulllora_jax import artefact, build, config, pretrained, stacking
 from fulllora_jax import state as state_lib
 from fulllora_jax.adapters import AdaptedModel
+from fulllora_jax.artefact import base_fingerprint
 from fulllora_jax.errors import UserError
 from fulllora_jax.files import beside
 from fulllora_jax.image_checks import check_images
@@ -172,39 +172,14 @@ def read_adapter(
 ) -> stacking.Adapter:
   """Reads an adapter alone; arguments and errors are those of `load`."""
   directory = pretrained.find_artefact(path, which)
-  adapter, metadata = checkpoint.read_artefact(directory)
+  adapter, metadata = artefact.read_artefact(directory)
   cfg = config.from_mapping(metadata['config'])
   cfg.model.attention = ''  # this machine's, not that of the training
   built = build.build(cfg, metadata['num_classes'])
   shapes = build.shapes(built, tuple(metadata['image_shape']))
   trainable, frozen = state_lib.split(shapes, built.mask(shapes))
-  checkpoint.check_leaves(trainable, adapter, str(directory))
+  artefact.check_leaves(trainable, adapter, str(directory))
   return stacking.Adapter(directory, built, adapter, frozen, metadata)
-
-
-def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
-  """Returns the hash that ties an adapter to its base.
-
-  It covers the frozen leaves; where none is frozen (method `full`), all of the
-  base's.
-  """
-  pruned = state_lib.prune(frozen)
-  return state_lib.fingerprint(pruned or {'params': base_params})
-
-
-def body_fingerprint(base_params: Tree, head: str) -> str:
-  """Returns the hash of a base but for its head, whatever a method freezes.
-
-  Args:
-    base_params: the base's `params`.
-    head: regular expression of the head's module path.
-  """
-  body = {
-    path: leaf
-    for path, leaf in state_lib.named_leaves(base_params).items()
-    if not re.fullmatch(head, path.rpartition('/')[0])
-  }
-  return state_lib.fingerprint(body)
 
 
 def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:

@@ -11,7 +11,8 @@ import re
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax import build, sharding, state
+from fulllora_jax import algorithm as algorithm_lib
+from fulllora_jax import build, sharding, state, train_state
 from fulllora_jax.train_step import compile_train_step
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
@@ -99,9 +100,11 @@ def trace_step(config, num_classes: int, images: int = 1) -> jax.stages.Traced:
   variables = build.shapes(built, (side, side, 3))
   mask = built.mask(variables)
   trainable, frozen = state.split(variables, mask)
-  algorithm = build.make_algorithm(config, built, mask, 10, num_classes)
+  algorithm = algorithm_lib.make_algorithm(config, built, mask, 10, num_classes)
 
-  begun = jax.eval_shape(lambda t: state.create(t, algorithm.tx), trainable)
+  begun = jax.eval_shape(
+    lambda t: train_state.create(t, algorithm.tx), trainable
+  )
   frozen = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from fulllora_jax import command as command_lib
 from fulllora_jax import errors
 
 # Flags that carry out a part, and whether a value goes with them: the command
@@ -43,11 +44,12 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags, then one call."""
   del argv
   # After the flags: JAX is slow.
-  from fulllora_jax import provenance, sharding
+  from fulllora_jax import command as command_lib
+  from fulllora_jax import provenance
   from fulllora_jax.comparing import command
 
   values = flags.FLAGS
-  sharding.enable_compilation_cache()
+  command_lib.enable_compilation_cache()
   command.compare(
     values.config,
     values.workdir,
@@ -69,4 +71,4 @@ def _numbers(texts: Sequence[str]) -> list[int]:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  command_lib.run(main)

@@ -4,17 +4,17 @@ from fulllora_jax import models, objective_checks, optim
 from fulllora_jax.adapters import methods
 from fulllora_jax.attacks.losses import LOSSES
 from fulllora_jax.attacks.threat import parse_fraction
-from fulllora_jax.config import (
-  WEIGHTS,
-  ConfigDict,
-  default,
-  evaluation_attack,
-  evaluation_attacks,
-  threat,
-)
+from fulllora_jax.config import ConfigDict, default
 from fulllora_jax.console import warn
-from fulllora_jax.errors import UserError, choose
+from fulllora_jax.errors import (
+  UserError,
+  check_fraction,
+  check_positive,
+  choose,
+)
+from fulllora_jax.evaluation_checks import refuse_rand, validate_evaluation
 from fulllora_jax.inner_attack import ATTACKS
+from fulllora_jax.settings import evaluation_attack, threat
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -101,54 +101,8 @@ def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
   methods.branches(config, method)
 
 
-def validate_evaluation(config: ConfigDict) -> None:
-  """Checks `config.threat` and `config.eval`; raises UserError."""
-  ensembles = any(attack.version for attack in evaluation_attacks(config))
-  if ensembles and not threat(config).eps:
-    raise UserError(
-      f'threat.eps {config.threat.eps}: leaves nothing to attack; that is the '
-      'clean accuracy'
-    )
-  _positive('eval.batch_size', config.eval.batch_size)
-  step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
-  _positive('eval.step_size', step_size)
-  for factor in config.eval.radii:
-    if not parse_fraction(factor, 'eval.radii') > 0:
-      raise UserError(
-        f'eval.radii {factor}: give multiples of eps above 0; clean images are '
-        'there without asking'
-      )
-  for weights in config.eval.weights:
-    choose('eval.weights', weights, WEIGHTS)
-  for field in ('num_examples', 'validation_examples'):
-    if config.eval[field] < 0:
-      raise UserError(
-        f'eval.{field} {config.eval[field]}: give 0 for all, or a number'
-      )
-
-
-def refuse_rand(config: ConfigDict) -> None:
-  """Raises UserError for an attack on noise that our models do not have."""
-  for attack in evaluation_attacks(config):
-    if attack.version == 'rand':
-      raise UserError(
-        f'attack: {attack.label} is for stochastic models, and this one always '
-        'answers the same; give autoattack'
-      )
-
-
-def _positive(name: str, value: float) -> None:
-  if not value > 0:
-    raise UserError(f'{name} {value}: it must be above 0')
-
-
-def _fraction(name: str, value: float) -> None:
-  if not 0 <= value <= 1:
-    raise UserError(f'{name} {value}: it must be in 0..1')
-
-
 def _check_mesh(config: ConfigDict, num_devices: int) -> None:
-  _positive('mesh.fsdp', config.mesh.fsdp)
+  check_positive('mesh.fsdp', config.mesh.fsdp)
   if num_devices % config.mesh.fsdp:
     raise UserError(
       f'mesh.fsdp {config.mesh.fsdp} does not divide the {num_devices} devices;'
@@ -167,11 +121,11 @@ def _check_fetching(config: ConfigDict) -> None:
 
 def _check_attack(config: ConfigDict) -> None:
   step_size = parse_fraction(config.attack.step_size, 'attack.step_size')
-  _positive('attack.step_size', step_size)
-  _positive('attack.steps', config.attack.steps)
-  _positive('attack.restarts', config.attack.restarts)
-  _fraction('attack.eps_warmup', config.attack.eps_warmup)
-  _fraction('attack.rise', config.attack.rise)
+  check_positive('attack.step_size', step_size)
+  check_positive('attack.steps', config.attack.steps)
+  check_positive('attack.restarts', config.attack.restarts)
+  check_fraction('attack.eps_warmup', config.attack.eps_warmup)
+  check_fraction('attack.rise', config.attack.rise)
   choose('attack.name', config.attack.name, ATTACKS)
   if config.attack.name != 'pgd':
     _check_single_step(config)
@@ -231,7 +185,7 @@ def _check_carry(config: ConfigDict) -> None:
 
 def _check_patches(config: ConfigDict) -> None:
   image, patch = config.data.image_size, config.model.patch_size
-  _positive('model.patch_size', patch)
+  check_positive('model.patch_size', patch)
   if image % patch or image < patch:
     raise UserError(
       f'model.patch_size {patch} does not divide data.image_size {image}; '
@@ -250,9 +204,11 @@ def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
   train, schedule, augment = recipe.train, recipe.schedule, recipe.augment
   choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
   choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
-  _positive(f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate)
-  _fraction(f'{prefix}schedule.warmup', schedule.warmup)
-  _fraction(f'{prefix}augment.mix_probability', augment.mix_probability)
+  check_positive(
+    f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate
+  )
+  check_fraction(f'{prefix}schedule.warmup', schedule.warmup)
+  check_fraction(f'{prefix}augment.mix_probability', augment.mix_probability)
   boundaries = list(schedule.boundaries)
   if schedule.name == 'step' and (
     len(boundaries) != len(schedule.factors)
@@ -273,11 +229,11 @@ def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
     'batch_size', 'accumulate', 'log_every', 'eval_every',
     'checkpoint_every', 'keep',
   ):  # fmt: skip
-    _positive(f'{prefix}train.{field}', train[field])
+    check_positive(f'{prefix}train.{field}', train[field])
   if train.steps is None:
-    _positive(f'{prefix}train.epochs', train.epochs)
+    check_positive(f'{prefix}train.epochs', train.epochs)
   else:
-    _positive(f'{prefix}train.steps', train.steps)
+    check_positive(f'{prefix}train.steps', train.steps)
   if train.batch_size % (train.accumulate * num_devices):
     raise UserError(
       f'{prefix}train.batch_size {train.batch_size} does not divide into '

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from fulllora_jax import errors, files
+from fulllora_jax import command, errors, files
 
 
 def define_flags() -> None:
@@ -42,10 +42,13 @@ def main(argv: Sequence[str]) -> None:
   """Examines, prints the findings, and exits with 1 if one is wrong."""
   del argv
   given = flags.FLAGS
-  from fulllora_jax import sharding, workdir  # JAX is slow to import
+  from fulllora_jax import (
+    command,
+    workdir,  # JAX is slow to import
+  )
 
-  sharding.use_every_core()
-  sharding.enable_compilation_cache()
+  command.use_every_core()
+  command.enable_compilation_cache()
   if given.logits:
     config = workdir.config_without_run(given.data, given.image_size)
   elif given.workdir:
@@ -100,11 +103,11 @@ def examine(
   import jax
 
   from fulllora_jax import config as config_lib
-  from fulllora_jax import data, diagnosis, evaluations, results
+  from fulllora_jax import data, diagnosis, evaluations, results, settings
 
   errors.choose('--split', split, results.SPLITS)
   errors.choose('--weights', weights, config_lib.WEIGHTS)
-  threat = config_lib.threat(config)
+  threat = settings.threat(config)
   workdir = None
   if spec:
     logits_fn, exact_fn = evaluations.load_function(spec), None
@@ -160,4 +163,4 @@ def format_finding(finding) -> str:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  command.run(main)

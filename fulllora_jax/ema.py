@@ -10,7 +10,8 @@ Gowal et al., 2020 (arXiv 2010.03593), section 4.3.
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.state import TrainState, Tree
+from fulllora_jax.state import Tree
+from fulllora_jax.train_state import TrainState
 
 
 def begin(trainable: Tree) -> Tree:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from fulllora_jax import errors
+from fulllora_jax import command, errors
 
 
 def define_flags() -> None:
@@ -72,10 +72,14 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags into a config, then evaluates."""
   del argv
   given = flags.FLAGS
-  from fulllora_jax import results, sharding, workdir  # JAX is slow to import
+  from fulllora_jax import (
+    command,
+    evaluation_command,
+    workdir,  # JAX is slow to import
+  )
 
-  sharding.use_every_core()
-  sharding.enable_compilation_cache()
+  command.use_every_core()
+  command.enable_compilation_cache()
   if given.logits:
     for flag in ('weights', 'dtype'):
       if given[flag].value:
@@ -102,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
       config[part][field] = flag
   common = dict(eps=given.eps, scale_steps=given.step_size is None)
   if given.logits:
-    results.evaluate_function(
+    evaluation_command.evaluate_function(
       given.logits,
       config,
       given.workdir,
@@ -112,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
       **common,
     )
   else:
-    results.evaluate_again(
+    evaluation_command.evaluate_again(
       config,
       given.workdir,
       given.weights,
@@ -125,4 +129,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  command.run(main)

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, distributed, provenance, robustness, sharding
+from fulllora_jax import (
+  data,
+  distributed,
+  provenance,
+  robustness,
+  settings,
+  sharding,
+)
 from fulllora_jax.attacks import Attack, inputs
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.console import say, warn
@@ -66,7 +73,7 @@ class Evaluations:
     self._make_evaluator = lambda threat: robustness.Evaluator(
       apply, threat, self.mesh, config.eval.batch_size, seed, precision
     )
-    self.evaluator = self._make_evaluator(config_lib.threat(config))
+    self.evaluator = self._make_evaluator(settings.threat(config))
 
   def weights(self) -> tuple[str, ...]:
     """Returns the names of the weights there are."""
@@ -149,16 +156,16 @@ class Evaluations:
       scale_steps: keeps the attacks' step size in proportion to eps.
     """
     config, records = self.config, []
-    own, own_step = config_lib.threat(config).eps, config.eval.step_size
+    own, own_step = settings.threat(config).eps, config.eval.step_size
     step = parse_fraction(own_step, 'eval.step_size')
     for number, radius in enumerate(eps):
       config.threat.eps = radius
-      threat = config_lib.threat(config)
+      threat = settings.threat(config)
       if scale_steps and own > 0:
         scaled = str(step * threat.eps / own)
         config.eval.step_size = own_step if threat.eps == own else scaled
       self.evaluator = self._make_evaluator(threat)
-      attacks = config_lib.evaluation_attacks(config)
+      attacks = settings.evaluation_attacks(config)
       if len(eps) > 1:
         say(f'eps {radius}')
       if number:
@@ -273,7 +280,7 @@ def check_function(
   """
   x = np.empty((1, *dataset.image_shape), np.float32)  # its shape alone counts
   labels = getattr(dataset, split).labels
-  for attack in config_lib.evaluation_attacks(config):
+  for attack in settings.evaluation_attacks(config):
     stochastic = attack.version == 'rand'
     inputs.num_classes(function, x, config.eval.batch_size, stochastic, labels)
 

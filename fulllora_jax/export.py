@@ -27,7 +27,7 @@ from absl import flags
 from flax import traverse_util
 
 import fulllora_jax
-from fulllora_jax import classifier, errors, pretrained, sharding
+from fulllora_jax import classifier, command, pretrained
 from fulllora_jax import state as state_lib
 from fulllora_jax.adapters import COLLECTION, LNLoRA
 from fulllora_jax.classifier import RobustClassifier
@@ -287,8 +287,8 @@ def main(argv: Sequence[str]) -> None:
   """Writes the file and says what it is."""
   del argv
   given = flags.FLAGS
-  sharding.use_every_core()
-  sharding.enable_compilation_cache()
+  command.use_every_core()
+  command.enable_compilation_cache()
   common = (given.workdir, given.output, given.weights, given.base)
   if given.to == 'safetensors':
     written = to_safetensors(*common, with_base=given.with_base)
@@ -306,4 +306,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  command.run(main)

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from fulllora_jax import config as config_lib
-from fulllora_jax import data, models, sharding
+from fulllora_jax import data, models, settings, sharding
 from fulllora_jax.adapters import COLLECTION, influence, methods
 from fulllora_jax.attacks import Attack
 from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.comparing.statistics import wilson_interval
 from fulllora_jax.console import say
 from fulllora_jax.radii import Radii, broken_at, extremes
-from fulllora_jax.report import wilson_interval
 from fulllora_jax.results import FinishedRun
 
 _EXAMPLES = 256  # attacked at every radius, at most
@@ -87,12 +86,10 @@ def radius_text(eps: str, factor: float) -> str:
 
 def _attack(config) -> Attack | None:
   """Returns the validation attack, or another of the config; None: none."""
-  validation = config_lib.evaluation_attack(
-    config, config.eval.validation_attack
-  )
-  others = config_lib.picture_attack(config_lib.evaluation_attacks(config))
+  validation = settings.evaluation_attack(config, config.eval.validation_attack)
+  others = settings.picture_attack(settings.evaluation_attacks(config))
   for attack in (validation, others):
-    if attack and attack.name != 'clean' and config_lib.threat(config).eps:
+    if attack and attack.name != 'clean' and settings.threat(config).eps:
       return attack
   return None
 

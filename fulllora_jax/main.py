@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from fulllora_jax import errors
+from fulllora_jax import command
 
 
 def define_flags() -> None:
@@ -42,9 +42,9 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags, then one call."""
   del argv
   # After the flags: JAX is slow.
-  from fulllora_jax import distributed, sharding, train
+  from fulllora_jax import command, distributed, train
 
-  sharding.enable_compilation_cache()
+  command.enable_compilation_cache()
   distributed.start(flags.FLAGS)
   config = flags.FLAGS.config
   workdir = flags.FLAGS.workdir or os.path.join('runs', config.name)
@@ -54,4 +54,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  command.run(main)

@@ -21,7 +21,8 @@ import numpy as np
 from fulllora_jax import sharding
 from fulllora_jax.console import say, warn
 from fulllora_jax.errors import UserError
-from fulllora_jax.state import TrainState, Tree
+from fulllora_jax.state import Tree
+from fulllora_jax.train_state import TrainState
 
 _CGROUPS = (  # version 2, then 1
   Path('/sys/fs/cgroup/memory.max'),

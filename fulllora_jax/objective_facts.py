@@ -38,3 +38,16 @@ def weights_note(config: Mapping[str, Any]) -> str:
   return (
     f' Both are moving averages of the weights over the steps (decay {decay}).'
   )
+
+
+def overfitting_note(report: Mapping[str, Any]) -> str:
+  """Says in a report that it happened; empty where it did not."""
+  steps = report.get('overfitting')
+  if not steps:
+    return ''
+  return (
+    '**Catastrophic overfitting**: robust accuracy on validation images '
+    f'collapsed by step {steps[0]:,} while that in training did not '
+    f'(in {len(steps)} of the validations). The model learned to withstand the '
+    'attack it was trained with alone; train with more steps of PGD.'
+  )

@@ -74,16 +74,3 @@ class Alarm:
 def collapses(history: Iterable[Mapping[str, Any]]) -> list[int]:
   """Returns the steps of the validations that found it, of metrics.jsonl."""
   return [row['step'] for row in history if row.get(FLAG)]
-
-
-def note(report: Mapping[str, Any]) -> str:
-  """Says in a report that it happened; empty where it did not."""
-  steps = report.get('overfitting')
-  if not steps:
-    return ''
-  return (
-    '**Catastrophic overfitting**: robust accuracy on validation images '
-    f'collapsed by step {steps[0]:,} while that in training did not '
-    f'(in {len(steps)} of the validations). The model learned to withstand the '
-    'attack it was trained with alone; train with more steps of PGD.'
-  )

@@ -6,14 +6,7 @@ and classes, so that the run goes on, and is evaluated, without a network.
 
 from pathlib import Path
 
-from fulllora_jax import (
-  build,
-  checkpoint,
-  data,
-  distributed,
-  pretrained,
-  results,
-)
+from fulllora_jax import artefact, build, data, distributed, pretrained
 from fulllora_jax import config as config_lib
 from fulllora_jax import state as state_lib
 from fulllora_jax.console import say
@@ -105,7 +98,7 @@ def _save(config, directory: Path, dataset, params, report) -> None:
   own = config_lib.base_config(config)
   built = build.build(own, dataset.num_classes)
   variables = {'params': params}
-  metadata = results.artefact_metadata(
+  metadata = artefact.artefact_metadata(
     own,
     dataset,
     state_lib.parameter_counts(variables, built.mask(variables)),
@@ -117,6 +110,6 @@ def _save(config, directory: Path, dataset, params, report) -> None:
     'layout': report.layout,
     'new_head': report.new_head,
   }
-  checkpoint.save_artefact(
+  artefact.save_artefact(
     directory, 0, variables, metadata | {'base_source': identity}
   )

@@ -9,52 +9,16 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
-from fulllora_jax import attack_report, objective_facts, overfitting
+from fulllora_jax import attack_report, objective_facts
 from fulllora_jax.adapters.methods import METHODS
+from fulllora_jax.comparing.statistics import wilson_interval
 from fulllora_jax.console import duration
-from fulllora_jax.errors import UserError
 from fulllora_jax.files import as_path, os_errors, replace_file
 from fulllora_jax.pictures import draw_curves, draw_examples
 
 _WEIGHTS = ('base', 'best', 'last', 'model')
-
-
-def wilson_interval(
-  correct: int, total: int, confidence: float = 0.95
-) -> tuple[float, float]:
-  """Returns the Wilson score interval of a proportion, both ends in [0, 1].
-
-  Source: E. B. Wilson, Probable inference, the law of succession, and
-  statistical inference, J. Am. Stat. Assoc. 22 (1927).
-
-  Args:
-    correct: successes, 0..total.
-    total: trials, at least 1.
-    confidence: of the two-sided interval, in (0, 1).
-
-  Raises:
-    UserError: if the counts or the confidence are out of range.
-
-  >>> low, high = wilson_interval(45, 100)
-  >>> f'{low:.4f} {high:.4f}'
-  '0.3561 0.5476'
-  """
-  if not 0 <= correct <= total or total < 1 or not 0 < confidence < 1:
-    raise UserError(
-      f'no interval for {correct} correct of {total} at {confidence}'
-    )
-  z = NormalDist().inv_cdf((1 + confidence) / 2)
-  rate = correct / total
-  centre = rate + z * z / (2 * total)
-  half = z * math.sqrt(rate * (1 - rate) / total + (z / (2 * total)) ** 2)
-  scale = 1 + z * z / total
-  # The ends are exact for 0 and total, which rounding would miss.
-  low = 0.0 if correct == 0 else (centre - half) / scale
-  high = 1.0 if correct == total else (centre + half) / scale
-  return low, high
 
 
 def write_report(
@@ -197,7 +161,7 @@ def _markdown(report, pictures) -> str:
   parts = [
     f'# {report["config_name"]}: {report["method"]} on {report["dataset"]}',
     headline(report),
-    overfitting.note(report),
+    objective_facts.overfitting_note(report),
     '## Results',
     '\n'.join(f'| {" | ".join(row)} |' for row in rows),
     'Accuracy in % [95 % Wilson interval]; n is the number of images.'

@@ -4,10 +4,7 @@ The weights are read back from the published artefacts, so what is evaluated is
 what `fulllora_jax.load` gives.
 """
 
-import json
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +12,18 @@ import numpy as np
 from jax.tree_util import Partial
 
 from fulllora_jax import (
-  attack_report,
+  artefact,
   build,
-  checkpoint,
   classifier,
-  config_checks,
   data,
   models,
-  pictures,
   pretrained,
-  provenance,
-  report,
   sharding,
 )
 from fulllora_jax import config as config_lib
 from fulllora_jax.adapters import AdaptedModel
 from fulllora_jax.attacks import Attack
-from fulllora_jax.console import say
-from fulllora_jax.errors import choose
-from fulllora_jax.evaluations import (
-  Evaluations,
-  LogitsFunction,
-  check_function,
-  common_report,
-  load_function,
-  next_name,
-)
-from fulllora_jax.files import absolute_path, replace_file
+from fulllora_jax.evaluations import Evaluations, common_report
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -184,147 +166,6 @@ def _computing_in(dtype: str, metadata: Mapping[str, Any]) -> AdaptedModel:
   return build.build(config, metadata['num_classes']).model
 
 
-def evaluate_again(
-  config,
-  workdir: str | os.PathLike,
-  weights: Sequence[str],
-  split: str,
-  precision: str,
-  *,
-  eps: Sequence[str] = (),
-  scale_steps: bool = True,
-  seed: int | None = None,
-) -> dict[str, Any]:
-  """Evaluates a finished run as `config.eval` and `config.threat` now say.
-
-  Prints the table and writes the result to the run's `evaluations/`.
-
-  Args:
-    config: the run's, with what is asked for now put in.
-    workdir: of the run.
-    weights: of base, best, last; empty for all there are.
-    split: train, validation or test.
-    precision: of matrix products, 'highest' or 'default'.
-    eps: radii to evaluate at, one after another; empty: config.threat.eps.
-    scale_steps: keeps the attacks' step size in proportion to eps.
-    seed: of the attacks and of the choice of examples; None: the run's.
-
-  Returns:
-    The result, with the keys of report.json.
-
-  Raises:
-    UserError: bad input, before anything is computed.
-  """
-  for name in weights:
-    choose('--weights', name, config_lib.WEIGHTS)
-  eps = _check(config, split, eps)
-  config_checks.refuse_rand(config)
-  workdir = absolute_path(workdir)
-  pretrained.find_artefact(workdir)
-  run = FinishedRun(
-    config,
-    workdir,
-    data.open_dataset(config.data, config.seed),
-    precision,
-    seed,
-    next_name(workdir),
-  )
-  for name in weights:  # a run from scratch has no base
-    choose('--weights', name, run.weights())
-  return _finish(run, weights or run.weights(), split, eps, scale_steps)
-
-
-def evaluate_function(
-  spec: str,
-  config,
-  workdir: str | os.PathLike,
-  split: str,
-  precision: str,
-  *,
-  eps: Sequence[str] = (),
-  scale_steps: bool = True,
-  seed: int = 0,
-) -> dict[str, Any]:
-  """Evaluates a logits function of the user's; the result goes to `workdir`.
-
-  Args:
-    spec: 'module:function' of images float32 [B, H, W, C] in [0, 1] to logits
-      [B, K]; for autoattack-rand, of (images, key).
-    config: `data`, `threat` and `eval` are used.
-    workdir: the result goes to its `evaluations/`.
-    split: as the other arguments, as `evaluate_again` has it.
-    precision: likewise.
-    eps: likewise.
-    scale_steps: likewise.
-    seed: likewise.
-
-  Raises:
-    UserError: bad input, before anything is computed.
-  """
-  eps = _check(config, split, eps)
-  function = load_function(spec)
-  workdir = absolute_path(workdir)
-  dataset = data.open_dataset(config.data, config.seed)
-  check_function(function, config, dataset, split)
-  run = LogitsFunction(
-    config,
-    dataset,
-    spec,
-    function,
-    folder=workdir / 'evaluations',
-    name=next_name(workdir),
-    precision=precision,
-    seed=seed,
-  )
-  return _finish(run, run.weights(), split, eps, scale_steps)
-
-
-def _check(config, split: str, eps: Sequence[str]) -> Sequence[str]:
-  """Returns the radii, after all of them are checked."""
-  choose('--split', split, SPLITS)
-  own = config.threat.eps
-  for radius in eps:
-    config.threat.eps = radius
-    config_checks.validate_evaluation(config)
-  config.threat.eps = own
-  config_checks.validate_evaluation(config)
-  return eps or (own,)
-
-
-def _finish(
-  run: Evaluations,
-  weights: Sequence[str],
-  split: str,
-  eps: Sequence[str],
-  scale_steps: bool,
-) -> dict[str, Any]:
-  """Evaluates at every radius; prints the result and writes it."""
-  started = time.monotonic()
-  evaluations = run.evaluate_radii(weights, split, eps, scale_steps)
-  seconds = {'evaluate': time.monotonic() - started}
-  if isinstance(run, FinishedRun):
-    result = assemble_report(run, evaluations, seconds)
-  else:
-    result = common_report(run, evaluations, seconds) | {'logits': run.spec}
-  if len(eps) > 1:
-    result['threat'] = {
-      'norm': run.evaluator.threat.norm,
-      'eps': ', '.join(eps),
-    }
-  path = run.folder / f'{run.name}.json'
-  replace_file(path, json.dumps(result, indent=2).encode())
-  say(f'\n{report.summary_table(result)}')
-  for section in attack_report.sections(result):
-    say(f'\n{section}')
-  if len(eps) > 1:
-    picture = path.with_suffix('.png')
-    pictures.draw_radii(evaluations, picture)
-    say(f'\ncurves: {picture}')
-  say(f'\nresult: {path}')
-  run.forget_progress()
-  return result
-
-
 def assemble_report(
   run: FinishedRun,
   evaluations: list[dict[str, Any]],
@@ -338,60 +179,14 @@ def assemble_report(
     'method': run.config.method,
     'parameters': metadata['parameters'],
     'base_fingerprint': metadata['base_fingerprint'],
-    'body_fingerprint': classifier.body_fingerprint(
+    'body_fingerprint': artefact.body_fingerprint(
       run.load('best').base_variables['params'],
       models.linear_maps(run.config.model.name)['head'],
     ),
     'best_step': metadata['step'],
     'best_validation': metadata['validation'],
     'last_step': last.get('step'),
-    'adapter_bytes': checkpoint.size_on_disk(
+    'adapter_bytes': artefact.size_on_disk(
       pretrained.find_artefact(run.workdir, 'best')
     ),
   }
-
-
-def artefact_metadata(
-  config,
-  dataset: data.Dataset,
-  parameters: dict[str, Any],
-  fingerprint: str,
-  base: str | None,
-  validation: dict[str, Any],
-) -> dict[str, Any]:
-  """Returns the metadata an adapter is published with.
-
-  Args:
-    config: of the run.
-    dataset: trained on.
-    parameters: their counts (state.py).
-    fingerprint: of the base (classifier.py).
-    base: the base's artefact, relative to this one; None: from scratch.
-    validation: the score that chose `best`, its attack and step.
-  """
-  threat = config_lib.threat(config)
-  mean, std = models.normalisation(config.model)
-  return {
-    'config_name': config.name,
-    'method': config.method,
-    'dataset': dataset.name,
-    'image_shape': list(dataset.image_shape),
-    'num_classes': dataset.num_classes,
-    'label_names': list(dataset.label_names),
-    'threat': {
-      'norm': threat.norm,
-      'eps': config.threat.eps,
-      'eps_value': threat.eps,
-    },
-    'normalisation': {
-      'mean': list(mean),
-      'std': list(std),
-    },
-    'parameters': parameters,
-    'base_fingerprint': fingerprint,
-    'base': base,
-    'validation': validation,
-    'versions': provenance.versions(),
-    'device': provenance.device(),
-    'config': config_lib.as_plain(config),
-  } | ({'ema_decay': config.ema.decay} if config.ema.decay else {})

@@ -18,9 +18,9 @@ from jax.tree_util import Partial
 
 from fulllora_jax import data, sharding
 from fulllora_jax.attacks import Attack, Cascade, Threat, autoattack, losses
+from fulllora_jax.comparing.statistics import wilson_interval
 from fulllora_jax.console import Progress, say
 from fulllora_jax.data import augment
-from fulllora_jax.report import wilson_interval
 
 # On a CPU the throughput is the same from here on, and small batches leave
 # fewer rows to fill up.

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from fulllora_jax import costs, errors
+from fulllora_jax import command, costs, errors
 from fulllora_jax.costs import FLOAT32, GOOD, MACHINES, METHODS
 
 # Zhai et al., 2022, arXiv 2106.04560; the registry has no plain ViT of it.
@@ -387,4 +387,4 @@ def _batch_size(text: str) -> int:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  command.run(main)

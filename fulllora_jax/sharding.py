@@ -7,7 +7,6 @@ each, and fetch the rest where a layer needs it (Zhao et al., 2023, arXiv
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -22,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # The mesh, while a model is traced whose base is split over it.
 _fetches: ContextVar[Mesh | None] = ContextVar('fetches', default=None)
 _BLOCK = re.compile(r'block_\d+$')  # as the models name their blocks
-_HAS_AFFINITY = hasattr(os, 'sched_getaffinity')  # not on macOS
 
 
 def make_mesh(
@@ -226,30 +224,3 @@ def put_whole_batch(
 def round_up(batch_size: int, mesh: Mesh) -> int:
   """Returns the smallest multiple of the device count >= batch_size."""
   return -(-batch_size // mesh.size) * mesh.size
-
-
-def use_every_core() -> None:
-  """Makes a CPU count as one device for each core, 8 at most.
-
-  Small models run faster so than with threads inside of each operation. To be
-  called before JAX starts; JAX_NUM_CPU_DEVICES decides where it is set.
-  """
-  if 'JAX_NUM_CPU_DEVICES' not in os.environ:
-    cores = len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count()
-    jax.config.update('jax_num_cpu_devices', min(cores or 1, 8))
-
-
-def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, in the user's cache directory.
-
-  JAX_COMPILATION_CACHE_DIR names another place; set empty, it turns it off.
-  """
-  default = os.path.join(
-    os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'),
-    'fulllora_jax',
-    'xla',
-  )
-  path = os.environ.get('JAX_COMPILATION_CACHE_DIR', default)
-  if path:
-    jax.config.update('jax_compilation_cache_dir', path)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

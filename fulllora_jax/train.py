@@ -22,6 +22,7 @@ from fulllora_jax import (
   published_base,
   report,
   results,
+  settings,
 )
 from fulllora_jax import config as config_lib
 from fulllora_jax import workdir as workdir_lib
@@ -137,12 +138,12 @@ def _report(
     workdir,
     dataset,
   )
-  attacks = config_lib.evaluation_attacks(config)
+  attacks = settings.evaluation_attacks(config)
   asked = [w for w in run.weights() if w in config.eval.weights]
   evaluations = run.evaluate_all(
     asked or run.weights(), attacks, 'test', config.eval.num_examples
   )
-  examples = run.examples(config_lib.picture_attack(attacks))
+  examples = run.examples(settings.picture_attack(attacks))
   seconds = {
     'train': training.seconds,
     'evaluate': time.monotonic() - started,

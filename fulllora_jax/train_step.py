@@ -26,7 +26,8 @@ from fulllora_jax.awp import WeightPerturbation
 from fulllora_jax.data import augment
 from fulllora_jax.inner_attack import InnerAttack
 from fulllora_jax.objectives import Objective
-from fulllora_jax.state import TrainState, Tree, merge
+from fulllora_jax.state import Tree, merge
+from fulllora_jax.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
 

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from fulllora_jax import (
+  algorithm,
+  artefact,
   build,
   checkpoint,
-  classifier,
   data,
   distributed,
   ema,
@@ -20,12 +21,12 @@ from fulllora_jax import (
   memory,
   overfitting,
   pretrained,
-  results,
   robustness,
+  settings,
   sharding,
+  train_state,
   train_step,
 )
-from fulllora_jax import config as config_lib
 from fulllora_jax import state as state_lib
 from fulllora_jax.console import Progress, say, warn
 from fulllora_jax.errors import Preempted, UserError
@@ -62,14 +63,14 @@ class Training:
     self.mesh = sharding.mesh_of(config)
     self.root_key = sharding.put_key(jax.random.key(config.seed), self.mesh)
     self.built = build.build(config, dataset.num_classes)
-    self.total_steps = build.total_steps(config, len(dataset.train))
+    self.total_steps = algorithm.total_steps(config, len(dataset.train))
     params, variables = self._initial_variables()
     mask = self.built.mask(variables)
     self.counts = state_lib.parameter_counts(variables, mask)
     say(state_lib.parameter_table(variables, mask))
     trainable, frozen = state_lib.split(variables, mask)
-    self.fingerprint = classifier.base_fingerprint(params, frozen)
-    self.algorithm = build.make_algorithm(
+    self.fingerprint = artefact.base_fingerprint(params, frozen)
+    self.algorithm = algorithm.make_algorithm(
       config, self.built, mask, self.total_steps, dataset.num_classes
     )
     if config.base.dtype != 'float32':
@@ -80,7 +81,7 @@ class Training:
       frozen, self.mesh, config.mesh.shard_from
     )
     self.state = sharding.replicate(
-      state_lib.create(
+      train_state.create(
         trainable,
         self.algorithm.tx,
         self._carried(),
@@ -90,7 +91,7 @@ class Training:
     )
     self.evaluator = robustness.Evaluator(
       self.built.model.apply,
-      config_lib.threat(config),
+      settings.threat(config),
       self.mesh,
       config.eval.batch_size,
       config.seed,
@@ -125,7 +126,7 @@ class Training:
       if metadata['base'] is None:  # else it was tuned, and is no longer that
         self.base_source = metadata.get('base_source')
       expected = build.shapes(self.built, shape)['params']
-      checkpoint.check_leaves(
+      artefact.check_leaves(
         {'params': expected}, {'params': params}, str(self.base)
       )
     variables = build.init_variables(self.built, adapter_key, params, shape)
@@ -319,7 +320,7 @@ class Training:
 
   def _validate(self, step: int) -> None:
     """Scores the held-out split; publishes the state as `best` if it is."""
-    attack = config_lib.evaluation_attack(
+    attack = settings.evaluation_attack(
       self.config, self.config.eval.validation_attack
     )
     outcome = self.evaluator.evaluate(
@@ -349,7 +350,7 @@ class Training:
     """Writes the trained leaves and their metadata to best/ or last/."""
     directory = self.workdir / which
     base = files.relative(self.base, directory) if self.base else None
-    metadata = results.artefact_metadata(
+    metadata = artefact.artefact_metadata(
       self.config,
       self.dataset,
       self.counts,
@@ -358,6 +359,4 @@ class Training:
       self.best,
     )
     metadata['base_source'] = self.base_source
-    checkpoint.save_artefact(
-      directory, step, ema.published(self.state), metadata
-    )
+    artefact.save_artefact(directory, step, ema.published(self.state), metadata)

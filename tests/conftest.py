@@ -27,20 +27,13 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 os.environ.setdefault('XLA_FLAGS', xla_settings.QUICK)
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import small_digits  # noqa: E402
+import jax
+import jax.numpy as jnp
+import small_digits
 
-from fulllora_jax import (  # noqa: E402
-  build,
-  checkpoint,
-  classifier,
-  config,
-  data,
-  sharding,
-)
-from fulllora_jax import evaluate as evaluate_command  # noqa: E402
-from fulllora_jax import state as state_lib  # noqa: E402
+from fulllora_jax import artefact, build, config, data, sharding
+from fulllora_jax import evaluate as evaluate_command
+from fulllora_jax import state as state_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -222,17 +215,17 @@ def write_run(fill):
     metadata = dict(
       num_classes=5, image_shape=shape, config=config.as_plain(own),
       normalisation=dict(mean=mean, std=std), method=own.method,
-      base_fingerprint=classifier.base_fingerprint(params, frozen),
+      base_fingerprint=artefact.base_fingerprint(params, frozen),
       label_names=None, threat=None, config_name='tiny', dataset='none',
       versions={},
     )  # fmt: skip
-    checkpoint.save_artefact(
+    artefact.save_artefact(
       workdir / 'base' / 'best',
       1,
       {'params': params},
       metadata | dict(method='standard', base=None),
     )
-    checkpoint.save_artefact(
+    artefact.save_artefact(
       workdir / 'best', 1, trainable, metadata | dict(base='../base/best')
     )
 

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from fulllora_jax import checkpoint, errors, main, metrics, train, training
+from fulllora_jax import checkpoint, command, main, metrics, train, training
 
 _SECONDS = 240  # after which a run is taken to hang
 # Before which functions a run can stop, and with what among their arguments.
@@ -71,7 +71,7 @@ def _run(
     _turn_clock_back(hours_back)
   sys.argv = ['fulllora_jax.main', *arguments]
   main.define_flags()
-  errors.run(main.main)
+  command.run(main.main)
 
 
 def _stop_before(

@@ -32,7 +32,7 @@ import numpy as np
 import small_digits
 from test_processes import free_ports
 
-from fulllora_jax import checkpoint
+from fulllora_jax import artefact
 from fulllora_jax import state as state_lib
 from fulllora_jax.metrics import read_metrics
 
@@ -231,7 +231,7 @@ class Soak:
       raise Failure(f'left behind: {leftovers}')
     largest = 0.0
     for which in ('best', 'last'):
-      adapters = [checkpoint.read_artefact(p / which) for p in (workdir, whole)]
+      adapters = [artefact.read_artefact(p / which) for p in (workdir, whole)]
       (found, metadata), (wanted, expected) = adapters
       if metadata['step'] != expected['step']:
         raise Failure(f'{which} of {workdir} is of another step')

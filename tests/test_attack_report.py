@@ -3,7 +3,8 @@
 import pytest
 
 from fulllora_jax import attack_report
-from fulllora_jax.report import summary_table, wilson_interval, write_report
+from fulllora_jax.comparing.statistics import wilson_interval
+from fulllora_jax.report import summary_table, write_report
 
 NAMES = ('cat', 'dog', 'frog')
 CASCADE = [  # attack, broken, seconds; of 200 images

@@ -17,7 +17,7 @@ from test_train_step import (
   toy_step,
 )
 
-from fulllora_jax import objectives, state
+from fulllora_jax import objectives, state, train_state
 from fulllora_jax.attacks import losses
 from fulllora_jax.awp import WeightPerturbation
 
@@ -111,7 +111,9 @@ def test_passes_count_the_perturbation_from_its_start_on():
 @pytest.mark.parametrize('warmup', [0.0, 0.4])
 def test_devices_change_nothing(warmup):
   awp = WeightPerturbation(gamma=0.1, warmup=warmup, total_steps=10)
-  start = state.create(TRAINABLE, ALGORITHM.tx)._replace(step=jnp.int32(5))
+  start = train_state.create(TRAINABLE, ALGORITHM.tx)._replace(
+    step=jnp.int32(5)
+  )
   one, metrics = toy_step(start, awp=awp)
   four, other = toy_step(start, devices=4, awp=awp)
   assert metrics['passes'] == other['passes'] == 4

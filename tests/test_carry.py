@@ -25,9 +25,9 @@ from fulllora_jax import (
   config_checks,
   memory,
   sharding,
+  train_state,
   training,
 )
-from fulllora_jax import state as state_lib
 from fulllora_jax.data.augment import Augmentation
 from fulllora_jax.errors import UserError
 from fulllora_jax.train_step import Purpose, compile_train_step
@@ -56,7 +56,7 @@ def make_step(devices=1, apply=toy, augmentation=UNCHANGED):
   )
   mesh = sharding.make_mesh(jax.devices()[:devices])
   step_fn = compile_train_step(algorithm, mesh)
-  state = state_lib.create(TRAINABLE, algorithm.tx, (12, 8, 8, 3))
+  state = train_state.create(TRAINABLE, algorithm.tx, (12, 8, 8, 3))
   state, frozen = sharding.replicate((state, FROZEN), mesh)
 
   def step(state, index=INDEX):
@@ -152,8 +152,8 @@ def test_deltas_are_kept_to_half_a_level():
 
 
 def test_without_carry_the_state_has_no_leaf_more():
-  plain = state_lib.create(TRAINABLE, ALGORITHM.tx)
-  carried = state_lib.create(TRAINABLE, ALGORITHM.tx, (12, 8, 8, 3))
+  plain = train_state.create(TRAINABLE, ALGORITHM.tx)
+  carried = train_state.create(TRAINABLE, ALGORITHM.tx, (12, 8, 8, 3))
   leaves = len(jax.tree.leaves(plain))
   assert plain.deltas is None and len(jax.tree.leaves(carried)) == leaves + 1
   assert memory.per_device(carried) - memory.per_device(plain) == 12 * 192

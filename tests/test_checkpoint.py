@@ -9,8 +9,10 @@ import optax
 import pytest
 from orbax import checkpoint as ocp
 
-from fulllora_jax import checkpoint, config, optim, sharding
+from fulllora_jax import artefact as artefact_lib
+from fulllora_jax import config, optim, sharding
 from fulllora_jax import state as state_lib
+from fulllora_jax import train_state as train_state_lib
 from fulllora_jax.checkpoint import TrainingCheckpoints
 from fulllora_jax.errors import UserError
 
@@ -56,11 +58,11 @@ def train_state(trainable, step):
       is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     ),
   )
-  state = state_lib.create(trainable, tx)
+  state = train_state_lib.create(trainable, tx)
   gradient = jax.tree.map(lambda leaf: leaf * step, trainable)
   _, opt_state = tx.update(gradient, state.opt_state, trainable)
   moved = jax.tree.map(lambda leaf: leaf + step, trainable)
-  made = state_lib.TrainState(np.int32(step), moved, opt_state)
+  made = train_state_lib.TrainState(np.int32(step), moved, opt_state)
   return sharding.replicate(made, sharding.make_mesh())
 
 
@@ -154,7 +156,7 @@ def test_keeps_the_newest_few(save):
 def test_a_checkpoint_holds_no_frozen_leaf(save):
   directory = save(4)
   trained, moments = 68_000, 2 * 68_000
-  assert checkpoint.size_on_disk(directory) < trained + moments + 60_000
+  assert artefact_lib.size_on_disk(directory) < trained + moments + 60_000
 
 
 @DAMAGES
@@ -216,42 +218,42 @@ def test_all_damaged_is_an_error_that_lasts(save, restore):
 def artefact(tmp_path, trainable):
   """An adapter saved at step 5."""
   directory = tmp_path / 'best'
-  checkpoint.save_artefact(directory, 5, trainable, {'name': 'x'})
+  artefact_lib.save_artefact(directory, 5, trainable, {'name': 'x'})
   return directory
 
 
 def test_an_artefact_reads_back_bit_for_bit(artefact, trainable):
-  tree, metadata = checkpoint.read_artefact(artefact)
+  tree, metadata = artefact_lib.read_artefact(artefact)
   assert_same(tree, state_lib.prune(trainable))
   assert metadata['name'] == 'x'
   assert metadata['step'] == 5
-  assert metadata['format'] == checkpoint.FORMAT
+  assert metadata['format'] == artefact_lib.FORMAT
 
 
 def test_an_artefact_holds_the_trained_leaves_and_no_other(artefact):
   trained = ['lnlora/body/lora_a', 'params/head/kernel']
-  _, metadata = checkpoint.read_artefact(artefact)
+  _, metadata = artefact_lib.read_artefact(artefact)
   assert sorted(metadata['leaves']) == trained
   with ocp.StandardCheckpointer() as reader:  # what Orbax itself finds there
     tree = reader.restore(artefact / '5' / 'adapter')
   assert sorted(state_lib.named_leaves(tree)) == trained
-  assert 60_000 < checkpoint.size_on_disk(artefact) < 68_000 + 30_000
+  assert 60_000 < artefact_lib.size_on_disk(artefact) < 68_000 + 30_000
 
 
 def test_saving_again_replaces(artefact, trainable):
   moved = jax.tree.map(lambda leaf: leaf + 1, trainable)
-  checkpoint.save_artefact(artefact, 7, moved, {'name': 'y'})
+  artefact_lib.save_artefact(artefact, 7, moved, {'name': 'y'})
   assert steps_in(artefact) == [7]
-  tree, metadata = checkpoint.read_artefact(artefact)
+  tree, metadata = artefact_lib.read_artefact(artefact)
   assert_same(tree, state_lib.prune(moved))
   assert metadata['name'] == 'y'
 
 
 def test_an_earlier_step_replaces_a_later_one(artefact, trainable):
   # A run that was killed and resumed from before its best.
-  checkpoint.save_artefact(artefact, 3, trainable, {'name': 'y'})
+  artefact_lib.save_artefact(artefact, 3, trainable, {'name': 'y'})
   assert steps_in(artefact) == [3]
-  assert checkpoint.read_artefact(artefact)[1]['name'] == 'y'
+  assert artefact_lib.read_artefact(artefact)[1]['name'] == 'y'
 
 
 @DAMAGES
@@ -259,39 +261,39 @@ def test_an_earlier_step_replaces_a_later_one(artefact, trainable):
 def test_a_damaged_artefact_is_refused(artefact, item, damage):
   damage(biggest_file(artefact / '5' / item))
   with pytest.raises(UserError, match=f'{artefact}/5 is damaged') as caught:
-    checkpoint.read_artefact(artefact)
+    artefact_lib.read_artefact(artefact)
   assert '\n' not in str(caught.value)
 
 
 def test_a_leaf_with_a_flipped_bit_is_named(artefact):
   flip(biggest_file(artefact / '5' / 'adapter'))
   with pytest.raises(UserError, match='lnlora/body/lora_a|reading|decod'):
-    checkpoint.read_artefact(artefact)
+    artefact_lib.read_artefact(artefact)
 
 
 def test_no_artefact(tmp_path):
   with pytest.raises(UserError, match='nowhere holds no adapter'):
-    checkpoint.read_artefact(tmp_path / 'nowhere')
+    artefact_lib.read_artefact(tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('content', ['[]', '3', '{}', 'null'])
 def test_metadata_that_is_none_is_refused(artefact, content):
   (artefact / '5' / 'metadata' / 'metadata').write_text(content)
   with pytest.raises(UserError, match='is damaged'):
-    checkpoint.read_artefact(artefact)
+    artefact_lib.read_artefact(artefact)
 
 
 def test_changed_metadata_is_damage(artefact):
   edit(artefact / '5' / 'metadata' / 'metadata', '"x"', '"y"')
   with pytest.raises(UserError, match='checksum of the metadata'):
-    checkpoint.read_artefact(artefact)
+    artefact_lib.read_artefact(artefact)
 
 
 def test_another_format_is_refused(artefact):
   path = artefact / '5' / 'metadata' / 'metadata'
   path.write_text(json.dumps(json.loads(path.read_text()) | {'format': 99}))
   with pytest.raises(UserError, match='format 99, this version .* reads 1'):
-    checkpoint.read_artefact(artefact)
+    artefact_lib.read_artefact(artefact)
 
 
 @pytest.mark.parametrize(
@@ -312,9 +314,9 @@ def test_another_format_is_refused(artefact):
 def test_leaves_that_do_not_fit_are_named(change, words):
   leaves = {'a/w': np.ones((2, 3)), 'a/v': np.ones(2)}
   expected = state_lib.select(leaves, leaves)
-  checkpoint.check_leaves(expected, expected, 'RUN/best')
+  artefact_lib.check_leaves(expected, expected, 'RUN/best')
   change(leaves)
   with pytest.raises(UserError, match=f'RUN/best does not fit.*{words}'):
-    checkpoint.check_leaves(
+    artefact_lib.check_leaves(
       expected, state_lib.select(leaves, leaves), 'RUN/best'
     )

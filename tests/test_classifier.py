@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fulllora_jax import checkpoint, classifier, pretrained, training
+from fulllora_jax import artefact, classifier, pretrained, training
 from fulllora_jax import state as state_lib
 from fulllora_jax.errors import UserError
 
@@ -27,11 +27,11 @@ def loaded(finished):
 
 def rewrite(directory, change):
   """Applies change(leaves, metadata) to an artefact."""
-  tree, metadata = checkpoint.read_artefact(directory)
+  tree, metadata = artefact.read_artefact(directory)
   leaves = state_lib.named_leaves(tree)
   change(leaves, metadata)
   tree = state_lib.select(leaves, leaves)
-  checkpoint.save_artefact(directory, metadata['step'] + 1, tree, metadata)
+  artefact.save_artefact(directory, metadata['step'] + 1, tree, metadata)
 
 
 def refused(words, *args, **kwargs):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import config_checks
+from fulllora_jax import config_checks, evaluation_checks, settings
 from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.errors import UserError
 
@@ -254,7 +254,7 @@ def test_a_single_step_is_not_several(name, field, value, words):
 def test_an_attack_that_does_not_fit_the_norm_is_refused():
   config = changed(threat__norm='l2', threat__eps='0.5')
   with pytest.raises(UserError, match='cw_linf needs threat.norm linf'):
-    config_checks.validate_evaluation(config)
+    evaluation_checks.validate_evaluation(config)
 
 
 @pytest.mark.parametrize('loss', ['ce', 'margin', 'dlr'])
@@ -265,26 +265,26 @@ def test_training_may_ascend_any_loss(loss):
 def test_evaluation_knows_l1_where_training_does_not():
   attacks = ('clean', 'apgd-ce', 'apgd-t')
   config = changed(threat__norm='l1', threat__eps='12', eval__attacks=attacks)
-  config_checks.validate_evaluation(config)
-  assert [a.name for a in config_lib.evaluation_attacks(config)] == [*attacks]
+  evaluation_checks.validate_evaluation(config)
+  assert [a.name for a in settings.evaluation_attacks(config)] == [*attacks]
   with pytest.raises(UserError, match='threat.norm l1: training knows'):
     config_checks.validate(config, num_devices=8)
   config.eval.attacks = ('pgd-20',)
   with pytest.raises(UserError, match='for l1 give apgd-ce,apgd-t'):
-    config_checks.validate_evaluation(config)
+    evaluation_checks.validate_evaluation(config)
 
 
 @pytest.mark.parametrize('eps', ['0', '0/255', '0.0'])
 def test_a_ball_of_no_size_is_refused_for_ensembles(eps):
   config = changed(threat__eps=eps, eval__attacks=('clean', 'autoattack'))
   with pytest.raises(UserError, match=f'threat.eps {eps}: leaves nothing'):
-    config_checks.validate_evaluation(config)
+    evaluation_checks.validate_evaluation(config)
 
 
 def test_a_picture_shows_the_attack_of_most_steps_that_is_one():
   def shown(*attacks):
     config = changed(eval__attacks=attacks)
-    found = config_lib.picture_attack(config_lib.evaluation_attacks(config))
+    found = settings.picture_attack(settings.evaluation_attacks(config))
     return found and found.label
 
   assert shown('clean', 'pgd-20', 'autoattack', 'cw_linf-5') == 'pgd-20'

@@ -19,7 +19,15 @@ from test_train_step import (
   copy,
 )
 
-from fulllora_jax import checkpoint, ema, memory, pretrained, sharding
+from fulllora_jax import (
+  artefact,
+  checkpoint,
+  ema,
+  memory,
+  pretrained,
+  sharding,
+  train_state,
+)
 from fulllora_jax import state as state_lib
 from fulllora_jax.train_step import compile_train_step
 from fulllora_jax.training import Training
@@ -33,7 +41,7 @@ def make_step(devices=1, average=True):
   mesh = sharding.make_mesh(jax.devices()[:devices])
   step_fn = compile_train_step(algorithm, mesh)
   begun = ema.begin(TRAINABLE) if average else None
-  state = state_lib.create(TRAINABLE, TX, ema=begun)
+  state = train_state.create(TRAINABLE, TX, ema=begun)
   state, frozen = sharding.replicate((state, FROZEN), mesh)
   batch = sharding.put_batch(BATCH, mesh)
   return state, lambda state: step_fn(state, frozen, batch, ROOT_KEY)
@@ -72,7 +80,7 @@ def test_a_step_that_is_not_finite_leaves_it():
 
 def test_it_is_float32_and_published_in_the_leaves_own_dtype():
   narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), TRAINABLE)
-  state = state_lib.create(narrow, TX, ema=ema.begin(narrow))
+  state = train_state.create(narrow, TX, ema=ema.begin(narrow))
   moved = ema.update(
     state.ema, jax.tree.map(lambda a: 2 * a, narrow), decay=0.999
   )
@@ -131,7 +139,7 @@ def test_a_run_validates_and_publishes_it(
   training.run()
   average = state_lib.named_leaves(copy(training.state.ema))
   for which in ('best', 'last'):
-    found, metadata = checkpoint.read_artefact(tmp_path / which)
+    found, metadata = artefact.read_artefact(tmp_path / which)
     found = state_lib.named_leaves(found)
     assert found.keys() == average.keys()
     for path, leaf in average.items():
@@ -141,7 +149,7 @@ def test_a_run_validates_and_publishes_it(
   assert_same(validated[-1], copy(training.state.ema))
   moved = state_lib.named_leaves(training.state.trainable)
   assert any(not np.array_equal(moved[p], average[p]) for p in average)
-  _, plain = checkpoint.read_artefact(finished.workdir / 'best')
+  _, plain = artefact.read_artefact(finished.workdir / 'best')
   assert 'ema_decay' not in plain
 
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fulllora_jax.attacks import ensemble
+from fulllora_jax.comparing.statistics import wilson_interval
 from fulllora_jax.errors import UserError
-from fulllora_jax.report import wilson_interval
 
 EVALUATE = ('-m', 'fulllora_jax.evaluate')
 LINEAR = ('--logits=linear_digits:logits', '--data=digits', '--image_size=8')

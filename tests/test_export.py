@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fulllora_jax import checkpoint, classifier, export
+from fulllora_jax import artefact, classifier, export
 from fulllora_jax import state as state_lib
 from fulllora_jax.errors import UserError
 from fulllora_jax.exporting import adapter_file, program
@@ -81,7 +81,7 @@ def test_every_path_has_a_name_and_can_be_had_back():
 
 
 def test_the_adapter_is_the_trained_leaves(adapter, finished):
-  trained, _ = checkpoint.read_artefact(finished.workdir / 'best')
+  trained, _ = artefact.read_artefact(finished.workdir / 'best')
   variables, metadata = export.read_safetensors(adapter.path)
   wanted = state_lib.named_leaves(trained)
   found = state_lib.named_leaves(variables)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from fulllora_jax import (
+  algorithm,
   build,
   collectives,
   config_checks,
   robustness,
   sharding,
+  train_state,
 )
 from fulllora_jax import config as config_lib
 from fulllora_jax import state as state_lib
@@ -46,13 +48,13 @@ class Job:
     self.frozen = sharding.shard_frozen(
       jax.device_get(frozen), self.mesh, SHARD_FROM
     )
-    self.algorithm = build.make_algorithm(config, built, mask, 40, 4)
+    self.algorithm = algorithm.make_algorithm(config, built, mask, 40, 4)
     self.step_fn = compile_train_step(self.algorithm, self.mesh)
 
   def run(self):
     """Returns the state after the steps."""
     state = sharding.replicate(
-      state_lib.create(self.trainable, self.algorithm.tx), self.mesh
+      train_state.create(self.trainable, self.algorithm.tx), self.mesh
     )
     for _ in range(3):
       batch = sharding.put_batch(BATCH, self.mesh)

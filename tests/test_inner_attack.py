@@ -19,8 +19,7 @@ from test_train_step import (
   toy_step,
 )
 
-from fulllora_jax import objectives, sharding
-from fulllora_jax import state as state_lib
+from fulllora_jax import objectives, sharding, train_state
 from fulllora_jax.attacks import losses
 from fulllora_jax.train_step import compile_train_step
 
@@ -30,7 +29,7 @@ def run(steps, **changed):
   algorithm = dataclasses.replace(ALGORITHM, **changed)
   mesh = sharding.make_mesh(jax.devices()[:1])
   step_fn = compile_train_step(algorithm, mesh)
-  state = state_lib.create(TRAINABLE, algorithm.tx)
+  state = train_state.create(TRAINABLE, algorithm.tx)
   state, frozen = sharding.replicate((state, FROZEN), mesh)
   history = []
   for _ in range(steps):
@@ -64,7 +63,11 @@ def test_steps_rise_and_nothing_is_compiled_again(early_stop):
   else:
     assert of(history, 'passes') == [n + 1 for n in made]
   jax.eval_shape(
-    step_fn, state_lib.create(TRAINABLE, ALGORITHM.tx), FROZEN, BATCH, ROOT_KEY
+    step_fn,
+    train_state.create(TRAINABLE, ALGORITHM.tx),
+    FROZEN,
+    BATCH,
+    ROOT_KEY,
   )
   assert len(traces) <= 2 * once  # ten steps traced no more than one
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fulllora_jax import attacks, checkpoint, classifier, sharding
+from fulllora_jax import artefact, attacks, classifier, sharding
 from fulllora_jax import state as state_lib
 from fulllora_jax.attacks import Threat
 from fulllora_jax.errors import UserError
@@ -24,12 +24,12 @@ def images():
 
 def rewrite(workdir, change):
   """Applies change(leaves, metadata) to a run's best adapter."""
-  tree, metadata = checkpoint.read_artefact(workdir / 'best')
+  tree, metadata = artefact.read_artefact(workdir / 'best')
   leaves = state_lib.named_leaves(tree)
   change(leaves, metadata)
   tree = state_lib.select(leaves, leaves)
   step = metadata['step'] + 1
-  checkpoint.save_artefact(workdir / 'best', step, tree, metadata)
+  artefact.save_artefact(workdir / 'best', step, tree, metadata)
 
 
 def another(finished, path, change):

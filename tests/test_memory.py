@@ -7,7 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from fulllora_jax import build, collectives, memory, sharding
+from fulllora_jax import (
+  algorithm,
+  build,
+  collectives,
+  memory,
+  sharding,
+  train_state,
+)
 from fulllora_jax import state as state_lib
 from fulllora_jax.errors import UserError
 from fulllora_jax.train_step import compile_train_step
@@ -41,9 +48,9 @@ class Job:
     mask = built.mask(variables)
     trainable, frozen = state_lib.split(variables, mask)
     self.mesh = sharding.make_mesh(fsdp=fsdp)
-    self.algorithm = build.make_algorithm(self.config, built, mask, 40, 4)
+    self.algorithm = algorithm.make_algorithm(self.config, built, mask, 40, 4)
     self.state = sharding.replicate(
-      state_lib.create(trainable, self.algorithm.tx), self.mesh
+      train_state.create(trainable, self.algorithm.tx), self.mesh
     )
     self.frozen = sharding.shard_frozen(frozen, self.mesh, 64)
     self.batch = sharding.put_batch(BATCH, self.mesh)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fulllora_jax import overfitting
+from fulllora_jax import objective_facts, overfitting
 
 
 def validate(alarm, step, training, score, best):
@@ -92,6 +92,6 @@ def test_the_report_names_the_first_step():
   ]
   steps = overfitting.collapses(history)
   assert steps == [1200, 1300]
-  text = overfitting.note({'overfitting': steps})
+  text = objective_facts.overfitting_note({'overfitting': steps})
   assert 'collapsed by step 1,200' in text and 'in 2 of the' in text
-  assert overfitting.note({}) == ''
+  assert objective_facts.overfitting_note({}) == ''

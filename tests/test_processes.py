@@ -14,7 +14,7 @@ import pytest
 from golden import fake_checkpoint
 from safetensors.numpy import save_file
 
-from fulllora_jax import checkpoint
+from fulllora_jax import artefact
 from fulllora_jax import state as state_lib
 from fulllora_jax.metrics import read_metrics
 
@@ -124,8 +124,8 @@ def evaluations(workdir):
 def assert_same_run(workdir, expected):
   """Adapters to rounding, counts and the number of measurements exactly."""
   for which in ('best', 'last'):
-    found, metadata = checkpoint.read_artefact(workdir / which)
-    wanted, other = checkpoint.read_artefact(expected / which)
+    found, metadata = artefact.read_artefact(workdir / which)
+    wanted, other = artefact.read_artefact(expected / which)
     assert metadata['base_fingerprint'] == other['base_fingerprint']
     assert metadata['step'] == other['step']
     wanted = state_lib.named_leaves(wanted)
@@ -238,7 +238,7 @@ def test_a_published_base_is_kept_once_for_all(start, tmp_path):
   ).end()
   assert statuses == [0, 0], said
   assert (run / 'base' / 'load.md').exists()
-  metadata = checkpoint.read_metadata(run / 'best')
+  metadata = artefact.read_metadata(run / 'best')
   assert metadata['base_source']['layout']
   assert (run / 'report.md').exists()
 

@@ -14,7 +14,7 @@ from golden import fake_checkpoint
 from safetensors.numpy import save_file
 
 import fulllora_jax
-from fulllora_jax import checkpoint, pretrained, sharding, train, training
+from fulllora_jax import artefact, pretrained, sharding, train, training
 from fulllora_jax import config as config_lib
 from fulllora_jax.errors import UserError
 from fulllora_jax.state import named_leaves
@@ -68,7 +68,7 @@ def run(tmp_path_factory, digits_dir, one_device_each):
   source = write_checkpoint(folder / 'checkpoint')
   workdir = folder / 'run'
   report = train.train_and_evaluate(digits_config(source, digits_dir), workdir)
-  metadata = checkpoint.read_artefact(workdir / 'best')[1]
+  metadata = artefact.read_artefact(workdir / 'best')[1]
   loaded = fulllora_jax.load(workdir)
   images = np.random.default_rng(0).uniform(size=(4, *metadata['image_shape']))
   images = images.astype(np.float32)
@@ -248,11 +248,11 @@ def test_a_hub_checkpoint_is_refetched_at_its_commit(orphan, monkeypatch):
 
 def record(workdir, **base_source):
   """Changes what best/ says about its published base."""
-  tree, metadata = checkpoint.read_artefact(workdir / 'best')
+  tree, metadata = artefact.read_artefact(workdir / 'best')
   metadata['base_source'] |= base_source
   step = metadata.pop('step')
   shutil.rmtree(workdir / 'best')
-  checkpoint.save_artefact(workdir / 'best', step, tree, metadata)
+  artefact.save_artefact(workdir / 'best', step, tree, metadata)
 
 
 def test_a_mapped_head_makes_a_base_that_classifies(run, tmp_path, digits_dir):
@@ -262,7 +262,7 @@ def test_a_mapped_head_makes_a_base_that_classifies(run, tmp_path, digits_dir):
   report = train.train_and_evaluate(config, tmp_path / 'run')
   weights = [e['weights'] for e in report['evaluations']]
   assert weights == ['base', 'best', 'last']
-  metadata = checkpoint.read_artefact(tmp_path / 'run' / 'best')[1]
+  metadata = artefact.read_artefact(tmp_path / 'run' / 'best')[1]
   assert metadata['base_source']['new_head'] is False
   loaded = fulllora_jax.load(tmp_path / 'run')
   logits = np.asarray(loaded.base_logits(run.images))
@@ -314,7 +314,7 @@ def test_a_fetched_base_serves_another_run(run, tmp_path, digits_dir):
   report = train.train_and_evaluate(config, tmp_path / 'run')
   assert {e['weights'] for e in report['evaluations']} == {'best', 'last'}
   assert report['base_fingerprint'] == run.report['base_fingerprint']
-  metadata = checkpoint.read_artefact(tmp_path / 'run' / 'best')[1]
+  metadata = artefact.read_artefact(tmp_path / 'run' / 'best')[1]
   assert metadata['normalisation'] == run.metadata['normalisation']
   assert metadata['config']['model'] == run.metadata['config']['model']
 
@@ -326,7 +326,7 @@ def test_a_tuned_checkpoint_is_a_base_of_its_own(
   report = train.train_and_evaluate(config, tmp_path / 'run')
   weights = [e['weights'] for e in report['evaluations']]
   assert weights == ['base', 'best', 'last']  # its head has learnt
-  metadata = checkpoint.read_artefact(tmp_path / 'run' / 'best')[1]
+  metadata = artefact.read_artefact(tmp_path / 'run' / 'best')[1]
   assert metadata['base_source'] is None  # nobody published these weights
   assert metadata['config']['model'] == run.metadata['config']['model']
   tuned = fulllora_jax.load(full)

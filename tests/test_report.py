@@ -8,8 +8,9 @@ import pytest
 
 from fulllora_jax import config
 from fulllora_jax.adapters.methods import METHODS
+from fulllora_jax.comparing.statistics import wilson_interval
 from fulllora_jax.errors import UserError
-from fulllora_jax.report import summary_table, wilson_interval, write_report
+from fulllora_jax.report import summary_table, write_report
 
 
 def evaluation(weights, attack, correct, total=360, **changes):

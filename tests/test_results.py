@@ -6,7 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-from fulllora_jax import attacks, checkpoint, data, results, workdir
+from fulllora_jax import (
+  artefact,
+  attacks,
+  data,
+  evaluation_command,
+  results,
+  workdir,
+)
 from fulllora_jax.errors import UserError
 from fulllora_jax.robustness import Evaluator
 
@@ -69,8 +76,8 @@ def test_best_that_is_last_is_evaluated_once(run_of, finished_copy, evaluated):
 def test_best_that_is_not_last_is_evaluated_too(
   run_of, finished_copy, evaluated
 ):
-  tree, metadata = checkpoint.read_artefact(finished_copy / 'best')
-  checkpoint.save_artefact(finished_copy / 'best', 1, tree, metadata)
+  tree, metadata = artefact.read_artefact(finished_copy / 'best')
+  artefact.save_artefact(finished_copy / 'best', 1, tree, metadata)
   run_of(finished_copy).evaluate_all(('base', 'best', 'last'), [CLEAN], 'test')
   assert evaluated == ['clean'] * 3
 
@@ -97,7 +104,7 @@ def again(finished_copy, digits, digits_dir, monkeypatch, one_device):
     config.update_from_flattened_dict(
       {name.replace('__', '.'): value for name, value in fields.items()}
     )
-    return results.evaluate_again(
+    return evaluation_command.evaluate_again(
       config, finished_copy, weights, split, precision
     )
 
@@ -194,6 +201,6 @@ def test_a_run_from_scratch_has_no_base_to_evaluate(run_of, finished):
 def test_the_base_of_a_run_from_scratch_is_refused(finished):
   config = workdir.read_config(finished.workdir / 'base')
   with pytest.raises(UserError, match="weights: unknown 'base'; known: best"):
-    results.evaluate_again(
+    evaluation_command.evaluate_again(
       config, finished.workdir / 'base', ['base'], 'test', 'highest'
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fulllora_jax import checkpoint, pretrained
+from fulllora_jax import artefact, checkpoint, pretrained
 from fulllora_jax import state as state_lib
 from fulllora_jax.metrics import read_metrics
 from fulllora_jax.robustness import Evaluator
@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 
 def assert_same_training(workdir, expected):
   for which in ('best', 'last'):
-    found, metadata = checkpoint.read_artefact(workdir / which)
-    wanted, expected_metadata = checkpoint.read_artefact(expected / which)
+    found, metadata = artefact.read_artefact(workdir / which)
+    wanted, expected_metadata = artefact.read_artefact(expected / which)
     found, wanted = map(state_lib.named_leaves, (found, wanted))
     assert found.keys() == wanted.keys()
     for path in wanted:

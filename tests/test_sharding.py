@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fulllora_jax import sharding
+from fulllora_jax import command, sharding
 
 
 @pytest.fixture(scope='module')
@@ -88,5 +88,5 @@ def test_compiled_programs_are_kept_in(cache_config, env, expected):
   cache_config.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
   for name, value in env.items():
     cache_config.setenv(name, value)
-  sharding.enable_compilation_cache()
+  command.enable_compilation_cache()
   assert jax.config.jax_compilation_cache_dir == expected

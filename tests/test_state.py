@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from fulllora_jax import build, config, state
+from fulllora_jax import build, config, state, train_state
 
 VARIABLES = {
   'params': {
@@ -88,7 +88,7 @@ def test_named_leaves_are_sorted_paths():
 
 def test_create_is_step_zero_with_the_optimizers_state():
   trainable, _ = state.split(VARIABLES, MASK)
-  made = state.create(trainable, optax.masked(optax.trace(0.9), MASK))
+  made = train_state.create(trainable, optax.masked(optax.trace(0.9), MASK))
   assert made.step == 0 and made.step.dtype == jnp.int32
   assert same(made.trainable, trainable)
   moments = jax.tree.leaves(made.opt_state)

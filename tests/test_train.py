@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax import (
+  artefact,
   attack_report,
   checkpoint,
   classifier,
@@ -115,7 +116,7 @@ def test_the_base_says_clean_accuracy_alone(finished):
 
 
 def test_an_adapter_holds_exactly_the_trained_leaves(finished, digits):
-  _, metadata = checkpoint.read_artefact(finished.workdir / 'best')
+  _, metadata = artefact.read_artefact(finished.workdir / 'best')
   names = set(metadata['leaves'])
   assert {n for n in names if n.startswith('params/')} == {
     'params/head/kernel',
@@ -312,7 +313,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
   assert 'warning: step 2: the loss is nan, and the gradient of ' in said
   assert 'is not finite; skipped, 1 of at most 2\n' in said
   assert 'is not finite; skipped, 2 of at most 2\n' in said
-  adapter, _ = checkpoint.read_artefact(tmp_path / 'last')
+  adapter, _ = artefact.read_artefact(tmp_path / 'last')
   for path, leaf in leaves(adapter).items():
     assert np.isfinite(leaf).all(), path
 
@@ -355,7 +356,7 @@ def test_one_device_and_eight_train_the_same_adapter(
 def test_one_device_and_eight_count_the_same(
   small_config, finished, digits, monkeypatch, result
 ):
-  from fulllora_jax import config as config_lib
+  from fulllora_jax import settings
 
   on_devices(8, monkeypatch)
   run = results.FinishedRun(
@@ -364,6 +365,6 @@ def test_one_device_and_eight_count_the_same(
     digits,
   )
   records = run.evaluate_all(
-    ('best', 'last'), config_lib.evaluation_attacks(small_config), 'test', 60
+    ('best', 'last'), settings.evaluation_attacks(small_config), 'test', 60
   )
   assert records == [e for e in result['evaluations'] if e['weights'] != 'base']

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from fulllora_jax import build, objectives, sharding
+from fulllora_jax import algorithm as algorithm_lib
+from fulllora_jax import build, objectives, sharding, train_state
 from fulllora_jax import state as state_lib
 from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.attacks import Threat, losses
@@ -37,14 +38,14 @@ class Job:
     mask = built.mask(variables)
     self.mesh = sharding.make_mesh(jax.devices()[:devices])
     self.algorithm = dataclasses.replace(
-      build.make_algorithm(config, built, mask, 40, 4), **changed
+      algorithm_lib.make_algorithm(config, built, mask, 40, 4), **changed
     )
     self.trainable, frozen = state_lib.split(variables, mask)
     self.frozen = sharding.replicate(frozen, self.mesh)
     self.step_fn = compile_train_step(self.algorithm, self.mesh)
 
   def new_state(self):
-    state = state_lib.create(self.trainable, self.algorithm.tx)
+    state = train_state.create(self.trainable, self.algorithm.tx)
     return sharding.replicate(state, self.mesh)
 
   def step(self, state, root_key=ROOT_KEY):
@@ -236,7 +237,7 @@ def toy_step(
 ):
   algorithm = dataclasses.replace(ALGORITHM, **changed)
   mesh = sharding.make_mesh(jax.devices()[:devices])
-  state = state or state_lib.create(trainable, algorithm.tx)
+  state = state or train_state.create(trainable, algorithm.tx)
   step_fn = compile_train_step(algorithm, mesh)
   batch = sharding.put_batch(BATCH, mesh)
   state, metrics = step_fn(
@@ -285,7 +286,7 @@ def test_gradient_leaves_are_the_trainable_leaves():
 
   tx = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
   algorithm = dataclasses.replace(ALGORITHM, tx=tx)
-  state = state_lib.create(TRAINABLE, tx)
+  state = train_state.create(TRAINABLE, tx)
   batch = jax.tree.map(jnp.asarray, BATCH)
   step = functools.partial(train_step, algorithm)
   jax.eval_shape(step, state, FROZEN, batch, ROOT_KEY)
@@ -371,7 +372,7 @@ def poisoned(path):
 
 def test_a_loss_that_is_not_finite_changes_nothing_but_the_step():
   tx = optax.masked(optax.sgd(0.5, momentum=0.9), TOY_MASK)
-  bad = state_lib.create(poisoned('head'), tx)
+  bad = train_state.create(poisoned('head'), tx)
   state, metrics = toy_step(bad, tx=tx)
   assert state.step == 1
   assert_same(state.trainable, copy(bad.trainable))

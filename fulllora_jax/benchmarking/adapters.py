@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from fulllora_jax import build, errors, files, provenance, stacking
+from fulllora_jax import build, command, errors, files, provenance, stacking
 from fulllora_jax import state as state_lib
 from fulllora_jax.benchmarking import timing
 from fulllora_jax.many_adapters import ManyAdapters
@@ -265,4 +265,4 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  command.run(main)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fulllora_jax import config as config_lib
+from fulllora_jax import settings
 from fulllora_jax import state as state_lib
 from fulllora_jax.benchmarking.cases import Case, relabelled
 from fulllora_jax.console import say
@@ -46,7 +46,7 @@ def measure(
   split = relabelled(evaluator, variables, test, images)
   records = []
   for text in attacks:
-    attack = config_lib.evaluation_attack(config, text)
+    attack = settings.evaluation_attack(config, text)
     say(f'evaluating {attack.label} on {images} images')
     mine, theirs = [], {name: [] for name in peers}
     for number in range(_REPEATS + 1):

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fulllora_jax import build, config_checks, data, published_base, train
+from fulllora_jax import (
+  algorithm,
+  config_checks,
+  data,
+  published_base,
+  settings,
+  train,
+)
 from fulllora_jax import config as config_lib
 from fulllora_jax import state as state_lib
 from fulllora_jax import workdir as workdir_lib
@@ -127,7 +134,7 @@ def race(
   """
   _check(config, target, schedules, points)
   common = {
-    'attack': config_lib.evaluation_attack(config, attack).label,
+    'attack': settings.evaluation_attack(config, attack).label,
     'final': final,
     'num_validation': num_validation,
     'num_test': num_test,
@@ -165,7 +172,7 @@ def changed(config, dataset: data.Dataset, name: str):
   schedule = SCHEDULES[name]
   own = config_lib.copy(config)
   own.update_from_flattened_dict(dict(schedule.changes))
-  steps = build.total_steps(config, len(dataset.train))
+  steps = algorithm.total_steps(config, len(dataset.train))
   own.train.steps = max(1, round(steps * schedule.length))
   return own
 
@@ -222,7 +229,7 @@ def _check(config, target, schedules, points) -> None:
 
 def _final_attack(config, text: str) -> Attack:
   """Reads 'autoattack', 'pgd-100', or attacks of an ensemble joined by '+'."""
-  parts = [config_lib.evaluation_attack(config, t) for t in text.split('+')]
+  parts = [settings.evaluation_attack(config, t) for t in text.split('+')]
   if len(parts) == 1:
     return parts[0]
   alone = [part.label for part in parts if not isinstance(part.version, tuple)]
@@ -274,7 +281,7 @@ class _Lap:
     self.num_validation = common['num_validation']
     self.num_test = common['num_test']
     config = training.config
-    self.attack = config_lib.evaluation_attack(config, common['attack'])
+    self.attack = settings.evaluation_attack(config, common['attack'])
     marks = np.linspace(0, training.total_steps, common['points'] + 1)
     self.marks = sorted({round(mark) for mark in marks[1:]})
     self.passes = self.seconds = self.seconds_compile = 0.0

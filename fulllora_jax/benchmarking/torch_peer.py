@@ -21,8 +21,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from fulllora_jax import config as config_lib
-from fulllora_jax import models
+from fulllora_jax import models, settings
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.benchmarking.torch_spec import COMPILE_MODES, TARGETS, Spec
 from fulllora_jax.errors import UserError
@@ -242,7 +241,7 @@ def spec_of(
     rank=config.adapter.rank,
     alpha=config.adapter.alpha,
     train_head=config.adapter.head == 'train',
-    eps=config_lib.threat(config).eps,
+    eps=settings.threat(config).eps,
     attack_steps=0 if config.method == 'standard' else config.attack.steps,
     step_size=parse_fraction(config.attack.step_size, 'attack.step_size'),
     eval_step_size=parse_fraction(config.eval.step_size, 'eval.step_size'),

@@ -14,7 +14,7 @@ import jax
 from ml_collections import config_dict
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import config_checks, pretrained
+from fulllora_jax import config_checks, pretrained, settings
 from fulllora_jax.adapters import methods
 from fulllora_jax.errors import UserError, did_you_mean
 from fulllora_jax.files import as_path
@@ -133,9 +133,7 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
         f'references: unknown {row!r}{_near(row, comparison.rows)}; known: '
         + ', '.join(comparison.rows)
       )
-  labels = [
-    a.label for a in config_lib.evaluation_attacks(comparison.experiment)
-  ]
+  labels = [a.label for a in settings.evaluation_attacks(comparison.experiment)]
   if comparison.headline and comparison.headline not in labels:
     raise UserError(
       f'headline: {comparison.headline!r} is not of experiment.eval.attacks, '

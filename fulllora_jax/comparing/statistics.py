@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 from typing import Any
+
+from fulllora_jax.errors import UserError
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -50,3 +52,38 @@ def paired_difference(
     'low': round(mean - half, 12),
     'high': round(mean + half, 12),
   }
+
+
+def wilson_interval(
+  correct: int, total: int, confidence: float = 0.95
+) -> tuple[float, float]:
+  """Returns the Wilson score interval of a proportion, both ends in [0, 1].
+
+  Source: E. B. Wilson, Probable inference, the law of succession, and
+  statistical inference, J. Am. Stat. Assoc. 22 (1927).
+
+  Args:
+    correct: successes, 0..total.
+    total: trials, at least 1.
+    confidence: of the two-sided interval, in (0, 1).
+
+  Raises:
+    UserError: if the counts or the confidence are out of range.
+
+  >>> low, high = wilson_interval(45, 100)
+  >>> f'{low:.4f} {high:.4f}'
+  '0.3561 0.5476'
+  """
+  if not 0 <= correct <= total or total < 1 or not 0 < confidence < 1:
+    raise UserError(
+      f'no interval for {correct} correct of {total} at {confidence}'
+    )
+  z = NormalDist().inv_cdf((1 + confidence) / 2)
+  rate = correct / total
+  centre = rate + z * z / (2 * total)
+  half = z * math.sqrt(rate * (1 - rate) / total + (z / (2 * total)) ** 2)
+  scale = 1 + z * z / total
+  # The ends are exact for 0 and total, which rounding would miss.
+  low = 0.0 if correct == 0 else (centre - half) / scale
+  high = 1.0 if correct == total else (centre + half) / scale
+  return low, high

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 from etils import epath
 
-from fulllora_jax import console, errors
+from fulllora_jax import command, console
 from fulllora_jax.data import builders
 from fulllora_jax.errors import UserError
 from fulllora_jax.files import as_path, is_remote, make_writable, os_errors
@@ -151,4 +151,4 @@ def _check_network(builder) -> None:
 
 
 if __name__ == '__main__':
-  errors.run(main)
+  command.run(main)

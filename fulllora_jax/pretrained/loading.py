@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from fulllora_jax import artefact as artefact_lib
 from fulllora_jax import config as config_lib
 from fulllora_jax import models
 from fulllora_jax.errors import UserError
 from fulllora_jax.files import as_path
 from fulllora_jax.pretrained import (
-  artefact,
   convit,
   formats,
   sources,
@@ -30,12 +30,7 @@ from fulllora_jax.pretrained import (
   vit,
 )
 from fulllora_jax.pretrained.filling import Filler, some
-from fulllora_jax.pretrained.layout import (
-  Architecture,
-  Layout,
-  Opened,
-  Rule,
-)
+from fulllora_jax.pretrained.layout import Architecture, Layout, Opened, Rule
 from fulllora_jax.pretrained.report import LoadReport
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -63,7 +58,7 @@ def open_checkpoint(source: str | Path) -> Opened:
   Raises:
     UserError: it is not there or damaged, or no layout recognises it.
   """
-  if artefact.is_artefact(source):
+  if artefact_lib.is_artefact(source):
     return _open_artefact(as_path(source))
   fetched = sources.fetch(str(source))
   checkpoint = formats.read(fetched.files)
@@ -335,7 +330,7 @@ def _check_sizes(opened, model_config, image_size, num_classes, label_map):
 
 def _open_artefact(path: Path) -> Opened:
   """Opens a run of ours: its paths are the model's own."""
-  params, metadata = artefact.load_base(path)
+  params, metadata = artefact_lib.load_base(path)
   tensors = traverse_util.flatten_dict(params, sep='/')
   shapes = {key: tuple(array.shape) for key, array in tensors.items()}
   saved = config_lib.from_mapping(metadata['config']).model

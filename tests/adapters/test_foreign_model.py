@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from fulllora_jax import objectives, sharding, state, train_step
+from fulllora_jax import objectives, sharding, state, train_state, train_step
 from fulllora_jax.adapters import COLLECTION, LNLoRA, attach, methods
 from fulllora_jax.attacks import Threat
 
@@ -94,7 +94,7 @@ def test_adversarial_steps_change_every_branch_and_nothing_else(adapted):
   trainable, frozen = state.split(variables, mask)
   mesh = sharding.make_mesh(jax.devices()[:1])
   step_fn = train_step.compile_train_step(algorithm, mesh)
-  now = jax.tree.map(jnp.copy, state.create(trainable, algorithm.tx))
+  now = jax.tree.map(jnp.copy, train_state.create(trainable, algorithm.tx))
   now = sharding.replicate(now, mesh)
   frozen = sharding.replicate(frozen, mesh)
   for _ in range(3):  # in the first, B alone has a gradient

@@ -12,14 +12,13 @@ pytest.importorskip('torchvision', reason='timm needs torchvision')
 pytest.importorskip('timm')
 pytest.importorskip('peft')
 
-from fulllora_jax import attacks, build  # noqa: E402
-from fulllora_jax.attacks import pgd  # noqa: E402
-from fulllora_jax.benchmarking import (  # noqa: E402
-  torch_peer,
-  torch_step,
-  torch_work,
+from fulllora_jax import (
+  attacks,
+  build,
 )
-from fulllora_jax.errors import UserError  # noqa: E402
+from fulllora_jax.attacks import pgd
+from fulllora_jax.benchmarking import torch_peer, torch_step, torch_work
+from fulllora_jax.errors import UserError
 
 SPEC = torch_peer.Spec(
   image_size=8, channels=3, patch_size=4, width=8, depth=1, num_heads=2,

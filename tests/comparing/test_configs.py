@@ -6,7 +6,7 @@ import runpy
 import numpy as np
 import pytest
 
-from fulllora_jax import build, checkpoint
+from fulllora_jax import artefact, build
 from fulllora_jax import state as state_lib
 from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.comparing import plan
@@ -63,7 +63,7 @@ def test_a_scaled_base_computes_the_same(run_python, finished, tmp_path):
   base, scaled = finished.workdir / 'base', tmp_path / 'scaled'
   done = run_python(SCALE_BASE, base, scaled)  # compares the logits itself
   assert done.returncode == 0, done.stderr
-  trees = [checkpoint.read_artefact(run / 'best')[0] for run in (base, scaled)]
+  trees = [artefact.read_artefact(run / 'best')[0] for run in (base, scaled)]
   before, after = map(state_lib.named_leaves, trees)
   changed = [p for p in before if not np.array_equal(before[p], after[p])]
   assert len(changed) == 9  # of one block

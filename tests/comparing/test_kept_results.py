@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fulllora_jax
-from fulllora_jax import results
+from fulllora_jax import evaluation_command
 from fulllora_jax import workdir as workdir_lib
 
 RESULTS = pathlib.Path(__file__).parents[2] / 'docs' / 'results'
@@ -44,7 +44,9 @@ def test_kept_weights_give_their_accuracy_again(tmp_path):
   shutil.copytree(KEPT / 'runs' / 'fulllora-0', copied)
   config = workdir_lib.read_config(copied)
   config.eval.attacks = ('clean',)
-  found = results.evaluate_again(config, copied, ['best'], 'test', 'highest')
+  found = evaluation_command.evaluate_again(
+    config, copied, ['best'], 'test', 'highest'
+  )
   (one,) = found['evaluations']
   known = report_of('fulllora-0')['evaluations'][0]
   assert one['attack'] == known['attack'] and one['num_examples'] == 500

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fulllora_jax import config, page, train
-from fulllora_jax.report import table, wilson_interval
+from fulllora_jax.comparing.statistics import wilson_interval
+from fulllora_jax.report import table
 
 VOID = ('br', 'img', 'link', 'meta')
 SECTIONS = [

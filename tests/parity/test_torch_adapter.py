@@ -10,9 +10,13 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('torchvision', reason='timm needs torchvision')
 timm_vit = pytest.importorskip('timm.models.vision_transformer')
 
-from fulllora_jax import classifier, export, torch_adapter  # noqa: E402
-from fulllora_jax.errors import UserError  # noqa: E402
-from fulllora_jax.exporting import adapter_file  # noqa: E402
+from fulllora_jax import (
+  classifier,
+  export,
+  torch_adapter,
+)
+from fulllora_jax.errors import UserError
+from fulllora_jax.exporting import adapter_file
 
 
 @pytest.fixture(scope='module')

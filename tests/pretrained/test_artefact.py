@@ -2,7 +2,7 @@
 
 import pytest
 
-from fulllora_jax import checkpoint, pretrained
+from fulllora_jax import artefact, pretrained
 from fulllora_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ def test_no_run_there(tmp_path, place):
 
 def test_a_base_is_all_params(finished):
   params, metadata = pretrained.load_base(finished.workdir / 'base')
-  tree, _ = checkpoint.read_artefact(finished.workdir / 'base' / 'best')
+  tree, _ = artefact.read_artefact(finished.workdir / 'base' / 'best')
   assert list(tree) == ['params']
   assert list(params) == list(tree['params'])
   assert metadata['method'] == 'standard'

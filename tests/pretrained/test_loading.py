@@ -7,7 +7,14 @@ import optax
 import pytest
 from golden import fake_checkpoint
 
-from fulllora_jax import models, objectives, pretrained, sharding, state
+from fulllora_jax import (
+  models,
+  objectives,
+  pretrained,
+  sharding,
+  state,
+  train_state,
+)
 from fulllora_jax import train_step as train_step_lib
 from fulllora_jax.adapters import attach
 from fulllora_jax.adapters.lnlora import LNLoRA
@@ -120,7 +127,7 @@ def one_step(adapted, trainable, frozen, mask, images):
   )
   mesh = sharding.make_mesh(jax.devices()[:1])
   step = train_step_lib.compile_train_step(algorithm, mesh)
-  begun = state.create(trainable, tx)
+  begun = train_state.create(trainable, tx)
   batch = {
     'image': (images * 255).astype(jnp.uint8),
     'label': jnp.array([1, 2]),

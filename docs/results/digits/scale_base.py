@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import fulllora_jax
-from fulllora_jax import checkpoint
+from fulllora_jax import artefact
 from fulllora_jax import state as state_lib
 
 # Of the names of models/vit.py, after encoderblock_*/.
@@ -33,13 +33,13 @@ _FACTORS = {
 
 def main(source: str, target: str) -> None:
   """Reads source/best, writes target/best, and compares their logits."""
-  tree, metadata = checkpoint.read_artefact(Path(source, 'best').absolute())
+  tree, metadata = artefact.read_artefact(Path(source, 'best').absolute())
   leaves = state_lib.named_leaves(tree)
   for path, leaf in leaves.items():
     for name, factor in _FACTORS.items():
       if f'/{name}' in path:
         leaves[path] = leaf * np.float32(factor)
-  checkpoint.save_artefact(
+  artefact.save_artefact(
     Path(target, 'best').absolute(),
     metadata['step'],
     state_lib.select(leaves, leaves),

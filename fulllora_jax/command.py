@@ -1,0 +1,156 @@
+"""What every command does: flags, and errors as one line and a status."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from fulllora_jax import console, peers
+from fulllora_jax.errors import Preempted, Unavailable, UserError
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses absl flags; whatever a config file or flag raises is bad input."""
+  try:
+    arguments = flags.FLAGS(argv)
+    for flag in flags.FLAGS.flag_values_dict().values():
+      # config_flags keeps an unreadable file to itself until it is used.
+      getattr(flag, 'lock', None)
+    if flags.FLAGS['verbosity'].using_default_value:
+      flags.FLAGS.verbosity = logging.WARNING  # Orbax says a lot at INFO
+    return arguments
+  except flags.Error as error:
+    _exit(_without_traceback(str(error)))
+  except OSError as error:
+    reason = re.search(r'\[Errno \d+\] (.+)', str(error))
+    _exit(f'config file: {reason.group(1) if reason else error}')
+  except Exception as error:
+    _exit(_unknown_field(argv, error) or _config_fault(error))
+
+
+def _without_traceback(text: str) -> str:
+  """Keeps the last line of the traceback that config_flags quotes, if any."""
+  if 'Error whilst parsing config file' not in text:
+    return text
+  last = text.strip().splitlines()[-1]
+  return (
+    f'config file: {last.removeprefix(f"{UserError.__module__}.UserError: ")}'
+  )
+
+
+def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
+  """Names the --config.field=value that is to blame, or returns None.
+
+  The error of config_flags begins with the one part of the path that it did
+  not find, and may go on to a similar name.
+  """
+  if not isinstance(error, AttributeError | KeyError | TypeError):
+    return None
+  text = str(error)
+  part = re.match(r'\W*(\w+)', text)
+  path = re.search(r'Attempting to lookup: ([\w.]+)', text)
+  similar = re.search(r'Did you mean "(\w+)"', text)
+  for argument in argv[1:]:
+    flag = argument.split('=')[0]
+    fields = flag.split('.')[1:]
+    if (part and part.group(1) in fields) or (
+      path and path.group(1) == '.'.join(fields)
+    ):
+      hint = f'; did you mean "{similar.group(1)}"?' if similar else ''
+      return f'unknown config field: {flag}{hint}'
+  return None
+
+
+def _config_fault(error: Exception) -> str:
+  """Says what a config file raised, and on which of its lines."""
+  where = ''
+  for frame, line in traceback.walk_tb(error.__traceback__):
+    # The name under which config_flags loads the file of --config.
+    if frame.f_globals.get('__name__', '').endswith('_config'):
+      where = f'{frame.f_code.co_filename}, line {line}: '
+  return _without_traceback(
+    f'config file: {where}{type(error).__name__}: {error}'
+  )
+
+
+def _exit(message: str, status: int = 2) -> None:
+  line = ' '.join(message.split())
+  print(f'error: {line}', file=sys.stderr, flush=True)
+  peers.fail(status, line)
+  sys.exit(status)
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a command: `app.run` with bad input shown as one line, exit 2.
+
+  Exit status 75 (peers.RESTART): nothing is wrong here, the same command goes
+  on; SIGTERM came, or another host of the run has died or did not come.
+  """
+
+  def guarded(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      _exit(f'unexpected argument {argv[1]!r}; every option is a --flag=value')
+    try:
+      main(argv)
+    except Unavailable as error:
+      _exit(str(error), peers.RESTART)
+    except UserError as error:
+      _exit(str(error))
+    except Preempted as stopped:
+      console.say(str(stopped))
+      peers.fail(peers.RESTART)
+      sys.exit(peers.RESTART)
+    except KeyboardInterrupt:
+      print('interrupted; the same command resumes', file=sys.stderr)
+      peers.fail(130, 'interrupted')
+      sys.exit(130)
+    except Exception as error:
+      _crash(error)
+      raise
+
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def _crash(error: Exception) -> None:
+  """Among several processes: ends this one, after saying why."""
+  peers.await_verdict()
+  if peers.joined is not None:
+    traceback.print_exception(error)
+    peers.fail(1, f'{type(error).__name__}: {error}')
+
+
+def use_every_core() -> None:
+  """Makes a CPU count as one device for each core, 8 at most.
+
+  Small models run faster so than with threads inside of each operation. To be
+  called before JAX starts; JAX_NUM_CPU_DEVICES decides where it is set.
+  """
+  import jax
+
+  if 'JAX_NUM_CPU_DEVICES' not in os.environ:
+    cores = len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count()
+    jax.config.update('jax_num_cpu_devices', min(cores or 1, 8))
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs on disk, in the user's cache directory.
+
+  JAX_COMPILATION_CACHE_DIR names another place; set empty, it turns it off.
+  """
+  import jax
+
+  default = os.path.join(
+    os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'),
+    'fulllora_jax',
+    'xla',
+  )
+  path = os.environ.get('JAX_COMPILATION_CACHE_DIR', default)
+  if path:
+    jax.config.update('jax_compilation_cache_dir', path)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+_HAS_AFFINITY = hasattr(os, 'sched_getaffinity')  # not on macOS
