@@ -8,7 +8,7 @@ variant `:tiny` runs the same road on a CPU in a minute or two.
 """
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import variants
+from fulllora_jax.experiments import variants
 
 
 def get_config(variant: str = ''):

@@ -5,7 +5,7 @@
 ViT-B with patch 4 at 32 px and the inherited protocol of cifar10.py, under
 AutoAttack on 1,000 test images; days on one accelerator, so give it several
 machines by --rows and --seeds. `:deit_s`, `:vit_s` and the other published
-models of fulllora_jax/variants.py take another base; `:ablations` is FullLoRA
+models of fulllora_jax/experiments/variants.py take another base; `:ablations` is FullLoRA
 by rank, by target, and with and without the LayerNorm. No accuracy is promised
 for these: they have not been run.
 
@@ -29,9 +29,9 @@ steps:
 from pathlib import Path
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import variants
-from fulllora_jax.comparing import paper, rows
-from fulllora_jax.errors import choose
+from fulllora_jax.core.errors import choose
+from fulllora_jax.experiments import variants
+from fulllora_jax.experiments.compare import paper, rows
 
 _EXPERIMENT = Path(__file__).with_name('cifar10.py')
 # Of AdamW, for the models that are trained here.

@@ -4,7 +4,7 @@
 
 ViT-B and the inherited protocol of cifar100.py, under AutoAttack on 1,000 test
 images; `:deit_s`, `:vit_s` and the other published models of
-fulllora_jax/variants.py take another base, and `:ablations` is FullLoRA by
+fulllora_jax/experiments/variants.py take another base, and `:ablations` is FullLoRA by
 rank, by target, and with and without the LayerNorm. Days on one accelerator, so
 give it several machines by --rows and --seeds. No accuracy is promised: it has
 not been run.
@@ -12,7 +12,7 @@ not been run.
 
 from pathlib import Path
 
-from fulllora_jax.comparing import paper
+from fulllora_jax.experiments.compare import paper
 
 
 def get_config(variant: str = ''):

@@ -18,8 +18,8 @@ a look.
 import runpy
 from pathlib import Path
 
-from fulllora_jax.comparing import plan, rows
-from fulllora_jax.errors import choose
+from fulllora_jax.core.errors import choose
+from fulllora_jax.experiments.compare import plan, rows
 
 _DIGITS = Path(__file__).with_name('digits.py')
 # Of AdamW, for each method: the best of `:rates`, the lowest where it is a tie.

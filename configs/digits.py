@@ -20,7 +20,7 @@ none). The base has mixup in every batch, for its 1,294 images are few.
 """
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import variants
+from fulllora_jax.experiments import variants
 
 
 def get_config(variant: str = ''):

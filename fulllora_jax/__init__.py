@@ -8,24 +8,35 @@ import importlib
 
 __version__ = '0.1.0'
 
+# Name -> the module that has it.
 _HOMES = {
   'AdaptedModel': 'adapters',
   'LNLoRA': 'adapters',
-  'ManyAdapters': 'many_adapters',
-  'RobustClassifier': 'classifier',
+  'ManyAdapters': 'serving.many_adapters',
+  'RobustClassifier': 'serving.classifier',
   'Threat': 'attacks',
   'attach': 'adapters',
-  'load': 'classifier',
+  'load': 'serving.classifier',
   'pgd': 'attacks',
-  'train_and_evaluate': 'train',
+  'train_and_evaluate': 'training.run',
 }
-_MODULES = ('adapters', 'attacks', 'data', 'export', 'models', 'pretrained')
+# Public name -> module.
+_MODULES = {
+  'adapters': 'adapters',
+  'attacks': 'attacks',
+  'data': 'data',
+  'export': 'export',
+  'models': 'models',
+  'pretrained': 'pretrained',
+  'torch_adapter': 'serving.torch_adapter',
+  'variants': 'experiments.variants',
+}
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):
   if name in _MODULES:
-    return importlib.import_module(f'{__name__}.{name}')
+    return importlib.import_module(f'{__name__}.{_MODULES[name]}')
   if name in _HOMES:
     module = importlib.import_module(f'{__name__}.{_HOMES[name]}')
     return getattr(module, name)

@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from fulllora_jax import command, errors
+from fulllora_jax import command
+from fulllora_jax.core import errors
 
 
 def define_flags() -> None:
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   import jax
 
-  from fulllora_jax.benchmarking import steps
+  from fulllora_jax.experiments.speed import steps
 
   steps.check_devices()
   # What is timed is compiling, not reading what an earlier run compiled.
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
 def _race(given, config) -> None:
   """Races schedules; road.race prints and writes."""
   from fulllora_jax import data
-  from fulllora_jax.benchmarking import road
+  from fulllora_jax.experiments.race import schedules
 
   for flag in ('compare', 'attacks'):
     if given[flag].value:
@@ -115,12 +116,12 @@ def _race(given, config) -> None:
         f'--{flag}: a race does not measure it; leave out --to_robustness, or '
         f'--{flag}'
       )
-  road.race(
+  schedules.race(
     config,
     data.open_dataset(config.data, config.seed),
     given.workdir or os.path.join('runs', f'road-{config.name}'),
     target=given.to_robustness,
-    schedules=given.schedules or road.DEFAULT,
+    schedules=given.schedules or schedules.DEFAULT,
     num_validation=given.validation_images,
     final=given.final,
     num_test=given.test_images,
@@ -129,9 +130,10 @@ def _race(given, config) -> None:
 
 def _time_steps(given, config) -> None:
   """Times steps and evaluations side by side."""
-  from fulllora_jax import data, files
-  from fulllora_jax import workdir as workdir_lib
-  from fulllora_jax.benchmarking import cases, evaluations, peers, steps
+  from fulllora_jax import data
+  from fulllora_jax.core import files
+  from fulllora_jax.experiments.speed import cases, evaluations, rivals, steps
+  from fulllora_jax.training import workdir as workdir_lib
 
   workdir = files.absolute_path(
     given.workdir or os.path.join('runs', f'benchmark-{config.name}')
@@ -145,7 +147,7 @@ def _time_steps(given, config) -> None:
   with contextlib.ExitStack() as stack:
     running = {}
     if given.compare:
-      running = peers.start(stack, config, dataset, given.torch_modes)
+      running = rivals.start(stack, config, dataset, given.torch_modes)
     compiled = steps.compile_cases(config, dataset, given.methods)
     record = steps.measure(compiled, given.rounds, given.warmup, running)
     text = steps.markdown(record)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from fulllora_jax import console, peers
-from fulllora_jax.errors import Preempted, Unavailable, UserError
+from fulllora_jax.core import console
+from fulllora_jax.core.errors import Preempted, Unavailable, UserError
+from fulllora_jax.distributed import peers
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fulllora_jax import command as command_lib
-from fulllora_jax import errors
+from fulllora_jax.core import errors
 
 # Flags that carry out a part, and whether a value goes with them: the command
 # that makes the table again has none.
@@ -45,12 +45,12 @@ def main(argv: Sequence[str]) -> None:
   del argv
   # After the flags: JAX is slow.
   from fulllora_jax import command as command_lib
-  from fulllora_jax import provenance
-  from fulllora_jax.comparing import command
+  from fulllora_jax.core import provenance
+  from fulllora_jax.experiments.compare import compare
 
   values = flags.FLAGS
   command_lib.enable_compilation_cache()
-  command.compare(
+  compare.compare(
     values.config,
     values.workdir,
     rows=values.rows,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 ConfigDict = config_dict.ConfigDict
 WEIGHTS = ('base', 'best', 'last')  # of a run

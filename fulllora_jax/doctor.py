@@ -15,7 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from fulllora_jax import command, errors, files
+from fulllora_jax import command
+from fulllora_jax.core import errors, files
 
 
 def define_flags() -> None:
@@ -42,10 +43,8 @@ def main(argv: Sequence[str]) -> None:
   """Examines, prints the findings, and exits with 1 if one is wrong."""
   del argv
   given = flags.FLAGS
-  from fulllora_jax import (
-    command,
-    workdir,  # JAX is slow to import
-  )
+  from fulllora_jax import command
+  from fulllora_jax.training import workdir
 
   command.use_every_core()
   command.enable_compilation_cache()
@@ -103,9 +102,15 @@ def examine(
   import jax
 
   from fulllora_jax import config as config_lib
-  from fulllora_jax import data, diagnosis, evaluations, results, settings
+  from fulllora_jax import data
+  from fulllora_jax.evaluation import (
+    diagnosis,
+    evaluations,
+    finished_run,
+    settings,
+  )
 
-  errors.choose('--split', split, results.SPLITS)
+  errors.choose('--split', split, finished_run.SPLITS)
   errors.choose('--weights', weights, config_lib.WEIGHTS)
   threat = settings.threat(config)
   workdir = None
@@ -113,7 +118,7 @@ def examine(
     logits_fn, exact_fn = evaluations.load_function(spec), None
   else:
     workdir = files.absolute_path(directory)
-    logits_fn, exact_fn = results.logits_functions(workdir, weights)
+    logits_fn, exact_fn = finished_run.logits_functions(workdir, weights)
   dataset = data.open_dataset(config.data, config.seed)
   examples = getattr(dataset, split)
   chosen = data.choose_examples(len(examples), num_examples, seed)
@@ -138,7 +143,7 @@ def examine(
 
 
 def _findings(patient, workdir: Path | None) -> Iterator:
-  from fulllora_jax import diagnosis
+  from fulllora_jax.evaluation import diagnosis
 
   yield from diagnosis.examine(patient)
   if workdir is not None:

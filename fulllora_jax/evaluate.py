@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from fulllora_jax import command, errors
+from fulllora_jax import command
+from fulllora_jax.core import errors
 
 
 def define_flags() -> None:
@@ -72,11 +73,9 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags into a config, then evaluates."""
   del argv
   given = flags.FLAGS
-  from fulllora_jax import (
-    command,
-    evaluation_command,
-    workdir,  # JAX is slow to import
-  )
+  from fulllora_jax import command
+  from fulllora_jax.evaluation import evaluate
+  from fulllora_jax.training import workdir
 
   command.use_every_core()
   command.enable_compilation_cache()
@@ -106,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
       config[part][field] = flag
   common = dict(eps=given.eps, scale_steps=given.step_size is None)
   if given.logits:
-    evaluation_command.evaluate_function(
+    evaluate.evaluate_function(
       given.logits,
       config,
       given.workdir,
@@ -116,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
       **common,
     )
   else:
-    evaluation_command.evaluate_again(
+    evaluate.evaluate_again(
       config,
       given.workdir,
       given.weights,

@@ -6,9 +6,9 @@
   python -m fulllora_jax.export --workdir runs/digits --to stablehlo
 
 safetensors: the trained leaves (adapter and head), or with --with_base every
-leaf; names and header are those of exporting/adapter_file.py. stablehlo: the
+leaf; names and header are those of serving/adapter_file.py. stablehlo: the
 whole model as a program for jax.export.deserialize, any batch size, on cpu,
-cuda and tpu, with its own JSON beside it (exporting/program.py).
+cuda and tpu, with its own JSON beside it (serving/program.py).
 
 A file is read back and its logits compared with the run's before it gets its
 name. Files go to WORKDIR/export/ unless --output says another place.
@@ -27,19 +27,19 @@ from absl import flags
 from flax import traverse_util
 
 import fulllora_jax
-from fulllora_jax import classifier, command, pretrained
-from fulllora_jax import state as state_lib
+from fulllora_jax import command, pretrained
 from fulllora_jax.adapters import COLLECTION, LNLoRA
-from fulllora_jax.classifier import RobustClassifier
-from fulllora_jax.errors import UserError
-from fulllora_jax.exporting import adapter_file, program
-from fulllora_jax.files import (
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import (
   absolute_path,
   bounded,
   make_writable,
   replace_file,
 )
-from fulllora_jax.state import Tree
+from fulllora_jax.core.trees import Tree
+from fulllora_jax.serving import adapter_file, classifier, program
+from fulllora_jax.serving.classifier import RobustClassifier
 
 # Of logits, relative to the largest: the same arithmetic, compiled otherwise.
 TOLERANCE = 1e-4
@@ -78,7 +78,7 @@ def to_safetensors(
   contents = 'model' if with_base else 'adapter'
   output = _output(path, output, f'{contents}.safetensors')
   loaded = classifier.load(path, base, which)
-  leaves = state_lib.named_leaves(loaded.variables)
+  leaves = trees.named_leaves(loaded.variables)
   if not with_base:
     leaves = {name: leaves[name] for name in loaded.metadata['leaves']}
   content = adapter_file.encode(
@@ -100,7 +100,7 @@ def to_safetensors(
     flat, _ = adapter_file.decode(content, str(output))
     variables = traverse_util.unflatten_dict(flat)
     if not with_base:
-      variables = state_lib.override(loaded.base_variables, variables)
+      variables = trees.override(loaded.base_variables, variables)
     # Not as constants, of which the compiler would compute with other rounding.
     return jax.jit(loaded.model.apply)(variables, images)
 
@@ -153,7 +153,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[Tree, dict[str, Any]]:
 
   Returns:
     (variables, metadata): `params` and `lnlora`, numpy arrays, of the leaves
-    in the file; the header, as exporting/adapter_file.py has it.
+    in the file; the header, as serving/adapter_file.py has it.
 
   Raises:
     UserError: no file, damaged, not ours, or of a newer fulllora_jax.

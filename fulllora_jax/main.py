@@ -42,14 +42,16 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags, then one call."""
   del argv
   # After the flags: JAX is slow.
-  from fulllora_jax import command, distributed, train
+  from fulllora_jax import command
+  from fulllora_jax.distributed import processes
+  from fulllora_jax.training import run
 
   command.enable_compilation_cache()
-  distributed.start(flags.FLAGS)
+  processes.start(flags.FLAGS)
   config = flags.FLAGS.config
   workdir = flags.FLAGS.workdir or os.path.join('runs', config.name)
-  train.train_and_evaluate(config, workdir)
-  distributed.finish()
+  run.train_and_evaluate(config, workdir)
+  processes.finish()
 
 
 if __name__ == '__main__':

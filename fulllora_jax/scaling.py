@@ -20,8 +20,15 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from fulllora_jax import command, costs, errors
-from fulllora_jax.costs import FLOAT32, GOOD, MACHINES, METHODS
+from fulllora_jax import command
+from fulllora_jax.core import errors
+from fulllora_jax.experiments.scaling import costs
+from fulllora_jax.experiments.scaling.costs import (
+  FLOAT32,
+  GOOD,
+  MACHINES,
+  METHODS,
+)
 
 # Zhai et al., 2022, arXiv 2106.04560; the registry has no plain ViT of it.
 _GIANT = dict(name='vit', width=1408, depth=40, num_heads=16, mlp_dim=6144)
@@ -64,15 +71,17 @@ def counted(
   Raises:
     UserError: a rank that does not fit.
   """
-  from fulllora_jax import build, models, state
   from fulllora_jax import config as config_lib
+  from fulllora_jax import models
+  from fulllora_jax.adapters import adapted
+  from fulllora_jax.core import trees
 
   config = config_lib.copy(config)
   config.method = 'fulllora'
-  built = build.build(config, num_classes)
+  built = adapted.build(config, num_classes)
   side = config.data.image_size
-  shapes = build.shapes(built, (side, side, channels))
-  trainable, frozen = state.split(shapes, built.mask(shapes))
+  shapes = adapted.shapes(built, (side, side, channels))
+  trainable, frozen = trees.split(shapes, built.mask(shapes))
   size = models.settings(config.model)
   patch = size['patch_size']
   split_blocks, split_rest = _split(frozen, fsdp, config.mesh.shard_from)
@@ -85,9 +94,9 @@ def counted(
     patch_values=patch * patch * channels,
     num_classes=num_classes,
     rank=config.adapter.rank,
-    base=state.count(shapes['params']),
-    frozen=state.count(frozen),
-    adapted=state.count(trainable),
+    base=trees.count(shapes['params']),
+    frozen=trees.count(frozen),
+    adapted=trees.count(trainable),
     attack_steps=config.attack.steps,
     split_blocks=split_blocks,
     split_rest=split_rest,
@@ -98,12 +107,12 @@ def _split(frozen, fsdp: int, shard_from: int) -> tuple[int, int]:
   """Returns the parameters that live split: in blocks, and in the rest."""
   import jax
 
-  from fulllora_jax import sharding
+  from fulllora_jax.distributed import mesh as mesh_lib
 
   mesh = jax.sharding.AbstractMesh((1, fsdp), ('data', 'fsdp'))
   counts = [0, 0]
   for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
-    own = sharding.frozen_sharding(leaf.shape, mesh, shard_from)
+    own = mesh_lib.frozen_sharding(leaf.shape, mesh, shard_from)
     if not own.is_fully_replicated:
       in_block = any(_BLOCK.search(str(entry.key)) for entry in path)
       counts[0 if in_block else 1] += math.prod(leaf.shape)
@@ -274,7 +283,7 @@ def markdown(title: str, header: Sequence, rows: Sequence[Sequence]) -> str:
 
 
 def _compiled_tables(texts, methods, given):
-  from fulllora_jax import collectives
+  from fulllora_jax.experiments.scaling import collectives
 
   header = ['model', 'method', 'devices', 'fsdp', 'images a device', 'remat']
   moves, plans, fsdp = [], [], given.fsdp or 1

@@ -25,10 +25,10 @@ check 'ruff format' ruff format --check
 check tests pytest tests -n 2 --dist loadfile --no-loadscope-reorder "$@"
 # These need PyTorch, which is an extra.
 check doctests pytest --doctest-modules fulllora_jax -q \
-  --ignore=fulllora_jax/torch_adapter.py \
-  --ignore=fulllora_jax/exporting/timm_vit.py \
-  --ignore=fulllora_jax/benchmarking/torch_step.py \
-  --ignore=fulllora_jax/benchmarking/torch_work.py
+  --ignore=fulllora_jax/serving/torch_adapter.py \
+  --ignore=fulllora_jax/serving/timm_vit.py \
+  --ignore=fulllora_jax/experiments/speed/torch/step.py \
+  --ignore=fulllora_jax/experiments/speed/torch/work.py
 
 if ((${#failed[@]})); then
   say "FAILED: $(IFS=,; echo "${failed[*]}")"

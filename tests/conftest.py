@@ -31,9 +31,11 @@ import jax
 import jax.numpy as jnp
 import small_digits
 
-from fulllora_jax import artefact, build, config, data, sharding
+from fulllora_jax import config, data
 from fulllora_jax import evaluate as evaluate_command
-from fulllora_jax import state as state_lib
+from fulllora_jax.adapters import adapted, artefact
+from fulllora_jax.core import trees
+from fulllora_jax.distributed import mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -41,11 +43,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A file is one process's (launch/test.sh): begun last, one of these would leave
 # the other process with nothing to do for minutes.
 _LONG = (
-  'test_processes.py',
+  'test_many_processes.py',
   'test_fsdp.py',
   'test_loading.py',
   'test_faults.py',
-  'test_published_base.py',
+  'test_base.py',
   'test_kills.py',
   'test_benchmark.py',
   'test_resume.py',
@@ -205,11 +207,11 @@ def write_run(fill):
   """Saves a run of made-up weights, whose branches are not zero."""
 
   def write(workdir, own):
-    built = build.build(own, 5)
+    built = adapted.build(own, 5)
     shape = (8, 8, 3)
-    params = fill(build.shapes(built, shape), seed=1)['params']
-    variables = fill(build.shapes(built, shape), seed=2) | {'params': params}
-    trainable, frozen = state_lib.split(variables, built.mask(variables))
+    params = fill(adapted.shapes(built, shape), seed=1)['params']
+    variables = fill(adapted.shapes(built, shape), seed=2) | {'params': params}
+    trainable, frozen = trees.split(variables, built.mask(variables))
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     own.model.update(mean=mean, std=std)
     metadata = dict(
@@ -298,9 +300,9 @@ def finished_copy(finished, tmp_path):
 @pytest.fixture
 def one_device(monkeypatch):
   """Runs in this process use 1 of its 8 devices: they compile faster."""
-  make_mesh = sharding.make_mesh
+  make_mesh = mesh.make_mesh
   monkeypatch.setattr(
-    sharding, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
+    mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
   )
 
 
@@ -358,7 +360,7 @@ def linear_digits(tmp_path_factory, digits):
 @pytest.fixture
 def evaluate(monkeypatch, one_device, digits_dir, linear_digits):
   """Runs `python -m fulllora_jax.evaluate ARGS` here; returns the result."""
-  monkeypatch.setattr(sharding, 'enable_compilation_cache', lambda: None)
+  monkeypatch.setattr(mesh, 'enable_compilation_cache', lambda: None)
   monkeypatch.syspath_prepend(linear_digits)
 
   def run(*args):

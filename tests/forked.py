@@ -18,16 +18,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from fulllora_jax import checkpoint, command, main, metrics, train, training
+from fulllora_jax import command, main
+from fulllora_jax.training import checkpoints, loop, metrics, run
 
 _SECONDS = 240  # after which a run is taken to hang
 # Before which functions a run can stop, and with what among their arguments.
 _MOMENTS = {
   'metrics': (metrics.MetricWriter, 'write', 'train'),
-  'save': (checkpoint.TrainingCheckpoints, 'save', None),
-  'best': (training.Training, '_publish', 'best'),
-  'last': (training.Training, '_publish', 'last'),
-  'report': (train.report, 'write_report', None),
+  'save': (checkpoints.TrainingCheckpoints, 'save', None),
+  'best': (loop.Training, '_publish', 'best'),
+  'last': (loop.Training, '_publish', 'last'),
+  'report': (run.report, 'write_report', None),
 }
 
 
@@ -101,14 +102,14 @@ def _turn_clock_back(hours: float) -> None:
   seconds, nanoseconds = time.time, time.time_ns
   time.time = lambda: seconds() - behind
   time.time_ns = lambda: nanoseconds() - round(behind * 1e9)
-  save = checkpoint.TrainingCheckpoints.save
+  save = checkpoints.TrainingCheckpoints.save
 
   def save_then_turn(*args):
     nonlocal behind
     save(*args)
     behind += hours * 3600
 
-  checkpoint.TrainingCheckpoints.save = save_then_turn
+  checkpoints.TrainingCheckpoints.save = save_then_turn
 
 
 if __name__ == '__main__':

@@ -32,9 +32,9 @@ import numpy as np
 import small_digits
 from test_processes import free_ports
 
-from fulllora_jax import artefact
-from fulllora_jax import state as state_lib
-from fulllora_jax.metrics import read_metrics
+from fulllora_jax.adapters import artefact
+from fulllora_jax.core import trees
+from fulllora_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 # Killed (9), SIGTERM before it is listened for (15), an abort of JAX, which
@@ -235,8 +235,8 @@ class Soak:
       (found, metadata), (wanted, expected) = adapters
       if metadata['step'] != expected['step']:
         raise Failure(f'{which} of {workdir} is of another step')
-      wanted = state_lib.named_leaves(wanted)
-      for path, leaf in state_lib.named_leaves(found).items():
+      wanted = trees.named_leaves(wanted)
+      for path, leaf in trees.named_leaves(found).items():
         largest = max(largest, np.abs(leaf - wanted[path]).max())
     if largest > (ROUNDING if self.processes > 1 else 0):
       raise Failure(f'the adapter of {workdir} differs by {largest}')

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import config_checks, evaluation_checks, settings
 from fulllora_jax.adapters.methods import METHODS
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.evaluation import checks as checks_lib
+from fulllora_jax.evaluation import settings
+from fulllora_jax.training import checks
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
-# Those of comparisons: tests/comparing/test_configs.py.
+# Those of comparisons: tests/experiments/compare/test_configs.py.
 FILES = [file for file in CONFIGS if not file.stem.startswith('compare_')]
 EVERY_CONFIG = pytest.mark.parametrize('variant', ['', 'tiny'])
 
@@ -34,8 +36,8 @@ def changed(**fields):
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_every_config_validates(file, variant, capsys):
   config = load(file, variant)
-  config_checks.validate(config, num_devices=1)
-  config_checks.validate(config_lib.base_config(config), num_devices=1)
+  checks.validate(config, num_devices=1)
+  checks.validate(config_lib.base_config(config), num_devices=1)
   assert capsys.readouterr().err == ''
 
 
@@ -168,7 +170,7 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
 )
 def test_a_bad_field_is_refused_by_its_name(field, value, words):
   with pytest.raises(UserError, match=words) as caught:
-    config_checks.validate(changed(**{field: value}), num_devices=8)
+    checks.validate(changed(**{field: value}), num_devices=8)
   assert '\n' not in str(caught.value)
 
 
@@ -208,10 +210,10 @@ def test_a_bad_field_is_refused_by_its_name(field, value, words):
   ],
 )
 def test_what_a_method_would_not_read_is_refused(method, field, value, words):
-  config_checks.validate(changed(method=method), num_devices=8)
+  checks.validate(changed(method=method), num_devices=8)
   config = changed(method=method, **{f'adapter__{field}': value})
   with pytest.raises(UserError, match=words) as caught:
-    config_checks.validate(config, num_devices=8)
+    checks.validate(config, num_devices=8)
   assert '\n' not in str(caught.value)
 
 
@@ -219,17 +221,17 @@ def test_what_a_method_would_not_read_is_refused(method, field, value, words):
 def test_a_config_for_fulllora_goes_with_every_method(method):
   config = changed(method=method, adapter__rank=8, adapter__alpha=16.0)
   config.adapter.overrides = ('patch_embed.layer_norm=False',)
-  config_checks.validate(config, num_devices=8)
+  checks.validate(config, num_devices=8)
 
 
 def test_a_base_that_is_trained_first_has_the_adapter_of_its_run():
   config = changed(method='vpt', adapter__prompts=5)
-  config_checks.validate(config, num_devices=8)
-  config_checks.validate(config_lib.base_config(config), num_devices=8)
+  checks.validate(config, num_devices=8)
+  checks.validate(config_lib.base_config(config), num_devices=8)
   config = changed(adapter__targets=('.*/query',), adapter__head='lnlora')
   config.adapter.overrides = ('.*/query.rank=3',)
-  config_checks.validate(config, num_devices=8)
-  config_checks.validate(config_lib.base_config(config), num_devices=8)
+  checks.validate(config, num_devices=8)
+  checks.validate(config_lib.base_config(config), num_devices=8)
 
 
 @pytest.mark.parametrize('name', ['fgsm_rs', 'n_fgsm'])
@@ -245,40 +247,40 @@ def test_a_base_that_is_trained_first_has_the_adapter_of_its_run():
 )
 def test_a_single_step_is_not_several(name, field, value, words):
   fields = {'attack__name': name, 'eval__attacks': ('clean', 'pgd-2')}
-  config_checks.validate(changed(**fields), 1)
+  checks.validate(changed(**fields), 1)
   with pytest.raises(UserError, match=words) as caught:
-    config_checks.validate(changed(**fields, **{field: value}), 1)
+    checks.validate(changed(**fields, **{field: value}), 1)
   assert name in str(caught.value) and '\n' not in str(caught.value)
 
 
 def test_an_attack_that_does_not_fit_the_norm_is_refused():
   config = changed(threat__norm='l2', threat__eps='0.5')
   with pytest.raises(UserError, match='cw_linf needs threat.norm linf'):
-    evaluation_checks.validate_evaluation(config)
+    checks_lib.validate_evaluation(config)
 
 
 @pytest.mark.parametrize('loss', ['ce', 'margin', 'dlr'])
 def test_training_may_ascend_any_loss(loss):
-  config_checks.validate(changed(attack__loss=loss), num_devices=8)
+  checks.validate(changed(attack__loss=loss), num_devices=8)
 
 
 def test_evaluation_knows_l1_where_training_does_not():
   attacks = ('clean', 'apgd-ce', 'apgd-t')
   config = changed(threat__norm='l1', threat__eps='12', eval__attacks=attacks)
-  evaluation_checks.validate_evaluation(config)
+  checks_lib.validate_evaluation(config)
   assert [a.name for a in settings.evaluation_attacks(config)] == [*attacks]
   with pytest.raises(UserError, match='threat.norm l1: training knows'):
-    config_checks.validate(config, num_devices=8)
+    checks.validate(config, num_devices=8)
   config.eval.attacks = ('pgd-20',)
   with pytest.raises(UserError, match='for l1 give apgd-ce,apgd-t'):
-    evaluation_checks.validate_evaluation(config)
+    checks_lib.validate_evaluation(config)
 
 
 @pytest.mark.parametrize('eps', ['0', '0/255', '0.0'])
 def test_a_ball_of_no_size_is_refused_for_ensembles(eps):
   config = changed(threat__eps=eps, eval__attacks=('clean', 'autoattack'))
   with pytest.raises(UserError, match=f'threat.eps {eps}: leaves nothing'):
-    evaluation_checks.validate_evaluation(config)
+    checks_lib.validate_evaluation(config)
 
 
 def test_a_picture_shows_the_attack_of_most_steps_that_is_one():
@@ -294,7 +296,7 @@ def test_a_picture_shows_the_attack_of_most_steps_that_is_one():
 
 def test_the_recipe_of_a_base_that_is_not_trained_here_is_not_checked():
   config = changed(base__source='elsewhere', base__train__batch_size=9)
-  config_checks.validate(config, num_devices=8)
+  checks.validate(config, num_devices=8)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def test_the_recipe_of_a_base_that_is_not_trained_here_is_not_checked():
   ],
 )
 def test_what_is_only_doubtful_is_a_warning(fields, words, capsys):
-  config_checks.validate(changed(**fields), num_devices=8)
+  checks.validate(changed(**fields), num_devices=8)
   error = capsys.readouterr().err
   assert error.startswith('warning: ')
   assert words in error
@@ -314,5 +316,5 @@ def test_what_is_only_doubtful_is_a_warning(fields, words, capsys):
 
 
 def test_good_values_give_no_warning(capsys):
-  config_checks.validate(changed(), num_devices=8)
+  checks.validate(changed(), num_devices=8)
   assert capsys.readouterr().err == ''

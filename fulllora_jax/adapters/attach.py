@@ -23,7 +23,7 @@ from flax.core.tracers import current_trace
 from fulllora_jax.adapters.bottleneck import Bottleneck
 from fulllora_jax.adapters.lnlora import LNLoRA, Moments
 from fulllora_jax.adapters.prompts import Prompts
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 COLLECTION = 'lnlora'
 LINEAR_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 _ACTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),

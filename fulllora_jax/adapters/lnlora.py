@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from fulllora_jax.adapters.attach import COLLECTION, Branch
 from fulllora_jax.adapters.bottleneck import Bottleneck
 from fulllora_jax.adapters.lnlora import LNLoRA
 from fulllora_jax.adapters.prompts import Prompts
-from fulllora_jax.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError, did_you_mean
 
 # (collection, path joined by '/', path of the head) -> learns?
 Predicate = Callable[[str, str, str], bool]

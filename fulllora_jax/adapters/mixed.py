@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from fulllora_jax import state as state_lib
 from fulllora_jax.adapters.attach import COLLECTION, AdaptedModel
 from fulllora_jax.adapters.lnlora import LNLoRA, Moments
-from fulllora_jax.state import Tree
+from fulllora_jax.core import trees
+from fulllora_jax.core.trees import Tree
 
 
 def apply_one(
@@ -39,7 +39,7 @@ def apply_one(
   Returns:
     Logits [B, K].
   """
-  return model.apply(state_lib.override(frozen, take(stack, index)), images)
+  return model.apply(trees.override(frozen, take(stack, index)), images)
 
 
 def apply_mixed(
@@ -106,7 +106,7 @@ def _apply_parts(
   inner = _Intercepted(model.model, intercept)
   targets = {t: _PerExample(b, index) for t, b in model.targets.items()}
   first = {'params': take(stack.get('params', {}), jnp.int32(0))}
-  variables = state_lib.override(frozen, first)
+  variables = trees.override(frozen, first)
   if COLLECTION in stack:
     variables[COLLECTION] = stack[COLLECTION]
   return AdaptedModel(inner, targets).apply(variables, images), served

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 _COLOURS = 3  # of an image, in VPT's bound
 

@@ -21,12 +21,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from fulllora_jax import distributed, files, sharding
 from fulllora_jax.attacks import ensemble, inputs, losses
 from fulllora_jax.attacks.ensemble import Member
 from fulllora_jax.attacks.progress import Outcome, Progress
 from fulllora_jax.attacks.threat import Threat
-from fulllora_jax.console import Pace, duration
+from fulllora_jax.core import files
+from fulllora_jax.core.console import Pace, duration
+from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.distributed import processes
 
 ROBUST = -1  # in Cascade.broken_by
 # x - eps and x + eps are rounded: how far a point may be past the sphere.
@@ -130,11 +132,11 @@ def autoattack(
   >>> result.robust.tolist(), result.cascade.accuracy
   ([False, True], (1.0, 0.5))
   """
-  mesh = mesh or sharding.make_mesh()
+  mesh = mesh or mesh_lib.make_mesh()
   x, labels, indices = inputs.check(x, labels, indices, threat)
   chosen = ensemble.members(version, threat.norm)
   inputs.check_batch_size(batch_size, mesh.size)
-  size = min(batch_size, sharding.round_up(len(x), mesh))
+  size = min(batch_size, mesh_lib.round_up(len(x), mesh))
   stochastic = any(member.draws > 1 for member in chosen)
   num_classes = inputs.num_classes(logits_fn, x, size, stochastic, labels)
   chosen, notes = ensemble.fit(chosen, num_classes)
@@ -145,7 +147,7 @@ def autoattack(
   progress = Progress(
     None if progress_dir is None else files.absolute_path(progress_dir)
   )
-  distributed.from_primary(progress.begin, run.identity(), logits)
+  processes.from_primary(progress.begin, run.identity(), logits)
   return run.cascade(logits, progress, notes, say or (lambda line: None))
 
 
@@ -157,7 +159,7 @@ class _Run:
     self.key, self.precision, self.mesh = key, precision, mesh
     if not isinstance(logits_fn, Partial):
       logits_fn = Partial(logits_fn)
-    self.logits_fn = sharding.on_mesh(logits_fn, mesh)
+    self.logits_fn = mesh_lib.on_mesh(logits_fn, mesh)
     self.draws = max(member.draws for member in members)
 
   def place(self, x, labels, indices):
@@ -184,7 +186,7 @@ class _Run:
     for first in range(0, len(self.x), self.size):
       chosen = np.arange(len(self.x))[first : first + self.size]
       batch = self._batch(chosen, np.zeros_like(chosen))
-      key = sharding.put_key(self.key, self.mesh)
+      key = mesh_lib.put_key(self.key, self.mesh)
       logits = program(self.logits_fn, batch['x'], key)
       rows.append(np.asarray(logits)[: len(chosen)])
     return np.concatenate(rows)
@@ -201,10 +203,10 @@ class _Run:
         rows = runs.images
         name = f'{place:02d}-{member.name}-{number:05d}'
         outcome = progress.read(name, self.x[rows])
-        fresh = not all(distributed.gather(outcome is not None))
+        fresh = not all(processes.gather(outcome is not None))
         if fresh:
           outcome = self._attack(member, runs)
-          if distributed.is_primary():
+          if processes.is_primary():
             progress.write(name, outcome)
         # Of several stages that break an image the first one counts.
         for run in np.flatnonzero(outcome.broken & robust[rows]):
@@ -239,7 +241,7 @@ class _Run:
       program(
         self.logits_fn,
         self._batch(rows, runs.stages),
-        sharding.put_key(stream, self.mesh),
+        mesh_lib.put_key(stream, self.mesh),
         np.float32(self.threat.eps),
       )
     )
@@ -256,7 +258,7 @@ class _Run:
     filled = self.size - len(rows)
     padded = np.concatenate([rows, np.full(filled, rows[0])])
     stages = np.concatenate([stages, np.full(filled, stages[0])])
-    return sharding.put_whole_batch(
+    return mesh_lib.put_whole_batch(
       {
         'x': self.x[padded],
         'labels': self.labels[padded],
@@ -271,7 +273,7 @@ class _Run:
 @functools.cache
 def _clean_program(mesh: Mesh, precision: str, draws: int) -> Callable:
   """Compiles (logits_fn, x, key) -> logits [B, K] on every device."""
-  whole, rows = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+  whole, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharded(mesh)
 
   def clean(logits_fn, x, key):
     with jax.default_matmul_precision(precision):
@@ -289,7 +291,7 @@ def _attack_program(
   It returns (x_adv [B, H, W, C], broken [B]). Broken is what a fresh forward
   pass misclassifies, inside the ball.
   """
-  whole, rows = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+  whole, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharded(mesh)
 
   def attack(logits_fn, batch, stream, eps):
     with jax.default_matmul_precision(precision):

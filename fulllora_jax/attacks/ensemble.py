@@ -16,7 +16,7 @@ from fulllora_jax.attacks.apgd_l1 import apgd_l1
 from fulllora_jax.attacks.fab import fab
 from fulllora_jax.attacks.square import square
 from fulllora_jax.attacks.threat import Threat
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 _TARGETS = 9
 

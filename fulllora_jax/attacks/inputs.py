@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from fulllora_jax.attacks.threat import Threat
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 
 def check(

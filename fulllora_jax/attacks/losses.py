@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 

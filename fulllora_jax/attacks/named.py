@@ -7,7 +7,7 @@ import jax
 from fulllora_jax.attacks import ensemble
 from fulllora_jax.attacks.pgd import LogitsFn, pgd
 from fulllora_jax.attacks.threat import Threat
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 _DEFAULT_STEPS = 20
 NAMES = ('clean', 'fgsm', 'pgd', 'cw_linf')

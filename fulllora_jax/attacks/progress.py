@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fulllora_jax.errors import UserError
-from fulllora_jax.files import (
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import (
   load_arrays,
   make_directory,
   os_errors,

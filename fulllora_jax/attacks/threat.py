@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import projections
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 NORMS = ('linf', 'l2', 'l1')
 

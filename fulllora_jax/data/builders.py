@@ -7,8 +7,8 @@ import pathlib
 import tensorflow_datasets as tfds
 from absl import logging
 
+from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.data.datasets import digits  # noqa: F401, registers it
-from fulllora_jax.errors import UserError, did_you_mean
 
 FORMAT = 'array_record'  # the one that is read without TensorFlow
 

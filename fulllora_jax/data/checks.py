@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fulllora_jax import console
-from fulllora_jax.errors import UserError
+from fulllora_jax.core import console
+from fulllora_jax.core.errors import UserError
 
 _SAMPLE = 16  # images looked at
 _IMBALANCE = 10  # largest class / smallest class

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fulllora_jax import console
 from fulllora_jax.config import ConfigDict
+from fulllora_jax.core import console
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import (
+  as_path,
+  bounded,
+  is_remote,
+  os_errors,
+  read_file,
+)
 from fulllora_jax.data import images, records, rng
-from fulllora_jax.errors import UserError
-from fulllora_jax.files import as_path, bounded, is_remote, os_errors, read_file
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 TEST_FRACTION = 0.2

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.data.opening import Split
 from fulllora_jax.data.rng import generator
-from fulllora_jax.data.sources import Split
-from fulllora_jax.errors import UserError
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from absl import flags, logging
 from etils import epath
 
-from fulllora_jax import command, console
+from fulllora_jax import command
+from fulllora_jax.core import console
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import as_path, is_remote, make_writable, os_errors
 from fulllora_jax.data import builders
-from fulllora_jax.errors import UserError
-from fulllora_jax.files import as_path, is_remote, make_writable, os_errors
 
 _NAME = flags.DEFINE_string(
   'name', None, 'The tfds set, e.g. cifar10 or imagenette/full-size.'

@@ -8,7 +8,7 @@ from concurrent import futures
 
 import numpy as np
 
-from fulllora_jax import console
+from fulllora_jax.core import console
 
 MEMORY_LIMIT = 4 * 2**30  # bytes, of data.cache=auto
 _CHUNK = 256  # examples read at once by a thread

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fulllora_jax import console
 from fulllora_jax.config import ConfigDict
+from fulllora_jax.core import console
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import as_path, bounded, is_remote, os_errors
 from fulllora_jax.data import builders, images, records
-from fulllora_jax.errors import UserError
-from fulllora_jax.files import as_path, bounded, is_remote, os_errors
 
 _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 

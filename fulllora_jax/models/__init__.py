@@ -12,7 +12,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from fulllora_jax.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.models import convit, layers, swin, vit
 from fulllora_jax.models.vit import VisionTransformer
 

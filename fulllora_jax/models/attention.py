@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.errors import UserError, choose
+from fulllora_jax.core.errors import UserError, choose
 
 IMPLEMENTATIONS = ('xla', 'cudnn')
 _CAPABILITY = 8.0  # of the GPU, at least (Ampere)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fulllora_jax import sharding
-from fulllora_jax.errors import UserError, choose
+from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.distributed import mesh
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -41,7 +41,7 @@ REMAT: Mapping[str, Callable[..., bool] | None] = {
 def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
   """Calls a block, and recomputes its activations in the backward pass.
 
-  Where the base is split over devices (sharding.py), it is fetched first.
+  Where the base is split over devices (distributed/mesh.py), it is fetched first.
 
   Whatever an interceptor does inside of the block is recomputed with it, and
   the paths of its parameters stay as they are.
@@ -62,11 +62,11 @@ def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
 
   def fetch_and_call(block, x):
     fetching = nn.map_variables(
-      call, True, trans_in_fn=lambda own: sharding.fetch(own, x)
+      call, True, trans_in_fn=lambda own: mesh.fetch(own, x)
     )
     return fetching(block, x)
 
-  run = fetch_and_call if sharding.fetches() else call
+  run = fetch_and_call if mesh.fetches() else call
   if remat != 'none':
     # A split block is fetched again for the backward pass, not kept.
     run = nn.remat(run, policy=REMAT[remat])

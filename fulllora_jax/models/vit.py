@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import attention
 from fulllora_jax.models.layers import (
   IMAGENET_MEAN,

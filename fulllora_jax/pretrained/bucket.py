@@ -7,8 +7,8 @@ from pathlib import Path
 from etils import epath
 from filelock import FileLock
 
-from fulllora_jax.errors import UserError
-from fulllora_jax.files import as_path, bounded, make_writable, os_errors
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import as_path, bounded, make_writable, os_errors
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.downloads import check_space, disk_error
 from fulllora_jax.pretrained.hub import PREPROCESSOR

@@ -5,7 +5,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 TIMEOUT = 10  # seconds: to connect, and between two pieces of an answer
 HELP = (

@@ -6,10 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import resize
 from fulllora_jax.pretrained.layout import Layout, Rule
-from fulllora_jax.pretrained.report import LOADED, NEW, RESIZED, UNUSED, Row
+from fulllora_jax.pretrained.load_report import (
+  LOADED,
+  NEW,
+  RESIZED,
+  UNUSED,
+  Row,
+)
 
 _HEAD = re.compile(r'head(_dist)?/(kernel|bias)')
 _SHOWN = 4  # keys of a list in a message

@@ -19,7 +19,7 @@ import ml_dtypes  # teaches NumPy, and so safetensors, bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained.layout import Shapes
 
 INDEX = '.safetensors.index.json'

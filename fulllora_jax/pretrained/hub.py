@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from fulllora_jax.console import warn
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.console import warn
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.downloads import (
   HELP,

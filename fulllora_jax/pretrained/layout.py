@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 # Key -> shape, of every array in a checkpoint.
 Shapes = Mapping[str, tuple[int, ...]]

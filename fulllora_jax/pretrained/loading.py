@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from fulllora_jax import artefact as artefact_lib
 from fulllora_jax import config as config_lib
 from fulllora_jax import models
-from fulllora_jax.errors import UserError
-from fulllora_jax.files import as_path
+from fulllora_jax.adapters import artefact as artefact_lib
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import as_path
 from fulllora_jax.pretrained import (
   convit,
   formats,
@@ -31,7 +31,7 @@ from fulllora_jax.pretrained import (
 )
 from fulllora_jax.pretrained.filling import Filler, some
 from fulllora_jax.pretrained.layout import Architecture, Layout, Opened, Rule
-from fulllora_jax.pretrained.report import LoadReport
+from fulllora_jax.pretrained.load_report import LoadReport
 
 LAYOUTS: tuple[Layout, ...] = (
   *vit.LAYOUTS,

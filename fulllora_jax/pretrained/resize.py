@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 PATCH_RESIZES = ('sum', 'interpolate', 'flexi')
 

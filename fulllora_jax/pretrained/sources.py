@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fulllora_jax.errors import UserError
-from fulllora_jax.files import is_remote
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import is_remote
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.bucket import from_bucket
 from fulllora_jax.pretrained.downloads import HELP, hash_file

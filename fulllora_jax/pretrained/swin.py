@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from fulllora_jax.models.swin import NAMES
 from fulllora_jax.pretrained.layout import (

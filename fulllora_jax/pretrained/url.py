@@ -10,9 +10,9 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from fulllora_jax.console import Progress, say
-from fulllora_jax.errors import UserError
-from fulllora_jax.files import make_writable
+from fulllora_jax.core.console import Progress, say
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import make_writable
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.downloads import (
   HELP,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import vit
 from fulllora_jax.pretrained.layout import (
   Architecture,

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fulllora_jax import build, state
 from fulllora_jax.adapters import COLLECTION, LNLoRA, attach
+from fulllora_jax.adapters import adapted as adapted_lib
 from fulllora_jax.adapters.lnlora import Moments
-from fulllora_jax.errors import UserError
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -40,7 +41,7 @@ def expected_tree(dimensions, rank=2, dtype='float32'):
 
 
 def described(tree):
-  named = state.named_leaves(tree)
+  named = trees.named_leaves(tree)
   return {path: (*a.shape, a.dtype.name) for path, a in named.items()}
 
 
@@ -67,9 +68,9 @@ def branch_output(adapted, variables, x):
 @pytest.fixture(scope='module')
 def tiny(tiny_config, fill):
   """The tiny ViT of `fulllora` with random base parameters."""
-  built = build.build(tiny_config(), 10)
-  params = fill(build.shapes(built, (8, 8, 3))['params'])
-  variables = build.init_variables(built, KEY, params, (8, 8, 3))
+  built = adapted_lib.build(tiny_config(), 10)
+  params = fill(adapted_lib.shapes(built, (8, 8, 3))['params'])
+  variables = adapted_lib.init_variables(built, KEY, params, (8, 8, 3))
   return built.model, variables
 
 
@@ -81,7 +82,7 @@ def test_default_targets_give_the_whole_tree_of_branches(tiny):
 def test_one_target_gives_its_branches_only(tiny_config):
   c = tiny_config()
   c.adapter.targets, c.adapter.dtype = ('fc1', '.*/query'), 'bfloat16'
-  tree = build.shapes(build.build(c, 10), (8, 8, 3))
+  tree = adapted_lib.shapes(adapted_lib.build(c, 10), (8, 8, 3))
   chosen = {
     path: d
     for path, d in DIMENSIONS.items()
@@ -92,7 +93,9 @@ def test_one_target_gives_its_branches_only(tiny_config):
 
 def test_params_tree_is_that_of_the_plain_model(tiny, tiny_config):
   _, variables = tiny
-  plain = build.shapes(build.build(tiny_config('full'), 10), (8, 8, 3))
+  plain = adapted_lib.shapes(
+    adapted_lib.build(tiny_config('full'), 10), (8, 8, 3)
+  )
   assert set(plain) == {'params'}
   assert described(variables['params']) == described(plain['params'])
 
@@ -117,7 +120,7 @@ def test_every_branch_reaches_the_logits(tiny):
     return jnp.square(logits).sum()
 
   gradient = jax.jit(jax.grad(energy))(variables[COLLECTION])
-  for path, leaf in state.named_leaves(gradient).items():
+  for path, leaf in trees.named_leaves(gradient).items():
     assert leaf.any() == path.endswith('lora_b'), path  # the rest waits for B
 
 
@@ -339,10 +342,10 @@ def test_an_adapter_made_for_other_targets_is_refused(missing):
   adapted, variables = adapt(Classifier(), {'.*': NORMED}, IMAGES)
   kept = {
     path
-    for path in state.named_leaves(variables[COLLECTION])
+    for path in trees.named_leaves(variables[COLLECTION])
     if not path.startswith(missing)
   }
-  other = state.select(variables[COLLECTION], kept)
+  other = trees.select(variables[COLLECTION], kept)
   with pytest.raises(UserError, match='no parameters for conv'):
     adapted.apply({**variables, COLLECTION: other}, IMAGES)
 
@@ -379,8 +382,8 @@ def moments(monkeypatch):
 
 
 def test_maps_of_one_input_share_its_moments(tiny_config, fill, moments):
-  built = build.build(tiny_config(depth=2), num_classes=3)
-  variables = fill(build.shapes(built, IMAGES.shape[1:]))
+  built = adapted_lib.build(tiny_config(depth=2), num_classes=3)
+  variables = fill(adapted_lib.shapes(built, IMAGES.shape[1:]))
   moments.clear()
   jax.grad(lambda x: built.model.apply(variables, x).sum())(IMAGES)
   # Patches; then in each block attention's input, its heads, and the MLP's

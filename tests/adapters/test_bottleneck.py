@@ -7,9 +7,9 @@ import pytest
 from flax import linen as nn
 from scipy.special import erf
 
-from fulllora_jax import build
 from fulllora_jax.adapters import COLLECTION, Bottleneck, LNLoRA, attach
-from fulllora_jax.errors import UserError
+from fulllora_jax.adapters import adapted as adapted_lib
+from fulllora_jax.core.errors import UserError
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -100,9 +100,9 @@ def test_it_reads_the_output_or_the_input_of_its_map(
 def test_the_adapted_model_starts_as_the_base_bit_for_bit(
   tiny_config, fill, method
 ):
-  built = build.build(tiny_config(method), 10)
-  params = fill(build.shapes(built, (8, 8, 3))['params'])
-  variables = build.init_variables(built, KEY, params, (8, 8, 3))
+  built = adapted_lib.build(tiny_config(method), 10)
+  params = fill(adapted_lib.shapes(built, (8, 8, 3))['params'])
+  variables = adapted_lib.init_variables(built, KEY, params, (8, 8, 3))
   apply = jax.jit(built.model.apply)
   base = jax.jit(built.model.model.apply)({'params': params}, IMAGES)
   np.testing.assert_array_equal(apply(variables, IMAGES), base)
@@ -112,8 +112,8 @@ def test_the_adapted_model_starts_as_the_base_bit_for_bit(
 
 def test_adaptformer_is_beside_the_whole_mlp(tiny_config, fill):
   """With fc2 at zero the bottleneck alone is left of the MLP."""
-  built = build.build(tiny_config('adaptformer'), 10)
-  variables = jax.tree.map(np.array, fill(build.shapes(built, (8, 8, 3))))
+  built = adapted_lib.build(tiny_config('adaptformer'), 10)
+  variables = jax.tree.map(np.array, fill(adapted_lib.shapes(built, (8, 8, 3))))
   block = variables['params']['Transformer']['encoderblock_0']
   for leaf in block['MlpBlock_3']['Dense_1'].values():
     leaf[:] = 0

@@ -12,9 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from fulllora_jax import objectives, sharding, state, train_state, train_step
 from fulllora_jax.adapters import COLLECTION, LNLoRA, attach, methods
 from fulllora_jax.attacks import Threat
+from fulllora_jax.core import trees
+from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.training import objectives, train_step
+from fulllora_jax.training import state as state_lib
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -54,12 +57,12 @@ def adapted():
 
 def test_every_conv_and_the_head_have_a_branch(adapted):
   _, variables = adapted
-  leaves = state.named_leaves(variables[COLLECTION])
+  leaves = trees.named_leaves(variables[COLLECTION])
   # 17 of ResNet-18's depth, 3 shortcuts, and the head.
   assert sum(path.endswith('lora_a') for path in leaves) == 21
   kernels = [
     path.removesuffix('/kernel')
-    for path in state.named_leaves(variables['params'])
+    for path in trees.named_leaves(variables['params'])
     if path.endswith('/kernel')
   ]
   assert {path.rpartition('/')[0] for path in leaves} == {*kernels}
@@ -67,7 +70,7 @@ def test_every_conv_and_the_head_have_a_branch(adapted):
 
 def test_logits_are_the_bases_until_the_branches_move(adapted, fill):
   model, variables = adapted
-  base = state.select(variables, base_of(variables))
+  base = trees.select(variables, base_of(variables))
   # Not compiled: XLA may fuse, and so round, two programs differently.
   expected = model.model.apply(base, IMAGES, train=False)
   logits = model.apply(variables, IMAGES, train=False)
@@ -91,17 +94,17 @@ def test_adversarial_steps_change_every_branch_and_nothing_else(adapted):
     attack=PGD_1,
     augment=lambda key, images, labels: (images, labels),
   )
-  trainable, frozen = state.split(variables, mask)
-  mesh = sharding.make_mesh(jax.devices()[:1])
+  trainable, frozen = trees.split(variables, mask)
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
   step_fn = train_step.compile_train_step(algorithm, mesh)
-  now = jax.tree.map(jnp.copy, train_state.create(trainable, algorithm.tx))
-  now = sharding.replicate(now, mesh)
-  frozen = sharding.replicate(frozen, mesh)
+  now = jax.tree.map(jnp.copy, state_lib.create(trainable, algorithm.tx))
+  now = mesh_lib.replicate(now, mesh)
+  frozen = mesh_lib.replicate(frozen, mesh)
   for _ in range(3):  # in the first, B alone has a gradient
-    now, metrics = step_fn(now, frozen, sharding.put_batch(BATCH, mesh), KEY)
+    now, metrics = step_fn(now, frozen, mesh_lib.put_batch(BATCH, mesh), KEY)
     assert not metrics['nonfinite'].any()
-  before = state.named_leaves(variables)
-  after = state.named_leaves(state.merge(now.trainable, frozen))
+  before = trees.named_leaves(variables)
+  after = trees.named_leaves(trees.merge(now.trainable, frozen))
   changed = {p for p in before if not np.array_equal(before[p], after[p])}
   assert changed == before.keys() - base_of(variables)
   assert metrics['robust_loss'] > metrics['clean_loss']
@@ -111,6 +114,6 @@ def base_of(variables):
   """Returns the paths of the model's own leaves."""
   return {
     path
-    for path in state.named_leaves(variables)
+    for path in trees.named_leaves(variables)
     if not path.startswith(f'{COLLECTION}/')
   }

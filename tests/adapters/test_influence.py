@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fulllora_jax import build
 from fulllora_jax.adapters import LNLoRA, attach, influence
+from fulllora_jax.adapters import adapted as adapted_lib
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.uniform(size=(3, 4, 4, 1)), jnp.float32)
@@ -98,8 +98,8 @@ def test_a_fresh_adapter_adds_nothing_and_none_has_no_ratio():
 @pytest.mark.parametrize('remat', ['none', 'blocks', 'dots'])
 def test_our_models_with_every_remat(tiny_config, fill, remat):
   config = tiny_config(remat=remat)
-  built = build.build(config, 3)
-  variables = fill(build.shapes(built, (8, 8, 1)))
+  built = adapted_lib.build(config, 3)
+  variables = fill(adapted_lib.shapes(built, (8, 8, 1)))
   x = jnp.ones((2, 8, 8, 1))
   found = jax.jit(lambda v, x: influence.branch_ratios(built.model, v, x))(
     variables, x

@@ -5,7 +5,7 @@ import pytest
 
 from fulllora_jax.adapters import LNLoRA
 from fulllora_jax.adapters.lnlora import Moments, layer_norm
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(1, 2, (4, 5, 6)).astype(np.float32)

@@ -3,9 +3,10 @@ import re
 
 import pytest
 
-from fulllora_jax import build, config, state
-from fulllora_jax.adapters import Bottleneck, LNLoRA, Prompts, methods
-from fulllora_jax.errors import UserError
+from fulllora_jax import config
+from fulllora_jax.adapters import Bottleneck, LNLoRA, Prompts, adapted, methods
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
 
 BLOCK = 'Transformer/encoderblock_0'
 ATTENTION = f'{BLOCK}/MultiHeadDotProductAttention_1'
@@ -83,14 +84,14 @@ PROMPTS = {f'lnlora/{BLOCK}/prompts': (10, 8)}
 
 
 def described(tree):
-  return {path: leaf.shape for path, leaf in state.named_leaves(tree).items()}
+  return {path: leaf.shape for path, leaf in trees.named_leaves(tree).items()}
 
 
 def trained_tree(c):
   """Returns what learns and all there is, as path -> shape."""
-  built = build.build(c, 10)
-  variables = build.shapes(built, (8, 8, 3))
-  trainable, _ = state.split(variables, built.mask(variables))
+  built = adapted.build(c, 10)
+  variables = adapted.shapes(built, (8, 8, 3))
+  trainable, _ = trees.split(variables, built.mask(variables))
   return described(trainable), described(variables)
 
 
@@ -208,14 +209,14 @@ def test_layernorm_leaves_layer_scale_alone(tiny_config):
 @pytest.mark.parametrize('name', OTHERS)
 def test_prompts_are_refused_where_blocks_take_no_tokens(name):
   with pytest.raises(UserError, match=f'method vpt: the blocks of a {name} '):
-    build.build(other_config(name, 'vpt'), 10)
+    adapted.build(other_config(name, 'vpt'), 10)
 
 
 def test_the_mask_has_the_tree_of_the_variables(tiny_config):
-  built = build.build(tiny_config(), 10)
-  variables = build.shapes(built, (8, 8, 3))
-  mask = state.named_leaves(built.mask(variables))
-  assert set(mask) == set(state.named_leaves(variables))
+  built = adapted.build(tiny_config(), 10)
+  variables = adapted.shapes(built, (8, 8, 3))
+  mask = trees.named_leaves(built.mask(variables))
+  assert set(mask) == set(trees.named_leaves(variables))
   assert {type(learns) for learns in mask.values()} == {bool}
 
 
@@ -355,14 +356,14 @@ def test_parameter_budget_of_vit_b_is_the_papers(rank, percent):
   c = config.default()
   c.adapter.rank, c.adapter.head = rank, 'frozen'
   c.data.image_size, c.model.patch_size = 224, 16
-  built = build.build(c, 10)
-  variables = build.shapes(built, (224, 224, 3))
+  built = adapted.build(c, 10)
+  variables = adapted.shapes(built, (224, 224, 3))
   block = variables['lnlora']['Transformer']['encoderblock_7']
-  assert state.count(block) == 13_824 * rank + 13_824
-  counts = state.parameter_counts(variables, built.mask(variables))
+  assert trees.count(block) == 13_824 * rank + 13_824
+  counts = trees.parameter_counts(variables, built.mask(variables))
   embedding = variables['lnlora']['embedding']
   assert counts['base'] == 85_806_346
-  assert counts['trainable'] == 12 * state.count(block) + state.count(embedding)
+  assert counts['trainable'] == 12 * trees.count(block) + trees.count(embedding)
   assert abs(100 * counts['fraction'] - percent) < 0.06
 
 
@@ -384,8 +385,8 @@ def test_the_documented_table_has_every_method(table):
 def test_the_documented_counts_are_the_codes(table, method):
   c = config.default()
   c.method, c.data.image_size, c.model.patch_size = method, 224, 16
-  built = build.build(c, 10)
-  shapes = build.shapes(built, (224, 224, 3))
-  counts = state.parameter_counts(shapes, built.mask(shapes))
+  built = adapted.build(c, 10)
+  shapes = adapted.shapes(built, (224, 224, 3))
+  counts = trees.parameter_counts(shapes, built.mask(shapes))
   count, share = f'{counts["trainable"]:,}', f'{counts["fraction"]:.2%}'
   assert table[method][3:] == [count, share.replace('%', ' %')]

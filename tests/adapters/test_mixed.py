@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fulllora_jax import build, config
-from fulllora_jax import state as state_lib
-from fulllora_jax.adapters import mixed
+from fulllora_jax import config
+from fulllora_jax.adapters import adapted, mixed
+from fulllora_jax.core import trees
 
 INDEX = np.array([2, 0, 1, 2, 0], np.int32)
 SHAPE = (8, 8, 1)
@@ -43,13 +43,13 @@ def made(fill, model, more='', **fields):
   c.model.update(model)
   c.adapter.update(rank=2, alpha=2.0)
   c.update(fields)
-  built = build.build(c, 3)
-  shapes = build.shapes(built, SHAPE)
-  mask = state_lib.named_leaves(built.mask(shapes))
+  built = adapted.build(c, 3)
+  shapes = adapted.shapes(built, SHAPE)
+  mask = trees.named_leaves(built.mask(shapes))
   trained = {p for p, own in mask.items() if own or re.fullmatch(more, p)}
   variables = fill(shapes)
-  rows = [state_lib.select(fill(shapes, i), trained) for i in (1, 2, 3)]
-  frozen = state_lib.select(variables, mask.keys() - trained)
+  rows = [trees.select(fill(shapes, i), trained) for i in (1, 2, 3)]
+  frozen = trees.select(variables, mask.keys() - trained)
   return built.model, rows, frozen
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fulllora_jax import build, config, models, state
+from fulllora_jax import config, models
 from fulllora_jax.adapters import COLLECTION, Prompts, attach
-from fulllora_jax.errors import UserError
+from fulllora_jax.adapters import adapted as adapted_lib
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import transformer
 
 KEY = jax.random.key(0)
@@ -25,8 +27,8 @@ def deep(tiny_config, fill):
   def make(scale=0.3, **model):
     c = tiny_config('vpt', depth=2, **model)
     c.adapter.prompts = 3
-    built = build.build(c, 10)
-    return built.model, fill(build.shapes(built, (8, 8, 3)), scale=scale)
+    built = adapted_lib.build(c, 10)
+    return built.model, fill(adapted_lib.shapes(built, (8, 8, 3)), scale=scale)
 
   return make
 
@@ -74,7 +76,7 @@ def test_it_is_a_concatenation_by_hand(deep, by_hand, changed):
     gradient = jax.grad(mixed, (0, 1), has_aux=True)
     compiled = jax.jit(gradient, compiler_options=QUICK)
     (grads, pixels), logits = compiled(variables[COLLECTION], IMAGES)
-    return {'logits': logits, 'pixels': pixels, **state.named_leaves(grads)}
+    return {'logits': logits, 'pixels': pixels, **trees.named_leaves(grads)}
 
   found = outcome(model.apply)
   expected = outcome(lambda v, x, **kw: by_hand(model, v, x, **kw))
@@ -113,9 +115,9 @@ def test_they_start_within_the_bound_of_vpt():
 
 def test_every_block_draws_its_own(tiny_config, fill):
   c = tiny_config('vpt', depth=2, remat='blocks')
-  built = build.build(c, 10)
-  params = fill(build.shapes(built, (8, 8, 3))['params'])
-  variables = build.init_variables(built, KEY, params, (8, 8, 3))
+  built = adapted_lib.build(c, 10)
+  params = fill(adapted_lib.shapes(built, (8, 8, 3))['params'])
+  variables = adapted_lib.init_variables(built, KEY, params, (8, 8, 3))
   first, second = (
     variables[COLLECTION]['Transformer'][f'encoderblock_{i}']['prompts']
     for i in range(2)

@@ -9,9 +9,9 @@ import pytest
 import small_attack
 from jax.tree_util import Partial
 
-from fulllora_jax import sharding
 from fulllora_jax.attacks import Threat, autoattack, ensemble
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.distributed import mesh as mesh_lib
 
 # The package's attribute of this name is the function.
 module = importlib.import_module('fulllora_jax.attacks.autoattack')
@@ -34,7 +34,7 @@ VERSIONS = pytest.mark.parametrize(
 
 
 def mesh_of(devices):
-  return sharding.make_mesh(jax.devices()[:devices])
+  return mesh_lib.make_mesh(jax.devices()[:devices])
 
 
 def attack(

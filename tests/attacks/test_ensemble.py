@@ -8,7 +8,7 @@ from fulllora_jax.attacks.apgd import apgd
 from fulllora_jax.attacks.ensemble import Member, fit, member, members
 from fulllora_jax.attacks.fab import fab
 from fulllora_jax.attacks.square import square
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.uniform(size=(4, 4, 4, 1)), jnp.float32)

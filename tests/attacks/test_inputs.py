@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax.attacks import Threat, inputs
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 X = np.random.default_rng(0).uniform(size=(4, 6, 6, 3)).astype(np.float32)
 LABELS = np.array([0, 1, 2, 1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax.attacks import losses
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (7, 5)).astype(np.float32)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax.attacks import Attack, Threat, losses, parse, pgd
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 LINF = Threat('linf', 0.1)
 RNG = np.random.default_rng(0)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import small_attack
 
-from fulllora_jax import sharding
 from fulllora_jax.attacks import Threat
 from fulllora_jax.attacks.progress import Outcome, Progress
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.distributed import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 IDENTITY = {'norm': 'linf', 'eps': 0.1}
@@ -30,7 +30,7 @@ OUTCOME = Outcome(
 
 
 def run(progress_dir=None, **options):
-  mesh = sharding.make_mesh(jax.devices()[:1])
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
   return small_attack.run(progress_dir, mesh=mesh, **options)
 
 

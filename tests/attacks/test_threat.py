@@ -8,7 +8,7 @@ import pytest
 
 from fulllora_jax.attacks import Threat
 from fulllora_jax.attacks.threat import parse_fraction
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 
 THREATS = [
   Threat('linf', '8/255'),

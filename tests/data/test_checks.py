@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import Split, checks
-from fulllora_jax.errors import UserError
 
 NAMES = ('ant', 'bee', 'cat')
 

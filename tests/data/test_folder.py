@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import open_dataset
-from fulllora_jax.errors import UserError
 
 
 def open_error(data, seed=0):

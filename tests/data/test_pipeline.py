@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import (
   Split,
   batch_indices,
@@ -11,7 +12,6 @@ from fulllora_jax.data import (
   eval_batches,
   train_batches,
 )
-from fulllora_jax.errors import UserError
 
 
 def numbered(count):

@@ -6,8 +6,8 @@ import pytest
 from sklearn import datasets as sklearn_datasets
 
 from fulllora_jax import config
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import choose_examples, eval_batches, open_dataset
-from fulllora_jax.errors import UserError
 
 # Nothing listens at port 9: the same as no network, and at once.
 NO_NETWORK = {

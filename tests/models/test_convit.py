@@ -7,9 +7,10 @@ import pytest
 from flax import traverse_util
 from golden import fake_checkpoint
 
-from fulllora_jax import config, state
+from fulllora_jax import config
 from fulllora_jax.adapters import COLLECTION, LNLoRA, attach
-from fulllora_jax.errors import UserError
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import convit
 from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from fulllora_jax.pretrained.convit import LAYOUTS
@@ -100,9 +101,9 @@ def test_the_checkpoint_is_described():
 
 def test_rules_give_the_models_own_tree(published):
   model, variables = published
-  expected = state.named_leaves(shapes_of(model, 32))
-  found = state.named_leaves(variables['params'])
-  assert state.first_difference(expected, found) is None
+  expected = trees.named_leaves(shapes_of(model, 32))
+  found = trees.named_leaves(variables['params'])
+  assert trees.first_difference(expected, found) is None
 
 
 def test_logits_equal_the_golden_ones_of_timm(published):
@@ -138,14 +139,14 @@ def test_logits_and_local_heads_equal_those_of_the_installed_timm():
   drawn = jax.jit(model.init)(KEY, images)['params']['block_0']['attention']
   for path in ('pos_proj/kernel', 'pos_proj/bias', 'gating_param'):
     np.testing.assert_allclose(
-      state.named_leaves(drawn)[path], params[f'block_0/attention/{path}']
+      trees.named_leaves(drawn)[path], params[f'block_0/attention/{path}']
     )
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_sizes_have_the_published_parameter_count(name):
   model = convit.create(model_config(name, patch_size=16), 1000)
-  assert state.count(shapes_of(model, 224)) == PUBLISHED[name]
+  assert trees.count(shapes_of(model, 224)) == PUBLISHED[name]
 
 
 def test_every_published_size_has_a_count():
@@ -356,7 +357,7 @@ def test_every_role_has_a_branch_and_none_changes_the_start(published):
   branch = LNLoRA(rank=2, alpha=2.0)
   adapted = attach(model, dict.fromkeys(convit.LINEAR_MAPS.values(), branch))
   drawn = adapted.init_adapter(KEY, variables, IMAGES)
-  paths = {p.rpartition('/')[0] for p in state.named_leaves(drawn)}
+  paths = {p.rpartition('/')[0] for p in trees.named_leaves(drawn)}
   for role, pattern in convit.LINEAR_MAPS.items():
     found = sum(bool(re.fullmatch(pattern, path)) for path in paths)
     assert found == (1 if role in ('patch_embed', 'head') else 3), role

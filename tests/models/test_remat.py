@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fulllora_jax import build, config
-from fulllora_jax import state as state_lib
-from fulllora_jax.errors import UserError
+from fulllora_jax import config
+from fulllora_jax.adapters import adapted
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import layers
 
 KEY = jax.random.key(0)
@@ -28,11 +29,11 @@ def built_with(name, remat):
   c.model.update(name=name, patch_size=4, remat=remat, dropout=0.2)
   c.model.update(SIZES[name])
   c.adapter.rank, c.adapter.alpha, c.data.image_size = 2, 2.0, 16
-  return build.build(c, 4)
+  return adapted.build(c, 4)
 
 
 def shapes(built):
-  return build.shapes(built, IMAGES.shape[1:])
+  return adapted.shapes(built, IMAGES.shape[1:])
 
 
 def answers(built, variables):
@@ -69,21 +70,21 @@ def test_values_and_gradients_are_the_same(name, fill):
 
 @pytest.mark.parametrize('name', SIZES)
 def test_paths_and_shapes_are_the_same(name):
-  plain = state_lib.named_leaves(shapes(built_with(name, 'none')))
+  plain = trees.named_leaves(shapes(built_with(name, 'none')))
   assert any(path.startswith('lnlora/') for path in plain)
   for remat in layers.REMAT:
-    found = state_lib.named_leaves(shapes(built_with(name, remat)))
-    assert state_lib.first_difference(plain, found) is None
+    found = trees.named_leaves(shapes(built_with(name, remat)))
+    assert trees.first_difference(plain, found) is None
 
 
 def test_what_is_drawn_is_the_same():
   def drawn(remat):
     built = built_with('vit', remat)
-    params = build.init_params(built, KEY, IMAGES.shape[1:])
-    return build.init_variables(built, KEY, params, IMAGES.shape[1:])
+    params = adapted.init_params(built, KEY, IMAGES.shape[1:])
+    return adapted.init_variables(built, KEY, params, IMAGES.shape[1:])
 
-  plain = state_lib.named_leaves(drawn('none'))
-  for path, leaf in state_lib.named_leaves(drawn('blocks')).items():
+  plain = trees.named_leaves(drawn('none'))
+  for path, leaf in trees.named_leaves(drawn('blocks')).items():
     np.testing.assert_array_equal(leaf, plain[path], err_msg=path)
 
 

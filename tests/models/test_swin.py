@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from fulllora_jax import config, state
+from fulllora_jax import config
 from fulllora_jax.adapters import LNLoRA, attach
-from fulllora_jax.errors import UserError
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import swin
 from fulllora_jax.pretrained.swin import LAYOUTS
 from tests.golden import fake_checkpoint
@@ -101,7 +102,7 @@ def build(case):
 def test_published_names_fill_the_model_exactly(case):
   params, left_out = converted(weights_of(case))
   size = fake_checkpoint.read(case)['image_size']
-  leaves = state.named_leaves(shapes_of(build(case), size, size))
+  leaves = trees.named_leaves(shapes_of(build(case), size, size))
   assert {path: leaf.shape for path, leaf in leaves.items()} == {
     path: array.shape for path, array in params.items()
   }
@@ -275,7 +276,7 @@ def test_a_swin_of_videos_is_not_recognised():
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_sizes_have_the_published_parameter_count(name):
   model = swin.create(model_config(name), 1000)
-  assert state.count(shapes_of(model, 224, 224)) == PUBLISHED[name]
+  assert trees.count(shapes_of(model, 224, 224)) == PUBLISHED[name]
 
 
 def test_fields_of_the_config_override_the_name():
@@ -290,7 +291,7 @@ def test_fields_of_the_config_override_the_name():
 
 def test_sides_need_not_be_equal():
   model = swin.create(small(window=3), 5)
-  shapes = state.named_leaves(shapes_of(model, 16, 24))
+  shapes = trees.named_leaves(shapes_of(model, 16, 24))
   table = 'stage_1/block_0/attention/relative_position_bias_table'
   assert shapes[table].shape == (3 * 5, 4)  # windows of 2x3 tokens
 
@@ -359,7 +360,7 @@ def test_adapters_leave_the_logits_as_they_are_at_first(adapted):
 
 def test_every_map_has_one_role_and_every_role_a_map(adapted):
   _, params, lnlora, _ = adapted
-  leaves, branches = map(state.named_leaves, (params['params'], lnlora))
+  leaves, branches = map(trees.named_leaves, (params['params'], lnlora))
   maps = {path[: -len('/kernel')] for path in leaves if '/kernel' in path}
   found = [
     [role for role, regex in swin.LINEAR_MAPS.items() if re.fullmatch(regex, m)]

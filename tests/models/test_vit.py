@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fulllora_jax import build, config, models, state
-from fulllora_jax.errors import UserError
+from fulllora_jax import config, models
+from fulllora_jax.adapters import adapted
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import vit
 
 IMAGES = jnp.asarray(
@@ -90,7 +92,7 @@ def tiny(tiny_config, fill):
 
 def test_parameter_tree_is_that_of_augreg(tiny):
   _, params = tiny()
-  found = state.named_leaves(params)
+  found = trees.named_leaves(params)
   assert {path: leaf.shape for path, leaf in found.items()} == AUGREG
   assert {leaf.dtype for leaf in found.values()} == {jnp.dtype('float32')}
 
@@ -105,7 +107,7 @@ def test_published_sizes_have_the_published_parameter_count(name):
   c = config.default()
   count, c.model.patch_size = PUBLISHED[name]
   c.model.name = name
-  assert state.count(shapes_of(models.create(c.model, 1000), 224)) == count
+  assert trees.count(shapes_of(models.create(c.model, 1000), 224)) == count
 
 
 def numpy_vit(p, images, mean, std, pool='token'):
@@ -154,7 +156,7 @@ def test_logits_equal_those_of_a_numpy_vit(tiny, pool):
   mean, std = (0.1, 0.5, 0.7), (0.2, 0.3, 0.5)
   model, params = tiny(pool=pool, mean=mean, std=std)
   logits = jax.jit(model.apply)({'params': params}, IMAGES)
-  named = state.named_leaves(params)
+  named = trees.named_leaves(params)
   expected = numpy_vit(named, IMAGES, np.array(mean), np.array(std), pool)
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -266,8 +268,8 @@ def deep(tiny_config, fill):
   """Makes (model, random variables) of 2 blocks, adapted as the method has."""
 
   def make(method, **changed):
-    built = build.build(tiny_config(method, depth=2, **changed), 10)
-    return built.model, fill(build.shapes(built, (8, 8, 3)))
+    built = adapted.build(tiny_config(method, depth=2, **changed), 10)
+    return built.model, fill(adapted.shapes(built, (8, 8, 3)))
 
   return make
 
@@ -285,7 +287,7 @@ def outcome(model, variables, images):
     return logits, grads
 
   logits, (grads, pixels) = value_and_grads(variables, images)
-  return {'logits': logits, 'pixels': pixels, **state.named_leaves(grads)}
+  return {'logits': logits, 'pixels': pixels, **trees.named_leaves(grads)}
 
 
 @pytest.mark.parametrize('method', ['full', 'fulllora'])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import sources
 
 COMMIT = '5' * 40

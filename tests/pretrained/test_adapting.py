@@ -10,8 +10,10 @@ from flax import traverse_util
 from golden import fake_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from fulllora_jax import classifier, pretrained
-from fulllora_jax.pretrained import artefact, resize
+from fulllora_jax import pretrained
+from fulllora_jax.adapters import artefact
+from fulllora_jax.pretrained import resize
+from fulllora_jax.serving import classifier
 
 PLAIN = 'vit-timm-plain'
 POSITIONS = 'Transformer/posembed_input/pos_embedding'

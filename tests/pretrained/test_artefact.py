@@ -2,8 +2,9 @@
 
 import pytest
 
-from fulllora_jax import artefact, pretrained
-from fulllora_jax.errors import UserError
+from fulllora_jax import pretrained
+from fulllora_jax.adapters import artefact
+from fulllora_jax.core.errors import UserError
 
 
 def test_a_work_directory_stands_for_its_best(finished):

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import models, pretrained
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import loading
 
 PLAIN = 'vit-timm-plain'

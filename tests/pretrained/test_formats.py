@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import formats
 
 ARRAYS = {

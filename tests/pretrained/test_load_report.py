@@ -9,7 +9,7 @@ from golden import fake_checkpoint
 
 from fulllora_jax import pretrained
 from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
-from fulllora_jax.pretrained.report import Row
+from fulllora_jax.pretrained.load_report import Row
 
 PLAIN = 'vit-timm-plain'
 POSITIONS = 'Transformer/posembed_input/pos_embedding'

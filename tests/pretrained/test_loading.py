@@ -7,19 +7,16 @@ import optax
 import pytest
 from golden import fake_checkpoint
 
-from fulllora_jax import (
-  models,
-  objectives,
-  pretrained,
-  sharding,
-  state,
-  train_state,
-)
-from fulllora_jax import train_step as train_step_lib
+from fulllora_jax import models, pretrained
 from fulllora_jax.adapters import attach
 from fulllora_jax.adapters.lnlora import LNLoRA
 from fulllora_jax.attacks import Threat
+from fulllora_jax.core import trees
+from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.pretrained import loading
+from fulllora_jax.training import objectives
+from fulllora_jax.training import state as state_lib
+from fulllora_jax.training import train_step as train_step_lib
 
 CASES = fake_checkpoint.cases()
 PLAIN = 'vit-timm-plain'
@@ -94,9 +91,9 @@ def test_the_adapter_starts_silent_and_every_leaf_of_it_learns(
     'params': jax.tree.map(lambda _: False, whole['params']),
     'lnlora': jax.tree.map(lambda _: True, whole['lnlora']),
   }
-  trainable, frozen = state.split(whole, mask)
+  trainable, frozen = trees.split(whole, mask)
   new = one_step(adapted, trainable, frozen, mask, images)
-  before, after = state.named_leaves(trainable), state.named_leaves(new)
+  before, after = trees.named_leaves(trainable), trees.named_leaves(new)
   assert before.keys() == after.keys()
   same = [p for p in before if np.array_equal(before[p], after[p])]
   assert not same
@@ -125,9 +122,9 @@ def one_step(adapted, trainable, frozen, mask, images):
     accumulate=1,
     dropout=False,
   )
-  mesh = sharding.make_mesh(jax.devices()[:1])
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
   step = train_step_lib.compile_train_step(algorithm, mesh)
-  begun = train_state.create(trainable, tx)
+  begun = state_lib.create(trainable, tx)
   batch = {
     'image': (images * 255).astype(jnp.uint8),
     'label': jnp.array([1, 2]),

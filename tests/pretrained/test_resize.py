@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import resize
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'golden' / 'resize.npz')

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hub_stand_in import CONFIG, WEIGHTS, refused, sha256, sharded, unreachable
 
-from fulllora_jax.console import Progress
-from fulllora_jax.errors import UserError
+from fulllora_jax.core.console import Progress
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import formats, sources, url
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import fulllora_jax
-from fulllora_jax import artefact
-from fulllora_jax import state as state_lib
+from fulllora_jax.adapters import artefact
+from fulllora_jax.core import trees
 
 # Of the names of models/vit.py, after encoderblock_*/.
 _FACTORS = {
@@ -34,7 +34,7 @@ _FACTORS = {
 def main(source: str, target: str) -> None:
   """Reads source/best, writes target/best, and compares their logits."""
   tree, metadata = artefact.read_artefact(Path(source, 'best').absolute())
-  leaves = state_lib.named_leaves(tree)
+  leaves = trees.named_leaves(tree)
   for path, leaf in leaves.items():
     for name, factor in _FACTORS.items():
       if f'/{name}' in path:
@@ -42,7 +42,7 @@ def main(source: str, target: str) -> None:
   artefact.save_artefact(
     Path(target, 'best').absolute(),
     metadata['step'],
-    state_lib.select(leaves, leaves),
+    trees.select(leaves, leaves),
     metadata,
   )
   before, after = (fulllora_jax.load(Path(p, 'best')) for p in (source, target))

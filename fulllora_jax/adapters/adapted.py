@@ -1,0 +1,76 @@
+"""From a config to the adapted model, its variables, and Algorithm 1."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fulllora_jax import models
+from fulllora_jax.adapters import COLLECTION, AdaptedModel, attach, methods
+from fulllora_jax.core.trees import Tree
+
+
+class Built(NamedTuple):
+  """A model with its branches attached, and the method that trains it."""
+
+  model: AdaptedModel
+  method: methods.Method
+  head: str  # regular expression of the head's module path
+  head_mode: str  # config.adapter.head
+
+  def mask(self, variables: Tree) -> Tree:
+    """Returns the tree of bools that says which leaves learn."""
+    return methods.trainable_mask(
+      variables, self.method, self.head, self.head_mode
+    )
+
+
+def build(config, num_classes: int) -> Built:
+  """Builds what `config` describes; no arrays yet.
+
+  Raises:
+    UserError: as `models.create` and `methods.branches`.
+  """
+  method = methods.get(config.method)
+  maps = models.linear_maps(config.model.name)
+  model = attach(
+    models.create(config.model, num_classes),
+    methods.branches(config, method),
+  )
+  return Built(model, method, maps['head'], config.adapter.head)
+
+
+def init_params(
+  built: Built, key: jax.Array, image_shape: tuple[int, int, int]
+) -> Tree:
+  """Draws fresh base parameters."""
+  init = jax.jit(built.model.model.init)
+  return init(key, _one_image(image_shape))['params']
+
+
+def init_variables(
+  built: Built, key: jax.Array, params: Tree, image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+  """Adds freshly drawn branches to the base's parameters.
+
+  Raises:
+    UserError: as `AdaptedModel.init_adapter`.
+  """
+  base = {'params': params}
+  adapter = built.model.init_adapter(key, base, _one_image(image_shape))
+  return base | ({COLLECTION: adapter} if adapter else {})
+
+
+def shapes(built: Built, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+  """Returns the variables' shapes and dtypes, computing nothing."""
+
+  def init():
+    key = jax.random.key(0)
+    params = init_params(built, key, image_shape)
+    return init_variables(built, key, params, image_shape)
+
+  return jax.eval_shape(init)
+
+
+def _one_image(image_shape: tuple[int, int, int]) -> jax.Array:
+  return jnp.zeros((1, *image_shape), jnp.float32)

@@ -1,0 +1,1 @@
+"""What every room needs: errors, console, files, locks, trees, statistics."""

@@ -1,0 +1,89 @@
+"""Means over seeds, and differences that are paired seed by seed."""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+from fulllora_jax.core.errors import UserError
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+  """Returns the mean, and the standard deviation where there are several.
+
+  >>> over_seeds([0.5, 0.6, 0.7])
+  {'mean': 0.6, 'spread': 0.1}
+  """
+  spread = round(stdev(values), 12) if len(values) > 1 else None
+  return {'mean': round(fmean(values), 12), 'spread': spread}
+
+
+def paired_difference(
+  values: Sequence[float], reference: Sequence[float], confidence: float = 0.95
+) -> dict[str, Any]:
+  """Returns the mean of values - reference, and its interval.
+
+  Seed by seed, so that what a seed does to both cancels. The interval is
+  Student's (1908) for the mean of paired differences, which takes them as
+  normal; of three seeds it is 4.3 standard errors wide each way.
+
+  Args:
+    values: of the seeds.
+    reference: of the same seeds, in the same order.
+    confidence: of the two-sided interval.
+
+  Returns:
+    mean, low, high; low and high are None for a single seed.
+
+  >>> paired_difference([0.5, 0.6], [0.4, 0.5])
+  {'mean': 0.1, 'low': 0.1, 'high': 0.1}
+  """
+  differences = [v - r for v, r in zip(values, reference, strict=True)]
+  mean, n = fmean(differences), len(differences)
+  if n < 2:
+    return {'mean': round(mean, 12), 'low': None, 'high': None}
+  # For this alone SciPy would be imported with the package.
+  from scipy import stats
+
+  half = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+  half *= stdev(differences) / math.sqrt(n)
+  return {
+    'mean': round(mean, 12),
+    'low': round(mean - half, 12),
+    'high': round(mean + half, 12),
+  }
+
+
+def wilson_interval(
+  correct: int, total: int, confidence: float = 0.95
+) -> tuple[float, float]:
+  """Returns the Wilson score interval of a proportion, both ends in [0, 1].
+
+  Source: E. B. Wilson, Probable inference, the law of succession, and
+  statistical inference, J. Am. Stat. Assoc. 22 (1927).
+
+  Args:
+    correct: successes, 0..total.
+    total: trials, at least 1.
+    confidence: of the two-sided interval, in (0, 1).
+
+  Raises:
+    UserError: if the counts or the confidence are out of range.
+
+  >>> low, high = wilson_interval(45, 100)
+  >>> f'{low:.4f} {high:.4f}'
+  '0.3561 0.5476'
+  """
+  if not 0 <= correct <= total or total < 1 or not 0 < confidence < 1:
+    raise UserError(
+      f'no interval for {correct} correct of {total} at {confidence}'
+    )
+  z = NormalDist().inv_cdf((1 + confidence) / 2)
+  rate = correct / total
+  centre = rate + z * z / (2 * total)
+  half = z * math.sqrt(rate * (1 - rate) / total + (z / (2 * total)) ** 2)
+  scale = 1 + z * z / total
+  # The ends are exact for 0 and total, which rounding would miss.
+  low = 0.0 if correct == 0 else (centre - half) / scale
+  high = 1.0 if correct == total else (centre + half) / scale
+  return low, high

@@ -1,0 +1,152 @@
+"""Opens a data set by its config: three splits of uint8 images and labels."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+from fulllora_jax.config import ConfigDict
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.data import checks, folder, records, rng, tfds_source
+
+_CACHES = ('auto', 'memory', 'stream')
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The examples of one split, numbered from 0.
+
+  Attributes:
+    name: e.g. 'train', 'validation', 'test'.
+    labels: int32 [N].
+    fetch: indices [b] -> uint8 [b, H, W, C], values 0..255; thread-safe.
+  """
+
+  name: str
+  labels: np.ndarray
+  fetch: Callable[[np.ndarray], np.ndarray]
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A classification data set; `validation` is held out from the train split.
+
+  Attributes:
+    name: as in data.name.
+    image_shape: (H, W, C) of every image.
+    label_names: of the K classes, by label.
+  """
+
+  name: str
+  image_shape: tuple[int, int, int]
+  label_names: tuple[str, ...]
+  train: Split
+  validation: Split
+  test: Split
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.label_names)
+
+
+def open_dataset(data: ConfigDict, seed: int) -> Dataset:
+  """Opens a tfds set or a folder of images, without importing TensorFlow.
+
+  Args:
+    data: the fields of config.data.
+    seed: chooses the validation examples, and the test examples of a folder
+      that has none, unless data.seed is set.
+
+  Returns:
+    The data set; its images are square, of data.image_size pixels.
+
+  Raises:
+    UserError: if it is not there, damaged, no image classification set, or a
+      field of `data` does not fit it.
+  """
+  if data.cache not in _CACHES:
+    raise UserError(f'data.cache={data.cache}: use {", ".join(_CACHES)}')
+  if data.seed is not None:
+    seed = data.seed
+  if data.name.startswith('folder:'):
+    source = folder.open_folder(data, seed)
+  else:
+    source = tfds_source.open_tfds(data)
+  in_memory = data.cache == 'memory' or (
+    data.cache == 'auto' and source.num_bytes() <= records.MEMORY_LIMIT
+  )
+  train, validation = _hold_out(data, _split(source, 'train', in_memory), seed)
+  test = _split(source, 'test', in_memory)
+  checks.check_classes(data.name, train.labels, source.label_names)
+  for split in (train, test):
+    checks.check_images(data.name, split)
+  return Dataset(
+    name=data.name,
+    image_shape=source.image_shape,
+    label_names=source.label_names,
+    train=train,
+    validation=validation,
+    test=test,
+  )
+
+
+def is_ready(data: ConfigDict) -> bool:
+  """Returns whether `open_dataset` would find the data prepared."""
+  return data.name.startswith('folder:') or tfds_source.is_prepared(data)
+
+
+def identity(dataset: Dataset) -> dict[str, object]:
+  """Returns what two copies of a data set must have in common, but for pixels.
+
+  Returns:
+    JSON values: the images' shape, the number of classes, and for each split
+    its size and the CRC-32 of its labels.
+  """
+  splits = (dataset.train, dataset.validation, dataset.test)
+  return {
+    'image shape': list(dataset.image_shape),
+    'classes': dataset.num_classes,
+    **{f'{split.name} examples': len(split) for split in splits},
+    **{f'{split.name} labels': zlib.crc32(split.labels) for split in splits},
+  }
+
+
+def _split(source: records.Source, role: str, in_memory: bool) -> Split:
+  found = getattr(source, role)
+  if not found.size:
+    raise UserError(f'data.name={source.name}: split {found.name} is empty')
+  labels, fetch = records.load(source, found, in_memory)
+  checks.check_labels(source.name, found.name, labels, source.label_names)
+  return Split(found.name, labels, fetch)
+
+
+def _hold_out(data: ConfigDict, split: Split, seed: int) -> tuple[Split, Split]:
+  """Splits off data.validation_fraction, at least one example."""
+  fraction = data.validation_fraction
+  if not 0 < fraction < 1:
+    raise UserError(
+      f'data.validation_fraction={fraction}: must be in (0, 1), since the '
+      'best model is never chosen on the test split'
+    )
+  count = max(1, round(fraction * len(split)))
+  if count >= len(split):
+    raise UserError(
+      f'data.validation_fraction={fraction} leaves nothing to train on: '
+      f'split {split.name} has {len(split)} examples'
+    )
+  order = rng.generator(seed, 'validation split').permutation(len(split))
+  train, validation = np.sort(order[count:]), np.sort(order[:count])
+  return _subset(split, split.name, train), _subset(
+    split, 'validation', validation
+  )
+
+
+def _subset(split: Split, name: str, rows: np.ndarray) -> Split:
+  def fetch(indices):
+    return split.fetch(rows[indices])
+
+  return Split(name, split.labels[rows], fetch)

@@ -1,0 +1,1 @@
+"""Many processes and devices: how they meet, the mesh, saving together."""

@@ -1,0 +1,1 @@
+"""How robust a model is: attacks on a split, and whether to believe it."""

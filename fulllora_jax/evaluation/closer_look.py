@@ -1,0 +1,247 @@
+"""A closer look at a finished run, for its page.
+
+Robust accuracy against eps, the most and the least robust test images, and
+what the adapter changed, map by map. All of it is bounded: a few hundred
+images, however large the test split is.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from fulllora_jax import data, models
+from fulllora_jax.adapters import COLLECTION, influence, methods
+from fulllora_jax.attacks import Attack
+from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.core.console import say
+from fulllora_jax.core.statistics import wilson_interval
+from fulllora_jax.distributed import mesh
+from fulllora_jax.evaluation import settings
+from fulllora_jax.evaluation.eps_sweep import Radii, broken_at, extremes
+from fulllora_jax.evaluation.finished_run import FinishedRun
+
+_EXAMPLES = 256  # attacked at every radius, at most
+_INFLUENCE_EXAMPLES = 32
+_SHOWN = 4  # images, most and least robust
+
+
+class Inspection(NamedTuple):
+  """What a closer look found.
+
+  Attributes:
+    numbers: for the report: 'radii' and 'influence', where they are known.
+    twins: the images, for the page: 'most' and 'least', lists of dicts with
+      label, clean, adversarial (float32 [H, W, C] in [0, 1]),
+      clean_prediction, prediction, eps (as text), broken and index. Empty
+      where nothing was attacked.
+  """
+
+  numbers: dict[str, Any]
+  twins: dict[str, list[dict[str, Any]]]
+
+
+def inspect_run(run: FinishedRun) -> Inspection:
+  """Takes a closer look; every process must take part."""
+  attack = _attack(run.config)
+  numbers: dict[str, Any] = {}
+  twins: dict[str, list[dict[str, Any]]] = {}
+  factors = radii_of(run.config)
+  tried = Radii(run.evaluator, run.dataset.test, attack) if attack else None
+  count = min(_EXAMPLES, run.config.eval.num_examples or _EXAMPLES)
+  chosen = data.choose_examples(
+    len(run.dataset.test), count, run.evaluator.seed
+  )
+  if tried and factors:
+    numbers['radii'], twins = _radii(run, tried, chosen, factors)
+  found = _influence(run, tried, chosen[:_INFLUENCE_EXAMPLES])
+  if found:
+    numbers['influence'] = found
+  return Inspection(numbers, twins)
+
+
+def radii_of(config) -> list[float]:
+  """Returns the multiples of eps of `config.eval.radii`, rising."""
+  return sorted({parse_fraction(f, 'eval.radii') for f in config.eval.radii})
+
+
+def radius_text(eps: str, factor: float) -> str:
+  """Writes a multiple of an eps as the config writes eps.
+
+  >>> radius_text('8/255', 0.25), radius_text('0.1', 1.5)
+  ('2/255', '0.15')
+  >>> radius_text('8/255', 1 / 3)
+  '2.67/255'
+  """
+  if not factor:
+    return '0'
+  above, slash, below = eps.partition('/')
+  value = Fraction(above) * Fraction(factor).limit_denominator(1000)
+  return f'{float(value):.3g}{slash}{below}'
+
+
+def _attack(config) -> Attack | None:
+  """Returns the validation attack, or another of the config; None: none."""
+  validation = settings.evaluation_attack(config, config.eval.validation_attack)
+  others = settings.picture_attack(settings.evaluation_attacks(config))
+  for attack in (validation, others):
+    if attack and attack.name != 'clean' and settings.threat(config).eps:
+      return attack
+  return None
+
+
+def _radii(run: FinishedRun, tried: Radii, chosen, factors):
+  """Returns the records of every radius, and the extreme images of best."""
+  labels = run.dataset.test.labels[chosen]
+  eps = run.config.threat.eps
+  records, outcomes = [], []
+  for weights in (w for w in run.weights() if w != 'last'):
+    _, variables = run.variables(weights)
+    outcomes = [tried.outcome(variables, chosen, f) for f in factors]
+    right = outcomes[0].clean == labels
+    records.append(_record(weights, 0.0, eps, right))
+    for factor, outcome in zip(factors, outcomes, strict=True):
+      robust = right & (outcome.attacked == labels)
+      records.append(_record(weights, factor, eps, robust))
+    say(
+      f'{weights:<5} {tried.attack.label} at {len(factors)} radii of '
+      f'{len(chosen)} test images'
+    )
+  numbers = {
+    'attack': tried.attack.label,
+    'split': 'test',
+    'num_examples': len(chosen),
+    'seed': tried.evaluator.seed,
+    'records': records,
+  }
+  # `best` is the last of them.
+  return numbers, _twins(run, tried, chosen, factors, outcomes)
+
+
+def _record(weights: str, factor: float, eps: str, robust) -> dict[str, Any]:
+  total, right = len(robust), int(robust.sum())
+  return {
+    'weights': weights,
+    'factor': factor,
+    'eps': radius_text(eps, factor),
+    'eps_value': factor * parse_fraction(eps),
+    'num_correct': right,
+    'accuracy': right / total,
+    'interval': list(wilson_interval(right, total)),
+  }
+
+
+def _twins(run: FinishedRun, tried: Radii, chosen, factors, outcomes):
+  """Attacks the extreme images at the radius that breaks each, or the last."""
+  _, best = run.variables('best')
+  split = run.dataset.test
+  labels = split.labels[chosen]
+  first = broken_at(labels, outcomes)
+  most, least = extremes(labels, outcomes, _SHOWN)
+  places = np.concatenate([most, least])
+  radius = np.clip(first, 0, len(factors) - 1)
+  shown = {}
+  for number in sorted(set(radius[places].tolist())):
+    here = [int(p) for p in places if radius[p] == number]
+    x_adv = tried.adversarial(best, chosen[here], factors[number])
+    x = split.fetch(chosen[here]).astype(np.float32) / 255
+    for row, place in enumerate(here):
+      shown[place] = {
+        'index': int(chosen[place]),
+        'label': int(labels[place]),
+        'clean': x[row],
+        'adversarial': x_adv[row],
+        'clean_prediction': int(outcomes[number].clean[place]),
+        'prediction': int(outcomes[number].attacked[place]),
+        'eps': radius_text(run.config.threat.eps, factors[number]),
+        'broken': bool(first[place] < len(factors)),
+      }
+  return {
+    'most': [shown[int(place)] for place in most],
+    'least': [shown[int(place)] for place in least],
+  }
+
+
+def _influence(run: FinishedRun, tried: Radii | None, chosen):
+  """Returns what the adapter, or full finetuning, changed; None: nothing."""
+  _, variables = run.variables('best')
+  if variables.get(COLLECTION):
+    return _branches(run, tried, chosen, variables)
+  whole = not methods.get(run.config.method).trains_less_than_all()
+  if whole and 'base' in run.weights():
+    _, base = run.variables('base')
+    return _weight_changes(run, base['params'], variables['params'])
+  return None
+
+
+def _branches(run: FinishedRun, tried, chosen, variables) -> dict[str, Any]:
+  adapted = run.load('best').model
+  images = {'clean': run.dataset.test.fetch(chosen).astype(np.float32) / 255}
+  if tried:
+    images['adversarial'] = tried.adversarial(variables, chosen, 1.0)
+
+  @functools.partial(jax.jit, out_shardings=mesh.replicated(run.evaluator.mesh))
+  def ratios(variables, x):
+    with jax.default_matmul_precision(run.evaluator.precision):
+      return influence.branch_ratios(adapted, variables, x)
+
+  found = {
+    name: jax.device_get(ratios(variables, x)) for name, x in images.items()
+  }
+  roles = {p: r for r, p in models.linear_maps(run.config.model.name).items()}
+  order = influence.network_order(adapted, variables, images['clean'][0])
+  return {
+    'kind': 'branch',
+    'num_images': len(chosen),
+    'attack': tried.attack.label if tried else None,
+    'maps': [
+      {'path': path, 'role': roles.get(target, target)}
+      | {name: float(ratio[path]) for name, ratio in found.items()}
+      for path, target in order
+    ],
+  }
+
+
+def _weight_changes(run: FinishedRun, base, best) -> dict[str, Any]:
+  """Returns ||W - W_base|| / ||W_base|| of every linear map's kernel."""
+  base = traverse_util.flatten_dict(base, sep='/')
+  best = traverse_util.flatten_dict(best, sep='/')
+  maps = models.linear_maps(run.config.model.name)
+  rows = []
+  for leaf in sorted(best, key=_by_numbers):
+    path = leaf.removesuffix('/kernel')
+    role = next((r for r, p in maps.items() if re.fullmatch(p, path)), None)
+    same = leaf in base and base[leaf].shape == best[leaf].shape
+    if role and same and path != leaf:
+      rows.append({'path': path, 'role': role, 'leaf': leaf})
+
+  @functools.partial(jax.jit, out_shardings=mesh.replicated(run.evaluator.mesh))
+  def changes(before: Mapping[str, Any], after: Mapping[str, Any]):
+    return {
+      leaf: jnp.linalg.norm((after[leaf] - before[leaf]).ravel())
+      / jnp.maximum(jnp.linalg.norm(before[leaf].ravel()), 1e-12)
+      for leaf in before
+    }
+
+  leaves = [row.pop('leaf') for row in rows]
+  found = jax.device_get(
+    changes({k: base[k] for k in leaves}, {k: best[k] for k in leaves})
+  )
+  for row, leaf in zip(rows, leaves, strict=True):
+    row['change'] = float(found[leaf])
+  return {'kind': 'weights', 'maps': rows}
+
+
+def _by_numbers(path: str) -> list[tuple[bool, int, str]]:
+  """Sorts block_2 before block_10, and the embedding before the blocks."""
+  parts = re.split(r'(\d+)', path)
+  first = not path.startswith('embedding')
+  return [(first, 0, '')] + [
+    (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts
+  ]

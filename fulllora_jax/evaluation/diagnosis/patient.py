@@ -1,0 +1,168 @@
+"""The model under examination, and what a check says of it."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.tree_util import Partial
+
+from fulllora_jax.attacks import Threat, autoattack, inputs, pgd
+from fulllora_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """The outcome of one check.
+
+  Attributes:
+    check: its name.
+    level: 'ok'; 'note', which one should know; or 'wrong': do not believe the
+      number.
+    seen: what was seen.
+    why: why it matters.
+    advice: what to do.
+  """
+
+  check: str
+  level: str = 'ok'
+  seen: str = ''
+  why: str = ''
+  advice: str = ''
+
+
+class Patient:
+  """A model with some images, and how it does under simple attacks.
+
+  Args:
+    logits_fn: images [B, H, W, C] -> logits [B, K]; a stochastic model takes
+      (images, key).
+    x: float32 [n, H, W, C] in [0, 1].
+    labels: int [n].
+    threat: of norm linf or l2.
+    key: a PRNG key, for the attacks.
+    exact_fn: the same model computed in float32, where logits_fn is not.
+
+  Raises:
+    UserError: arguments that `autoattack` would refuse, or norm l1.
+  """
+
+  def __init__(self, logits_fn, x, labels, threat, key, exact_fn=None):
+    if threat.norm == 'l1':
+      raise UserError('threat.norm: the doctor knows linf and l2 only, not l1')
+    self.x, self.labels, _ = inputs.check(x, labels, None, threat)
+    self.threat, self.key, self.exact_fn = threat, key, exact_fn
+    self.stochastic = _takes_key(logits_fn)
+    self.classes = inputs.num_classes(
+      logits_fn, self.x, len(self.x), self.stochastic, self.labels
+    )
+    self.raw_fn = logits_fn
+    # One draw of the noise, the same in every check.
+    self.logits_fn = (
+      Partial(_with_key, logits_fn, key) if (self.stochastic) else logits_fn
+    )
+
+  @functools.cached_property
+  def logits(self) -> np.ndarray:
+    """The logits of the images, [n, K]."""
+    return self.logits_of(self.x)
+
+  @functools.cached_property
+  def clean(self) -> np.ndarray:
+    """Which images are right without an attack, bool [n]."""
+    return self.right(self.logits)
+
+  def logits_of(self, x: np.ndarray) -> np.ndarray:
+    """Returns the logits of other images."""
+    return self.run(lambda logits_fn, x: logits_fn(x), self.logits_fn, x)
+
+  def run(
+    self, function: Callable, logits_fn, *args, precision: str = 'highest'
+  ):
+    """Compiles and runs function(logits_fn, *args); returns numpy.
+
+    The weights of a jax.tree_util.Partial are arguments of the program.
+    """
+    if not isinstance(logits_fn, Partial):
+      logits_fn = Partial(logits_fn)
+    with jax.default_matmul_precision(precision):
+      return jax.device_get(jax.jit(function)(logits_fn, *args))
+
+  def right(self, logits: np.ndarray) -> np.ndarray:
+    return np.asarray(logits).argmax(axis=1) == self.labels
+
+  def after_pgd(
+    self,
+    steps: int,
+    threat: Threat | None = None,
+    *,
+    logits_fn: Callable | None = None,
+    precision: str = 'highest',
+    random_start: bool = True,
+  ) -> np.ndarray:
+    """Returns which images PGD on the margin leaves right, bool [n]."""
+    threat = threat or self.threat
+    size = threat.eps if steps == 1 else threat.eps / 4
+
+    def attack(logits_fn, x, labels):
+      x_adv = pgd(
+        self.key,
+        logits_fn,
+        x,
+        labels,
+        threat,
+        steps=steps,
+        step_size=size,
+        loss='margin',
+        random_start=random_start,
+      )
+      return logits_fn(x_adv)
+
+    logits = self.run(
+      attack,
+      logits_fn or self.logits_fn,
+      self.x,
+      self.labels,
+      precision=precision,
+    )
+    return self.clean & self.right(logits)
+
+  def after(self, *attacks: str) -> np.ndarray:
+    """Returns which images AutoAttack's attacks leave right, bool [n]."""
+    devices = len(jax.devices())
+    size = -(-min(len(self.x), 64) // devices) * devices
+    result = autoattack(
+      self.key,
+      self.logits_fn,
+      self.x,
+      self.labels,
+      self.threat,
+      attacks,
+      size,
+    )
+    return result.robust
+
+  def several(self, count: int) -> bool:
+    """Returns whether so many images are more than chance would make."""
+    return count >= max(2, 0.01 * len(self.x))
+
+
+def _with_key(function: Callable, key: jax.Array, x: jax.Array) -> jax.Array:
+  return function(x, key)
+
+
+def _takes_key(function: Callable) -> bool:
+  """Whether a function wants (images, key)."""
+  try:
+    parameters = inspect.signature(function).parameters.values()
+  except (TypeError, ValueError):
+    return False
+  wanted = [
+    p
+    for p in parameters
+    if p.default is p.empty
+    and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+  ]
+  return len(wanted) > 1

@@ -1,0 +1,147 @@
+"""Robustness against eps: a few test images attacked at several radii.
+
+One program serves every radius, for eps and the step size, which keeps its
+share of eps, are arguments of it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fulllora_jax import data
+from fulllora_jax.attacks import Attack, losses
+from fulllora_jax.data import augment
+from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.evaluation.evaluator import Evaluator
+
+
+class Outcome(NamedTuple):
+  """What became of each image, [n], at one radius.
+
+  Attributes:
+    clean: the class it is taken for without an attack.
+    attacked: likewise, under the attack.
+    margin: under the attack, the label's logit less the largest other.
+  """
+
+  clean: np.ndarray
+  attacked: np.ndarray
+  margin: np.ndarray
+
+
+class Radii:
+  """Attacks images at multiples of a threat's eps.
+
+  Args:
+    evaluator: with the model and the threat.
+    split: the examples.
+    attack: at the threat's eps; no ensemble.
+  """
+
+  def __init__(self, evaluator: Evaluator, split: data.Split, attack: Attack):
+    self.evaluator, self.split, self.attack = evaluator, split, attack
+    mesh = evaluator.mesh
+    whole, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharded(mesh)
+    self._step = jax.jit(
+      self._attack,
+      in_shardings=(None, rows, whole),
+      out_shardings=(Outcome(whole, whole, whole), rows),
+    )
+    # The images are fetched where they are asked for alone.
+    self._take = jax.jit(lambda x_adv: x_adv, out_shardings=whole)
+
+  def outcome(
+    self, variables: Any, chosen: np.ndarray, factor: float
+  ) -> Outcome:
+    """Returns what becomes of the chosen images at `factor` times eps."""
+    parts = [part for part, _ in self._batches(variables, chosen, factor)]
+    return Outcome(*map(np.concatenate, zip(*parts, strict=True)))
+
+  def adversarial(
+    self, variables: Any, chosen: np.ndarray, factor: float
+  ) -> np.ndarray:
+    """Returns the images of `outcome`, float32 [n, H, W, C]."""
+    parts = []
+    for outcome, x_adv in self._batches(variables, chosen, factor):
+      parts.append(jax.device_get(self._take(x_adv))[: len(outcome.clean)])
+    return np.concatenate(parts)
+
+  def _batches(self, variables, chosen, factor):
+    """Yields (Outcome of the real rows, x_adv of all) of each batch."""
+    size, mesh = self.evaluator.batch_size, self.evaluator.mesh
+    mine = mesh_lib.local_rows(size)
+    factor = np.float32(factor)
+    for batch in data.eval_batches(self.split, size, chosen, mine):
+      ours = {'image': batch['image']}
+      ours |= {name: batch[name][mine] for name in ('label', 'index')}
+      outcome, x_adv = self._step(
+        variables, mesh_lib.put_batch(ours, mesh), factor
+      )
+      outcome = jax.device_get(outcome)
+      yield Outcome(*(part[batch['mask']] for part in outcome)), x_adv
+
+  def _attack(self, variables, batch, factor) -> tuple[Outcome, jax.Array]:
+    used = self.evaluator
+    attack = dataclasses.replace(
+      self.attack, step_size=self.attack.step_size * factor
+    )
+
+    def logits_fn(images):
+      return used.apply(variables, images)
+
+    with jax.default_matmul_precision(used.precision):
+      x, labels = augment.to_unit(batch['image']), batch['label']
+      keys = used.keys(batch['index'])
+      threat = used.threat.scaled(factor)
+      x_adv = attack(keys, logits_fn, x, labels, threat)
+      clean, attacked = logits_fn(x), logits_fn(x_adv)
+    margin = -losses.margin(attacked, labels)
+    classes = (jnp.argmax(z, axis=-1) for z in (clean, attacked))
+    return Outcome(*classes, margin), x_adv
+
+
+def broken_at(labels: np.ndarray, outcomes: Sequence[Outcome]) -> np.ndarray:
+  """Returns the first radius, by number, at which each image is broken.
+
+  Args:
+    labels: [n].
+    outcomes: at rising radii.
+
+  Returns:
+    int [n]: -1 where it is misclassified without an attack; the number of
+    radii where none broke it.
+  """
+  broken = np.stack([o.attacked != labels for o in outcomes])
+  first = np.where(broken.any(axis=0), broken.argmax(axis=0), len(outcomes))
+  return np.where(outcomes[0].clean == labels, first, -1)
+
+
+def extremes(
+  labels: np.ndarray, outcomes: Sequence[Outcome], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the places of the most and of the least robust images.
+
+  The smallest radius that breaks an image ranks it, and among equals the
+  margin there (or at the largest radius, where none breaks it). Images that
+  are misclassified without an attack are left out; no image is in both.
+
+  Args:
+    labels: [n].
+    outcomes: at rising radii.
+    count: of each, at most.
+
+  Returns:
+    int [at most count], most robust first; likewise, least robust first.
+  """
+  first = broken_at(labels, outcomes)
+  margins = np.stack([outcome.margin for outcome in outcomes])
+  last = np.clip(first, 0, len(outcomes) - 1)
+  margin = margins[last, np.arange(len(labels))]
+  order = np.lexsort((margin, first))
+  order = order[first[order] >= 0]
+  count = min(count, len(order) // 2)
+  return order[::-1][:count], order[:count]

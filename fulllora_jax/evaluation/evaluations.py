@@ -1,0 +1,338 @@
+"""Evaluating a model under attack after attack, and what is kept of it.
+
+The adversarial images of an ensemble are saved, read back and classified
+afresh; the record says whether that gives the same result.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import data
+from fulllora_jax.attacks import Attack, inputs
+from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.core import provenance
+from fulllora_jax.core.console import say, warn
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import (
+  is_remote,
+  load_arrays,
+  make_directory,
+  make_writable,
+  remove_tree,
+  replace_arrays,
+)
+from fulllora_jax.distributed import mesh, processes
+from fulllora_jax.evaluation import evaluator, settings
+
+# Of a distance in float32, relative, and of pixels up to 1.
+_ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
+
+
+class Evaluations:
+  """One model, with one or more sets of weights; a subclass says which.
+
+  Args:
+    config: its `threat` and `eval` say what to evaluate under.
+    dataset: whose splits are attacked.
+    apply: (variables, images [B, H, W, C]) -> logits [B, K].
+    folder: adversarial images and the progress of ensembles go there.
+    name: of the result, which they bear.
+    precision: of matrix products.
+    seed: of the attacks and of the choice of examples.
+  """
+
+  def __init__(
+    self,
+    config,
+    dataset: data.Dataset,
+    apply: Callable,
+    *,
+    folder: Path,
+    name: str,
+    precision: str,
+    seed: int,
+  ):
+    self.config, self.dataset = config, dataset
+    self.folder, self.name = folder, name
+    self.mesh = mesh.mesh_of(config)
+    self._records: dict[tuple, dict[str, Any]] = {}
+    self._progress: list[Path] = []
+    self._make_evaluator = lambda threat: evaluator.Evaluator(
+      apply, threat, self.mesh, config.eval.batch_size, seed, precision
+    )
+    self.evaluator = self._make_evaluator(settings.threat(config))
+
+  def weights(self) -> tuple[str, ...]:
+    """Returns the names of the weights there are."""
+    raise NotImplementedError
+
+  def variables(self, weights: str) -> tuple[tuple, Any]:
+    """Returns what identifies the weights, and the weights on the mesh."""
+    raise NotImplementedError
+
+  def evaluate(
+    self, weights: str, attack: Attack, split: str, num_examples: int = 0
+  ) -> dict[str, Any]:
+    """Evaluates one set of weights; returns its record for the report."""
+    identity, variables = self.variables(weights)
+    threat = self.evaluator.threat
+    radius = None if attack.name == 'clean' else (threat.norm, threat.eps)
+    key = (identity, attack, split, num_examples, radius)
+    if key not in self._records:
+      outcome = self.evaluator.evaluate(
+        variables,
+        getattr(self.dataset, split),
+        attack,
+        num_examples,
+        title=f'{weights} {attack.label}',
+        progress_dir=self._progress_dir(key) if attack.version else None,
+      )
+      record = outcome.record()
+      if attack.version:
+        record['version'] = attack.version
+        record['verified'] = self._verify(outcome, weights, attack, variables)
+      self._records[key] = record
+    return {
+      'weights': weights,
+      'split': split,
+      'attack': attack.name,
+      'steps': attack.steps,
+      'step_size': attack.step_size,
+      'restarts': attack.restarts,
+      'norm': threat.norm,
+      'eps': self.config.threat.eps,
+      'eps_value': threat.eps,
+      'dtype': self.config.model.dtype,
+      'matmul_precision': self.evaluator.precision,
+      'seed': self.evaluator.seed,
+      **self._records[key],
+    }
+
+  def evaluate_all(
+    self,
+    weights: Sequence[str],
+    attacks: Sequence[Attack],
+    split: str,
+    num_examples: int = 0,
+  ) -> list[dict[str, Any]]:
+    """Evaluates every weights under every attack, saying each result."""
+    records = []
+    for attack in attacks:
+      for name in weights:
+        record = self.evaluate(name, attack, split, num_examples)
+        records.append(record)
+        say(
+          f'{name:<5} {attack.label:<10}  {record["accuracy"]:.1%} of '
+          f'{record["num_examples"]} {split} images'
+        )
+    return records
+
+  def evaluate_radii(
+    self,
+    weights: Sequence[str],
+    split: str,
+    eps: Sequence[str],
+    scale_steps: bool,
+  ) -> list[dict[str, Any]]:
+    """Evaluates as the config says, at each radius, clean images once.
+
+    Args:
+      weights: to evaluate.
+      split: of the data set.
+      eps: as the config writes it.
+      scale_steps: keeps the attacks' step size in proportion to eps.
+    """
+    config, records = self.config, []
+    own, own_step = settings.threat(config).eps, config.eval.step_size
+    step = parse_fraction(own_step, 'eval.step_size')
+    for number, radius in enumerate(eps):
+      config.threat.eps = radius
+      threat = settings.threat(config)
+      if scale_steps and own > 0:
+        scaled = str(step * threat.eps / own)
+        config.eval.step_size = own_step if threat.eps == own else scaled
+      self.evaluator = self._make_evaluator(threat)
+      attacks = settings.evaluation_attacks(config)
+      if len(eps) > 1:
+        say(f'eps {radius}')
+      if number:
+        attacks = [attack for attack in attacks if attack.name != 'clean']
+      records += self.evaluate_all(
+        weights, attacks, split, config.eval.num_examples
+      )
+    return records
+
+  def forget_progress(self) -> None:
+    """Removes what was kept in case of an interruption."""
+    for directory in self._progress:
+      with contextlib.suppress(OSError):
+        remove_tree(directory)
+    parent = self._progress[0].parent if self._progress else None
+    if parent and not is_remote(parent) and not any(parent.iterdir()):
+      parent.rmdir()
+
+  def _progress_dir(self, key: tuple) -> Path:
+    """Returns the same place whenever the same evaluation is asked for."""
+    used = self.evaluator
+    computed_in = (self.config.model.dtype, used.precision)
+    key = (key, used.seed, computed_in, used.ensemble_batch_size)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
+    directory = self.folder / 'progress' / digest[:16]
+    self._progress.append(directory)
+    return directory
+
+  def _verify(
+    self, outcome, weights: str, attack: Attack, variables
+  ) -> dict[str, Any]:
+    """Saves the adversarial images, reads them back and looks again.
+
+    Returns:
+      file; outside, how many are not in the ball or the box; mismatches, how
+      many are now classified otherwise (None for a stochastic model).
+    """
+    eps = self.config.threat.eps.replace('/', '_')
+    norm = self.evaluator.threat.norm
+    path = self.folder / (
+      f'{self.name}-{weights}-{attack.label}-{norm}-{eps}.npz'
+    )
+    if processes.is_primary():
+      make_directory(self.folder)
+      replace_arrays(
+        path,
+        x_adv=outcome.x_adv,
+        labels=outcome.labels,
+        indices=outcome.indices,
+        robust=outcome.robust,
+        broken_by=outcome.cascade.broken_by,
+        attacks=np.array(outcome.cascade.attacks),
+      )
+    processes.wait_for_all()
+    with load_arrays(path) as saved:
+      x_adv, robust = saved['x_adv'], saved['robust']
+      labels = saved['labels']
+    outside = self._outside(outcome.x, x_adv)
+    verified = {'file': path.name, 'outside': outside, 'mismatches': None}
+    if attack.version != 'rand':
+      right = self.evaluator.predict(variables, x_adv) == labels
+      verified['mismatches'] = int((right != robust).sum())
+    if outside or verified['mismatches']:
+      warn(
+        f'{path}: of {len(x_adv)} saved images, a fresh forward pass takes '
+        f'{verified["mismatches"]} for something else than the attack saw, and '
+        f'{outside} are outside the ball'
+      )
+    return verified
+
+  def _outside(self, x: np.ndarray, x_adv: np.ndarray) -> int:
+    """Counts images outside the ball or the box, in double precision."""
+    threat = self.evaluator.threat
+    delta = np.abs(x_adv.astype(float) - x).reshape(len(x), -1)
+    distance = {
+      'linf': delta.max(axis=1),
+      'l2': np.sqrt(np.square(delta).sum(axis=1)),
+      'l1': delta.sum(axis=1),
+    }[threat.norm]
+    pixels = x_adv.reshape(len(x), -1)
+    boxed = (pixels.min(axis=1) >= 0) & (pixels.max(axis=1) <= 1)
+    radius = threat.eps * (1 + _ROUNDING) + _PIXEL_ROUNDING
+    return int((~boxed | (distance > radius)).sum())
+
+
+def load_function(spec: str) -> Callable:
+  """Imports 'module:function', from the current directory too.
+
+  Raises:
+    UserError: there is no such function.
+  """
+  module, colon, name = spec.partition(':')
+  if not (module and colon and name) or module.startswith('.'):
+    raise UserError(f'--logits: write module:function, not {spec!r}')
+  if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
+  try:
+    function = getattr(importlib.import_module(module), name, None)
+  except ImportError as error:
+    raise UserError(f'--logits: cannot import {module}: {error}') from None
+  if not callable(function):
+    raise UserError(f'--logits: {module} has no function {name}')
+  return function
+
+
+def check_function(
+  function: Callable, config, dataset: data.Dataset, split: str
+) -> None:
+  """Raises UserError unless the function fits the attacks and the labels.
+
+  It is called in the abstract, as each attack of `config.eval` will.
+  """
+  x = np.empty((1, *dataset.image_shape), np.float32)  # its shape alone counts
+  labels = getattr(dataset, split).labels
+  for attack in settings.evaluation_attacks(config):
+    stochastic = attack.version == 'rand'
+    inputs.num_classes(function, x, config.eval.batch_size, stochastic, labels)
+
+
+class LogitsFunction(Evaluations):
+  """A logits function that is not ours; `spec` names it."""
+
+  def __init__(self, config, dataset, spec: str, function: Callable, **kwargs):
+    self.spec = spec
+
+    def apply(variables, *args):
+      del variables  # the function has its own
+      return function(*args)
+
+    super().__init__(config, dataset, apply, **kwargs)
+
+  def weights(self) -> tuple[str, ...]:
+    return ('model',)
+
+  def variables(self, weights: str) -> tuple[tuple, Any]:
+    return (weights, self.spec), {}
+
+
+def next_name(workdir: Path) -> str:
+  """Returns the name of the next result in evaluations/: 001, 002, ..."""
+  folder = workdir / 'evaluations'
+  try:
+    make_writable(folder)
+  except OSError as error:
+    raise UserError(
+      f'--workdir: cannot write to {workdir}: {error.strerror}; choose another'
+    ) from None
+  taken = [int(p.stem) for p in folder.glob('*.json') if p.stem.isdecimal()]
+  return f'{max(taken, default=0) + 1:03d}'
+
+
+def common_report(
+  run: Evaluations,
+  evaluations: list[dict[str, Any]],
+  seconds: dict[str, float],
+) -> dict[str, Any]:
+  """Returns what every result says, as JSON values."""
+  threat = run.evaluator.threat
+  return {
+    'dataset': run.dataset.name,
+    'threat': {
+      'norm': threat.norm,
+      'eps': run.config.threat.eps,
+      'eps_value': threat.eps,
+    },
+    'evaluations': evaluations,
+    'label_names': list(run.dataset.label_names),
+    'command': provenance.command(),
+    'versions': provenance.versions(),
+    'device': provenance.device(),
+    'seed': run.evaluator.seed,
+    'seconds': seconds,
+    'config': config_lib.as_plain(run.config),
+  }

@@ -1,0 +1,266 @@
+"""Accuracy of a model over a split, clean and under attack.
+
+No example is dropped (the last batch is padded and masked), and only an image
+that is classified correctly when clean can count as robust.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.tree_util import Partial
+
+from fulllora_jax import data
+from fulllora_jax.attacks import Attack, Cascade, Threat, autoattack, losses
+from fulllora_jax.core.console import Progress, say
+from fulllora_jax.core.statistics import wilson_interval
+from fulllora_jax.data import augment
+from fulllora_jax.distributed import mesh as mesh_lib
+
+# On a CPU the throughput is the same from here on, and small batches leave
+# fewer rows to fill up.
+_CPU_BATCH = 32  # for each device
+# Evaluation draws from another stream than training: (seed, this, example).
+_EVALUATION_STREAM = 1 << 20
+
+
+class Evaluation(NamedTuple):
+  """The outcome for each evaluated example.
+
+  Attributes:
+    indices: [n] int, which examples of the split.
+    labels: [n] int.
+    clean: [n] bool, correct without an attack.
+    robust: [n] bool, correct without and under the attack.
+    x: [n, H, W, C] float32, the images,
+    x_adv: what became of them, and
+    cascade: how; all three of an ensemble only.
+  """
+
+  indices: np.ndarray
+  labels: np.ndarray
+  clean: np.ndarray
+  robust: np.ndarray
+  x: np.ndarray | None = None
+  x_adv: np.ndarray | None = None
+  cascade: Cascade | None = None
+
+  def record(self) -> dict[str, Any]:
+    """Returns the counts, the accuracy and its 95 % interval, by class too.
+
+    `examples` identifies the choice of examples, by hash of their indices.
+    """
+    total, right = len(self.robust), int(self.robust.sum())
+    indices = np.ascontiguousarray(self.indices, np.int32)
+    record = {
+      'num_examples': total,
+      'num_correct': right,
+      'accuracy': right / total,
+      'interval': list(wilson_interval(right, total)),
+      'examples': hashlib.sha256(indices).hexdigest()[:16],
+      'per_class': [
+        {
+          'label': int(label),
+          'num_examples': int((self.labels == label).sum()),
+          'clean': int(self.clean[self.labels == label].sum()),
+          'num_correct': int(self.robust[self.labels == label].sum()),
+        }
+        for label in np.unique(self.labels)
+      ],
+    }
+    if self.cascade is not None:
+      record['cascade'] = self.cascade.rows()
+      record['notes'] = list(self.cascade.notes)
+    return record
+
+
+class Evaluator:
+  """Evaluates variables of one model under one threat; compiles once each.
+
+  Attributes:
+    apply: (variables, images [B, H, W, C]) -> logits [B, K], deterministic.
+    threat: the ball attacks stay in.
+    mesh: batches are sharded over it.
+    batch_size: rounded up to a multiple of the devices.
+    seed: of the random starts. An example's draws follow from its index, so
+      they depend on neither the batch size nor the devices.
+    precision: of matrix products ('highest', 'default', ...).
+  """
+
+  def __init__(
+    self,
+    apply: Callable[..., jax.Array],
+    threat: Threat,
+    mesh: Mesh,
+    batch_size: int,
+    seed: int,
+    precision: str = 'highest',
+  ):
+    self.apply = mesh_lib.fetching(apply, mesh)
+    self.threat = threat
+    self.mesh = mesh
+    self.batch_size = mesh_lib.round_up(batch_size, mesh)
+    self.seed = seed
+    self.precision = precision
+    self._compiled: dict[Attack, Callable] = {}
+
+  @property
+  def ensemble_batch_size(self) -> int:
+    """Returns the batch size of ensembles, whose progress goes by batches."""
+    if jax.default_backend() == 'cpu':
+      return min(self.batch_size, _CPU_BATCH * self.mesh.size)
+    return self.batch_size
+
+  def _batch_size_of(self, num_examples: int) -> int:
+    """Returns the batch size for so many, of which few rows are filled up."""
+    return min(
+      self.ensemble_batch_size, mesh_lib.round_up(num_examples, self.mesh)
+    )
+
+  def evaluate(
+    self,
+    variables: Any,
+    split: data.Split,
+    attack: Attack,
+    num_examples: int = 0,
+    title: str = '',
+    progress_dir: Path | None = None,
+  ) -> Evaluation:
+    """Evaluates all of a split, or `num_examples` chosen by the seed.
+
+    Args:
+      variables: of the model, replicated over the mesh.
+      split: the examples.
+      attack: from `fulllora_jax.attacks.parse`.
+      num_examples: 0 for all.
+      title: what to call it in progress lines; none where empty.
+      progress_dir: where an ensemble keeps what it has finished.
+    """
+    chosen = data.choose_examples(len(split), num_examples, self.seed)
+    if attack.version:
+      return self._ensemble(
+        variables, split, attack, chosen, title, progress_dir
+      )
+    step = self._step(attack)
+    progress, rows, done = Progress(len(chosen)), [], 0
+    size = self._batch_size_of(len(chosen))
+    mine = mesh_lib.local_rows(size)
+    for batch in data.eval_batches(split, size, chosen, mine):
+      mask, ours = batch['mask'], {'image': batch['image']}
+      ours |= {name: batch[name][mine] for name in ('label', 'index')}
+      clean, robust = jax.device_get(
+        step(variables, mesh_lib.put_batch(ours, self.mesh))
+      )
+      parts = batch['index'], batch['label'], clean, robust
+      rows.append([part[mask] for part in parts])
+      done += int(mask.sum())
+      rate = progress.update(done)
+      if title and rate and progress.due():
+        say(f'{title} {done}/{len(chosen)} images, {rate}')
+    return Evaluation(
+      *(np.concatenate(part) for part in zip(*rows, strict=True))
+    )
+
+  def _ensemble(
+    self, variables, split, attack: Attack, chosen, title, progress_dir
+  ) -> Evaluation:
+    x = np.concatenate(
+      [
+        np.asarray(augment.to_unit(jnp.asarray(batch['image'][batch['mask']])))
+        for batch in data.eval_batches(split, self.batch_size, chosen)
+      ]
+    )
+    labels = split.labels[chosen]
+    stream = jax.random.fold_in(jax.random.key(self.seed), _EVALUATION_STREAM)
+    result = autoattack(
+      stream,
+      Partial(self.apply, variables),
+      x,
+      labels,
+      self.threat,
+      attack.version,
+      self.ensemble_batch_size,
+      indices=chosen,
+      progress_dir=progress_dir,
+      precision=self.precision,
+      mesh=self.mesh,
+      say=(lambda line: say(f'{title} {line}')) if title else None,
+    )
+    clean = result.cascade.broken_by != 0
+    return Evaluation(
+      chosen, labels, clean, result.robust, x, result.x_adv, result.cascade
+    )
+
+  def predict(self, variables: Any, x: np.ndarray) -> np.ndarray:
+    """Returns classes [n] of images float32 [n, H, W, C], in a fresh pass."""
+
+    size, classes = self._batch_size_of(len(x)), []
+    for first in range(0, len(x), size):
+      rows = x[first : first + size]
+      padded = np.concatenate([rows, np.repeat(x[:1], size - len(rows), 0)])
+      batch = mesh_lib.put_whole_batch({'x': padded}, self.mesh)
+      found = np.asarray(self._classify(variables, batch['x']))
+      classes.append(found[: len(rows)])
+    return np.concatenate(classes)
+
+  @functools.cached_property
+  def _classify(self) -> Callable:
+    """Compiles (variables, x) -> classes, on every process."""
+
+    def classify(variables, x):
+      with jax.default_matmul_precision(self.precision):
+        return self._logits_fn(variables)(x).argmax(axis=-1)
+
+    return jax.jit(classify, out_shardings=mesh_lib.replicated(self.mesh))
+
+  def adversarial(
+    self, variables: Any, images: np.ndarray, labels: np.ndarray, attack: Attack
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Attacks a few images; returns x_adv [n, H, W, C] and predictions [n]."""
+
+    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
+    def craft(variables, x, labels):
+      with jax.default_matmul_precision(self.precision):
+        logits_fn = self._logits_fn(variables)
+        keys = self.keys(jnp.arange(x.shape[0]))
+        x_adv = attack(keys, logits_fn, x, labels, self.threat)
+        return x_adv, logits_fn(x_adv).argmax(axis=-1)
+
+    return jax.device_get(craft(variables, images, labels))
+
+  def _step(self, attack: Attack) -> Callable:
+    if attack not in self._compiled:
+      whole = mesh_lib.replicated(self.mesh)
+      rows = mesh_lib.batch_sharded(self.mesh)
+
+      def step(variables, batch):
+        with jax.default_matmul_precision(self.precision):
+          return self._correct(variables, batch, attack)
+
+      self._compiled[attack] = jax.jit(
+        step, in_shardings=(None, rows), out_shardings=whole
+      )
+    return self._compiled[attack]
+
+  def _correct(self, variables, batch, attack: Attack):
+    x, labels = augment.to_unit(batch['image']), batch['label']
+    logits_fn = self._logits_fn(variables)
+    clean = losses.correct(logits_fn(x), labels)
+    if attack.name == 'clean':
+      return clean, clean
+    x_adv = attack(self.keys(batch['index']), logits_fn, x, labels, self.threat)
+    return clean, clean & losses.correct(logits_fn(x_adv), labels)
+
+  def _logits_fn(self, variables):
+    return lambda images: self.apply(variables, images)
+
+  def keys(self, indices: jax.Array) -> jax.Array:
+    """Returns the PRNG keys [B] of examples, by their indices [B]."""
+    stream = jax.random.fold_in(jax.random.key(self.seed), _EVALUATION_STREAM)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(stream, indices)

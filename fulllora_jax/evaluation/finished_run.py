@@ -1,0 +1,186 @@
+"""Evaluating a finished run: its base, its best and its last weights.
+
+The weights are read back from the published artefacts, so what is evaluated is
+what `fulllora_jax.load` gives.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.tree_util import Partial
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import data, models, pretrained
+from fulllora_jax.adapters import AdaptedModel, adapted, artefact
+from fulllora_jax.attacks import Attack
+from fulllora_jax.distributed import mesh
+from fulllora_jax.evaluation.evaluations import Evaluations, common_report
+from fulllora_jax.serving import classifier
+
+SPLITS = ('train', 'validation', 'test')
+
+
+class FinishedRun(Evaluations):
+  """The artefacts of a work directory, evaluated under one threat model.
+
+  Args:
+    config: of the run; its `threat` and `eval` say what to evaluate under, its
+      `model.dtype` what to compute in.
+    workdir: of the run.
+    dataset: that `config.data` names.
+    precision: of matrix products, 'highest' or 'default'.
+    seed: of the attacks and of the choice of examples; None: the run's.
+    name: of the result, which its adversarial images bear.
+  """
+
+  def __init__(
+    self,
+    config,
+    workdir: Path,
+    dataset: data.Dataset,
+    precision: str = 'highest',
+    seed: int | None = None,
+    name: str = 'report',
+  ):
+    self.workdir = workdir
+    self._loaded: dict[str, classifier.Published] = {}
+    self._variables: dict[tuple, Any] = {}
+    best = self.load('best')
+    model, dtype = best.model, config.model.dtype
+    if dtype != best.metadata['config']['model']['dtype']:
+      model = _computing_in(dtype, best.metadata)
+    super().__init__(
+      config,
+      dataset,
+      model.apply,
+      folder=workdir / 'evaluations',
+      name=name,
+      precision=precision,
+      seed=config.seed if seed is None else seed,
+    )
+
+  def load(self, which: str) -> classifier.Published:
+    """Reads `best` or `last`, once."""
+    if which not in self._loaded:
+      self._loaded[which] = classifier.read(self.workdir, which=which)
+    return self._loaded[which]
+
+  def weights(self) -> tuple[str, ...]:
+    """Returns those there are of base, best, last.
+
+    A base classifies nothing where the run began from scratch, or from
+    published weights under a head of zeros; a run that was given to others may
+    have its best weights alone.
+    """
+    metadata = self.load('best').metadata
+    published = metadata.get('base_source') or {}
+    headless = metadata['base'] is None or published.get('new_head', False)
+    absent = {'base'} if headless else set()
+    if not (self.workdir / 'last').exists():
+      absent.add('last')
+    return tuple(name for name in config_lib.WEIGHTS if name not in absent)
+
+  def variables(self, weights: str) -> tuple[tuple, Any]:
+    """Returns what identifies the weights, and the weights on the mesh."""
+    if weights == 'base':
+      identity, tree = ('base',), self.load('best').base_variables
+    else:
+      loaded = self.load(weights)
+      # `best` may be the very step that is `last`: evaluate it once.
+      identity, tree = ('step', loaded.metadata['step']), loaded.variables
+    if identity not in self._variables:
+      self._variables[identity] = mesh.shard_frozen(
+        tree, self.mesh, self.config.mesh.shard_from
+      )
+    return identity, self._variables[identity]
+
+  def examples(
+    self, attack: Attack | None, count: int = 8
+  ) -> dict[str, Any] | None:
+    """Attacks best, and the base if there is one, on a few test images."""
+    if attack is None or attack.name == 'clean':
+      return None
+    chosen = np.linspace(0, len(self.dataset.test) - 1, count).astype(int)
+    clean = self.dataset.test.fetch(chosen).astype(np.float32) / 255
+    labels = self.dataset.test.labels[chosen]
+    _, best = self.variables('best')
+    adversarial, predictions = self.evaluator.adversarial(
+      best, clean, labels, attack
+    )
+    shown = {
+      'clean': clean,
+      'adversarial': adversarial,
+      'labels': labels,
+      'robust_predictions': predictions,
+      'label_names': self.dataset.label_names,
+      'eps': self.config.threat.eps,
+      'norm': self.evaluator.threat.norm,
+      'attack': attack.label,
+    }
+    if 'base' in self.weights():
+      _, base = self.variables('base')
+      _, shown['base_predictions'] = self.evaluator.adversarial(
+        base, clean, labels, attack
+      )
+    return shown
+
+
+def logits_functions(
+  workdir: Path, weights: str
+) -> tuple[Partial, Partial | None]:
+  """Returns images -> logits of a run, and the same in float32.
+
+  Args:
+    workdir: of the run.
+    weights: base, best or last.
+
+  Returns:
+    The function, and None where it computes in float32 itself.
+
+  Raises:
+    UserError: there is no such artefact, or it is damaged.
+  """
+  which = 'last' if weights == 'last' else 'best'
+  loaded = classifier.load(workdir, which=which)
+  base = weights == 'base'
+  variables = loaded.base_variables if base else loaded.variables
+  exact = None
+  if loaded.metadata['config']['model']['dtype'] != 'float32':
+    model = _computing_in('float32', loaded.metadata)
+    exact = Partial(model.apply, variables)
+  return Partial(loaded.model.apply, variables), exact
+
+
+def _computing_in(dtype: str, metadata: Mapping[str, Any]) -> AdaptedModel:
+  """Returns the model of an artefact, which computes in another dtype."""
+  config = config_lib.from_mapping(metadata['config'])
+  config.model.dtype, config.model.attention = dtype, ''
+  return adapted.build(config, metadata['num_classes']).model
+
+
+def assemble_report(
+  run: FinishedRun,
+  evaluations: list[dict[str, Any]],
+  seconds: dict[str, float],
+) -> dict[str, Any]:
+  """Returns the report of a run, as report.json holds it."""
+  metadata = run.load('best').metadata
+  last = run.load('last').metadata if 'last' in run.weights() else {}
+  return common_report(run, evaluations, seconds) | {
+    'config_name': run.config.name,
+    'method': run.config.method,
+    'parameters': metadata['parameters'],
+    'base_fingerprint': metadata['base_fingerprint'],
+    'body_fingerprint': artefact.body_fingerprint(
+      run.load('best').base_variables['params'],
+      models.linear_maps(run.config.model.name)['head'],
+    ),
+    'best_step': metadata['step'],
+    'best_validation': metadata['validation'],
+    'last_step': last.get('step'),
+    'adapter_bytes': artefact.size_on_disk(
+      pretrained.find_artefact(run.workdir, 'best')
+    ),
+  }

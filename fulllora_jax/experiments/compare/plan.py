@@ -1,0 +1,200 @@
+"""What a comparison is: rows, each a change of one experiment, times seeds.
+
+The rows have data, base, model, threat and evaluation in common, so that what
+differs in the table is what the row says. The base is the experiment's own,
+trained or read once.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import config_dict
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import pretrained
+from fulllora_jax.adapters import methods
+from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.files import as_path
+from fulllora_jax.evaluation import settings
+from fulllora_jax.training import checks
+
+ConfigDict = config_dict.ConfigDict
+# What a row may not change; of the model, how it is computed is free.
+_COMMON = ('data', 'model', 'threat', 'base', 'eval', 'seed', 'name')
+_FREE = ('model.remat', 'model.attention', 'model.dropout')
+
+
+class Run(NamedTuple):
+  """One run of a comparison.
+
+  Attributes:
+    row: its label in the table.
+    seed: of its training.
+    config: config.py.
+    workdir: of the run.
+  """
+
+  row: str
+  seed: int
+  config: ConfigDict
+  workdir: Path
+
+  @property
+  def title(self) -> str:
+    return f'{self.row}, seed {self.seed}'
+
+
+def default(experiment: ConfigDict) -> ConfigDict:
+  """Returns a comparison of one experiment, without rows yet.
+
+  Args:
+    experiment: of config.py; its `seed` is that of the base and of what is
+      held out, and its `eval` what every run is evaluated under.
+  """
+  c = ConfigDict()
+  c.name = f'compare_{experiment.name}'  # titles the table
+  c.experiment = experiment
+  # Label -> what it changes, nested as in config.py: {'method': 'lora', ...}.
+  c.rows = ConfigDict()
+  c.seeds = (0, 1, 2)
+  # Rows that the others are paired with, seed by seed.
+  c.references = ('full', 'fulllora')
+  c.headline = ''  # attack that the rows are ranked by; '': the last of eval
+  return c
+
+
+def runs(
+  comparison: ConfigDict,
+  workdir: str | os.PathLike,
+  rows: Sequence[str] = (),
+  seeds: Sequence[int] = (),
+) -> list[Run]:
+  """Returns the runs of a comparison, seed by seed, rows by name.
+
+  Args:
+    comparison: of `default`, with rows.
+    workdir: of the comparison.
+    rows: labels to keep; (): all.
+    seeds: to keep; (): all.
+
+  Raises:
+    UserError: a row or seed that is not there, a row that changes what all
+      have in common, or a config that is wrong; the message names the row.
+  """
+  _check(comparison, rows, seeds)
+  return [
+    _run(comparison, as_path(workdir), row, seed)
+    for seed in comparison.seeds
+    for row in comparison.rows
+    if row in (rows or comparison.rows) and seed in (seeds or comparison.seeds)
+  ]
+
+
+def has_own_base(experiment: ConfigDict) -> bool:
+  """Returns whether the base is made in the comparison's base/.
+
+  Else there is none, or it is a run's, and stays where it is.
+  """
+  source = experiment.base.source
+  return source != 'scratch' and not pretrained.is_artefact(source)
+
+
+def base_config(comparison: ConfigDict) -> ConfigDict:
+  """Returns the experiment, as the base is trained or read by it."""
+  config = config_lib.copy(comparison.experiment)
+  config.name = comparison.name
+  return config
+
+
+def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
+  if not len(comparison.rows):
+    raise UserError('rows: the comparison has none; give at least one')
+  if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
+    raise UserError(
+      f'seeds {tuple(comparison.seeds)}: give at least one, each once'
+    )
+  for row in rows:
+    if row not in comparison.rows:
+      raise UserError(
+        f'--rows: unknown {row!r}{_near(row, comparison.rows)}; known: '
+        + ', '.join(comparison.rows)
+      )
+  for seed in seeds:
+    if seed not in comparison.seeds:
+      raise UserError(
+        f'--seeds: {seed} is not of the comparison, which has '
+        f'{", ".join(map(str, comparison.seeds))}; give one of them, or add it '
+        'to config.seeds'
+      )
+  for row in comparison.references:
+    if row not in comparison.rows:
+      raise UserError(
+        f'references: unknown {row!r}{_near(row, comparison.rows)}; known: '
+        + ', '.join(comparison.rows)
+      )
+  labels = [a.label for a in settings.evaluation_attacks(comparison.experiment)]
+  if comparison.headline and comparison.headline not in labels:
+    raise UserError(
+      f'headline: {comparison.headline!r} is not of experiment.eval.attacks, '
+      f'which are {", ".join(labels)}'
+    )
+  if not methods.get(comparison.experiment.method).adversarial:
+    raise UserError(
+      f'experiment.method {comparison.experiment.method}: it trains without an '
+      'attack; give fulllora, and what differs as rows'
+    )
+
+
+def _run(comparison, workdir: Path, row: str, seed: int) -> Run:
+  config = base_config(comparison)
+  changes = comparison.rows[row].to_dict()
+  for field, value in _flat(changes):
+    if field.split('.')[0] in _COMMON and field not in _FREE:
+      raise UserError(
+        f'rows.{row}: it changes {field} to {value!r}, which the rows of a '
+        'comparison have in common; change experiment, or make it a comparison '
+        'of its own'
+      )
+    _set(config, row, field, value)
+  experiment = comparison.experiment
+  config.seed = seed
+  if config.data.seed is None:  # the same images held out in every run
+    config.data.seed = experiment.seed
+  config.name = f'{comparison.name}-{row}-{seed}'
+  if has_own_base(experiment):
+    config.base.source = str(workdir / 'base')
+  try:
+    checks.validate(config, jax.device_count())
+  except UserError as error:
+    raise UserError(f'rows.{row}: {error}') from None
+  return Run(row, seed, config, workdir / 'runs' / f'{row}-{seed}')
+
+
+def _set(config, row: str, field: str, value: Any) -> None:
+  *parents, name = field.split('.')
+  part = config
+  for parent in parents:
+    part = part.get(parent) if isinstance(part, ConfigDict) else None
+  if not isinstance(part, ConfigDict) or name not in part:
+    known = config_lib.flat(config)
+    raise UserError(f'rows.{row}: unknown field {field}{_near(field, known)}')
+  try:
+    part[name] = value
+  except TypeError as error:
+    raise UserError(f'rows.{row}: {field}: {error}') from None
+
+
+def _flat(changes: Mapping[str, Any], prefix: str = '') -> Iterator:
+  for name, value in changes.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}', value
+
+
+def _near(name: str, known) -> str:
+  hint = did_you_mean(name, known).rstrip()
+  return f'; {hint}' if hint else ''

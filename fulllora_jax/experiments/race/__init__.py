@@ -1,0 +1,1 @@
+"""Races schedules of the inner attack to a robust accuracy."""

@@ -1,0 +1,248 @@
+"""A train step, compiled and ready to be timed, and its parts."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import data, models, scaling
+from fulllora_jax.adapters import adapted
+from fulllora_jax.core import trees
+from fulllora_jax.data import augment
+from fulllora_jax.distributed import mesh
+from fulllora_jax.experiments.scaling import costs
+from fulllora_jax.experiments.speed import flops
+from fulllora_jax.training import checks, memory, train_step
+from fulllora_jax.training.loop import Training
+
+_EXAMPLES = 1024  # of random data, or two batches
+_WORKDIR = Path('benchmark')  # named by messages only; nothing is written
+
+
+def random_dataset(config, num_classes: int, channels: int) -> data.Dataset:
+  """Makes a data set of noise, of the config's image size, in memory.
+
+  What a step takes does not depend on the pixels.
+  """
+  side, rng = config.data.image_size, np.random.default_rng(0)
+  count = max(_EXAMPLES, 2 * config.train.batch_size, config.eval.batch_size)
+  shape = (side, side, channels)
+
+  def split(name):
+    images = rng.integers(0, 256, (count, *shape), np.uint8)
+    labels = rng.integers(0, num_classes, count).astype(np.int32)
+    return data.Split(name, labels, images.__getitem__)
+
+  names = tuple(str(k) for k in range(num_classes))
+  splits = (split(name) for name in ('train', 'validation', 'test'))
+  return data.Dataset('random', shape, names, *splits)
+
+
+def relabelled(evaluator, variables, split: data.Split, count: int):
+  """Returns the first images of a split, labelled as the model sees them."""
+  images = split.fetch(np.arange(count))
+  x = np.asarray(augment.to_unit(images))
+  labels = evaluator.predict(variables, x).astype(np.int32)
+  return data.Split(split.name, labels, images.__getitem__)
+
+
+class Case:
+  """One config's train step.
+
+  Attributes:
+    name: in tables.
+    training: its model, state, data and algorithm; the base is random.
+    batch: one batch, on the mesh.
+    compiled: the step.
+    compile_seconds: 'trace' (and lower) and 'compile', without any cache.
+    plan: what the step needs of each device's memory.
+  """
+
+  def __init__(self, name: str, config, dataset: data.Dataset):
+    checks.validate(config, jax.device_count())
+    self.name, self.config = name, config
+    self.training = training = Training(config, _WORKDIR, dataset, None)
+    with contextlib.closing(training.batches(0)) as batches:
+      self.batch = training.put(next(batches))
+    step = train_step.compile_train_step(training.algorithm, training.mesh)
+    arguments = self._arguments(training.state)
+    began = time.perf_counter()
+    self.traced = step.trace(*arguments)
+    lowered = self.traced.lower()
+    traced = time.perf_counter()
+    self.compiled = lowered.compile()
+    self.compile_seconds = {
+      'trace': traced - began,
+      'compile': time.perf_counter() - traced,
+    }
+    self.plan = memory.measure(
+      self.compiled, training.state, training.frozen, self.batch, config
+    )
+
+  def _arguments(self, state):
+    training = self.training
+    return state, training.frozen, self.batch, training.root_key
+
+  def step(self) -> float:
+    """Makes one step, to its end; returns its seconds."""
+    began = time.perf_counter()
+    self.training.state, metrics = self.compiled(
+      *self._arguments(self.training.state)
+    )
+    jax.block_until_ready((self.training.state, metrics))
+    return time.perf_counter() - began
+
+  def loop(self, steps: int) -> dict[str, float]:
+    """Makes steps as training does, with new batches, without waiting.
+
+    Args:
+      steps: at most; no more than the training has.
+
+    Returns:
+      steps that were made, seconds of the loop, and those of them that it
+      waited for its input.
+    """
+    training, waited, metrics = self.training, 0.0, None
+    steps = min(steps, training.total_steps)
+    began = previous = time.perf_counter()
+    for rows in itertools.islice(training.batches(0), steps):
+      self.batch = training.put(rows)
+      waited += time.perf_counter() - previous
+      training.state, now = self.compiled(*self._arguments(training.state))
+      jax.block_until_ready(metrics)  # of the step before: one runs ahead
+      metrics, previous = now, time.perf_counter()
+    jax.block_until_ready(metrics)
+    seconds = time.perf_counter() - began
+    return {'steps': steps, 'seconds': seconds, 'input_wait': waited}
+
+  def flops(self) -> dict[str, float | None]:
+    """Counts the FLOPs of a step of all devices, and the bytes of one.
+
+    Returns:
+      model: of the products in the trace of the step, nothing computed twice
+        (model.remat); formula: of costs.py, for the plain ViTs it knows;
+      compiled, bytes: XLA's counts of the compiled step, in which a loop
+        counts once; each None where it is not known.
+    """
+    config = config_lib.copy(self.config)
+    config.model.remat = 'none'
+    training = self.training
+    built = adapted.build(config, training.dataset.num_classes)
+    algorithm = dataclasses.replace(
+      training.algorithm, apply=built.model.apply, remat='none'
+    )
+    step = train_step.compile_train_step(algorithm, training.mesh)
+    traced = step.trace(*self._arguments(training.state))
+    counted = flops.compiled(self.compiled)
+    return {
+      'model': flops.traced(traced.jaxpr),
+      'formula': self._formula(),
+      'compiled': counted.get('flops'),
+      'bytes': counted.get('bytes accessed'),
+    }
+
+  def _formula(self) -> int | None:
+    config, dataset = self.config, self.training.dataset
+    if (
+      config.method not in costs.METHODS
+      or not re.fullmatch(r'(vit|deit)(_\w+)?', config.model.name)
+      or 'distilled' in config.model.name
+      or models.settings(config.model)['pool'] != 'token'
+      or config.adapter.targets
+      or config.adapter.overrides
+      or config.adapter.head != 'train'
+    ):
+      return None
+    channels = dataset.image_shape[-1]
+    model = scaling.counted(self.name, config, dataset.num_classes, channels)
+    return config.train.batch_size * costs.step_flops(model, config.method)
+
+
+class Parts:
+  """The parts of a step, each compiled as a program of its own.
+
+  Attributes:
+    runs: name -> a function that runs it once and returns the seconds:
+      'augment', and for an adversarial method 'forward' (one pass of the
+      model) and 'attack'.
+    attack_costs: XLA's count of one ascent (flops.compiled); empty where there
+      is no attack.
+  """
+
+  attack_costs: Mapping[str, float] = {}
+
+  def __init__(self, case: Case):
+    training = case.training
+    self._case, self._mesh = case, training.mesh
+    self._algorithm = dataclasses.replace(
+      training.algorithm,
+      apply=mesh.fetching(training.algorithm.apply, training.mesh),
+    )
+    rows = mesh.batch_sharded(self._mesh)
+    augmented = jax.jit(self._augment, out_shardings=rows)
+    x, labels = augmented(case.batch, training.root_key)
+    self.runs = {'augment': _timed(augmented, case.batch, training.root_key)}
+    if self._algorithm.attack is not None:
+      # Its own copy: steps use the state up.
+      trainable = mesh.replicate(training.state.trainable, self._mesh)
+      variables = (trainable, training.frozen)
+      forward = jax.jit(self._logits, out_shardings=rows)
+      self.runs['forward'] = _timed(forward, *variables, x)
+      whole = mesh.replicated(self._mesh)
+      attack = jax.jit(self._attack, out_shardings=(rows, whole))
+      arguments = (*variables, x, labels, training.root_key)
+      attack = attack.lower(*arguments).compile()
+      self.runs['attack'] = _timed(attack, *arguments)
+      self._ascents = float(attack(*arguments)[1])
+      self.attack_costs = flops.compiled(attack)
+
+  def _augment(self, batch, key):
+    x = augment.to_unit(batch['image'])
+    return self._algorithm.augment(key, x, batch['label'])
+
+  def _logits(self, trainable, frozen, x):
+    return self._algorithm.apply(trees.merge(trainable, frozen), x)
+
+  def _attack(self, trainable, frozen, x, labels, key):
+    keys = jax.random.split(key, x.shape[0])
+    logits_fn = functools.partial(self._logits, trainable, frozen)
+    step = self._case.training.total_steps  # at full strength
+    return self._algorithm.attack(keys, logits_fn, x, labels, step)
+
+  def breakdown(
+    self, step: float, seconds: Mapping[str, float]
+  ) -> dict[str, float]:
+    """Splits the seconds of a step.
+
+    The update is what is left of the step; the way back of the attack is what
+    its passes forward leave of the attack.
+
+    Args:
+      step: seconds of the whole step.
+      seconds: of each of `runs`.
+    """
+    parts = {'augment': seconds['augment']}
+    if 'attack' in seconds:
+      forward = min(self._ascents * seconds['forward'], seconds['attack'])
+      parts['attack, forward'] = forward
+      parts['attack, backward'] = seconds['attack'] - forward
+    parts['update'] = max(0.0, step - sum(parts.values()))
+    return parts
+
+
+def _timed(function: Callable, *arguments: Any) -> Callable[[], float]:
+  def run() -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - began
+
+  return run

@@ -1,0 +1,77 @@
+"""Side by side: what is compared takes turns, so that both see one machine."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping
+
+from fulllora_jax.core.console import Progress, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+  """What repeated runs of one thing took.
+
+  Attributes:
+    all: seconds of each run, in order.
+  """
+
+  all: tuple[float, ...]
+
+  @property
+  def median(self) -> float:
+    return statistics.median(self.all)
+
+  @property
+  def quartiles(self) -> tuple[float, float]:
+    """The first and the third quartile; both are the value of a single run."""
+    if len(self.all) < 2:
+      return self.all[0], self.all[0]
+    first, _, third = statistics.quantiles(self.all, method='inclusive')
+    return first, third
+
+  def record(self) -> dict[str, object]:
+    """Returns JSON values: median, quartiles, minimum, and all, seconds."""
+    return {
+      'median': self.median,
+      'quartiles': list(self.quartiles),
+      'min': min(self.all),
+      'all': list(self.all),
+    }
+
+
+def take_turns(
+  runs: Mapping[str, Callable[[], float]], rounds: int, warmup: int
+) -> dict[str, Seconds]:
+  """Runs everything once a round, in an order that is turned each round.
+
+  Args:
+    runs: name -> a function that does the work once, to its end, and returns
+      the seconds it took.
+    rounds: that count, at least 1.
+    warmup: rounds before them, that do not.
+
+  Returns:
+    What each took; the i-th runs of all were made in the same round.
+  """
+  names, taken = list(runs), {name: [] for name in runs}
+  progress = Progress(rounds * len(names))
+  for number in range(-warmup, rounds):
+    turned = names[number % len(names) :] + names[: number % len(names)]
+    for name in turned:
+      seconds = runs[name]()
+      if number >= 0:
+        taken[name].append(seconds)
+        done = number * len(names) + turned.index(name) + 1
+        rate = progress.update(done)
+        if rate and progress.due():
+          say(f'timed {done}/{progress.total} runs, {rate}')
+  return {name: Seconds(tuple(each)) for name, each in taken.items()}
+
+
+def ratio(a: Seconds, b: Seconds) -> Seconds:
+  """Returns a / b round by round; its median says how many times b a takes.
+
+  >>> ratio(Seconds((2.0, 3.0)), Seconds((1.0, 2.0))).all
+  (2.0, 1.5)
+  """
+  return Seconds(tuple(x / y for x, y in zip(a.all, b.all, strict=True)))

@@ -1,0 +1,1 @@
+"""The same train step in PyTorch, in a process of its own."""

@@ -1,0 +1,244 @@
+"""The work of the PyTorch peer, timed: training steps and attacks.
+
+Imports no JAX.
+"""
+
+import functools
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.experiments.speed.torch import step
+from fulllora_jax.experiments.speed.torch.spec import COMPILE_MODES, Spec
+
+_BATCHES = 4  # different ones, in turn
+_WARM_UP = {'compile-cudagraphs': 3}  # steps; recorded in the second
+
+
+class Work:
+  """A model on its device with the functions that run it.
+
+  torch.compile gets one step of the attack, forward and backward, as a single
+  graph; the loss of the training step, with its backward pass; and the logits.
+  Tried for the first, on one busy CPU core (PyTorch 2.13, ViT of width 192 and
+  3 blocks with LoRA, 16 images, float32), CPU seconds a step, the median of
+  12 that took turns: 0.150 eager; compiled 0.115 as one graph by
+  torch.func.grad, which is used, 0.128 with torch.autograd.grad inside, 0.125
+  for the loss alone, 0.123 for the loss with the parameters' gradients, which
+  torch.compile does not leave out by itself. max-autotune gave nothing more,
+  and in eager mode torch.func.grad nothing over torch.autograd.grad. bfloat16
+  weights took 0.103 in eager mode where autocast took 0.120 and float32 0.124.
+
+  Attributes:
+    spec: what was asked for.
+    model: the classifier.
+  """
+
+  def __init__(self, spec: Spec):
+    """Builds the model; compiles nothing yet.
+
+    Raises:
+      UserError: CUDA is asked for and not there.
+    """
+    if spec.device == 'cuda' and not torch.cuda.is_available():
+      raise UserError(
+        f'torch peer: device cuda: PyTorch {torch.__version__} finds no GPU '
+        'here; install a build for CUDA, or compare on the CPU'
+      )
+    if spec.threads:
+      torch.set_num_threads(spec.threads)
+    if spec.device == 'cuda':
+      torch.set_float32_matmul_precision('high')  # TF32, as JAX has it there
+      torch.backends.cudnn.benchmark = True
+    torch.manual_seed(spec.seed)
+    self.spec = spec
+    self.model = step.build(spec)
+    self._generator = torch.Generator(spec.device).manual_seed(spec.seed)
+    self._update = step.Update(step.trainable(self.model), spec)
+    self._batches = _random_batches(spec)
+    self._steps = 0
+    mode = COMPILE_MODES.get(spec.mode)
+    ascend = step.ascend_traced if mode else step.ascend
+    self._ascend = functools.partial(_compiled(ascend, mode), self.model)
+    self._loss = functools.partial(_compiled(_loss, mode), self.model)
+    self._logits = functools.partial(_compiled(_logits, mode), self.model)
+
+  def warm_up(self) -> float:
+    """Compiles by running everything; returns the seconds that it took.
+
+    The first step itself is in them.
+
+    Raises:
+      UserError: torch.compile does not work here.
+    """
+    begin = time.perf_counter()
+    try:
+      for _ in range(_WARM_UP.get(self.spec.mode, 1)):
+        self.train_step(log=True)
+        self.attack(steps=1)
+      self._synchronize()
+    except torch.OutOfMemoryError:
+      raise
+    except Exception as error:
+      if self.spec.mode == 'eager':
+        raise
+      raise UserError(
+        f'torch peer: torch.compile does not work here ({_first_line(error)}); '
+        'install a C++ compiler (and Triton for a GPU), or compare with mode '
+        'eager'
+      ) from error
+    if self.spec.device == 'cuda':
+      torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter() - begin
+
+  def train_step(self, *, log: bool) -> dict[str, Tensor]:
+    """Makes one step; returns scalars of it, on the device.
+
+    Args:
+      log: whether clean images are scored too.
+    """
+    images, labels = self._batch()
+    spec = self.spec
+    x = step.augment(images, spec.crop_padding, spec.flip, self._generator)
+    x_adv = x
+    if spec.attack_steps:
+      x_adv = self._attacked(
+        x, labels, spec.attack_steps, spec.step_size, spec.random_start
+      )
+    loss, logits = self._loss(x_adv, labels)
+    loss.backward()
+    metrics = {'loss': loss.detach(), 'robust_accuracy': _score(logits, labels)}
+    self._update()
+    if log:
+      metrics['clean_accuracy'] = _score(self._logits(x), labels)
+    return metrics
+
+  def attack(self, steps: int) -> Tensor:
+    """Attacks a batch as an evaluation does; returns the robust accuracy."""
+    images, labels = self._batch()
+    x = step.augment(images, 0, False, self._generator)
+    x_adv = self._attacked(x, labels, steps, self.spec.eval_step_size, True)
+    return _score(self._logits(x_adv), labels)
+
+  def run(self, steps: int) -> list[float]:
+    """Returns the seconds that each of `steps` training steps took."""
+    seconds = []
+    for _ in range(steps):
+      log = self._steps % self.spec.log_every == 0
+      self._steps += 1
+      seconds.append(self._timed(self.train_step, log=log))
+    return seconds
+
+  def run_attack(self, steps: int, repeats: int) -> list[float]:
+    """Returns images per second of each of `repeats` attacks of a batch."""
+    return [
+      self.spec.batch_size / self._timed(self.attack, steps)
+      for _ in range(repeats)
+    ]
+
+  def peak_memory(self) -> int:
+    """Returns bytes: of the GPU since the warm-up, or the process's own."""
+    if self.spec.device == 'cuda':
+      return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == 'darwin' else 1024)
+
+  def facts(self) -> dict[str, Any]:
+    """Returns the count of what learns, the versions and the device's name."""
+    device = self.spec.device
+    return {
+      'trainable': sum(p.numel() for p in step.trainable(self.model)),
+      'versions': {
+        name: metadata.version(name) for name in ('torch', 'timm', 'peft')
+      },
+      'device': (torch.cuda.get_device_name() if device == 'cuda' else device),
+      'threads': torch.get_num_threads(),
+    }
+
+  def _batch(self) -> tuple[Tensor, Tensor]:
+    batch = self._batches[0]
+    self._batches.append(self._batches.pop(0))
+    return tuple(t.to(self.spec.device, non_blocking=True) for t in batch)
+
+  def _attacked(self, x, labels, steps, step_size, random_start) -> Tensor:
+    return step.pgd(
+      self._ascend,
+      x,
+      labels,
+      self.spec.eps,
+      steps,
+      # A tensor, for torch.compile makes a program for each Python number.
+      torch.tensor(step_size, device=x.device),
+      self._generator if random_start else None,
+    )
+
+  def _timed(self, function: Callable, *args, **kwargs) -> float:
+    self._synchronize()
+    begin = time.perf_counter()
+    function(*args, **kwargs)
+    self._synchronize()
+    return time.perf_counter() - begin
+
+  def _synchronize(self) -> None:
+    if self.spec.device == 'cuda':
+      torch.cuda.synchronize()
+
+
+def _random_batches(spec: Spec) -> list[tuple[Tensor, Tensor]]:
+  """Returns uint8 [B, H, W, C] images and int64 [B] labels, on the host."""
+  shape = (spec.batch_size, spec.image_size, spec.image_size, spec.channels)
+  batches = [
+    (
+      torch.randint(256, shape, dtype=torch.uint8),
+      torch.randint(spec.num_classes, (spec.batch_size,)),
+    )
+    for _ in range(_BATCHES)
+  ]
+  if spec.device == 'cuda':
+    return [(x.pin_memory(), y.pin_memory()) for x, y in batches]
+  return batches
+
+
+def _compiled(function: Callable, mode: str | None) -> Callable:
+  """Returns the function as torch.compile makes it; None: as it is."""
+  if mode is None:
+    return function
+  compiled = torch.compile(function, mode=mode, dynamic=False)
+  if mode != 'reduce-overhead':
+    return compiled
+
+  def replay(*args):
+    """Copies what comes out, which the next replay would overwrite."""
+    torch.compiler.cudagraph_mark_step_begin()
+    out = compiled(*args)
+    return out.clone() if isinstance(out, Tensor) else out
+
+  return replay
+
+
+def _loss(model, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+  logits = model(x)
+  return F.cross_entropy(logits, labels), logits
+
+
+@torch.no_grad()
+def _logits(model, x: Tensor) -> Tensor:
+  return model(x)
+
+
+@torch.no_grad()
+def _score(logits: Tensor, labels: Tensor) -> Tensor:
+  return (logits.argmax(-1) == labels).float().mean()
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0].strip()

@@ -1,0 +1,1 @@
+"""What people read: report.md and report.html, and their pictures."""

@@ -1,0 +1,129 @@
+"""What an ensemble of attacks found, as text: headline, cascade, classes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fulllora_jax.core.console import duration
+
+
+def sections(report: Mapping[str, Any]) -> Iterator[str]:
+  """Yields the text of each AutoAttack, for the terminal.
+
+  Args:
+    report: as report.json holds it.
+  """
+  for evaluation in report['evaluations']:
+    if evaluation['attack'].startswith('autoattack'):
+      yield '\n'.join(
+        [
+          headline(evaluation),
+          *_aligned(cascade(evaluation)),
+          *_aligned(per_class(evaluation, report['label_names'])),
+          *remarks(evaluation),
+        ]
+      )
+
+
+def markdown(report: Mapping[str, Any]) -> Iterator[str]:
+  """Yields the same as blocks of markdown."""
+  for evaluation in report['evaluations']:
+    if evaluation['attack'].startswith('autoattack'):
+      yield f'### {headline(evaluation)}'
+      yield _table(cascade(evaluation))
+      yield _table(per_class(evaluation, report['label_names']))
+      if lines := list(remarks(evaluation)):
+        yield '\n'.join(f'- {line}' for line in lines)
+
+
+def headline(evaluation: Mapping[str, Any]) -> str:
+  """Returns the one number, what it is of, and its interval.
+
+  An ensemble of all of AutoAttack's is called by that name; the worst case is
+  over its attacks, image by image.
+  """
+  name = evaluation['attack']
+  if name.startswith('autoattack'):
+    name = f'AutoAttack{name.removeprefix("autoattack")} (worst case)'
+  low, high = evaluation['interval']
+  return (
+    f'{name}, {evaluation["weights"]}: {100 * evaluation["accuracy"]:.1f} % '
+    f'[{100 * low:.1f}, {100 * high:.1f}] of {evaluation["num_examples"]} '
+    f'{evaluation["split"]} images; {evaluation["norm"]}, eps '
+    f'{evaluation["eps"]}'
+  )
+
+
+def cascade(evaluation: Mapping[str, Any]) -> list[list[str]]:
+  """Returns a table: each attack, what it left robust, broke and took."""
+  rows = [['after', 'robust', 'broken by it', 'time']]
+  for step in evaluation['cascade']:
+    first = step['attack'] == 'clean'
+    rows.append(
+      [
+        step['attack'],
+        f'{100 * step["accuracy"]:.1f} %',
+        f'{step["broken"]}' + (' (misclassified)' if first else ''),
+        '' if first else duration(step['seconds']),
+      ]
+    )
+  return rows
+
+
+def per_class(evaluation: Mapping[str, Any], names) -> list[list[str]]:
+  """Returns a table: clean and robust accuracy of each class."""
+  rows = [['class', 'n', 'clean', 'robust']]
+  for row in evaluation['per_class']:
+    label, total = row['label'], row['num_examples']
+    rows.append(
+      [
+        str(names[label]) if label < len(names) else str(label),
+        str(total),
+        f'{100 * row["clean"] / total:.1f} %',
+        f'{100 * row["num_correct"] / total:.1f} %',
+      ]
+    )
+  return rows
+
+
+def remarks(evaluation: Mapping[str, Any]) -> Iterator[str]:
+  """Yields what one should know about the number, a line each."""
+  yield (
+    f'computed in {evaluation["dtype"]}, matmul precision '
+    f'{evaluation["matmul_precision"]}; seed {evaluation["seed"]}, examples '
+    f'{evaluation["examples"]}'
+  )
+  yield from evaluation.get('notes', ())
+  verified = evaluation.get('verified')
+  if not verified:
+    return
+  if verified['mismatches'] is None:
+    yield f'{verified["file"]}: not verified, since the model is stochastic'
+  elif verified['mismatches'] or verified['outside']:
+    yield (
+      f'MISMATCH: {verified["mismatches"]} images of {verified["file"]} are '
+      'classified otherwise in a fresh forward pass, and '
+      f'{verified["outside"]} are outside the ball; do not trust this number '
+      'before you know why'
+    )
+  else:
+    yield (
+      f'{verified["file"]}: verified in a fresh forward pass, all in the ball '
+      'and classified as the attack saw them'
+    )
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    '  '
+    + '  '.join(
+      cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+    ).rstrip()
+    for row in rows
+  ]
+
+
+def _table(rows: list[list[str]]) -> str:
+  header, *body = rows
+  table = [header, ['---'] + ['---:'] * (len(header) - 1), *body]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in table)

@@ -1,0 +1,1 @@
+"""Trained adapters at work: inference, many adapters, export, PyTorch."""

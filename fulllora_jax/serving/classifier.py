@@ -1,0 +1,231 @@
+"""The product: a robust classifier from published adapters and their base."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import jax
+import numpy as np
+
+from fulllora_jax import config, pretrained
+from fulllora_jax.adapters import AdaptedModel, adapted, artefact
+from fulllora_jax.adapters.artefact import base_fingerprint
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import beside
+from fulllora_jax.core.trees import Tree
+from fulllora_jax.serving import stacking
+from fulllora_jax.serving.image_checks import check_images
+from fulllora_jax.serving.many_adapters import ManyAdapters
+
+
+class RobustClassifier:
+  """A frozen base with its adapter; made by `load`.
+
+  Images are float32 [B, H, W, C] in [0, 1], of `metadata['image_shape']`;
+  normalisation is the model's own first line. Each new batch size compiles
+  once.
+
+  Attributes:
+    metadata: a mapping with at least `image_shape`, `num_classes`,
+      `label_names`, `threat`, `normalisation` and `base_fingerprint`.
+    model: the adapted linen model.
+    variables: its `params` (head as trained) and `lnlora` collections.
+    base_variables: the base's own `params`.
+  """
+
+  def __init__(
+    self,
+    model: AdaptedModel,
+    variables: Tree,
+    base_variables: Tree,
+    metadata: Mapping[str, Any],
+  ):
+    self.model = model
+    self.variables = variables
+    self.base_variables = base_variables
+    self.metadata = metadata
+    self._apply = jax.jit(model.apply)
+
+  def logits(self, images: jax.Array | np.ndarray) -> jax.Array:
+    """Returns the adapted model's logits, float32 [B, K].
+
+    Raises:
+      UserError: images of another shape or dtype, or outside [0, 1].
+    """
+    return self._apply(self.variables, self._checked(images))
+
+  def predict(self, images: jax.Array | np.ndarray) -> jax.Array:
+    """Returns the classes, int [B]; `metadata['label_names']` names them."""
+    return self.logits(images).argmax(axis=-1)
+
+  def base_logits(self, images: jax.Array | np.ndarray) -> jax.Array:
+    """Returns the base's logits [B, K], as if there were no adapter."""
+    return self._apply(self.base_variables, self._checked(images))
+
+  def _checked(self, images) -> jax.Array:
+    return check_images(images, self.metadata['image_shape'])
+
+
+@overload
+def load(
+  path: str | os.PathLike,
+  base: str | os.PathLike | None = None,
+  which: str = 'best',
+) -> RobustClassifier: ...
+
+
+@overload
+def load(
+  path: Mapping[str, str | os.PathLike],
+  base: str | os.PathLike | None = None,
+  which: str = 'best',
+) -> ManyAdapters: ...
+
+
+def load(path, base=None, which='best'):
+  """Loads an adapter, or several, onto their base.
+
+  Args:
+    path: a work directory, or the `best/` or `last/` in one; several as a
+      mapping, name -> path, e.g. {'linf': 'runs/a', 'l2': 'runs/b'}.
+    base: the base's work directory or artefact, or the published checkpoint
+      it came from (pretrained.load); None takes the place that the adapter's
+      metadata names, relative to the adapter, and where nothing is there the
+      published checkpoint. Of several adapters, the first's.
+    which: 'best' or 'last', where `path` is a work directory.
+
+  Returns:
+    The classifier: of one path a RobustClassifier, of several ManyAdapters.
+
+  Raises:
+    UserError: nothing there, damaged, another base, or any leaf missing,
+      extra or misshaped (naming it); several that do not share one base and
+      one structure (saying which differs in what).
+  """
+  if isinstance(path, Mapping):
+    return _load_many(path, base, which)
+  if not isinstance(path, str | os.PathLike):
+    raise UserError(
+      f'load takes a path, or a name for each of several, {{name: path}}; this '
+      f'is a {type(path).__name__}'
+    )
+  found = read(path, base, which)
+  base_variables = jax.device_put(found.base_variables)
+  return RobustClassifier(
+    found.model,
+    trees.override(base_variables, jax.device_put(found.adapter)),
+    base_variables,
+    found.metadata,
+  )
+
+
+def _load_many(
+  paths: Mapping[str, str | os.PathLike],
+  base: str | os.PathLike | None,
+  which: str,
+) -> ManyAdapters:
+  stacking.check_names(paths)
+  adapters = {name: read_adapter(path, which) for name, path in paths.items()}
+  stacking.check_set(adapters)
+  first = next(iter(adapters.values()))
+  # The others' too: it has the fingerprint that all of them name.
+  params = _load_base(first.directory, first.metadata, base, first.frozen)
+  frozen = trees.named_leaves(trees.prune(first.frozen))
+  return ManyAdapters(
+    stacking.stack(adapters, params),
+    trees.select({'params': params}, frozen),
+    {name: adapter.metadata for name, adapter in adapters.items()},
+  )
+
+
+class Published(NamedTuple):
+  """What `load` loads, in host memory: NumPy arrays."""
+
+  model: AdaptedModel
+  adapter: Tree  # what was trained, the head included
+  base_variables: Tree
+  metadata: Mapping[str, Any]
+
+  @property
+  def variables(self) -> Tree:
+    """The adapted model's: the base's with the adapter's in their place."""
+    return trees.override(self.base_variables, self.adapter)
+
+
+def read(
+  path: str | os.PathLike,
+  base: str | os.PathLike | None = None,
+  which: str = 'best',
+) -> Published:
+  """Reads an adapter and its base; arguments and errors are those of `load`."""
+  directory, built, adapter, frozen, metadata = read_adapter(path, which)
+  if metadata['base'] is None:  # trained from scratch: its own base
+    base_variables = {'params': adapter['params']}
+  else:
+    base_variables = {'params': _load_base(directory, metadata, base, frozen)}
+  return Published(built.model, adapter, base_variables, metadata)
+
+
+def read_adapter(
+  path: str | os.PathLike, which: str = 'best'
+) -> stacking.Adapter:
+  """Reads an adapter alone; arguments and errors are those of `load`."""
+  directory = pretrained.find_artefact(path, which)
+  adapter, metadata = artefact.read_artefact(directory)
+  cfg = config.from_mapping(metadata['config'])
+  cfg.model.attention = ''  # this machine's, not that of the training
+  built = adapted.build(cfg, metadata['num_classes'])
+  shapes = adapted.shapes(built, tuple(metadata['image_shape']))
+  trainable, frozen = trees.split(shapes, built.mask(shapes))
+  artefact.check_leaves(trainable, adapter, str(directory))
+  return stacking.Adapter(directory, built, adapter, frozen, metadata)
+
+
+def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
+  source = base or _recorded_base(directory, metadata)
+  try:
+    if pretrained.is_artefact(source) or not metadata.get('base_source'):
+      params, _ = pretrained.load_base(source)
+    else:
+      params, _ = pretrained.fit(
+        config.from_mapping(metadata['config']),
+        pretrained.open_checkpoint(source),
+        tuple(metadata['image_shape']),
+        metadata['num_classes'],
+      )
+  except UserError as error:
+    raise UserError(
+      f'{directory} needs its base: {error} (fulllora_jax.load takes it as '
+      'base=...)'
+    ) from None
+  variables = {'params': params}
+  expected = trees.prune(frozen)
+  names = trees.named_leaves(expected)
+  found = trees.named_leaves(variables)
+  difference = trees.first_difference(
+    names, {path: leaf for path, leaf in found.items() if path in names}
+  )
+  if difference:
+    raise UserError(f'{source} is not the base of {directory}: {difference}')
+  kept = trees.select(variables, names)
+  fingerprint = base_fingerprint(params, kept)
+  if fingerprint != metadata['base_fingerprint']:
+    raise UserError(
+      f'{source} is another base than {directory} was trained on: fingerprint '
+      f'{fingerprint[:12]}..., expected '
+      f'{metadata["base_fingerprint"][:12]}...; give the right one'
+    )
+  return params
+
+
+def _recorded_base(directory: Path, metadata) -> str:
+  """Returns where the base is: beside the run, or where it was published."""
+  recorded = beside(directory, metadata['base'])
+  published = metadata.get('base_source')
+  if not published or pretrained.is_artefact(recorded):
+    return recorded
+  if published['revision']:  # its repository may have moved on
+    return f'{published["source"].split("@")[0]}@{published["revision"]}'
+  return published['source']

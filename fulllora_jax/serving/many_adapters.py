@@ -1,0 +1,126 @@
+"""Several adapters on one base, in memory at once: made by `load`."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.tree_util import Partial
+
+from fulllora_jax.adapters import mixed
+from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.trees import Tree
+from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.serving.image_checks import check_images
+from fulllora_jax.serving.stacking import BASE, Stack
+
+
+class ManyAdapters:
+  """A frozen base with several adapters; made by `load`.
+
+  Which adapter computes is a number that the compiled program is given: no
+  choice compiles anything, a batch of another size does. Images are float32
+  [B, H, W, C] in [0, 1].
+
+  Attributes:
+    names: of the adapters, and 'base' for the base without one, where its own
+      head classifies anything.
+    metadata: name -> what RobustClassifier.metadata is; of 'base' only what
+      holds for it.
+    stack: what was trained, each leaf with a first axis over `names`.
+    frozen: the base's variables that were not.
+  """
+
+  def __init__(
+    self,
+    stack: Stack,
+    frozen: Tree,
+    metadata: Mapping[str, Mapping[str, Any]],
+  ):
+    self.names = stack.names
+    self.metadata = dict(metadata)
+    if BASE in self.names:
+      self.metadata[BASE] = _of_the_base(next(iter(metadata.values())))
+    self.stack, self.frozen = jax.device_put((stack.leaves, frozen))
+    self._no_base = stack.no_base
+    self._one = jax.jit(functools.partial(mixed.apply_one, stack.model))
+    self._mixed = jax.jit(functools.partial(mixed.apply_mixed, stack.model))
+
+  def logits(
+    self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]
+  ) -> jax.Array:
+    """Returns the logits, float32 [B, K].
+
+    Args:
+      images: float32 [B, H, W, C] in [0, 1].
+      adapter: of `names`: one for all images, or one for each.
+
+    Raises:
+      UserError: an unknown name, another number of names than images, or
+        images of another shape or dtype, or outside [0, 1].
+    """
+    shape = self.metadata[self.names[0]]['image_shape']
+    images = check_images(images, shape)
+    if not isinstance(adapter, str) and len(adapter) != len(images):
+      raise UserError(
+        f'adapter has {len(adapter)} names for {len(images)} images; give one '
+        'name, or one for each image'
+      )
+    return self.logits_fn(adapter)(images)
+
+  def predict(
+    self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]
+  ) -> jax.Array:
+    """Returns the classes, int [B]; arguments and errors as `logits`."""
+    return self.logits(images, adapter).argmax(axis=-1)
+
+  def logits_fn(self, adapter: str | Sequence[str]) -> Partial:
+    """Returns images -> logits, for attacks and for programs of one's own.
+
+    It is a pytree: given to a jitted function as an argument, it may be
+    another adapter's at each call, and nothing compiles again.
+
+    Args:
+      adapter: as of `logits`.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if isinstance(adapter, str):
+      index = np.int32(self._index(adapter))
+      return Partial(self._one, self.stack, self.frozen, index)
+    index = np.array([self._index(name) for name in adapter], np.int32)
+    return Partial(self._mixed, self.stack, self.frozen, index)
+
+  def put(self, mesh: Mesh) -> None:
+    """Copies the arrays to every device of a mesh.
+
+    For batches that are split over it (sharding.batch_sharded): otherwise each
+    call copies them.
+    """
+    self.stack = mesh_lib.on_mesh(self.stack, mesh)
+    self.frozen = mesh_lib.on_mesh(self.frozen, mesh)
+
+  def _index(self, name: str) -> int:
+    if name in self.names:
+      return self.names.index(name)
+    if name == BASE:
+      raise UserError(
+        f'adapter {BASE!r}: the base is not offered: {self._no_base}; known: '
+        f'{", ".join(self.names)}'
+      )
+    raise UserError(
+      f'unknown adapter {name!r}; {did_you_mean(str(name), self.names)}'
+      f'known: {", ".join(self.names)}'
+    )
+
+
+def _of_the_base(first: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what an adapter's metadata says of its base too."""
+  shared = (
+    'image_shape', 'num_classes', 'label_names', 'normalisation',
+    'base_fingerprint',
+  )  # fmt: skip
+  return {key: first[key] for key in shared} | {'threat': None}

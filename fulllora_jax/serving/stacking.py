@@ -1,0 +1,222 @@
+"""Several adapters of one base made into one stack, or told why they cannot.
+
+Ranks and alphas may differ. A branch of rank r among others of rank R gets
+R - r zero columns in A and zero rows in B, and its alpha / r goes into B: the
+same function.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from fulllora_jax.adapters import COLLECTION, AdaptedModel, LNLoRA, adapted
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.trees import Tree
+
+BASE = 'base'  # the name of no adapter
+# Fields of a model that change no logit.
+_IDLE = ('parent', 'name', 'remat', 'attention', 'dropout')
+
+
+class Adapter(NamedTuple):
+  """An adapter as it is read, in host memory, without its base."""
+
+  directory: Path
+  built: adapted.Built
+  leaves: Tree  # what was trained, the head included
+  frozen: Tree  # shapes of what was not (state.split)
+  metadata: Mapping[str, Any]
+
+
+class Stack(NamedTuple):
+  """Adapters of one structure beside each other, in host memory."""
+
+  model: AdaptedModel  # for any of them
+  names: tuple[str, ...]  # of the rows, BASE last where there is one
+  leaves: Tree  # what was trained, each leaf [rows, ...]
+  no_base: str | None  # why there is no row BASE
+
+
+def check_names(paths: Mapping[str, Any]) -> None:
+  """Raises UserError unless the mapping names adapters, and BASE is none."""
+  if not paths:
+    raise UserError('no adapter is named; give {name: path}, at least one')
+  for name in paths:
+    if not isinstance(name, str) or not name:
+      raise UserError(f'adapter name {name!r}: give each a text, not empty')
+  if BASE in paths:
+    raise UserError(
+      f'adapter name {BASE!r} stands for the base without an adapter; give '
+      f'{paths[BASE]} another name'
+    )
+
+
+def check_set(adapters: Mapping[str, Adapter]) -> None:
+  """Raises UserError unless all can stand beside the first, saying why not."""
+  for name, adapter in adapters.items():
+    if not adapter.built.method.trains_less_than_all():
+      raise UserError(
+        f'adapter {name!r}: method {adapter.metadata["method"]} trained all of '
+        'the model, which leaves no base to share; load '
+        f'{adapter.directory} by itself'
+      )
+  (reference, expected), *others = adapters.items()
+  for name, adapter in others:
+    difference = _difference(expected, adapter)
+    if difference:
+      what, want, have, remedy = difference
+      raise UserError(
+        f'adapter {name!r} cannot stand beside {reference!r}: {what} is '
+        f'{have}, not {want}; {remedy}, or load it by itself'
+      )
+
+
+def _difference(a: Adapter, b: Adapter) -> tuple[Any, ...] | None:
+  """Returns what differs, of a, of b, and the remedy; None: nothing does."""
+  for key in ('image_shape', 'num_classes'):
+    if a.metadata[key] != b.metadata[key]:
+      remedy = 'train it on images and classes of the same number and shape'
+      return key, a.metadata[key], b.metadata[key], remedy
+  own, other = _settings(a), _settings(b)
+  for key in sorted(own.keys() | other.keys()):
+    if own.get(key) != other.get(key):
+      remedy = 'train it with the same'
+      return key, own.get(key), other.get(key), remedy
+  own, other = _trained(a), _trained(b)
+  if own != other:
+    path = min(own.items() ^ other.items())[0]
+    shown = (each.get(path, 'not trained') for each in (own, other))
+    return path, *shown, 'train it with the same method'
+  key = 'base_fingerprint'
+  own, other = (f'{each.metadata[key][:12]}...' for each in (a, b))
+  if a.metadata[key] != b.metadata[key]:
+    remedy = 'train it from the same base (--config.base.source)'
+    return 'the fingerprint of the base', own, other, remedy
+  return None
+
+
+def _settings(adapter: Adapter) -> dict[str, Any]:
+  """Returns what makes the model and its branches; not ranks and alphas."""
+  model = adapter.built.model.model
+  fields = {
+    f'model.{field.name}': getattr(model, field.name)
+    for field in dataclasses.fields(model)
+    if field.name not in _IDLE
+  }
+  fields['model'] = type(model).__name__
+  targets = adapter.built.model.targets
+  fields['adapter.targets'] = list(targets)
+  for target, branch in targets.items():
+    settings = dataclasses.asdict(branch)
+    if isinstance(branch, LNLoRA):
+      del settings['rank'], settings['alpha']
+    settings['type'] = type(branch).__name__
+    fields |= {f'{k} of the branch {target}': v for k, v in settings.items()}
+  return fields
+
+
+def _trained(adapter: Adapter) -> dict[str, Any]:
+  """Returns path -> shape; of the branches, whose ranks may differ, none."""
+  return {
+    path: 'trained' if path.startswith(f'{COLLECTION}/') else tuple(leaf.shape)
+    for path, leaf in trees.named_leaves(adapter.leaves).items()
+  }
+
+
+def stack(adapters: Mapping[str, Adapter], base_params: Tree) -> Stack:
+  """Stacks adapters, and the base as one more that adds nothing.
+
+  Args:
+    adapters: name -> adapter; checked (`check_set`).
+    base_params: of the first's base, the head included.
+
+  Returns:
+    The stack; no BASE in it where the base classifies nothing.
+  """
+  model, rows = _common(list(adapters.values()))
+  names, no_base = list(adapters), _no_base(adapters, base_params, rows[0])
+  if no_base is None:
+    names.append(BASE)
+    rows.append(_neutral(model, rows[0], base_params))
+  leaves = {path: np.stack([row[path] for row in rows]) for path in rows[0]}
+  return Stack(
+    model, tuple(names), trees.select(leaves, leaves.keys()), no_base
+  )
+
+
+def _common(adapters: list[Adapter]) -> tuple[AdaptedModel, list[dict]]:
+  """Brings all to one rank and alpha; returns the model and path -> leaf."""
+  model = adapters[0].built.model
+  rows = [trees.named_leaves(adapter.leaves) for adapter in adapters]
+  common = dict(model.targets)
+  for target in model.targets:
+    branches = [adapter.built.model.targets[target] for adapter in adapters]
+    if any(branch != branches[0] for branch in branches):
+      rank = max(branch.rank for branch in branches)
+      common[target] = dataclasses.replace(
+        branches[0], rank=rank, alpha=float(rank)
+      )
+      for branch, row in zip(branches, rows, strict=True):
+        row |= _refitted(row, model, target, branch, rank)
+  return AdaptedModel(model.model, common), rows
+
+
+def _refitted(
+  row: Mapping[str, np.ndarray],
+  model: AdaptedModel,
+  target: str,
+  branch: LNLoRA,
+  rank: int,
+) -> dict[str, np.ndarray]:
+  """Returns A and B of all maps of a target, at rank `rank` and scale 1."""
+  refitted = {}
+  for path, leaf in row.items():
+    *module, name = path.removeprefix(f'{COLLECTION}/').split('/')
+    if not path.startswith(f'{COLLECTION}/') or target != next(
+      t for t in model.targets if re.fullmatch(t, '/'.join(module))
+    ):
+      continue
+    missing = (0, rank - branch.rank)
+    if name == 'lora_a':
+      refitted[path] = np.pad(leaf, ((0, 0), missing))
+    elif name == 'lora_b':
+      # As the branch would at each call: in float32.
+      scaled = np.asarray(leaf, np.float32) * (branch.alpha / branch.rank)
+      refitted[path] = np.pad(scaled, (missing, (0, 0)))
+  return refitted
+
+
+def _neutral(
+  model: AdaptedModel, row: Mapping[str, np.ndarray], base_params: Tree
+) -> dict:
+  """Returns the base as an adapter: its own leaves, and silent branches."""
+  params = traverse_util.flatten_dict({'params': base_params}, sep='/')
+  silent = {name for b in model.targets.values() for name in b.SILENT}
+  return {
+    path: np.zeros_like(leaf)
+    if path.startswith(f'{COLLECTION}/') and path.split('/')[-1] in silent
+    else params.get(path, leaf)
+    for path, leaf in row.items()
+  }
+
+
+def _no_base(
+  adapters: Mapping[str, Adapter], base_params: Tree, row: Mapping[str, Any]
+) -> str | None:
+  """Says why the base cannot be offered; None: it can."""
+  first = next(iter(adapters.values()))
+  if (first.metadata.get('base_source') or {}).get('new_head', False):
+    return 'its head is new, zeros that classify nothing'
+  if not all(branch.SILENT for branch in first.built.model.targets.values()):
+    return 'prompts change it, whatever their numbers'
+  wanted = {path: v for path, v in row.items() if path.startswith('params/')}
+  have = traverse_util.flatten_dict({'params': base_params}, sep='/')
+  return trees.first_difference(
+    wanted, {path: leaf for path, leaf in have.items() if path in wanted}
+  )

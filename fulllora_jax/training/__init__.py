@@ -1,0 +1,1 @@
+"""From a config to a trained adapter: Algorithm 1 and the loop around it."""

@@ -1,0 +1,103 @@
+"""From a config to Algorithm 1."""
+
+import math
+
+from fulllora_jax import models
+from fulllora_jax.adapters.adapted import Built
+from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.core.trees import Tree
+from fulllora_jax.data import augment
+from fulllora_jax.evaluation import settings
+from fulllora_jax.training import (
+  ard_prm,
+  awp,
+  inner_attack,
+  objectives,
+  optim,
+  train_step,
+)
+
+
+def total_steps(config, num_examples: int) -> int:
+  """Returns the length of training in steps."""
+  if config.train.steps is not None:
+    return config.train.steps
+  return math.ceil(config.train.epochs * num_examples / config.train.batch_size)
+
+
+def make_algorithm(
+  config,
+  built: Built,
+  mask: Tree,
+  steps: int,
+  num_classes: int,
+) -> train_step.Algorithm:
+  """Builds Algorithm 1 from a config.
+
+  Args:
+    config: config.py.
+    built: the model and its method.
+    mask: which leaves learn.
+    steps: the length of training.
+    num_classes: K.
+  """
+  learning_rate = optim.learning_rate(
+    config.schedule, config.optimizer.learning_rate, steps
+  )
+  attack = None
+  own_start = config.objective.name in ('trades', 'mart')
+  if built.method.adversarial:
+    attack = inner_attack.InnerAttack(
+      threat=settings.threat(config),
+      name=config.attack.name,
+      steps=config.attack.steps,
+      step_size=parse_fraction(config.attack.step_size, 'attack.step_size'),
+      restarts=config.attack.restarts,
+      loss=(
+        inner_attack.KL
+        if config.objective.name == 'trades'
+        else config.attack.loss
+      ),
+      random_start=config.attack.random_start,
+      eps_warmup=config.attack.eps_warmup,
+      total_steps=steps,
+      rise=config.attack.rise,
+      early_stop=config.attack.early_stop,
+      carry=config.attack.carry,
+      near=objectives.NEAR if own_start else 0.0,
+      warmup=_warmup(config, steps),
+    )
+  return train_step.Algorithm(
+    apply=built.model.apply,
+    tx=optim.create(config.optimizer, learning_rate, mask),
+    learning_rate=learning_rate,
+    objective=objectives.create(
+      config.objective, adversarial=built.method.adversarial
+    ),
+    attack=attack,
+    augment=augment.Augmentation(num_classes, **config.augment.to_dict()),
+    prepare=built.model.prepare,
+    accumulate=config.train.accumulate,
+    remat=config.model.remat,
+    dropout=config.model.dropout > 0,
+    log_every=config.train.log_every,
+    total_steps=steps,
+    awp=(
+      awp.WeightPerturbation(config.awp.gamma, config.awp.warmup, steps)
+      if config.awp.gamma
+      else None
+    ),
+    ema_decay=config.ema.decay,
+  )
+
+
+def _warmup(config, steps: int) -> ard_prm.Warmup | None:
+  if not (config.attack.ard or config.attack.prm):
+    return None
+  return ard_prm.Warmup(
+    ard=config.attack.ard,
+    prm=config.attack.prm,
+    total_steps=steps,
+    attention=models.attention_outputs(config.model.name),
+    patch_size=config.model.patch_size,
+  )

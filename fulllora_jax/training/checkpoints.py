@@ -1,0 +1,158 @@
+"""Orbax checkpoints: of a training to resume, and of an adapter to publish.
+
+A training checkpoint holds the trainable leaves, the optimizer state and the
+step. An artefact (`best/`, `last/`) holds the trainable leaves and metadata,
+and never a frozen leaf. Orbax notices neither flipped bytes nor a torn newest
+step by itself, so every leaf has a checksum and restoring goes from the newest
+checkpoint to the oldest until one is whole.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fulllora_jax.core import trees
+from fulllora_jax.core.console import warn
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.trees import Tree
+from fulllora_jax.distributed import mesh, processes
+from fulllora_jax.distributed.saving import (
+  checksums,
+  open_manager,
+  reason_of,
+  saving,
+  sealed,
+  unsealed,
+  verify,
+)
+from fulllora_jax.training.state import TrainState
+
+
+class TrainingCheckpoints:
+  """The newest few checkpoints of one training, saved in the background."""
+
+  def __init__(self, directory: Path, keep: int):
+    self._directory = directory
+    with saving(directory):
+      self._manager = open_manager(directory, keep, asynchronous=True)
+
+  def save(self, state: TrainState, notes: Mapping[str, Any]) -> None:
+    """Starts saving a state with JSON-able notes; waits for the one before.
+
+    Raises:
+      UserError: this one, or the one before, could not be written.
+    """
+    step = int(state.step)
+    with saving(self._directory):
+      self._save(step, state, notes)
+
+  def _save(
+    self, step: int, state: TrainState, notes: Mapping[str, Any]
+  ) -> None:
+    adapter = trees.prune(state.trainable)
+    optimizer = _numbered((state.opt_state, state.deltas, state.ema))
+    meta = sealed(
+      {
+        'notes': dict(notes),
+        'checksums': checksums({'adapter': adapter, 'optimizer': optimizer}),
+      }
+    )
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        adapter=ocp.args.StandardSave(adapter),
+        optimizer=ocp.args.StandardSave(optimizer),
+        meta=ocp.args.JsonSave(meta),
+      ),
+    )
+
+  def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
+    """Restores the newest checkpoint that is whole.
+
+    Args:
+      like: a state of the same structure, shapes and shardings.
+
+    Returns:
+      (state, notes), or None where there is no checkpoint.
+
+    Raises:
+      UserError: there are checkpoints, but none is whole.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for number, step in enumerate(steps):
+      try:
+        restored, reason = self._restore_step(step, like), ''
+      # Orbax and TensorStore raise bare Exception for damaged files.
+      except Exception as error:
+        reason = reason_of(error)
+      # What one process cannot read, none takes up.
+      reason = next(filter(None, processes.gather(reason)), '')
+      if reason:
+        warn(
+          f'checkpoint {self._directory / str(step)} is damaged ({reason}); '
+          'trying the one before'
+        )
+        continue
+      with saving(self._directory):
+        for damaged in steps[:number]:
+          self._manager.delete(damaged)  # Orbax saves no step twice
+      return restored
+    if steps:
+      raise UserError(
+        f'no checkpoint in {self._directory} is whole (tried steps '
+        f'{", ".join(map(str, steps))}); delete that directory to train anew'
+      )
+    return None
+
+  def _restore_step(self, step: int, like: TrainState):
+    adapter = trees.prune(like.trainable)
+    rest = (like.opt_state, like.deltas, like.ema)
+    optimizer = _numbered(rest)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        adapter=ocp.args.StandardRestore(_targets(adapter)),
+        optimizer=ocp.args.StandardRestore(_targets(optimizer)),
+        meta=ocp.args.JsonRestore(),
+      ),
+    )
+    meta = unsealed(restored.meta)
+    arrays = {'adapter': restored.adapter, 'optimizer': restored.optimizer}
+    verify(arrays, meta['checksums'])
+    leaves = [restored.optimizer[k] for k in sorted(restored.optimizer)]
+    opt_state, deltas, ema = jax.tree.unflatten(
+      jax.tree.structure(rest), leaves
+    )
+    state = TrainState(
+      step=mesh.put(np.int32(step), like.step.sharding),
+      trainable=trees.override(like.trainable, restored.adapter),
+      opt_state=opt_state,
+      deltas=deltas,
+      ema=ema,
+    )
+    return state, meta['notes']
+
+  def close(self) -> None:
+    """Waits until the last save is whole on disk, on every host.
+
+    Raises:
+      UserError: it could not be written.
+    """
+    with saving(self._directory):
+      self._manager.wait_until_finished()
+      self._manager.close()
+
+
+def _numbered(tree: Tree) -> dict[str, Any]:
+  """Leaves by number: optimizer states are nested tuples with no names."""
+  return {f'{i:05d}': leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _targets(tree: Tree) -> Tree:
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree
+  )

@@ -1,0 +1,243 @@
+"""What can be known wrong of a config before data is read or code compiled."""
+
+from fulllora_jax import models
+from fulllora_jax.adapters import methods
+from fulllora_jax.attacks.losses import LOSSES
+from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.config import ConfigDict, default
+from fulllora_jax.core.console import warn
+from fulllora_jax.core.errors import (
+  UserError,
+  check_fraction,
+  check_positive,
+  choose,
+)
+from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
+from fulllora_jax.evaluation.settings import evaluation_attack, threat
+from fulllora_jax.training import objective_checks, optim
+from fulllora_jax.training.inner_attack import ATTACKS
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+  """Checks what can be known before data is read or anything compiled.
+
+  Warns on stderr where the image makes fewer than 16 tokens.
+
+  Raises:
+    UserError: at the first field that is wrong, with its name.
+  """
+  method = methods.get(config.method)
+  models.linear_maps(config.model.name)
+  if config.base.source in ('train', 'scratch'):  # nothing else settles it
+    models.create(config.model, num_classes=2)
+  if config.threat.norm == 'l1':
+    raise UserError(
+      'threat.norm l1: training knows linf and l2 only; evaluate knows l1'
+    )
+  validate_evaluation(config)
+  refuse_rand(config)
+  validation = evaluation_attack(config, config.eval.validation_attack)
+  if validation.version:
+    raise UserError(
+      f'eval.validation_attack {validation.label}: an ensemble takes too long '
+      'to choose among checkpoints; give pgd-10'
+    )
+  _check_adapter(config, method)
+  if config.base.source == 'scratch' and method.trains_less_than_all():
+    raise UserError(
+      f'base.source scratch: method {config.method} freezes a base, so it '
+      'needs one; give train, or the work directory of a run'
+    )
+  choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
+  choose('model.remat', config.model.remat, ('none', 'blocks', 'dots'))
+  choose('base.dtype', config.base.dtype, ('float32', 'bfloat16'))
+  if config.base.dtype == 'bfloat16' != config.model.dtype:
+    raise UserError(
+      f'base.dtype bfloat16: model.dtype {config.model.dtype} computes with '
+      'more; set both to bfloat16, or neither'
+    )
+  resizes = ('sum', 'flexi', 'interpolate')
+  choose('base.patch_resize', config.base.patch_resize, resizes)
+  choose('attack.loss', config.attack.loss, tuple(LOSSES))
+  choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
+  choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))
+  _check_mesh(config, num_devices)
+  _check_fetching(config)
+  _check_attack(config)
+  objective_checks.check(config, method)
+  _check_patches(config)
+  _check_recipe('', config, num_devices)
+  if config.base.source == 'train':
+    _check_recipe('base.', config.base, num_devices)
+
+
+def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
+  """Refuses what cannot be, and what the method would not read.
+
+  A rank or an alpha that it does not read is let pass, for configs set them,
+  and so is all in a base that is trained first, which has its run's fields.
+  """
+  adapter, usual = config.adapter, default().adapter
+  choose('adapter.head', adapter.head, ('train', 'frozen', 'lnlora'))
+  choose('adapter.dtype', adapter.dtype, ('float32', 'bfloat16'))
+  if adapter.rank < 1:
+    raise UserError(
+      f'adapter.rank {adapter.rank}: it must be in 1..min(d_in, d_out) of '
+      'every target'
+    )
+  if adapter.prompts < 1:
+    raise UserError(f'adapter.prompts {adapter.prompts}: it must be at least 1')
+  if method.adversarial:
+    for field in ('targets', 'prompts'):
+      if field not in method.reads and adapter[field] != usual[field]:
+        readers = [m.name for m in methods.METHODS.values() if field in m.reads]
+        raise UserError(
+          f'adapter.{field} {adapter[field]}: method {method.name} reads no '
+          f'{field}; leave it out, or give {", ".join(readers)}'
+        )
+    if adapter.head == 'lnlora' and method.branch is None:
+      raise UserError(
+        f'adapter.head lnlora: method {method.name} has no adapter; give train'
+      )
+  methods.branches(config, method)
+
+
+def _check_mesh(config: ConfigDict, num_devices: int) -> None:
+  check_positive('mesh.fsdp', config.mesh.fsdp)
+  if num_devices % config.mesh.fsdp:
+    raise UserError(
+      f'mesh.fsdp {config.mesh.fsdp} does not divide the {num_devices} devices;'
+      ' give a divisor of them, or 1'
+    )
+
+
+def _check_fetching(config: ConfigDict) -> None:
+  if config.mesh.fsdp > 1 and config.model.remat == 'none':
+    warn(
+      f'mesh.fsdp {config.mesh.fsdp} saves no memory with model.remat none, '
+      'which keeps every part of the base that was fetched until the backward '
+      'pass is over; give model.remat dots or blocks'
+    )
+
+
+def _check_attack(config: ConfigDict) -> None:
+  step_size = parse_fraction(config.attack.step_size, 'attack.step_size')
+  check_positive('attack.step_size', step_size)
+  check_positive('attack.steps', config.attack.steps)
+  check_positive('attack.restarts', config.attack.restarts)
+  check_fraction('attack.eps_warmup', config.attack.eps_warmup)
+  check_fraction('attack.rise', config.attack.rise)
+  choose('attack.name', config.attack.name, ATTACKS)
+  if config.attack.name != 'pgd':
+    _check_single_step(config)
+  if config.attack.carry:
+    _check_carry(config)
+  eps = threat(config).eps
+  if step_size > 2 * eps > 0:
+    warn(
+      f'attack.step_size {config.attack.step_size} is over twice threat.eps '
+      f'{config.threat.eps}: every step jumps across the whole ball'
+    )
+  if abs(eps * 255 - round(eps * 255)) > 1e-6 and 0.03 <= eps <= 0.032:
+    warn(f'threat.eps {config.threat.eps} is not 8/255; write 8/255 if meant')
+
+
+def _check_single_step(config: ConfigDict) -> None:
+  """Refuses what says of a single-step attack that it has several steps."""
+  attack = config.attack
+  if config.threat.norm != 'linf':
+    raise UserError(
+      f'attack.name {attack.name} needs threat.norm linf, but it is '
+      f'{config.threat.norm}; give attack.name pgd'
+    )
+  if not attack.random_start:
+    raise UserError(
+      f'attack.name {attack.name} always starts at a random point, but '
+      'attack.random_start is False; give attack.name pgd'
+    )
+  several = (('rise', 0.0), ('early_stop', False), ('carry', False))
+  for field, off in (*several, ('restarts', 1)):
+    if attack[field] != off:
+      raise UserError(
+        f'attack.name {attack.name} makes one step from one start, but '
+        f'attack.{field} is {attack[field]}; give attack.name pgd, or '
+        f'attack.{field} {off}'
+      )
+
+
+def _check_carry(config: ConfigDict) -> None:
+  """Refuses what makes last epoch's delta that of another image or ball."""
+  for field, value, off in (
+    ('attack.restarts', config.attack.restarts - 1, 1),
+    ('train.accumulate', config.train.accumulate - 1, 1),
+  ):
+    if value:
+      raise UserError(
+        f'attack.carry keeps one delta of each training image, so '
+        f'{field} must be {off}; change that, or give attack.carry False'
+      )
+  if config.threat.norm != 'linf' or not threat(config).eps:
+    raise UserError(
+      'attack.carry keeps deltas in levels of a linf ball, but threat.norm is '
+      f'{config.threat.norm}, threat.eps {config.threat.eps}; give linf and an '
+      'eps above 0, or attack.carry False'
+    )
+
+
+def _check_patches(config: ConfigDict) -> None:
+  image, patch = config.data.image_size, config.model.patch_size
+  check_positive('model.patch_size', patch)
+  if image % patch or image < patch:
+    raise UserError(
+      f'model.patch_size {patch} does not divide data.image_size {image}; '
+      'change one of them'
+    )
+  tokens = (image // patch) ** 2
+  if tokens < 16:
+    warn(
+      f'model.patch_size {patch} at data.image_size {image} makes only '
+      f'{tokens} tokens; below 16 a ViT learns badly, use a smaller patch'
+    )
+
+
+def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
+  """Checks the optimizer, schedule, augmentation and loop of one training."""
+  train, schedule, augment = recipe.train, recipe.schedule, recipe.augment
+  choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
+  choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
+  check_positive(
+    f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate
+  )
+  check_fraction(f'{prefix}schedule.warmup', schedule.warmup)
+  check_fraction(f'{prefix}augment.mix_probability', augment.mix_probability)
+  boundaries = list(schedule.boundaries)
+  if schedule.name == 'step' and (
+    len(boundaries) != len(schedule.factors)
+    or boundaries != sorted(boundaries)
+    or any(not schedule.warmup < b <= 1 for b in boundaries)
+  ):
+    raise UserError(
+      f'{prefix}schedule.boundaries {tuple(boundaries)}: they must rise from '
+      f'schedule.warmup to 1, one for each of schedule.factors '
+      f'{tuple(schedule.factors)}'
+    )
+  if train.max_skipped < 0:
+    raise UserError(
+      f'{prefix}train.max_skipped {train.max_skipped}: give 0 to stop at the '
+      'first, or a number'
+    )
+  for field in (
+    'batch_size', 'accumulate', 'log_every', 'eval_every',
+    'checkpoint_every', 'keep',
+  ):  # fmt: skip
+    check_positive(f'{prefix}train.{field}', train[field])
+  if train.steps is None:
+    check_positive(f'{prefix}train.epochs', train.epochs)
+  else:
+    check_positive(f'{prefix}train.steps', train.steps)
+  if train.batch_size % (train.accumulate * num_devices):
+    raise UserError(
+      f'{prefix}train.batch_size {train.batch_size} does not divide into '
+      f'train.accumulate {train.accumulate} microbatches over {num_devices} '
+      f'devices; use a multiple of {train.accumulate * num_devices}'
+    )

@@ -1,0 +1,358 @@
+"""What a train step needs of each device, said before the first step runs.
+
+What is held (base, trained leaves, optimizer, batch) is counted from shapes
+and shardings. What the step adds is XLA's own plan of the compiled program,
+activations of the attack included: exact on GPU and TPU; on CPU a plan too,
+but there the machine can swap.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fulllora_jax.core.console import say, warn
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.trees import Tree
+from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.training.state import TrainState
+
+_CGROUPS = (  # version 2, then 1
+  Path('/sys/fs/cgroup/memory.max'),
+  Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'),
+)
+_LABELS = {
+  'base': 'base, frozen',
+  'adapter': 'trained leaves',
+  'optimizer': 'optimizer',
+  'batch': 'batch',
+  'activations': 'activations',
+  'program': 'program, outputs',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device while a train step runs.
+
+  Attributes:
+    device: its kind, e.g. 'NVIDIA H200'.
+    base: the frozen leaves, or the part of them that the device holds.
+    adapter: the leaves that learn.
+    optimizer: their state, the step count, the deltas of attack.carry, the ema.
+    batch: uint8 images and labels.
+    activations: whatever the step keeps until it is done with it; None where
+      the backend does not tell.
+    program: code, padding of the arguments, and outputs that do not take the
+      place of a donated argument; None likewise.
+    limit: what the device has; None where that is not known.
+    split: `mesh.fsdp` -> `base` with it, for the larger ones that can be.
+  """
+
+  device: str
+  base: int
+  adapter: int
+  optimizer: int
+  batch: int
+  activations: int | None
+  program: int | None
+  limit: int | None
+  split: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def total(self) -> int:
+    """All of it; of what is not known, nothing."""
+    return sum(getattr(self, part) or 0 for part in _LABELS)
+
+  @property
+  def fits(self) -> bool:
+    """False if the device is known to have less."""
+    return self.limit is None or self.total <= self.limit
+
+  def as_record(self) -> dict[str, Any]:
+    """Returns JSON values: the attributes but `split`, and `total`, bytes."""
+    record = dataclasses.asdict(self) | {'total': self.total}
+    del record['split']
+    return record
+
+  def table(self) -> str:
+    """Formats a line for each part, the total and the limit."""
+    rows = [(text, getattr(self, part)) for part, text in _LABELS.items()]
+    rows += [('total', self.total), (f'one {self.device} has', self.limit)]
+    shown = [('memory of a train step', 'per device')]
+    shown += [
+      (text, 'unknown' if size is None else readable(size))
+      for text, size in rows
+    ]
+    widths = [max(len(row[i]) for row in shown) for i in range(2)]
+    return '\n'.join(f'{a:<{widths[0]}}  {b:>{widths[1]}}' for a, b in shown)
+
+  def advice(self, config) -> list[str]:
+    """Returns what to change for less, what costs least first.
+
+    Each is a field and its value, with the total it would give where that can
+    be computed: of those that fit the smallest change, or the largest there
+    is. Halving what is computed at once about halves the activations.
+    """
+    return _advice(config, self)
+
+
+def measure(
+  compiled: jax.stages.Compiled,
+  state: TrainState,
+  frozen: Tree,
+  batch: Mapping[str, jax.Array],
+  config,
+) -> Memory:
+  """Counts what a compiled train step needs of each device.
+
+  Args:
+    compiled: train_step.compile_train_step(...).lower(...).compile().
+    state: before the step, on the mesh.
+    frozen: the frozen leaves, on the mesh.
+    batch: global arrays.
+    config: of the run; mesh.shard_from is read.
+  """
+  device = _device(state)
+  base, adapter = per_device(frozen), per_device(state.trainable)
+  optimizer = per_device((state.step, state.opt_state, state.deltas, state.ema))
+  held = base + adapter + optimizer + per_device(batch)
+  activations, program = _planned(compiled, held)
+  return Memory(
+    device=device.device_kind,
+    base=base,
+    adapter=adapter,
+    optimizer=optimizer,
+    batch=per_device(batch),
+    activations=activations,
+    program=program,
+    limit=device_limit(device),
+    split=_split(frozen, state.step.sharding.mesh, config.mesh.shard_from),
+  )
+
+
+def check(
+  compiled: jax.stages.Compiled,
+  state: TrainState,
+  frozen: Tree,
+  batch: Mapping[str, jax.Array],
+  config,
+) -> Memory:
+  """Measures a train step, says the table, and refuses what does not fit.
+
+  On CPU, where memory can be swapped out, it warns and goes on. Process 0
+  alone prints.
+
+  Raises:
+    UserError: on another device, with what to change.
+  """
+  memory = measure(compiled, state, frozen, batch, config)
+  first = jax.process_index() == 0
+  if first:
+    say(memory.table())
+  if not memory.fits:
+    message = _too_much(memory, config)
+    if _device(state).platform != 'cpu':
+      raise UserError(message)
+    if first:
+      warn(message)
+  return memory
+
+
+def explain(error: Exception, config) -> UserError | None:
+  """Makes one line of XLA's running out of memory; None of other errors.
+
+  TPUs find it out while compiling, GPUs also while running.
+  """
+  text = ' '.join(str(error).split())
+  if not re.search(r'RESOURCE_EXHAUSTED.*out of memory', text, re.IGNORECASE):
+    return None
+  sizes = re.search(
+    r'Used [\d.]+\w* of [\d.]+\w*|allocat\w+ (?:of )?[\d.]+ ?\w*', text
+  )
+  found = f' ({sizes.group(0)})' if sizes else ''
+  return UserError(
+    f'the train step does not fit the memory of a device{found}'
+    + _one_of(_advice(config, None))
+  )
+
+
+def device_limit(device: jax.Device) -> int | None:
+  """Returns the bytes that programs may take of a device.
+
+  Of a CPU, the machine's or the control group's, shared by its devices. None
+  where the backend does not tell.
+  """
+  if device.platform == 'cpu':
+    total = _machine_limit()
+    return total and total // jax.local_device_count('cpu')
+  try:
+    stats = device.memory_stats() or {}
+  except jax.errors.JaxRuntimeError:  # a backend without them
+    return None
+  return stats.get('bytes_limit')
+
+
+def per_device(tree: Any) -> int:
+  """Returns the bytes of a tree of arrays that one device holds."""
+  return sum(
+    _bytes(leaf, leaf.sharding.shard_shape(leaf.shape))
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def readable(size: int) -> str:
+  """Formats bytes.
+
+  >>> readable(1536), readable(3 * 2**19), readable(5 * 2**31)
+  ('1.5 KiB', '1.5 MiB', '10.0 GiB')
+  """
+  for power, unit in ((30, 'GiB'), (20, 'MiB')):
+    if size >= 1 << power:
+      return f'{size / (1 << power):.1f} {unit}'
+  return f'{size / 1024:.1f} KiB'
+
+
+def _bytes(leaf: Any, shape: tuple[int, ...]) -> int:
+  # A typed PRNG key has no itemsize of its own; none is in a state or batch.
+  return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+
+def _device(state: TrainState) -> jax.Device:
+  """Returns a device of this process that the state lives on."""
+  return min(state.step.sharding.addressable_devices, key=lambda d: d.id)
+
+
+def _planned(compiled, held: int) -> tuple[int | None, int | None]:
+  """Returns XLA's (activations, program), given the bytes already counted."""
+  try:
+    plan = compiled.memory_analysis()
+  except (NotImplementedError, jax.errors.JaxRuntimeError):
+    plan = None
+  if plan is None:
+    return None, None
+  # TPU pads small sides of arguments; what is held but not read is no argument.
+  padding = max(0, plan.argument_size_in_bytes - held)
+  outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
+  code = plan.generated_code_size_in_bytes
+  return plan.temp_size_in_bytes, padding + outputs + code
+
+
+def _split(frozen: Tree, mesh, shard_from: int) -> dict[int, int]:
+  """Returns fsdp -> bytes of the base per device, where that is less."""
+  devices = list(mesh.devices.flat)
+  sizes, least = {}, per_device(frozen)
+  for fsdp in range(mesh.shape['fsdp'] + 1, mesh.size + 1):
+    if mesh.size % fsdp:
+      continue
+    other = mesh_lib.make_mesh(devices, fsdp=fsdp)
+    size = sum(
+      _bytes(
+        leaf,
+        mesh_lib.frozen_sharding(leaf.shape, other, shard_from).shard_shape(
+          leaf.shape
+        ),
+      )
+      for leaf in jax.tree.leaves(frozen)
+    )
+    if size < least:
+      sizes[fsdp] = least = size
+  return sizes
+
+
+def _machine_limit() -> int | None:
+  """Returns the machine's memory, or the control group's if that is less."""
+  found = []
+  with contextlib.suppress(AttributeError, OSError, ValueError):  # no POSIX
+    found.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+  for path in _CGROUPS:
+    with contextlib.suppress(OSError, ValueError):  # 'max': no limit
+      found.append(int(path.read_text()))
+  return min(found, default=None)
+
+
+def _too_much(memory: Memory, config) -> str:
+  parts = ', '.join(
+    f'{_LABELS[part]} {readable(getattr(memory, part) or 0)}'
+    for part in ('base', 'adapter', 'optimizer', 'activations')
+  )
+  return (
+    f'the train step needs {readable(memory.total)} on each device, and a '
+    f'{memory.device} has {readable(memory.limit)} ({parts})'
+    + _one_of(memory.advice(config))
+  )
+
+
+def _one_of(advice: list[str]) -> str:
+  if not advice:
+    return '; use more or larger devices, or a smaller model'
+  return f'; set {", or ".join(advice)}'
+
+
+def _advice(config, memory: Memory | None) -> list[str]:
+  """Returns what `Memory.advice` does; without a memory, without numbers."""
+  devices = jax.device_count()
+  train, remat = config.train, config.model.remat
+  # A base that is trained first has a recipe of its own.
+  where = 'train'
+  if config.method == 'standard' and config.base.source == 'scratch':
+    where = 'train (base.train of a base that is trained first)'
+  rows = train.batch_size // (train.accumulate * devices)
+  splits = {
+    m: _scaled(memory, 'activations', 1 / m)
+    for m in range(2, rows + 1)
+    if rows % m == 0
+  }
+  advice = []
+  if splits:
+    times, total = _least(splits, memory)
+    advice.append(f'{where}.accumulate={train.accumulate * times}{total}')
+  # Without remat a step keeps what it fetches, and a split base saves nothing.
+  also = ' with model.remat=dots' if remat == 'none' else ''
+  if also:
+    advice.append('model.remat=dots')
+  if memory and memory.split:
+    rest = memory.total - memory.base
+    fsdp, total = _least(
+      {k: rest + base for k, base in memory.split.items()}, memory
+    )
+    advice.append(f'mesh.fsdp={fsdp}{also}{total}')
+  if not memory and config.mesh.fsdp < devices:
+    advice.append(f'mesh.fsdp={devices}{also}')
+  if remat != 'blocks':
+    advice.append('model.remat=blocks (least memory, a third more compute)')
+  smaller = {m: size for m, size in splits.items() if train.batch_size % m == 0}
+  if smaller:
+    times, total = _least(smaller, memory)
+    advice.append(
+      f'{where}.batch_size={train.batch_size // times}{total}, which trains '
+      'differently'
+    )
+  return advice
+
+
+def _scaled(memory: Memory | None, part: str, factor: float) -> int:
+  if memory is None:
+    return 0
+  size = getattr(memory, part) or 0
+  return memory.total - size + round(size * factor)
+
+
+def _least(totals: Mapping[int, int], memory: Memory | None) -> tuple[int, str]:
+  """Returns the smallest change that fits, or the largest, and its total."""
+  if memory is None or memory.activations is None:
+    return min(totals), ''
+  fitting = [
+    change
+    for change, total in totals.items()
+    if memory.limit is None or total <= memory.limit
+  ]
+  change = min(fitting) if fitting else max(totals)
+  return change, f' (about {readable(totals[change])})'

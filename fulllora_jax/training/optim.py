@@ -1,0 +1,104 @@
+"""The optimizer and its schedules, through optax."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from fulllora_jax.core.errors import UserError
+
+OPTIMIZERS = ('sgd', 'adamw')
+SCHEDULES = ('constant', 'step', 'cosine')
+
+
+def learning_rate(schedule, peak: float, total_steps: int) -> optax.Schedule:
+  """Builds the learning rate as a function of the step.
+
+  Args:
+    schedule: `config.schedule`; its times are fractions of training.
+    peak: the learning rate after the warm-up.
+    total_steps: the length of training in steps.
+
+  Raises:
+    UserError: unknown name.
+  """
+  warmup = round(schedule.warmup * total_steps)
+  rest = max(1, total_steps - warmup)
+  if schedule.name == 'constant':
+    main = optax.constant_schedule(peak)
+  elif schedule.name == 'cosine':
+    main = optax.cosine_decay_schedule(peak, rest)
+  elif schedule.name == 'step':
+    main = _step_decay(schedule, peak, total_steps, warmup)
+  else:
+    raise UserError(
+      f'schedule.name: unknown schedule {schedule.name!r}; known: '
+      + ', '.join(SCHEDULES)
+    )
+  if not warmup:
+    return main
+  rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+  return optax.join_schedules([rise, main], [warmup])
+
+
+def _step_decay(schedule, peak, total_steps, warmup) -> optax.Schedule:
+  """Factors are of the peak; optax wants each relative to the one before."""
+  scales, last = {}, 1.0
+  for boundary, factor in zip(
+    schedule.boundaries, schedule.factors, strict=True
+  ):
+    # join_schedules counts the steps of `main` from the end of the warm-up.
+    start = round(boundary * total_steps) - warmup
+    scales[start] = scales.get(start, 1.0) * factor / last
+    last = factor
+  return optax.piecewise_constant_schedule(peak, scales)
+
+
+def create(
+  optimizer, schedule: optax.Schedule, mask: Any
+) -> optax.GradientTransformation:
+  """Builds the optimizer of the leaves that `mask` marks True.
+
+  Gradients are clipped by their global norm first. SGD adds its weight decay
+  to the gradient, as PyTorch's does in Mo et al. (2022); AdamW decouples it.
+
+  Args:
+    optimizer: `config.optimizer`.
+    schedule: step -> learning rate.
+    mask: a tree of bools like the variables; frozen leaves get no state.
+
+  Raises:
+    UserError: unknown name.
+  """
+  if optimizer.name == 'sgd':
+    rule = optax.chain(
+      optax.add_decayed_weights(optimizer.weight_decay),
+      optax.sgd(schedule, momentum=optimizer.momentum or None),
+    )
+  elif optimizer.name == 'adamw':
+    rule = optax.adamw(
+      schedule,
+      b1=optimizer.b1,
+      b2=optimizer.b2,
+      weight_decay=optimizer.weight_decay,
+    )
+  else:
+    raise UserError(
+      f'optimizer.name: unknown optimizer {optimizer.name!r}; known: '
+      + ', '.join(OPTIMIZERS)
+    )
+  if optimizer.clip:
+    rule = optax.chain(optax.clip_by_global_norm(optimizer.clip), rule)
+  return optax.masked(rule, mask)
+
+
+def warmup_factor(step, total_steps: int, fraction: float):
+  """Rises linearly to 1 over the first `fraction` of training.
+
+  Used for eps: large perturbations from the first step can keep a ViT from
+  learning at all.
+  """
+  if not fraction:
+    return 1.0
+  steps = max(1, round(fraction * total_steps))
+  return jnp.minimum(1.0, (step + 1) / steps)

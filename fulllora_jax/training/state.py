@@ -1,0 +1,42 @@
+"""The train state: what a step changes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fulllora_jax.core.trees import Tree
+
+
+class TrainState(NamedTuple):
+  """What a train step changes, and the only thing it is given to donate."""
+
+  step: jax.Array  # int32 [], the number of finished steps
+  trainable: Tree  # variables with the frozen leaves masked out
+  opt_state: optax.OptState
+  # int8 [N, H, W, C], in eps / 127: where the attack on each training example
+  # ended last (attack.carry); else no leaf.
+  deltas: jax.Array | None = None
+  # Like `trainable`, float32: its moving average (ema.py); else no leaf.
+  ema: Tree | None = None
+
+
+def create(
+  trainable: Tree,
+  tx: optax.GradientTransformation,
+  carried: tuple[int, ...] | None = None,
+  ema: Tree | None = None,
+) -> TrainState:
+  """Returns the state before the first step.
+
+  Args:
+    trainable: the leaves that learn.
+    tx: the optimizer.
+    carried: the shape [N, H, W, C] of the training images whose deltas are
+      carried from epoch to epoch; None: they are not.
+    ema: of ema.begin; None: there is no average.
+  """
+  deltas = None if carried is None else jnp.zeros(carried, jnp.int8)
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, trainable, tx.init(trainable), deltas, ema)

@@ -1,0 +1,192 @@
+"""The work directory of a run: claimed once, for one config.
+
+config.json     what the run was started with
+base/           the work directory of the base's standard training
+checkpoints/    adapter, optimizer state and step; the newest few
+best/ last/     adapter and metadata only: what one would publish
+metrics.jsonl   report.json   report.html   report.md   curves.png
+examples.png
+"""
+
+import contextlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from fulllora_jax import config as config_lib
+from fulllora_jax.core import locks
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import (
+  absolute_path,
+  bounded,
+  make_writable,
+  read_file,
+  replace_file,
+)
+from fulllora_jax.distributed import processes
+
+# What may change between the runs that share a directory: it decides how a run
+# is watched, not what it computes.
+_FREE_TO_CHANGE = (
+  'data.dir',
+  'data.prepare',
+  'eval.closer_look',
+  'log.tensorboard',
+  'mesh.fsdp',
+  'mesh.shard_from',
+  'model.remat',
+  'train.keep',
+  'train.log_every',
+  'train.checkpoint_every',
+  'train.max_skipped',
+)
+_SHARED_TRIES = 10  # a second apart
+
+
+def claim(workdir: str | os.PathLike, config) -> Path:
+  """Makes the directory, or takes it up again for the same config.
+
+  Returns:
+    Its absolute path.
+
+  Raises:
+    UserError: it cannot be written, or holds a run with another config (the
+      message names what differs).
+  """
+  path = _path(workdir)
+  processes.from_primary(_claim, path, config)
+  _check_shared(path)
+  return path
+
+
+def _claim(path: Path, config) -> None:
+  saved = path / 'config.json'
+  with writing(path):
+    make_writable(path)
+    if saved.exists():
+      check_same(path, config)
+    replace_file(saved, f'{config_lib.to_json(config)}\n'.encode())
+
+
+def _check_shared(path: Path) -> None:
+  """Raises UserError unless all processes see what the first one wrote."""
+  written = processes.from_primary(
+    lambda: zlib.crc32(read_file(path / 'config.json'))
+  )
+  for _ in range(_SHARED_TRIES):
+    seen = processes.gather(_checksum(path / 'config.json') == written)
+    if all(seen):
+      return
+    time.sleep(1.0)  # a network file system may show it late
+  raise UserError(
+    f'--workdir: process {seen.index(False)} does not see what process 0 wrote '
+    f'to {path}; give a directory that all hosts share, e.g. gs://...'
+  )
+
+
+def _checksum(path: Path) -> int | None:
+  try:
+    return zlib.crc32(read_file(path))
+  except OSError:
+    return None
+
+
+@contextlib.contextmanager
+def exclusive(workdir: str | os.PathLike) -> Iterator[None]:
+  """Makes the directory and keeps other processes from training in it.
+
+  The lock ends with the process, however that ends.
+
+  Raises:
+    UserError: it cannot be written, or another process trains in it.
+  """
+  path = _path(workdir)
+  with contextlib.ExitStack() as held:
+
+    def acquire() -> None:
+      with writing(path):
+        make_writable(path)
+        held.enter_context(locks.exclusive(path))
+
+    processes.from_primary(acquire)  # it holds the lock for all of them
+    yield
+
+
+def _path(workdir: str | os.PathLike) -> Path:
+  return absolute_path(workdir)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+  """Makes one line about --workdir of an OSError."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f'--workdir: cannot write to {path}: {error.strerror}; choose another'
+    ) from None
+
+
+def read_config(workdir: str | os.PathLike):
+  """Returns the config a run was started with.
+
+  Raises:
+    UserError: there is no run, or its config cannot be read.
+  """
+  path = absolute_path(workdir) / 'config.json'
+  try:
+    values = json.loads(bounded(lambda: read_file(path), path))
+  except FileNotFoundError:
+    raise UserError(
+      f'--workdir: {path.parent} holds no run (no config.json); run '
+      'fulllora_jax.main with this --workdir first'
+    ) from None
+  except (OSError, ValueError) as error:
+    raise UserError(f'--workdir: cannot read {path}: {error}') from None
+  return config_lib.from_mapping(values)
+
+
+def config_without_run(data_name: str | None, image_size: int | None):
+  """Returns the config that evaluates a model that is no run of ours.
+
+  Args:
+    data_name: as config.data.name.
+    image_size: in pixels.
+
+  Raises:
+    UserError: one of them is missing.
+  """
+  for flag, value in (('data', data_name), ('image_size', image_size)):
+    if not value:
+      raise UserError(
+        f'--{flag}: say what the images for --logits are, as in --data=cifar10 '
+        '--image_size=32'
+      )
+  config = config_lib.default()
+  config.name = 'logits'
+  config.data.name, config.data.image_size = data_name, image_size
+  config.eval.attacks = ('clean', 'autoattack')
+  return config
+
+
+def check_same(path: Path, config) -> None:
+  """Raises UserError where the run in a directory has another config."""
+  old, new = config_lib.flat(read_config(path)), config_lib.flat(config)
+  for free in _FREE_TO_CHANGE:
+    for prefix in ('', 'base.'):
+      old.pop(prefix + free, None)
+      new.pop(prefix + free, None)
+  changed = [
+    f'{key} {old.get(key)!r} -> {new.get(key)!r}'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  ]
+  if changed:
+    shown = '; '.join(changed[:5]) + ('; ...' if len(changed) > 5 else '')
+    raise UserError(
+      f'--workdir: {path} holds a run with another config ({shown}); give '
+      'this run another --workdir, or the old values to go on with that one'
+    )

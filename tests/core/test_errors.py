@@ -1,0 +1,154 @@
+"""Bad input to a command: one line that begins with `error: `, exit 2."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[2]
+_CONFIG = """
+from ml_collections import config_dict
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.steps = 10
+  c.rate = 0.5
+  c.flip = True
+  c.model = config_dict.ConfigDict()
+  c.model.rank = 4
+  c.optional = config_dict.placeholder(int)
+  return c
+"""
+_SCRIPT = """
+from absl import flags
+from ml_collections import config_flags
+from fulllora_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run goes.')
+
+def main(argv):
+  config = _CONFIG.value
+  if config.steps < 0:
+    raise errors.UserError(f'steps: {config.steps}\\nis negative')
+  if config.steps == 0:
+    raise ZeroDivisionError('a fault of ours')
+  if config.steps == 3:
+    raise KeyboardInterrupt
+  print('steps', config.steps, 'rank', config.model.rank)
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  errors.run(main)
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+  (tmp_path / 'config.py').write_text(_CONFIG)
+  (tmp_path / 'main.py').write_text(_SCRIPT)
+
+  def run(*arguments, config='--config=config.py'):
+    return subprocess.run(
+      [sys.executable, 'main.py', *([config] if config else []), *arguments],
+      cwd=tmp_path,
+      env={'PYTHONPATH': str(_ROOT)},
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
+
+  run.directory = tmp_path
+  return run
+
+
+def the_error(process):
+  assert process.returncode == 2, process.stderr
+  assert len(process.stderr.splitlines()) == 1, process.stderr
+  assert process.stderr.startswith('error: ')
+  assert process.stdout == ''
+  return process.stderr
+
+
+def test_good_input(command):
+  process = command('--config.steps=5', '--config.model.rank=8')
+  assert process.returncode == 0, process.stderr
+  assert process.stdout == 'steps 5 rank 8\n'
+
+
+@pytest.mark.parametrize(
+  'flag, words',
+  [
+    ('--config.stesp=5', ['config.stesp', '"steps"']),
+    ('--config.model.rnak=5', ['config.model.rnak', '"rank"']),
+    ('--config.nowhere.at.all=5', ['config.nowhere.at.all']),
+    ('--config.steps.deeper=5', ['config.steps.deeper']),
+    ('--workdri=x', ['workdri', 'workdir']),
+    ('--config.steps=many', ['config.steps', 'many']),
+    ('--config.rate=fast', ['config.rate', 'fast']),
+    ('--config.flip=maybe', ['config.flip', 'maybe']),
+    ('--config.optional=x', ['config.optional', 'x']),
+    ('--config.model=x', ['config.model']),
+    ('--config.steps', ['config.steps']),
+    ('--config.steps=-1', ['steps: -1 is negative']),
+    ('stray', ["unexpected argument 'stray'"]),
+  ],
+)
+def test_bad_flags(command, flag, words):
+  error = the_error(command(flag))
+  for word in words:
+    assert word in error
+
+
+def test_missing_config_file(command):
+  for override in ('--config.steps=5', '--workdir=x'):
+    error = the_error(command(override, config='--config=configs/none.py'))
+    assert "No such file or directory: 'configs/none.py'" in error
+
+
+def test_no_config(command):
+  assert '--config' in the_error(command(config=None))
+
+
+@pytest.mark.parametrize(
+  'text, words',
+  [
+    ('def get_config(:', 'config.py'),
+    ('x = 1', 'get_config'),
+    (
+      """
+      from fulllora_jax.core.errors import UserError
+      def get_config():
+        raise UserError('this config needs a variant')
+      """,
+      'error: config file: this config needs a variant\n',
+    ),
+    ('def get_config():\n  return nothing', 'config.py, line 2: NameError'),
+    ('import no_such_package', 'no_such_package'),
+    ('def get_config():\n  int("x")', 'config file: ValueError: invalid'),
+  ],
+)
+def test_broken_config_file(command, text, words):
+  (command.directory / 'config.py').write_text(textwrap.dedent(text))
+  assert words in the_error(command())
+
+
+def test_a_fault_of_ours_keeps_its_traceback(command):
+  process = command('--config.steps=0')
+  assert process.returncode == 1
+  assert 'Traceback' in process.stderr
+  assert 'a fault of ours' in process.stderr
+
+
+def test_interrupt(command):
+  process = command('--config.steps=3')
+  assert process.returncode == 130
+  assert process.stderr == 'interrupted; the same command resumes\n'
+
+
+def test_help(command):
+  process = command('--help')
+  assert process.returncode in (0, 1)
+  assert 'Where the run goes.' in process.stdout + process.stderr

@@ -1,0 +1,110 @@
+"""A closer look at a run: what is measured for which method."""
+
+import types
+
+import numpy as np
+import pytest
+
+from fulllora_jax import config
+from fulllora_jax.evaluation import closer_look, finished_run
+
+
+@pytest.fixture
+def run(finished, small_config, digits, one_device):
+  return finished_run.FinishedRun(small_config, finished.workdir, digits)
+
+
+def test_a_finished_run(run, digits):
+  numbers, twins = closer_look.inspect_run(run)
+  records = numbers['radii']['records']
+  assert [(r['weights'], r['factor']) for r in records] == [
+    (weights, factor) for weights in ('base', 'best') for factor in (0, 0.5, 1)
+  ]
+  assert numbers['radii']['attack'] == 'pgd-2'
+  assert numbers['radii']['num_examples'] == 60  # eval.num_examples
+  base = [r['num_correct'] for r in records[:3]]
+  assert base == sorted(base, reverse=True) and base[0] > base[2]
+  maps = numbers['influence']['maps']
+  assert [m['role'] for m in maps] == [
+    'patch_embed', 'query', 'key', 'value', 'attn_out', 'fc1', 'fc2',
+  ]  # fmt: skip
+  assert all(m['clean'] > 0 and m['adversarial'] > 0 for m in maps)
+  assert len(twins['most']) == len(twins['least']) == 4
+  for twin in twins['most'] + twins['least']:
+    assert twin['label'] == twin['clean_prediction']
+    assert twin['label'] == digits.test.labels[twin['index']]
+    assert (twin['prediction'] != twin['label']) == twin['broken']
+    difference = np.abs(twin['adversarial'] - twin['clean']).max()
+    assert 0 < difference <= float(twin['eps']) + 1e-6
+  assert all(twin['broken'] for twin in twins['least'])
+
+
+def test_without_radii_the_adapter_is_still_looked_at(run):
+  run.config.eval.radii = ()
+  numbers, twins = closer_look.inspect_run(run)
+  assert set(numbers) == {'influence'} and twins == {}
+
+
+def test_without_an_attack_clean_images_alone(run):
+  run.config.eval.update(attacks=('clean',), validation_attack='clean')
+  numbers, twins = closer_look.inspect_run(run)
+  assert set(numbers) == {'influence'} and twins == {}
+  assert 'adversarial' not in numbers['influence']['maps'][0]
+
+
+def stand_in(method, weights, base, best):
+  own = config.default()
+  own.method, own.eval.radii = method, ()
+  own.eval.update(attacks=('clean',), validation_attack='clean')
+  test = [0] * 300
+  trees = {'base': {'params': base}, 'best': {'params': best}}
+  run = types.SimpleNamespace(
+    config=own,
+    dataset=types.SimpleNamespace(test=test),
+    evaluator=types.SimpleNamespace(seed=0, mesh=None),
+    weights=lambda: weights,
+    variables=lambda name: ((name,), trees[name]),
+  )
+  return run
+
+
+BLOCK = 'encoderblock_{}'
+
+
+def tree(scale):
+  kernel = {'kernel': np.full((2, 2), 1.0 + scale, np.float32)}
+  block = {'MlpBlock_3': {'Dense_0': {**kernel, 'bias': np.zeros(2)}}}
+  blocks = {BLOCK.format(i): block for i in (10, 2)}
+  return {'embedding': kernel, 'Transformer': blocks, 'head': kernel}
+
+
+def test_of_full_finetuning_the_change_of_each_kernel(monkeypatch):
+  monkeypatch.setattr(closer_look.sharding, 'replicated', lambda _: None)
+  run = stand_in('full', ('base', 'best'), tree(0.0), tree(0.5))
+  found = closer_look.inspect_run(run).numbers['influence']
+  assert found['kind'] == 'weights'
+  assert [(m['role'], m['change']) for m in found['maps']] == [
+    ('patch_embed', 0.5), ('fc1', 0.5), ('fc1', 0.5), ('head', 0.5),
+  ]  # fmt: skip
+  assert 'block_2/' in found['maps'][1]['path']
+
+
+@pytest.mark.parametrize(
+  'method, weights',
+  [
+    ('linear', ('base', 'best')),
+    ('full', ('best', 'last')),
+    ('standard', ('best', 'last')),
+  ],
+)
+def test_other_methods_have_no_such_section(method, weights):
+  run = stand_in(method, weights, tree(0.0), tree(0.5))
+  assert closer_look.inspect_run(run) == ({}, {})
+
+
+def test_radii_are_written_as_eps_is():
+  assert closer_look.radius_text('4/255', 1.25) == '5/255'
+  assert closer_look.radius_text('8/255', 0.0) == '0'
+  own = config.default()
+  own.eval.radii = (2, 0.5, 2.0, '1/4')
+  assert closer_look.radii_of(own) == [0.25, 0.5, 2.0]

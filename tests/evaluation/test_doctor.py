@@ -1,0 +1,368 @@
+"""The doctor: each check finds the fault it is for, and a healthy model is ok.
+
+The patients are models of five blobs in 8 x 8 images: the logits are minus the
+squared distance to each class's mean, which no attack at eps 0.05 crosses.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from fulllora_jax import doctor
+from fulllora_jax.attacks import Threat
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.evaluation import diagnosis
+
+COUNT, CLASSES = 48, 5
+RNG = np.random.default_rng(0)
+MEANS = RNG.uniform(0.3, 0.7, (CLASSES, 8, 8, 1)).astype(np.float32)
+LABELS = np.arange(COUNT) % CLASSES
+IMAGES = np.clip(
+  MEANS[LABELS] + RNG.normal(0, 0.05, (COUNT, 8, 8, 1)), 0, 1
+).astype(np.float32)
+FIRST_ROW_ZERO = (np.arange(8) > 0).astype(np.float32)[:, None, None]
+THREAT = Threat('linf', 0.05)
+
+
+def healthy(x):
+  away = x[:, None] - MEANS[None]
+  return -4.0 * jnp.square(away).sum(axis=(2, 3, 4))
+
+
+def patient(logits_fn, threat=THREAT, x=IMAGES, labels=LABELS, **kwargs):
+  return diagnosis.Patient(
+    logits_fn, x, labels, threat, jax.random.key(0), **kwargs
+  )
+
+
+def finding(check, *args, **kwargs):
+  found = diagnosis.CHECKS[check](patient(*args, **kwargs))
+  return found or diagnosis.Finding(check)
+
+
+@pytest.mark.parametrize('norm, eps', [('linf', 0.05), ('l2', 0.3)])
+def test_a_healthy_model_passes_every_check(norm, eps):
+  found = list(diagnosis.examine(patient(healthy, Threat(norm, eps))))
+  assert [f.check for f in found] == ['finite logits', *diagnosis.CHECKS]
+  assert [f for f in found if f.level != 'ok'] == []
+
+
+def straight_through(x, forward):
+  """The value of forward(x) with the gradient of x."""
+  return x + jax.lax.stop_gradient(forward - x)
+
+
+def with_gradient(change):
+  """A model whose gradient is changed: change(x, gradient)."""
+
+  @jax.custom_vjp
+  def same(x):
+    return x
+
+  same.defvjp(lambda x: (x, x), lambda x, g: (change(x, g),))
+  return lambda x: healthy(same(x))
+
+
+def noisy(x, key):
+  return healthy(x) + 0.3 * jax.random.normal(key, (x.shape[0], CLASSES))
+
+
+def impure(x):
+  """Noise of the host's, which is new in every call."""
+
+  def draw(rows):
+    return np.random.default_rng().normal(size=(rows.shape[0], 1)).astype('f4')
+
+  shape = jax.ShapeDtypeStruct((x.shape[0], 1), jnp.float32)
+  return healthy(x) + jax.pure_callback(draw, shape, x) * jnp.arange(5.0)
+
+
+CLOCK_EPS = 0.25
+
+
+def turns_back(x, gradient):
+  """Leads away from the image for some 30 steps, and then back.
+
+  The first row counts them: each of its pixels rises once the one before it
+  has reached the surface of the ball around 0.
+  """
+  full = x[:, 0, :, 0] > 0.99 * CLOCK_EPS
+  rises = jnp.cumprod(jnp.pad(full, ((0, 0), (1, 0)), constant_values=1), 1)
+  back = rises[:, -1].astype(bool)[:, None, None, None]
+  gradient = jnp.where(back, -gradient, gradient)
+  return gradient.at[:, 0, :, 0].set(jnp.where(rises[:, :-1], 1.0, -1.0))
+
+
+def depends_on_precision(x):
+  if jax.config.jax_default_matmul_precision == 'highest':
+    return healthy(x)
+  return healthy(jnp.round(x * 4) / 4)
+
+
+FAULTS = {
+  'stochastic': ('deterministic output', noisy, {}),
+  'impure': ('deterministic output', impure, {}),
+  'batch statistics': (
+    'output independent of the batch',
+    lambda x: healthy(x - x.mean(axis=0) + 0.5),
+    {},
+  ),
+  'softmax': (
+    'logits, not probabilities',
+    lambda x: jax.nn.softmax(healthy(x)),
+    {},
+  ),
+  'random labels': (
+    'clean accuracy above chance',
+    healthy,
+    {'labels': np.random.default_rng(1).permutation(LABELS)},
+  ),
+  'expects -1 to 1': (
+    'images on the scale the model expects',
+    lambda x: healthy((x + 1) / 2),
+    {},
+  ),
+  'divided twice': (
+    'images on the scale the model expects',
+    healthy,
+    {'x': IMAGES / 255, 'threat': Threat('linf', 0.01)},
+  ),
+  'eps divided twice': (
+    'eps in its unit',
+    healthy,
+    {'threat': Threat('linf', 8 / 255 / 255)},
+  ),
+  'quantised': (
+    'gradients that are not zero',
+    lambda x: healthy(jnp.round(x * 32) / 32),
+    {},
+  ),
+  'gradient upside down': (
+    'gradients beat noise',
+    with_gradient(lambda x, g: -g),
+    {'threat': Threat('linf', 0.6)},
+  ),
+  'turns back': (
+    'more steps are no weaker',
+    with_gradient(turns_back),
+    {'threat': Threat('linf', CLOCK_EPS), 'x': IMAGES * FIRST_ROW_ZERO},
+  ),
+  'masked': (
+    'nothing withstands a large eps',
+    with_gradient(lambda x, g: -g),
+    {},
+  ),
+  'misleading': (
+    'white box beats black box',
+    with_gradient(lambda x, g: -g),
+    {'threat': Threat('linf', 0.2)},
+  ),
+  'low default precision': (
+    'precision does not matter',
+    depends_on_precision,
+    {'threat': Threat('linf', 0.15)},
+  ),
+  'coarse arithmetic': (
+    'precision does not matter',
+    lambda x: healthy(jnp.round(x * 4) / 4),
+    {'threat': Threat('linf', 0.15), 'exact_fn': healthy},
+  ),
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_fault_is_found_by_its_check(fault):
+  check, logits_fn, changes = FAULTS[fault]
+  found = finding(check, logits_fn, **changes)
+  assert found.level == 'wrong', found
+  assert found.seen and found.why and found.advice
+  for text in (found.seen, found.why, found.advice):
+    assert '\n' not in text
+
+
+def test_logits_that_are_no_numbers_end_the_examination():
+  def broken(x):
+    return healthy(x).at[3, 0].set(jnp.nan)
+
+  (found,) = diagnosis.examine(patient(broken))
+  assert (found.check, found.level) == ('finite logits', 'wrong')
+  assert '1 of 48 images' in found.seen
+
+
+@pytest.mark.parametrize('classes', [2, 3])
+def test_few_classes_are_noted(classes):
+  rows = np.isin(LABELS, range(classes))
+  found = finding(
+    'enough classes',
+    lambda x: healthy(x)[:, :classes],
+    x=IMAGES[rows],
+    labels=LABELS[rows],
+  )
+  assert found.level == 'note'
+  assert f'{classes} classes' in found.seen
+  assert finding('enough classes', healthy).level == 'ok'
+
+
+@pytest.mark.parametrize('eps, seen', [(0.031, '8/255'), (0.5, 'above 32/255')])
+def test_an_odd_eps_is_noted(eps, seen):
+  found = finding('eps in its unit', healthy, Threat('linf', eps))
+  assert found.level == 'note'
+  assert seen in found.seen
+
+
+def test_a_saturated_cross_entropy_is_noted():
+  found = finding('gradients that are not zero', lambda x: 1e4 * healthy(x))
+  assert found.level == 'note'
+  assert 'cross entropy' in found.seen
+
+
+def test_sixteen_bits_are_noted():
+  def low(x):
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)
+    return healthy(x)
+
+  found = finding('precision does not matter', low)
+  assert found.level == 'note'
+  assert '16 bits' in found.seen
+
+
+def test_weights_may_be_arguments_of_the_program():
+  def apply(means, x):
+    return -jnp.square(x[:, None] - means[None]).sum(axis=(2, 3, 4))
+
+  found = list(diagnosis.examine(patient(Partial(apply, jnp.array(MEANS)))))
+  assert {f.level for f in found} == {'ok'}
+
+
+def test_the_doctor_does_not_know_l1():
+  with pytest.raises(UserError, match='linf and l2 only'):
+    patient(healthy, Threat('l1', 2.0))
+
+
+def record(eps, right, **more):
+  return {
+    'weights': 'best', 'split': 'test', 'attack': 'pgd', 'steps': 20,
+    'norm': 'linf', 'examples': 'abc', 'eps': str(eps), 'eps_value': eps,
+    'num_examples': 100, 'num_correct': right, 'accuracy': right / 100, **more,
+  }  # fmt: skip
+
+
+def test_recorded_results_that_agree_are_ok():
+  records = [record(0.1, 50), record(0.2, 51), record(0.2, 90, attack='fgsm')]
+  assert diagnosis.recorded(records).level == 'ok'
+
+
+def test_recorded_accuracy_that_rises_with_eps_is_wrong():
+  found = diagnosis.recorded([record(0.2, 60), record(0.1, 50)])
+  assert found.level == 'wrong'
+  assert '50.0% at eps 0.1, but 60.0% at the larger 0.2' in found.seen
+
+
+@pytest.mark.parametrize('fault', ['mismatches', 'outside'])
+def test_a_recorded_mismatch_is_wrong(fault):
+  verified = {'file': 'a.npz', 'mismatches': 0, 'outside': 0} | {fault: 2}
+  found = diagnosis.recorded([record(0.1, 50, verified=verified)])
+  assert found.level == 'wrong'
+  assert 'a.npz' in found.seen
+
+
+def test_a_finding_is_four_lines():
+  found = diagnosis.Finding('check', 'wrong', 'this', 'because', 'that')
+  assert doctor.format_finding(found).splitlines() == [
+    'wrong  check',
+    '       seen: this',
+    '       why:  because',
+    '       do:   that',
+  ]
+  assert doctor.format_finding(diagnosis.Finding('check')) == 'ok     check'
+
+
+DOCTOR = ('-m', 'fulllora_jax.doctor')
+
+
+def test_the_command_examines_a_run(run_python, finished_copy):
+  """The run is a tiny one: hardly trained, it may well be ill."""
+  done = run_python(
+    *DOCTOR, f'--workdir={finished_copy}', '--num_examples=16', '--eps=1/20'
+  )
+  assert done.returncode in (0, 1), done.stderr
+  lines = done.stdout.splitlines()
+  checks = [line[7:] for line in lines if line[:5].strip() in LEVELS]
+  assert checks == [
+    'finite logits', *diagnosis.CHECKS, 'recorded results agree',
+  ]  # fmt: skip
+  wrong = sum(line.startswith('wrong') for line in lines)
+  assert lines[-1] == (
+    f'{wrong} of 15 checks found something wrong, on 16 test images at linf, '
+    'eps 1/20'
+  )
+  assert done.returncode == (wrong > 0)
+
+
+LEVELS = ('ok', 'note', 'wrong')
+
+
+def test_the_command_reads_recorded_results(
+  finished_copy, monkeypatch, capsys, digits, one_device
+):
+  from fulllora_jax import data
+  from fulllora_jax.training import workdir
+
+  (finished_copy / 'evaluations').mkdir(exist_ok=True)
+  bad = {'evaluations': [record(0.2, 60), record(0.1, 50)]}
+  path = finished_copy / 'evaluations' / '001.json'
+  path.write_text(json.dumps(bad))
+  monkeypatch.setattr(diagnosis, 'CHECKS', {})
+  monkeypatch.setattr(data, 'open_dataset', lambda *unused: digits)
+  config = workdir.read_config(finished_copy)
+  examine = functools.partial(
+    doctor.examine, config, str(finished_copy), 'best', None, 'test', 8, 0
+  )
+  assert not examine()
+  assert '1 of 2 checks found something wrong' in capsys.readouterr().out
+  path.unlink()
+  assert examine()
+
+
+def test_the_command_examines_a_function(run_python, digits_dir, tmp_path):
+  (tmp_path / 'faulty.py').write_text(
+    'import jax, jax.numpy as jnp\n'
+    'def logits(x):\n'
+    '  return jax.nn.softmax(x.reshape(len(x), -1)[:, :10])\n'
+  )
+  done = run_python(
+    *DOCTOR, '--logits=faulty:logits', '--data=digits', '--image_size=8',
+    f'--data_dir={digits_dir}', '--num_examples=16', '--eps=0.1',
+    PYTHONPATH=f'{tmp_path}:.',
+  )  # fmt: skip
+  assert done.returncode == 1, done.stderr
+  assert 'wrong  logits, not probabilities' in done.stdout
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    ([], 'give the work directory of a run, or --logits'),
+    (['--workdir=nowhere'], 'holds no run'),
+    (['--logits=json'], 'write module:function'),
+    (['--logits=json:nothing'], 'json has no function nothing'),
+    (['--logits=no_such:logits'], 'cannot import no_such'),
+    (['--logits=json:dumps', '--eps=x'], "cannot read 'x'"),
+    (['--logits=json:dumps', '--norm=l3'], "unknown norm 'l3'"),
+    (['--logits=json:dumps', '--split=all'], "--split: unknown 'all'"),
+  ],
+)
+def test_bad_input_is_one_line(run_python, digits_dir, flags, message):
+  done = run_python(
+    *DOCTOR, '--data=digits', '--image_size=8', f'--data_dir={digits_dir}',
+    *flags,
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == 1
+  assert done.stderr.startswith('error: ')
+  assert message in done.stderr

@@ -1,0 +1,104 @@
+"""Robustness at several radii: against the evaluator, and how images rank."""
+
+import jax
+import numpy as np
+import pytest
+
+from fulllora_jax import attacks, data
+from fulllora_jax.attacks import Threat
+from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.evaluation.eps_sweep import (
+  Outcome,
+  Radii,
+  broken_at,
+  extremes,
+)
+from fulllora_jax.evaluation.evaluator import Evaluator
+
+THREAT = Threat(norm='linf', eps=0.1)
+WEIGHTS = np.random.default_rng(0).normal(0, 1, (64, 10)).astype(np.float32)
+
+
+def apply(variables, images):
+  return images.reshape(len(images), -1) @ variables
+
+
+def tried(digits, devices=1, batch_size=16):
+  mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+  evaluator = Evaluator(apply, THREAT, mesh, batch_size, 0)
+  attack = attacks.parse('pgd-3', THREAT, 0.04)
+  split = digits.test
+  variables = jax.device_put(fitted(digits), mesh_lib.replicated(mesh))
+  return evaluator, Radii(evaluator, split, attack), attack, variables
+
+
+def fitted(digits):
+  x = digits.train.fetch(np.arange(400)).reshape(400, -1) / 255
+  targets = np.eye(10)[digits.train.labels[:400]]
+  return np.linalg.lstsq(x, targets, rcond=0.02)[0].astype(np.float32)
+
+
+def test_at_eps_it_is_the_evaluation(digits):
+  evaluator, radii, attack, variables = tried(digits)
+  expected = evaluator.evaluate(variables, digits.test, attack, 40)
+  chosen = data.choose_examples(len(digits.test), 40, 0)
+  outcome = radii.outcome(variables, chosen, 1.0)
+  labels = digits.test.labels[chosen]
+  np.testing.assert_array_equal(outcome.clean == labels, expected.clean)
+  robust = (outcome.clean == labels) & (outcome.attacked == labels)
+  np.testing.assert_array_equal(robust, expected.robust)
+  assert 0 < robust.sum() < expected.clean.sum()
+  # The margin says the same.
+  assert ((outcome.margin > 0) == (outcome.attacked == labels)).all()
+
+
+@pytest.mark.parametrize('devices, batch_size', [(1, 16), (8, 24)])
+def test_the_images_are_those_of_the_outcome(digits, devices, batch_size):
+  _, radii, _, variables = tried(digits, devices, batch_size)
+  chosen = np.arange(3, 43)
+  outcome = radii.outcome(variables, chosen, 0.5)
+  x_adv = radii.adversarial(variables, chosen, 0.5)
+  x = digits.test.fetch(chosen) / 255
+  assert x_adv.shape == x.shape and x_adv.dtype == np.float32
+  assert 0.04 < np.abs(x_adv - x).max() <= 0.05 + 1e-6
+  classes = np.asarray(apply(fitted(digits), x_adv)).argmax(axis=1)
+  np.testing.assert_array_equal(classes, outcome.attacked)
+  assert (outcome.attacked != outcome.clean).any()
+
+
+def test_a_radius_of_nothing_changes_nothing(digits):
+  _, radii, _, variables = tried(digits)
+  outcome = radii.outcome(variables, np.arange(20), 0.0)
+  np.testing.assert_array_equal(outcome.clean, outcome.attacked)
+
+
+LABELS = np.zeros(6, int)
+OUTCOMES = [  # broken never, at 1, at 0, at 0 with less margin, clean, at 1
+  Outcome(
+    np.array([0, 0, 0, 0, 1, 0]),
+    np.array([0, 0, 1, 1, 1, 0]),
+    np.array([9.0, 5.0, -1.0, -2.0, -9.0, 1.0]),
+  ),
+  Outcome(
+    np.array([0, 0, 0, 0, 1, 0]),
+    np.array([0, 1, 1, 0, 1, 1]),
+    np.array([3.0, -1.0, -3.0, 1.0, -9.0, -5.0]),
+  ),
+]
+
+
+def test_the_smallest_radius_that_breaks_counts():
+  assert broken_at(LABELS, OUTCOMES).tolist() == [2, 1, 0, 0, -1, 1]
+
+
+def test_extremes_are_ranked_by_radius_and_then_by_margin():
+  most, least = extremes(LABELS, OUTCOMES, 4)
+  assert (most.tolist(), least.tolist()) == ([0, 1], [3, 2])
+  most, least = extremes(LABELS, OUTCOMES, 1)
+  assert (most.tolist(), least.tolist()) == ([0], [3])
+
+
+def test_no_image_is_right():
+  wrong = [o._replace(clean=np.ones(6, int)) for o in OUTCOMES]
+  most, least = extremes(LABELS, wrong, 4)
+  assert len(most) == len(least) == 0

@@ -1,0 +1,129 @@
+"""A small comparison from its command to its table, and going on with it."""
+
+import json
+
+import jax
+import pytest
+import small_digits
+
+from fulllora_jax import compare as compare_command
+from fulllora_jax.core import provenance
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.distributed import mesh
+from fulllora_jax.experiments.compare import compare, execute, plan
+from fulllora_jax.training import run as run_lib
+
+
+@pytest.fixture(scope='module')
+def small(digits_dir, finished):
+  experiment = small_digits.get_config()
+  experiment.data.dir = str(digits_dir)
+  experiment.base.source = str(finished.workdir / 'base')
+  experiment.train.update(steps=2, log_every=1)
+  experiment.eval.update(num_examples=20, weights=('best',), closer_look=False)
+  experiment.eval.validation_examples = 16
+  c = plan.default(experiment)
+  c.name = 'small'
+  c.rows['fulllora'] = {'method': 'fulllora'}
+  c.rows['linear'] = {'method': 'linear'}
+  c.seeds, c.references = (0,), ('fulllora',)
+  return c
+
+
+@pytest.fixture(scope='module')
+def compared(small, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('compare')
+  make_mesh = mesh.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
+    )
+    part = compare.compare(small, str(workdir), rows=['linear'], seeds=[0])
+    assert part is None and not list(workdir.glob('comparison.*'))
+    found = compare.compare(small, str(workdir), made_by='the command')
+  return workdir, found
+
+
+def test_every_run_is_in_the_table(compared, small):
+  workdir, found = compared
+  assert {p.name for p in workdir.glob('comparison.*')} == {
+    'comparison.md', 'comparison.csv', 'comparison.json', 'comparison.html',
+  }  # fmt: skip
+  assert json.loads((workdir / 'comparison.json').read_text()) == found
+  assert len(list((workdir / 'runs').iterdir())) == 2
+  rows = {row['method']: row for row in found['rows']}
+  for row in ('fulllora', 'linear'):
+    path = workdir / 'runs' / f'{row}-0' / 'report.json'
+    report = json.loads(path.read_text())
+    assert {e['weights'] for e in report['evaluations']} == {'best'}
+    accuracy = next(
+      e['accuracy'] for e in report['evaluations'] if e['attack'] == 'clean'
+    )
+    assert rows[row]['attacks']['clean']['per_seed'] == [accuracy]
+  # PGD-2 and the update, of 16 images, twice.
+  assert rows['fulllora']['passes'] == 3 * 16 * 2
+  assert rows['linear']['trainable'] < rows['fulllora']['trainable']
+
+
+def test_finished_runs_are_taken_as_they_are(compared, small, monkeypatch):
+  workdir, found = compared
+
+  def refuse(*_):
+    raise AssertionError('it trains')
+
+  monkeypatch.setattr(run_lib, 'train_and_evaluate', refuse)
+  again = compare.compare(small, str(workdir), table_only=True)
+  assert again['rows'] == found['rows']
+
+
+def test_a_missing_seed_is_named(compared, small):
+  workdir, _ = compared
+  more = small.copy_and_resolve_references()
+  more.seeds = (0, 2)
+  with pytest.raises(
+    UserError, match='2 of 4 runs are missing: fulllora, seed 2; linear, seed 2'
+  ):
+    compare.compare(more, str(workdir), table_only=True)
+
+
+def test_a_run_of_another_config_is_refused_by_name(compared, small):
+  workdir, _ = compared
+  other = small.copy_and_resolve_references()
+  other.experiment.train.steps = 3
+  message = r'seed 0: .*another config \(train\.steps 2 -> 3\)'
+  for table_only in (True, False):  # also where it is finished
+    with pytest.raises(UserError, match=message):
+      compare.compare(other, str(workdir), table_only=table_only)
+
+
+def test_a_damaged_report_is_named(compared, small):
+  workdir, _ = compared
+  (run, *_) = plan.runs(small, str(workdir))
+  path = run.workdir / 'report.json'
+  text = path.read_text()
+  path.write_text(text[:50])
+  try:
+    with pytest.raises(UserError, match=r'report\.json cannot be read'):
+      execute.report_of(run)
+  finally:
+    path.write_text(text)
+
+
+def test_an_experiment_is_no_comparison(small):
+  with pytest.raises(UserError, match='it is no comparison but one experiment'):
+    compare.compare(small.experiment)
+
+
+@pytest.mark.parametrize(
+  'part',
+  [
+    ['--table_only'],
+    ['--rows', 'a,b', '--seeds=0'],
+    ['--rows=a', '-seeds', '1', '--table_only=true'],
+  ],
+)
+def test_the_command_of_a_table_is_that_of_all_its_runs(monkeypatch, part):
+  given = ['compare', '--config', 'c.py', *part, '--workdir=runs/x']
+  monkeypatch.setattr('sys.argv', given)
+  made_by = provenance.command(compare_command._PARTS)
+  assert made_by.endswith(' --config c.py --workdir=runs/x')

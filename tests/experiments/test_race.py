@@ -1,0 +1,167 @@
+"""The race of schedules: its numbers, its files, going on, and bad input."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fulllora_jax import config as config_lib
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.distributed import mesh
+from fulllora_jax.experiments.race import results, schedules
+from fulllora_jax.training import checks
+
+NAMES = ('pgd-10', 'half-n_fgsm', 'carry')
+OPTIONS = {
+  'target': 0.5,
+  'schedules': NAMES,
+  'attack': 'pgd-2',
+  'points': 2,
+  'num_validation': 16,
+  'final': 'pgd-3',
+  'num_test': 16,
+}
+
+
+@pytest.fixture(scope='module')
+def race_config(digits_dir, finished):
+  small = config_lib.from_mapping(
+    json.loads((finished.workdir / 'config.json').read_text())
+  )
+  small.base.source = str(finished.workdir / 'base')
+  small.train.steps = 4
+  return small
+
+
+@pytest.fixture(scope='module')
+def raced(race_config, digits, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('road')
+  make_mesh = mesh.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
+    )
+    result = schedules.race(race_config, digits, workdir, **OPTIONS)
+  return workdir, result
+
+
+def test_passes_and_steps_are_those_of_the_schedules(raced):
+  _, result = raced
+  plain, half, carry = (result['schedules'][name] for name in NAMES)
+  assert (plain['steps'], half['steps']) == (4, 2)
+  assert plain['passes'] == 4 * 16 * 11
+  assert half['passes'] == 2 * 16 * 2
+  assert carry['passes'] == 16 * (2 + 3 * 3)  # PGD-2, from the second step on
+  assert [p['step'] for p in plain['curve']] == [0, 2, 4]
+  assert [p['passes'] for p in half['curve']] == [0, 32, 64]
+  assert plain['curve'][0]['robust'] == half['curve'][0]['robust']  # the base
+  for lap in (plain, half, carry):
+    seconds = [p['seconds'] for p in lap['curve']]
+    assert 0 == seconds[0] < seconds[1] < seconds[2] == lap['seconds']
+    assert lap['seconds_compile'] > 0
+    assert lap['final']['num_examples'] == 16
+    assert 0 <= lap['final']['accuracy'] <= lap['final']['clean'] <= 1
+  examples = {lap['final']['examples'] for lap in (plain, half, carry)}
+  assert len(examples) == 1
+
+
+def test_files_hold_the_result(raced):
+  workdir, result = raced
+  assert json.loads((workdir / 'road.json').read_text()) == result
+  text = (workdir / 'road.md').read_text()
+  assert results.markdown_table(result) in text
+  assert '| half-n_fgsm | 2 | 64 |' in text and 'pgd-2 on validation' in text
+  with Image.open(workdir / 'road.png') as picture:
+    pixels = np.asarray(picture.convert('RGB'))
+  assert pixels.shape[1] > 2 * pixels.shape[0] - 200
+  assert (pixels == 255).all(axis=2).mean() > 0.7  # light
+
+
+def test_finished_schedules_are_not_trained_again(
+  raced, race_config, digits, monkeypatch
+):
+  workdir, result = raced
+
+  def refuse(*args):
+    raise AssertionError('trained again')
+
+  monkeypatch.setattr(schedules, 'Training', refuse)
+  again = schedules.race(race_config, digits, workdir, **OPTIONS)
+  assert again['schedules'] == result['schedules']
+  nearer = schedules.race(
+    race_config, digits, workdir, **OPTIONS | {'target': 0.1}
+  )
+  assert nearer['target'] == 0.1
+  changed = config_lib.copy(race_config)
+  changed.seed = 5
+  with pytest.raises(AssertionError, match='trained again'):
+    schedules.race(changed, digits, workdir, **OPTIONS)
+  (workdir / 'schedules' / 'pgd-10.json').write_text('{torn')
+  with pytest.raises(AssertionError, match='trained again'):
+    schedules.race(race_config, digits, workdir, **OPTIONS)
+
+
+CURVE = [
+  {'passes': 0, 'seconds': 0, 'robust': 0.1},
+  {'passes': 100, 'seconds': 8, 'robust': 0.3},
+  {'passes': 200, 'seconds': 16, 'robust': 0.2},
+  {'passes': 300, 'seconds': 20, 'robust': 0.6},
+]
+
+
+@pytest.mark.parametrize(
+  'target, passes, seconds',
+  [(0.05, 0, 0), (0.2, 50, 4), (0.3, 100, 8), (0.4, 250, 18), (0.6, 300, 20)],
+)
+def test_the_first_crossing_is_interpolated(target, passes, seconds):
+  found = schedules.crossing(CURVE, target)
+  assert found == pytest.approx({'passes': passes, 'seconds': seconds})
+
+
+def test_a_target_that_is_not_reached_is_none():
+  assert schedules.crossing(CURVE, 0.61) is None
+
+
+@pytest.mark.parametrize('name', schedules.SCHEDULES)
+def test_every_schedule_is_a_valid_config(name, race_config, digits):
+  own = schedules.changed(race_config, digits, name)
+  checks.validate(own, 1)
+  assert own.train.steps == round(4 * schedules.SCHEDULES[name].length)
+  assert race_config.attack.steps == 2
+
+
+@pytest.mark.parametrize(
+  'options, fields, message',
+  [
+    ({'target': 1.2}, {}, 'target 1.2: a robust accuracy is in 0..1'),
+    ({'target': 0.0}, {}, 'target 0.0: '),
+    ({'points': 0}, {}, 'points 0: measure at least once'),
+    ({'schedules': ()}, {}, 'schedules: none given; known: pgd-10, '),
+    (
+      {'schedules': ('n_fsgm',)},
+      {},
+      "schedules: unknown 'n_fsgm'; did you mean n_fgsm.*known: pgd-10",
+    ),
+    ({}, {'method': 'standard'}, 'method standard trains without an attack'),
+    ({'final': 'apgd-t+pgd-20'}, {}, 'pgd-20 cannot be joined with others'),
+    ({'attack': 'pdg-20'}, {}, "unknown attack 'pdg-20'"),
+    ({}, {'train.batch_size': -1}, 'train.batch_size -1'),
+  ],
+)
+def test_bad_input_is_one_line(
+  race_config, digits, tmp_path, options, fields, message
+):
+  config = config_lib.copy(race_config)
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(UserError, match=message) as caught:
+    schedules.race(config, digits, tmp_path / 'road', **OPTIONS | options)
+  assert '\n' not in str(caught.value)
+  assert not (tmp_path / 'road').exists()
+
+
+def test_joined_attacks_are_one_ensemble(race_config):
+  found = schedules._final_attack(race_config, 'apgd-ce+apgd-dlr')
+  assert found.version == ('apgd-ce', 'apgd-dlr')
+  assert found.label == 'apgd-ce+apgd-dlr'
