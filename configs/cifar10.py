@@ -7,7 +7,7 @@ Mo et al. (NeurIPS 2022), rank 24: 4.9 % of the base learns. The base is the
 AugReg ViT-B/16 pretrained on ImageNet-21k, fetched from the Hugging Face hub
 and brought to patches of 4 px. Another published model is one word away:
 `:deit_s`, `:swin_t`, `:convit_s`, `:dinov2_s`, `:vit_b_in1k`, ...
-(fulllora_jax/experiments/variants.py). No accuracy is promised for this file: it has not
+(experiments/variants.py). No accuracy is promised for this file: it has not
 been run to its end yet.
 
   python -m fulllora_jax.main --config configs/cifar10.py:cpu

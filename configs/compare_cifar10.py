@@ -5,7 +5,7 @@
 ViT-B with patch 4 at 32 px and the inherited protocol of cifar10.py, under
 AutoAttack on 1,000 test images; days on one accelerator, so give it several
 machines by --rows and --seeds. `:deit_s`, `:vit_s` and the other published
-models of fulllora_jax/experiments/variants.py take another base; `:ablations` is FullLoRA
+models of experiments/variants.py take another base; `:ablations` is FullLoRA
 by rank, by target, and with and without the LayerNorm. No accuracy is promised
 for these: they have not been run.
 

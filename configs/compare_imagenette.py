@@ -4,7 +4,7 @@
 
 ViT-B/16 and the inherited protocol of imagenette.py, under AutoAttack on 1,000
 test images; `:deit_s`, `:vit_s` and the other published models of
-fulllora_jax/experiments/variants.py take another base, and `:ablations` is FullLoRA by
+experiments/variants.py take another base, and `:ablations` is FullLoRA by
 rank, by target, and with and without the LayerNorm. Days on one accelerator, so
 give it several machines by --rows and --seeds. No accuracy is promised: it has
 not been run.

@@ -6,7 +6,7 @@ One accelerator with 80 GB (with less: --config.train.accumulate=4). The data
 are `imagenette/full-size`, the v1 split that Mo et al. (NeurIPS 2022) use; its
 validation split is the test set here. The base is the AugReg ViT-B/16 from the
 Hugging Face hub; `:swin_b`, `:dinov2_s` and the like take another one
-(fulllora_jax/experiments/variants.py). No accuracy is promised for this file: it has not
+(experiments/variants.py). No accuracy is promised for this file: it has not
 been run to its end yet. The variant `:tiny` runs the same road at 32 px on a
 CPU in a few minutes, most of which goes into reading the images.
 """

@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, models
+from fulllora_jax import models
+from fulllora_jax.attacks import Threat
 from fulllora_jax.core import provenance, trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import (
@@ -31,12 +32,11 @@ from fulllora_jax.distributed.saving import (
   unsealed,
   verify,
 )
-from fulllora_jax.evaluation import settings
 
 
 def artefact_metadata(
   config,
-  dataset: data.Dataset,
+  dataset: Any,
   parameters: dict[str, Any],
   fingerprint: str,
   base: str | None,
@@ -46,13 +46,13 @@ def artefact_metadata(
 
   Args:
     config: of the run.
-    dataset: trained on.
+    dataset: trained on (data.Dataset).
     parameters: their counts (core/trees.py).
     fingerprint: of the base (classifier.py).
     base: the base's artefact, relative to this one; None: from scratch.
     validation: the score that chose `best`, its attack and step.
   """
-  threat = settings.threat(config)
+  threat = Threat(norm=config.threat.norm, eps=config.threat.eps)
   mean, std = models.normalisation(config.model)
   return {
     'config_name': config.name,

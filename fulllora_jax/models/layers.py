@@ -41,7 +41,7 @@ REMAT: Mapping[str, Callable[..., bool] | None] = {
 def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
   """Calls a block, and recomputes its activations in the backward pass.
 
-  Where the base is split over devices (distributed/mesh.py), it is fetched first.
+  Where the base is split over devices (mesh.py), it is fetched first.
 
   Whatever an interceptor does inside of the block is recomputed with it, and
   the paths of its parameters stay as they are.

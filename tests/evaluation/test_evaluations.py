@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fulllora_jax.attacks import ensemble
 from fulllora_jax.evaluation import evaluations
 
 # `fulllora_jax.attacks.autoattack` is the function.
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 AUTOATTACK = importlib.import_module('fulllora_jax.attacks.autoattack')
 LINEAR = (
   '--logits=linear_digits:logits',

@@ -18,7 +18,7 @@ from absl import flags
 
 from fulllora_jax import scaling
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.experiments.scaling import collectives, costs
+from fulllora_jax.experiments.scaling import collectives, costs, prediction
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / 'docs' / 'scaling.md'
@@ -86,8 +86,8 @@ def products(jaxpr, convolution):
 
 def traced(method, attack_steps, images=2, fsdp=1, remat='none'):
   """Returns the small model, and the trace of its step."""
-  model = scaling.describe('vit_g/4@16', 3, attack_steps, fsdp)
-  config, classes = scaling.experiment('vit_g/4@16', 3, attack_steps)
+  model = prediction.describe('vit_g/4@16', 3, attack_steps, fsdp)
+  config, classes = prediction.experiment('vit_g/4@16', 3, attack_steps)
   config.method, config.mesh.fsdp, config.model.remat = method, fsdp, remat
   config.augment.update(crop_padding=0, flip=False, mixup=0.0, cutmix=0.0)
   return model, collectives.trace_step(config, classes, images)
@@ -103,7 +103,7 @@ def test_flops_are_those_of_the_products_of_a_step(small, method):
 
 
 def test_parameters_are_those_of_the_published_models():
-  model = scaling.describe('vit_b/16@224', None, 10)
+  model = prediction.describe('vit_b/16@224', None, 10)
   assert (model.base, model.rank) == (86_567_656, 24)
   assert model.frozen == model.base - 769_000  # the head learns
   assert model.passes() == 23
@@ -138,7 +138,7 @@ def test_the_gradient_alone_is_reduced(compiled):
 def test_a_split_base_is_fetched_as_often_as_the_formula_says(
   monkeypatch, remat, times
 ):
-  experiment = scaling.experiment
+  experiment = prediction.experiment
 
   def splitting_small_arrays(*given):
     config, classes = experiment(*given)
@@ -159,7 +159,7 @@ def test_a_split_base_is_fetched_as_often_as_the_formula_says(
 
 
 def test_nothing_of_a_whole_base_is_split(small):
-  assert scaling.describe('vit_g/4@16', 3, 1).split == 0
+  assert prediction.describe('vit_g/4@16', 3, 1).split == 0
 
 
 def test_the_command_compiles_for_virtual_devices(
@@ -295,7 +295,7 @@ def measured_rows(path):
 
 
 def test_the_document_has_measured_what_the_code_would_move():
-  found, describe = [], functools.cache(scaling.describe)
+  found, describe = [], functools.cache(prediction.describe)
   for row in measured_rows(DOCUMENT):
     fsdp = int(row[3])
     model = describe(row[0], None, 10, fsdp)

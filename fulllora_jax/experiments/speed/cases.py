@@ -14,12 +14,12 @@ import jax
 import numpy as np
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, models, scaling
+from fulllora_jax import data, models
 from fulllora_jax.adapters import adapted
 from fulllora_jax.core import trees
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh
-from fulllora_jax.experiments.scaling import costs
+from fulllora_jax.experiments.scaling import costs, prediction
 from fulllora_jax.experiments.speed import flops
 from fulllora_jax.training import checks, memory, train_step
 from fulllora_jax.training.loop import Training
@@ -163,7 +163,7 @@ class Case:
     ):
       return None
     channels = dataset.image_shape[-1]
-    model = scaling.counted(self.name, config, dataset.num_classes, channels)
+    model = prediction.counted(self.name, config, dataset.num_classes, channels)
     return config.train.batch_size * costs.step_flops(model, config.method)
 
 

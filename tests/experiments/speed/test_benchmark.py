@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import small_digits
 
-from fulllora_jax import data, scaling
+from fulllora_jax import data
 from fulllora_jax.core.errors import UserError
+from fulllora_jax.experiments.scaling import prediction
 from fulllora_jax.experiments.speed import evaluations, peak, steps
 from fulllora_jax.experiments.speed.cases import Case, Parts, random_dataset
 
@@ -225,7 +226,7 @@ def test_random_data_fits_the_config(dataset):
 
 
 def test_the_formula_knows_the_channels(dataset):
-  model = scaling.counted('small', small(), 10, channels=1)
+  model = prediction.counted('small', small(), 10, channels=1)
   assert model.patch_values == 16
 
 
