@@ -1,30 +1,33 @@
-"""What learns and what is frozen: the split, the train state, the table.
+"""Trees of arrays: what learns and what is frozen, names, fingerprints.
 
-A tree split by a mask keeps its structure; the leaves of the other half are
-`optax.MaskedNode`, which holds no array. So optax's masked optimizers, `jax.
-grad` and the checkpoint all see the trainable leaves only.
+A tree split by a mask keeps its structure; in place of the leaves of the other
+half it has `Masked`, which holds no array. So the optimizer, `jax.grad` and the
+checkpoint all see the trainable leaves only.
 """
 
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import traverse_util
 
 Tree = Any
 
 
+class Masked(NamedTuple):
+  """Stands for a leaf of the other half; a tree without leaves for JAX."""
+
+
 def split(variables: Tree, mask: Tree) -> tuple[Tree, Tree]:
   """Splits variables into (trainable, frozen) by a tree of bools."""
   trainable = jax.tree.map(
-    lambda learns, v: v if learns else optax.MaskedNode(), mask, variables
+    lambda learns, v: v if learns else Masked(), mask, variables
   )
   frozen = jax.tree.map(
-    lambda learns, v: optax.MaskedNode() if learns else v, mask, variables
+    lambda learns, v: Masked() if learns else v, mask, variables
   )
   return trainable, frozen
 
@@ -157,7 +160,7 @@ def parameter_table(variables: Tree, mask: Tree) -> str:
 
 
 def _is_masked(leaf: Any) -> bool:
-  return isinstance(leaf, optax.MaskedNode)
+  return isinstance(leaf, Masked)
 
 
 def first_difference(

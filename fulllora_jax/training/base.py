@@ -13,6 +13,7 @@ from fulllora_jax.core import trees
 from fulllora_jax.core.console import say
 from fulllora_jax.core.files import make_directory, replace_file
 from fulllora_jax.distributed import processes
+from fulllora_jax.training import publish
 
 # Of `config.model`: what a base was made with, that its arrays do not show.
 _SETTLED = (
@@ -100,7 +101,7 @@ def _save(config, directory: Path, dataset, params, report) -> None:
   own = config_lib.base_config(config)
   built = adapted.build(own, dataset.num_classes)
   variables = {'params': params}
-  metadata = artefact.artefact_metadata(
+  metadata = publish.artefact_metadata(
     own,
     dataset,
     trees.parameter_counts(variables, built.mask(variables)),

@@ -22,6 +22,7 @@ from fulllora_jax.training import (
   ema,
   memory,
   overfitting,
+  publish,
   state,
   train_step,
 )
@@ -343,7 +344,7 @@ class Training:
     """Writes the trained leaves and their metadata to best/ or last/."""
     directory = self.workdir / which
     base = files.relative(self.base, directory) if self.base else None
-    metadata = artefact.artefact_metadata(
+    metadata = publish.artefact_metadata(
       self.config,
       self.dataset,
       self.counts,

@@ -55,9 +55,9 @@ def train_state(trainable, step):
     config.adamw(learning_rate=0.1),
     optax.constant_schedule(0.1),
     jax.tree.map(
-      lambda leaf: not isinstance(leaf, optax.MaskedNode),
+      lambda leaf: not isinstance(leaf, trees.Masked),
       trainable,
-      is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+      is_leaf=lambda leaf: isinstance(leaf, trees.Masked),
     ),
   )
   state = state_lib.create(trainable, tx)

@@ -39,7 +39,7 @@ def test_split_parts_the_leaves_and_keeps_the_tree():
   trainable, frozen = trees.split(VARIABLES, MASK)
   assert set(trees.named_leaves(trainable)) == TRAINED
   assert set(trees.named_leaves(frozen)) == FROZEN
-  assert trainable['params']['head']['kernel'] == optax.MaskedNode()
+  assert trainable['params']['head']['kernel'] == trees.Masked()
   assert len(jax.tree.leaves(trainable)) == len(jax.tree.leaves(frozen)) == 2
 
 
@@ -126,7 +126,7 @@ def test_fingerprint_is_that_of_the_values_wherever_they_live():
   assert trees.fingerprint(reordered) == trees.fingerprint(tree)
   on_device = jax.tree.map(jnp.asarray, tree)
   assert trees.fingerprint(on_device) == trees.fingerprint(tree)
-  masked = {**tree, 'c': optax.MaskedNode()}
+  masked = {**tree, 'c': trees.Masked()}
   assert trees.fingerprint(masked) == trees.fingerprint(tree)
   strided = {**tree, 'a': np.repeat(tree['a'], 2)[::2]}
   assert trees.fingerprint(strided) == trees.fingerprint(tree)
