@@ -126,7 +126,7 @@ def _text_checksum(values: Mapping[str, Any]) -> int:
   return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-def verify(tree: Tree, checksums: Mapping[str, int]) -> None:
+def verify(tree: Tree, expected: Mapping[str, int]) -> None:
   for path, value in checksums(tree).items():
-    if checksums.get(path) != value:
+    if expected.get(path) != value:
       raise ValueError(f'the checksum of {path} does not match')

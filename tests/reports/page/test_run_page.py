@@ -331,7 +331,7 @@ class StandIn:
     pass
 
 
-@pytest.mark.parametrize('part', ['inspection.inspect_run', 'page.write_page'])
+@pytest.mark.parametrize('part', ['closer_look.inspect_run', 'page.write_page'])
 def test_a_fault_in_the_page_loses_no_number(
   part, tmp_path, report, monkeypatch, capsys
 ):
@@ -343,9 +343,9 @@ def test_a_fault_in_the_page_loses_no_number(
     there.append((tmp_path / 'report.json').exists())
     raise RuntimeError('out of memory')
 
-  monkeypatch.setattr(run.results, 'FinishedRun', StandIn)
-  monkeypatch.setattr(run.results, 'assemble_report', lambda *_: report)
-  monkeypatch.setattr(run.inspection, 'inspect_run', lambda _: (numbers, {}))
+  monkeypatch.setattr(run.finished_run, 'FinishedRun', StandIn)
+  monkeypatch.setattr(run.finished_run, 'assemble_report', lambda *_: report)
+  monkeypatch.setattr(run.closer_look, 'inspect_run', lambda _: (numbers, {}))
   monkeypatch.setattr(f'fulllora_jax.training.run.{part}', fault)
   training = types.SimpleNamespace(seconds=1.0, passes=1.0)
   run._report(config.default(), tmp_path, None, training)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[1]
 _CONFIG = """
 from ml_collections import config_dict
 
@@ -24,7 +24,8 @@ def get_config():
 _SCRIPT = """
 from absl import flags
 from ml_collections import config_flags
-from fulllora_jax import errors
+from fulllora_jax import command
+from fulllora_jax.core import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run goes.')
@@ -41,7 +42,7 @@ def main(argv):
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  errors.run(main)
+  command.run(main)
 """
 
 
