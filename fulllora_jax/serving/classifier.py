@@ -7,15 +7,16 @@ from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from fulllora_jax import config, pretrained
 from fulllora_jax.adapters import AdaptedModel, adapted, artefact
 from fulllora_jax.adapters.artefact import base_fingerprint
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import beside
+from fulllora_jax.core.files import as_path, beside
 from fulllora_jax.core.trees import Tree
-from fulllora_jax.serving import stacking
+from fulllora_jax.serving import adapter_file, stacking
 from fulllora_jax.serving.image_checks import check_images
 from fulllora_jax.serving.many_adapters import ManyAdapters
 
@@ -88,12 +89,13 @@ def load(path, base=None, which='best'):
   """Loads an adapter, or several, onto their base.
 
   Args:
-    path: a work directory, or the `best/` or `last/` in one; several as a
-      mapping, name -> path, e.g. {'linf': 'runs/a', 'l2': 'runs/b'}.
-    base: the base's work directory or artefact, or the published checkpoint
-      it came from (pretrained.load); None takes the place that the adapter's
-      metadata names, relative to the adapter, and where nothing is there the
-      published checkpoint. Of several adapters, the first's.
+    path: a work directory, the `best/` or `last/` in one, or an adapter that
+      fulllora_jax.export wrote (.safetensors); several as a mapping,
+      name -> path, e.g. {'linf': 'runs/a', 'l2': 'runs/b'}.
+    base: the base's work directory, artefact or export, or the published
+      checkpoint it came from (pretrained.load); None takes the place that
+      the adapter's metadata names, relative to the adapter, and where nothing
+      is there the published checkpoint. Of several adapters, the first's.
     which: 'best' or 'last', where `path` is a work directory.
 
   Returns:
@@ -172,8 +174,7 @@ def read_adapter(
   path: str | os.PathLike, which: str = 'best'
 ) -> stacking.Adapter:
   """Reads an adapter alone; arguments and errors are those of `load`."""
-  directory = pretrained.find_artefact(path, which)
-  adapter, metadata = artefact.read_artefact(directory)
+  directory, adapter, metadata = _read_leaves(path, which)
   cfg = config.from_mapping(metadata['config'])
   cfg.model.attention = ''  # this machine's, not that of the training
   built = adapted.build(cfg, metadata['num_classes'])
@@ -183,10 +184,31 @@ def read_adapter(
   return stacking.Adapter(directory, built, adapter, frozen, metadata)
 
 
+def _read_leaves(path, which: str) -> tuple[Path, Tree, dict[str, Any]]:
+  """Reads what was trained, of an exported file or of a work directory."""
+  if not _is_exported(path):
+    directory = pretrained.find_artefact(path, which)
+    return directory, *artefact.read_artefact(directory)
+  leaves, header = adapter_file.read(path)
+  if header['contents'] != 'adapter':
+    raise UserError(
+      f"{path} holds a whole model, whose head is no longer its base's; give "
+      'an adapter, exported without --with_base'
+    )
+  return as_path(path), traverse_util.unflatten_dict(leaves), header['run']
+
+
+def _is_exported(path) -> bool:
+  return str(path).endswith('.safetensors')
+
+
 def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
   source = base or _recorded_base(directory, metadata)
   try:
-    if pretrained.is_artefact(source) or not metadata.get('base_source'):
+    published = metadata.get('base_source')
+    if _is_exported(source) and not published:
+      params = _read_leaves(source, 'best')[1]['params']
+    elif pretrained.is_artefact(source) or not published:
       params, _ = pretrained.load_base(source)
     else:
       params, _ = pretrained.fit(

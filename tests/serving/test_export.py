@@ -135,6 +135,32 @@ def test_with_base_a_file_is_the_whole_model(
   assert written.difference == 0
 
 
+def test_an_exported_adapter_loads_onto_its_base(
+  adapter, finished, loaded, images, tmp_path
+):
+  base = export.to_safetensors(
+    finished.workdir / 'base', tmp_path / 'base.safetensors'
+  )
+  for place in (finished.workdir / 'base', base.path):
+    again = classifier.load(adapter.path, base=place)
+    np.testing.assert_array_equal(again.logits(images), loaded.logits(images))
+
+
+def test_an_exported_adapter_is_refused_on_another_base(adapter, finished):
+  with pytest.raises(UserError, match='is not the base of|another base'):
+    classifier.load(adapter.path, base=adapter.path)
+
+
+def test_an_exported_model_is_no_adapter(finished, tmp_path):
+  model = export.to_safetensors(
+    finished.workdir, tmp_path / 'model.safetensors', with_base=True
+  )
+  with pytest.raises(
+    UserError, match='holds a whole model.*without --with_base'
+  ):
+    classifier.load(model.path, base=finished.workdir / 'base')
+
+
 def test_best_and_last_are_told_apart(finished, adapter, tmp_path):
   last = export.to_safetensors(
     finished.workdir, tmp_path / 'last.safetensors', which='last'
