@@ -108,7 +108,7 @@ class AdaptedModel:
     with nn.intercept_methods(self._interceptor()):
       return self.model.apply(variables, *args, **kwargs)
 
-  def prepare(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+  def fold(self, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Computes once what `apply` computes of the branches at each call.
 
     Returns:
@@ -124,9 +124,9 @@ class AdaptedModel:
     for path, parameters in branches.items():
       branch = self.targets[self.target_of('/'.join(path))]
       if isinstance(branch, LNLoRA):
-        branches[path] = branch.prepare(parameters)
-    prepared = traverse_util.unflatten_dict(branches)
-    return {**variables, COLLECTION: prepared}
+        branches[path] = branch.fold(parameters)
+    folded = traverse_util.unflatten_dict(branches)
+    return {**variables, COLLECTION: folded}
 
   def watched(
     self,
@@ -303,17 +303,17 @@ def _branch_output(
     branch.check_rank(path, rows.shape[-1], d_out)
     return branch.init(key, rows.shape[-1], d_out)
 
-  if module.has_variable(COLLECTION, 'g'):  # of AdaptedModel.prepare
-    prepared = module.variables[COLLECTION]
+  if module.has_variable(COLLECTION, 'g'):  # of AdaptedModel.fold
+    folded = module.variables[COLLECTION]
   else:
     parameters = _parameters(module, branch, path, init)
     if isinstance(branch, Bottleneck):
       return branch(parameters, rows).reshape(y.shape)
-    prepared = branch.prepare(parameters)
+    folded = branch.fold(parameters)
   moments = None
   if branch.layer_norm:
     rows, moments = shared.of(rows, branch.epsilon)
-  return branch.moved(prepared, rows, moments).reshape(y.shape)
+  return branch.fused(folded, rows, moments).reshape(y.shape)
 
 
 def _rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:

@@ -15,9 +15,9 @@ The LayerNorm can move behind A, though. With G = diag(scale) A
 
     LN(x) A = (x G - mean(x) colsum(G)) / sqrt(var(x) + epsilon) + bias A
 
-so that a normalised tensor as wide as x never exists: `LNLoRA.moved`, which is
+so that a normalised tensor as wide as x never exists: `LNLoRA.fused`, which is
 what models run, computes two numbers for each token and r columns. Calling the
-branch computes the definition above, and is what `moved` is tested against.
+branch computes the definition above, and is what `fused` is tested against.
 """
 
 import dataclasses
@@ -115,8 +115,8 @@ class LNLoRA:
     b = parameters['lora_b'].astype(x.dtype)
     return (self.alpha / self.rank) * ((normed @ a) @ b)
 
-  def prepare(self, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Computes what `moved` needs of the parameters, whatever the images.
+  def fold(self, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Computes what `fused` needs of the parameters, whatever the images.
 
     So an attack of many steps needs it once. The columns of G are centred,
     which changes nothing (x - mean(x) sums to 0) and leaves nothing to
@@ -137,16 +137,16 @@ class LNLoRA:
     offset = (wide['ln_bias'][:, None] * a).sum(axis=0)
     return {'g': g - g.mean(axis=0), 'b': b, 'offset': offset}
 
-  def moved(
+  def fused(
     self,
-    prepared: dict[str, jax.Array],
+    folded: dict[str, jax.Array],
     x: jax.Array,
     moments: 'Moments | None' = None,
   ) -> jax.Array:
     """Computes what a call does, with the LayerNorm moved behind A.
 
     Args:
-      prepared: of `prepare`.
+      folded: of `fold`.
       x: as of a call.
       moments: of x, where they are known; branches beside maps of one input
         can share them. None: they are computed here. Of no use without the
@@ -155,7 +155,7 @@ class LNLoRA:
     Returns:
       As a call, to rounding.
     """
-    g, b = (prepared[name].astype(x.dtype) for name in ('g', 'b'))
+    g, b = (folded[name].astype(x.dtype) for name in ('g', 'b'))
     if not self.layer_norm:
       return (x @ g) @ b
     if moments is None:
@@ -164,7 +164,7 @@ class LNLoRA:
     low = jnp.matmul(x, g, preferred_element_type=wide)
     if g.dtype != wide:
       low -= moments.mean * g.astype(wide).sum(axis=0)
-    low = low * moments.inverse_deviation + prepared['offset']
+    low = low * moments.inverse_deviation + folded['offset']
     return low.astype(x.dtype) @ b
 
 

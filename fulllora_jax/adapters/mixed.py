@@ -131,22 +131,22 @@ class _PerExample:
     self.layer_norm, self.epsilon = branch.layer_norm, branch.epsilon
     self.names = branch.names
 
-  def prepare(self, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """As LNLoRA.prepare, for all the adapters of the stack."""
-    return jax.vmap(self._branch.prepare)(parameters)
+  def fold(self, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """As LNLoRA.fold, for all the adapters of the stack."""
+    return jax.vmap(self._branch.fold)(parameters)
 
-  def moved(
+  def fused(
     self,
-    prepared: dict[str, jax.Array],
+    folded: dict[str, jax.Array],
     x: jax.Array,
     moments: Moments | None = None,
   ) -> jax.Array:
-    """As LNLoRA.moved; x [..., d_in] is one example's rows after another's."""
-    own = {name: leaf[self._index] for name, leaf in prepared.items()}
+    """As LNLoRA.fused; x [..., d_in] is one example's rows after another's."""
+    own = {name: leaf[self._index] for name, leaf in folded.items()}
     x, moments = jax.tree.map(
       lambda a: a.reshape(len(self._index), -1, a.shape[-1]), (x, moments)
     )
-    return jax.vmap(self._branch.moved)(own, x, moments)
+    return jax.vmap(self._branch.fused)(own, x, moments)
 
 
 def _dense(

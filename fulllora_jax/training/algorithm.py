@@ -76,7 +76,7 @@ def make_algorithm(
     ),
     attack=attack,
     augment=augment.Augmentation(num_classes, **config.augment.to_dict()),
-    prepare=built.model.prepare,
+    fold=built.model.fold,
     accumulate=config.train.accumulate,
     remat=config.model.remat,
     dropout=config.model.dropout > 0,

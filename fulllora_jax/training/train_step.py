@@ -54,7 +54,7 @@ class Algorithm:
     attack: the inner maximisation; None trains on clean images.
     augment: (key, images, labels) -> (images, labels). An Augmentation where
       the state has deltas: they move with the pixels.
-    prepare: variables -> what `apply` takes in their place, once for all of
+    fold: variables -> what `apply` takes in their place, once for all of
       the attack's calls.
     accumulate: microbatches of a step.
     remat: as config.model.remat, which the model already follows.
@@ -72,7 +72,7 @@ class Algorithm:
   objective: Objective
   attack: InnerAttack | None
   augment: Callable[..., tuple[jax.Array, jax.Array]]
-  prepare: Callable[[Tree], Tree] = lambda variables: variables
+  fold: Callable[[Tree], Tree] = lambda variables: variables
   accumulate: int = 1
   remat: str = 'none'
   dropout: bool = False
@@ -172,10 +172,10 @@ def _gradient(
   deltas: jax.Array | None = None,
 ) -> tuple[Tree, Metrics]:
   """The two lines of Algorithm 1, up to the optimizer."""
-  prepared = algorithm.prepare(merge(state.trainable, frozen))
+  folded = algorithm.fold(merge(state.trainable, frozen))
 
   def logits_fn(images):  # deterministic, as every attack needs it
-    return algorithm.apply(prepared, images)
+    return algorithm.apply(folded, images)
 
   fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
   x_adv, passes = x, 0

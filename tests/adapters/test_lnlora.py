@@ -151,43 +151,43 @@ def worst(found, wanted):
   return max(jax.tree.leaves(differences))
 
 
-def moved(branch, parameters, x, moments=None):
-  return branch.moved(branch.prepare(parameters), x, moments)
+def fused(branch, parameters, x, moments=None):
+  return branch.fused(branch.fold(parameters), x, moments)
 
 
 @pytest.mark.parametrize('epsilon', [1e-6, 1e-2])
 @pytest.mark.parametrize('mean', [0.0, 3.0, 300.0])
-def test_moved_is_as_accurate_as_the_definition(mean, epsilon):
+def test_fused_is_as_accurate_as_the_definition(mean, epsilon):
   branch = LNLoRA(rank=4, alpha=8.0, epsilon=epsilon)
   parameters, rng = wide(1), np.random.default_rng(2)
   x = (mean + rng.normal(0, 0.7, (5, 7, 96))).astype(np.float32)
   cotangent = rng.normal(size=(5, 7, 40)).astype(np.float32)
   wanted = exact(branch, parameters, x, cotangent)
   errors = {}
-  for form in (LNLoRA.__call__, moved):
+  for form in (LNLoRA.__call__, fused):
     gradients = jax.grad(loss(branch, form, cotangent), argnums=(0, 1))
     found = (form(branch, parameters, x), *gradients(parameters, x))
     errors[form.__name__] = worst(found, wanted)
   # Float32 has 6e-8; a mean of 300 leaves 400 times that of what it hides.
-  assert errors['moved'] < 3e-6 * max(1.0, mean)
-  assert errors['moved'] < 8 * errors['__call__'] + 1e-6
+  assert errors['fused'] < 3e-6 * max(1.0, mean)
+  assert errors['fused'] < 8 * errors['__call__'] + 1e-6
 
 
-def test_moved_keeps_a_flat_patch_accurate_in_bfloat16():
+def test_fused_keeps_a_flat_patch_accurate_in_bfloat16():
   branch, parameters = LNLoRA(rank=4, alpha=8.0, epsilon=1e-6), wide(1)
   rng = np.random.default_rng(3)
   x = jnp.asarray(1 + rng.normal(0, 0.05, (6, 96)), jnp.bfloat16)
   wanted, *_ = exact(branch, parameters, x, np.ones((6, 40)))
-  assert worst(moved(branch, parameters, x), wanted) < 2e-2
+  assert worst(fused(branch, parameters, x), wanted) < 2e-2
   assert worst(branch(parameters, x), wanted) < 2e-2
 
 
-def test_moved_without_the_norm_is_plain_lora():
+def test_fused_without_the_norm_is_plain_lora():
   branch = LNLoRA(rank=4, alpha=8.0, layer_norm=False)
   parameters = {name: wide(1)[name] for name in branch.names()}
   x = RNG.normal(size=(3, 96)).astype(np.float32)
   np.testing.assert_allclose(
-    moved(branch, parameters, x), branch(parameters, x), rtol=1e-4, atol=1e-5
+    fused(branch, parameters, x), branch(parameters, x), rtol=1e-4, atol=1e-5
   )
 
 
@@ -196,9 +196,9 @@ def test_given_moments_are_used():
   x = jnp.asarray(RNG.normal(size=(3, 96)), jnp.float32)
   own = Moments.of(x, branch.epsilon)
   np.testing.assert_array_equal(
-    moved(branch, parameters, x, own), moved(branch, parameters, x)
+    fused(branch, parameters, x, own), fused(branch, parameters, x)
   )
   other = Moments(own.mean, 2 * own.inverse_deviation)
   assert not np.allclose(
-    moved(branch, parameters, x, other), moved(branch, parameters, x)
+    fused(branch, parameters, x, other), fused(branch, parameters, x)
   )
