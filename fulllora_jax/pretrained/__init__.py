@@ -1,4 +1,4 @@
-"""Base weights: where a frozen ViT comes from."""
+"""Base weights: fetched, opened, configured, converted."""
 
 from fulllora_jax.adapters.artefact import (
   base_metadata,
@@ -6,19 +6,38 @@ from fulllora_jax.adapters.artefact import (
   is_artefact,
   load_base,
 )
+from fulllora_jax.pretrained.base import (
+  PUBLISHED,
+  RUN,
+  SCRATCH,
+  TRAIN,
+  Base,
+  resolve_base,
+)
 from fulllora_jax.pretrained.layout import Opened
 from fulllora_jax.pretrained.load_report import LoadReport
-from fulllora_jax.pretrained.loading import fit, load, open_checkpoint, settle
+from fulllora_jax.pretrained.loading import (
+  configure,
+  convert,
+  load,
+  open_checkpoint,
+)
 
 __all__ = [
+  'PUBLISHED',
+  'RUN',
+  'SCRATCH',
+  'TRAIN',
+  'Base',
   'LoadReport',
   'Opened',
   'base_metadata',
+  'configure',
+  'convert',
   'find_artefact',
-  'fit',
   'is_artefact',
   'load',
   'load_base',
   'open_checkpoint',
-  'settle',
+  'resolve_base',
 ]

@@ -29,6 +29,7 @@ from fulllora_jax.pretrained import (
   transformers_vit,
   vit,
 )
+from fulllora_jax.pretrained.base import RUN, resolve_base
 from fulllora_jax.pretrained.filling import Filler, some
 from fulllora_jax.pretrained.layout import Architecture, Layout, Opened, Rule
 from fulllora_jax.pretrained.load_report import LoadReport
@@ -58,7 +59,7 @@ def open_checkpoint(source: str | Path) -> Opened:
   Raises:
     UserError: it is not there or damaged, or no layout recognises it.
   """
-  if artefact_lib.is_artefact(source):
+  if resolve_base(source).kind == RUN:
     return _open_artefact(as_path(source))
   fetched = sources.fetch(str(source))
   checkpoint = formats.read(fetched.files)
@@ -168,7 +169,7 @@ def load(
     model_config.patch_size = patch_size
   if window:
     model_config.window = window
-  settle(model_config, opened, explicit_patch=bool(patch_size))
+  configure(model_config, opened, explicit_patch=bool(patch_size))
   with _naming(source):
     return build_and_fill(
       opened,
@@ -190,7 +191,7 @@ def _own_classes(opened: Opened) -> int:
   return opened.architecture.num_classes
 
 
-def fit(
+def convert(
   config,
   opened: Opened,
   image_shape: tuple[int, int, int],
@@ -199,7 +200,7 @@ def fit(
   """Loads an opened checkpoint into the model of `config`.
 
   Args:
-    config: its `model` is settled in place; `base` says how to resize.
+    config: its `model` is configured in place; `base` says how to resize.
     opened: by `open_checkpoint`.
     image_shape: (H, W, C).
     num_classes: K.
@@ -216,7 +217,7 @@ def fit(
       f'base.source: images of {height} x {width} are not square, as those of '
       f'{opened.identity["source"]} are'
     )
-  settle(config.model, opened, explicit_patch=True)
+  configure(config.model, opened, explicit_patch=True)
   with _naming(opened.identity['source']):
     _, variables, report = build_and_fill(
       opened,
@@ -230,7 +231,7 @@ def fit(
   return variables['params'], report
 
 
-def settle(model_config, opened: Opened, *, explicit_patch: bool) -> None:
+def configure(model_config, opened: Opened, *, explicit_patch: bool) -> None:
   """Puts into `config.model` what the checkpoint settles, in place.
 
   Args:
@@ -278,7 +279,7 @@ def build_and_fill(
   label_map: Sequence[int] = (),
   patch_resize: str = 'sum',
 ) -> tuple[nn.Module, dict[str, Any], LoadReport]:
-  """Builds the model of a settled config and fills it; see `load`."""
+  """Builds the model of a configured model and fills it; see `load`."""
   _check_sizes(opened, model_config, image_size, num_classes, label_map)
   mean, std = models.normalisation(model_config)
   if channels != 1 and len(mean) not in (1, channels):

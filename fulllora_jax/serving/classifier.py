@@ -206,12 +206,13 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
   source = base or _recorded_base(directory, metadata)
   try:
     published = metadata.get('base_source')
+    kind = pretrained.resolve_base(source).kind
     if _is_exported(source) and not published:
       params = _read_leaves(source, 'best')[1]['params']
-    elif pretrained.is_artefact(source) or not published:
+    elif kind == pretrained.RUN or not published:
       params, _ = pretrained.load_base(source)
     else:
-      params, _ = pretrained.fit(
+      params, _ = pretrained.convert(
         config.from_mapping(metadata['config']),
         pretrained.open_checkpoint(source),
         tuple(metadata['image_shape']),
@@ -246,7 +247,8 @@ def _recorded_base(directory: Path, metadata) -> str:
   """Returns where the base is: beside the run, or where it was published."""
   recorded = beside(directory, metadata['base'])
   published = metadata.get('base_source')
-  if not published or pretrained.is_artefact(recorded):
+  kept = pretrained.resolve_base(recorded).kind == pretrained.RUN
+  if not published or kept:
     return recorded
   if published['revision']:  # its repository may have moved on
     return f'{published["source"].split("@")[0]}@{published["revision"]}'

@@ -45,7 +45,7 @@ def find(config, workdir: Path) -> pretrained.Opened | None:
     config.model = config_lib.from_mapping(metadata['config']).model
     return None
   opened = pretrained.open_checkpoint(source)
-  pretrained.settle(config.model, opened, explicit_patch=True)
+  pretrained.configure(config.model, opened, explicit_patch=True)
   return opened
 
 
@@ -72,7 +72,7 @@ def keep(
   directory = _directory(workdir)
   if opened is None:
     return directory
-  params, report = pretrained.fit(
+  params, report = pretrained.convert(
     config, opened, dataset.image_shape, dataset.num_classes
   )
   say(report.summary())

@@ -40,3 +40,14 @@ def test_a_base_is_all_params(finished):
 def test_an_adapter_is_no_base(finished):
   with pytest.raises(UserError, match=r'base.source: .* adapter.*fulllora'):
     pretrained.load_base(finished.workdir)
+
+
+def test_the_kind_of_a_base(finished, tmp_path):
+  resolve = pretrained.resolve_base
+  assert resolve('train') == ('train', pretrained.TRAIN, None)
+  assert resolve('scratch') == ('scratch', pretrained.SCRATCH, None)
+  best = finished.workdir / 'base' / 'best'
+  for source in (best, best.parent):
+    assert resolve(source) == (str(source), pretrained.RUN, best)
+  for source in (str(tmp_path), 'hf-hub:owner/name', 'gs//b', '/nowhere'):
+    assert resolve(source) == (source, pretrained.PUBLISHED, None)

@@ -322,7 +322,7 @@ def test_images_that_are_not_square(published):
   path, _ = published(PLAIN)
   opened = loading.open_checkpoint(path)
   with pytest.raises(UserError, match='24 x 32 are not square') as caught:
-    pretrained.fit(config_lib.default(), opened, (24, 32, 3), 5)
+    pretrained.convert(config_lib.default(), opened, (24, 32, 3), 5)
   assert str(path) in str(caught.value)
 
 

@@ -166,7 +166,7 @@ def report_rows(run):
 def fitted(config):
   """Returns the parameters of the config's checkpoint for the digits."""
   opened = pretrained.open_checkpoint(config.base.source)
-  return pretrained.fit(config, opened, (16, 16, 1), 10)[0]
+  return pretrained.convert(config, opened, (16, 16, 1), 10)[0]
 
 
 def test_frozen_leaves_are_the_checkpoints(run, digits_dir):

@@ -98,8 +98,8 @@ def has_own_base(experiment: ConfigDict) -> bool:
 
   Else there is none, or it is a run's, and stays where it is.
   """
-  source = experiment.base.source
-  return source != 'scratch' and not pretrained.is_artefact(source)
+  kind = pretrained.resolve_base(experiment.base.source).kind
+  return kind in (pretrained.TRAIN, pretrained.PUBLISHED)
 
 
 def base_config(comparison: ConfigDict) -> ConfigDict:
