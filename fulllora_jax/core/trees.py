@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from fulllora_jax.core import tables
+
 Tree = Any
 
 
@@ -146,11 +148,7 @@ def parameter_table(variables: Tree, mask: Tree) -> str:
     size = times * int(np.prod(shape))
     shown = f'{times} x {shape}' if times > 1 else f'{shape}'
     rows.append((name, shown, f'{size:,}', 'trained' if learning else 'frozen'))
-  widths = [max(len(row[i]) for row in rows) for i in range(3)]
-  lines = [
-    f'{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}'.rstrip()
-    for a, b, c, d in rows
-  ]
+  lines = tables.aligned(rows, right=[2])
   totals = parameter_counts(variables, mask)
   lines.append(
     f'{totals["trainable"]:,} parameters learn: {totals["fraction"]:.2%} of '

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fulllora_jax.core import tables
+
 LOADED, RESIZED, NEW, UNUSED = 'loaded', 'resized', 'new', 'unused'
 
 
@@ -81,17 +83,13 @@ class LoadReport:
     )
 
   def table(self) -> str:
-    """Returns all rows as a markdown table."""
-    lines = [
-      '| action | name | shape | stored | note |',
-      '|---|---|---|---|---|',
+    """Returns all rows as a Markdown table."""
+    header = ['action', 'name', 'shape', 'stored', 'note']
+    rows = [
+      [row.action, row.name, _by(row.shape), _by(row.stored), row.note]
+      for row in self.rows
     ]
-    for row in self.rows:
-      lines.append(
-        f'| {row.action} | {row.name} | {_by(row.shape)} | {_by(row.stored)} '
-        f'| {row.note} |'
-      )
-    return '\n'.join(lines)
+    return tables.markdown([header, *rows], left=len(header))
 
   def _unused(self) -> list[str]:
     """Groups unused keys by reason: a text tower has hundreds."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
 
 
@@ -14,23 +15,23 @@ def sections(report: Mapping[str, Any]) -> Iterator[str]:
   """
   for evaluation in report['evaluations']:
     if evaluation['attack'].startswith('autoattack'):
+      found = cascade(evaluation), per_class(evaluation, report['label_names'])
       yield '\n'.join(
         [
           headline(evaluation),
-          *_aligned(cascade(evaluation)),
-          *_aligned(per_class(evaluation, report['label_names'])),
+          *(f'  {line}' for table in found for line in tables.aligned(table)),
           *remarks(evaluation),
         ]
       )
 
 
 def markdown(report: Mapping[str, Any]) -> Iterator[str]:
-  """Yields the same as blocks of markdown."""
+  """Yields the same text as blocks of Markdown."""
   for evaluation in report['evaluations']:
     if evaluation['attack'].startswith('autoattack'):
       yield f'### {headline(evaluation)}'
-      yield _table(cascade(evaluation))
-      yield _table(per_class(evaluation, report['label_names']))
+      yield tables.markdown(cascade(evaluation))
+      yield tables.markdown(per_class(evaluation, report['label_names']))
       if lines := list(remarks(evaluation)):
         yield '\n'.join(f'- {line}' for line in lines)
 
@@ -44,10 +45,12 @@ def headline(evaluation: Mapping[str, Any]) -> str:
   name = evaluation['attack']
   if name.startswith('autoattack'):
     name = f'AutoAttack{name.removeprefix("autoattack")} (worst case)'
-  low, high = evaluation['interval']
+  accuracy = tables.with_interval(
+    evaluation['accuracy'], evaluation['interval']
+  )
   return (
-    f'{name}, {evaluation["weights"]}: {100 * evaluation["accuracy"]:.1f} % '
-    f'[{100 * low:.1f}, {100 * high:.1f}] of {evaluation["num_examples"]} '
+    f'{name}, {evaluation["weights"]}: {accuracy.replace(" ", " % ", 1)} of '
+    f'{evaluation["num_examples"]} '
     f'{evaluation["split"]} images; {evaluation["norm"]}, eps '
     f'{evaluation["eps"]}'
   )
@@ -110,20 +113,3 @@ def remarks(evaluation: Mapping[str, Any]) -> Iterator[str]:
       f'{verified["file"]}: verified in a fresh forward pass, all in the ball '
       'and classified as the attack saw them'
     )
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return [
-    '  '
-    + '  '.join(
-      cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-    ).rstrip()
-    for row in rows
-  ]
-
-
-def _table(rows: list[list[str]]) -> str:
-  header, *body = rows
-  table = [header, ['---'] + ['---:'] * (len(header) - 1), *body]
-  return '\n'.join(f'| {" | ".join(row)} |' for row in table)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_jax.adapters.methods import METHODS
+from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
 from fulllora_jax.core.files import as_path, os_errors, replace_file
 from fulllora_jax.core.statistics import wilson_interval
@@ -78,18 +79,9 @@ def summary_table(report: Mapping[str, Any]) -> str:
   The lines below the table say what the numbers are, the parameters trained
   and the threat model.
   """
-  rows = table(report)
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    '  '.join(
-      cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-    ).rstrip()
-    for row in rows
-  ]
+  lines = tables.aligned(table(report))
   lines.insert(1, '-' * max(map(len, lines)))
-  lines += [
-    'accuracy in % [95 % Wilson interval] on n images',
-  ]
+  lines.append('accuracy in % [95 % Wilson interval] on n images')
   if 'parameters' in report:
     lines.append(f'trained: {_parameters(report)}')
   if _attacks(report):
@@ -135,9 +127,8 @@ def row_label(
 
 def _cell(evaluation: Mapping[str, Any]) -> str:
   correct, total = evaluation['num_correct'], evaluation['num_examples']
-  low, high = evaluation.get('interval') or wilson_interval(correct, total)
-  accuracy = 100 * correct / total
-  return f'{accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]'
+  ends = evaluation.get('interval') or wilson_interval(correct, total)
+  return tables.with_interval(correct / total, ends)
 
 
 def _parameters(report: Mapping[str, Any]) -> str:
@@ -157,14 +148,12 @@ def _threat(report: Mapping[str, Any]) -> str:
 
 def _markdown(report, pictures) -> str:
   """Returns the text of report.md."""
-  header, *rows = table(report)
-  rows = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
   parts = [
     f'# {report["config_name"]}: {report["method"]} on {report["dataset"]}',
     headline(report),
     facts_lib.overfitting_note(report),
     '## Results',
-    '\n'.join(f'| {" | ".join(row)} |' for row in rows),
+    tables.markdown(table(report)),
     'Accuracy in % [95 % Wilson interval]; n is the number of images.'
     f'{weights_note(report)}',
     *attack_report.markdown(report),

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fulllora_jax.core import tables
 from fulllora_jax.core.console import say, warn
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.trees import Tree
@@ -91,8 +92,7 @@ class Memory:
       (text, 'unknown' if size is None else readable(size))
       for text, size in rows
     ]
-    widths = [max(len(row[i]) for row in shown) for i in range(2)]
-    return '\n'.join(f'{a:<{widths[0]}}  {b:>{widths[1]}}' for a, b in shown)
+    return '\n'.join(tables.aligned(shown, right=[1]))
 
   def advice(self, config) -> list[str]:
     """Returns what to change for less, what costs least first.

@@ -150,7 +150,7 @@ def test_the_table_has_every_row(published):
   report = load_report(path, image_size=40, num_classes=7)
   head, rule, *lines = report.table().splitlines()
   assert head == '| action | name | shape | stored | note |'
-  assert rule == '|---|---|---|---|---|'
+  assert rule == '| --- | --- | --- | --- | --- |'
   assert len(lines) == len(report.rows)
   assert f'| resized | {POSITIONS} | 1x26x24 | 1x10x24 | bicubic |' in lines
   assert (

@@ -1,12 +1,10 @@
 """One table of many runs: their reports, checked, averaged over the seeds."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fulllora_jax import config as config_lib
-from fulllora_jax.core import provenance
+from fulllora_jax.core import provenance, tables
 from fulllora_jax.core.console import duration
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import over_seeds, paired_difference
@@ -220,7 +218,7 @@ def results_table(comparison: Mapping[str, Any]) -> str:
       + [_spread(row['validation'])]
       + [f'{row["steps"]:,}', f'{row["passes"]:,.0f}', duration(row['seconds'])]
     )
-  return _markdown_table(table)
+  return tables.markdown(table)
 
 
 def _difference_table(comparison, reference: str) -> str:
@@ -230,13 +228,7 @@ def _difference_table(comparison, reference: str) -> str:
     found = row['difference'].get(reference)
     if found:
       table.append([row['method'], *(_interval(found[n]) for n in labels)])
-  return _markdown_table(table) if len(table) > 1 else ''
-
-
-def _markdown_table(table: Sequence[Sequence[str]]) -> str:
-  header, *rows = table
-  lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  return tables.markdown(table) if len(table) > 1 else ''
 
 
 def _spread(found: Mapping[str, Any]) -> str:
@@ -246,10 +238,8 @@ def _spread(found: Mapping[str, Any]) -> str:
 
 
 def _interval(found: Mapping[str, Any]) -> str:
-  text = f'{100 * found["mean"]:+.1f}'
-  if found['low'] is None:
-    return text
-  return f'{text} [{100 * found["low"]:+.1f}, {100 * found["high"]:+.1f}]'
+  ends = (found['low'], found['high'])
+  return tables.with_interval(found['mean'], ends, '+.1f')
 
 
 def _images(comparison: Mapping[str, Any]) -> str:
@@ -263,16 +253,11 @@ def _images(comparison: Mapping[str, Any]) -> str:
 
 def as_csv(comparison: Mapping[str, Any]) -> str:
   """Returns comparison.csv: a line for each row, seed and attack."""
-  text = io.StringIO()
-  out = csv.writer(text, lineterminator='\n')
-  out.writerow(
-    ['method', 'seed', 'attack', 'accuracy', 'images', 'trainable', 'share']
-    + ['adapter_bytes', 'steps']
-  )
+  costs = ['trainable', 'share', 'adapter_bytes', 'steps']
+  table = [['method', 'seed', 'attack', 'accuracy', 'images', *costs]]
   for row in comparison['rows']:
-    cost = [row[name] for name in ('trainable', 'share', 'adapter_bytes')]
     for label, found in row['attacks'].items():
       for seed, accuracy in zip(row['seeds'], found['per_seed'], strict=True):
-        line = [row['method'], seed, label, accuracy, found['n'], *cost]
-        out.writerow([*line, row['steps']])
-  return text.getvalue()
+        line = [row['method'], seed, label, accuracy, found['n']]
+        table.append(line + [row[name] for name in costs])
+  return tables.as_csv(table)

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
 from fulllora_jax.core.files import replace_file
 from fulllora_jax.reports import figures
@@ -45,7 +46,6 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     + ['seconds to target', f'{result["attack"]} at the end']
     + [f'{result["final"] or "final"}, test', 'clean, test']
   ]
-  rows.append(['---'] + ['---:'] * (len(rows[0]) - 1))
   for name, lap in result['schedules'].items():
     reached, final = lap['to_target'], lap['final']
     row = [name, f'{lap["steps"]:,}', f'{lap["passes"]:,.0f}']
@@ -55,14 +55,13 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     else:
       row += ['-', '-']
     row.append(f'{lap["curve"][-1]["robust"]:.1%}')
-    row += [_interval(final), f'{final["clean"]:.1%}'] if final else ['-', '-']
+    if final:
+      row.append(tables.with_interval(final['accuracy'], final['interval']))
+      row.append(f'{final["clean"]:.1%}')
+    else:
+      row += ['-', '-']
     rows.append(row)
-  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-
-
-def _interval(final: Mapping[str, Any]) -> str:
-  low, high = (100 * end for end in final['interval'])
-  return f'{100 * final["accuracy"]:.1f} [{low:.1f}, {high:.1f}]'
+  return tables.markdown(rows)
 
 
 def _notes(result: Mapping[str, Any]) -> str:

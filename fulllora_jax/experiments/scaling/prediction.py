@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from fulllora_jax.core import errors
+from fulllora_jax.core.tables import markdown as markdown_table
 from fulllora_jax.experiments.scaling import costs
 from fulllora_jax.experiments.scaling.costs import (
   FLOAT32,
@@ -266,10 +267,8 @@ def _share(assumed, case, machine, devices: int, batch: int) -> str:
 
 
 def markdown(title: str, header: Sequence, rows: Sequence[Sequence]) -> str:
-  """Formats a table: its title, then a line for the header and each row."""
-  lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
-  text = '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
-  return f'{title}:\n\n{text}\n'
+  """Returns a table as Markdown below its title."""
+  return f'{title}:\n\n{markdown_table([header, *rows])}\n'
 
 
 def compiled_tables(texts, methods, given):

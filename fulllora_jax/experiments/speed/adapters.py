@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from fulllora_jax import command
 from fulllora_jax.adapters import adapted
-from fulllora_jax.core import errors, files, provenance, trees
+from fulllora_jax.core import errors, files, provenance, tables, trees
 from fulllora_jax.experiments.speed import timing
 from fulllora_jax.serving import stacking
 from fulllora_jax.serving.many_adapters import ManyAdapters
@@ -243,26 +243,19 @@ def _compilations(run: Callable[[], Any], calls: int) -> int:
 def markdown(record: Mapping[str, Any]) -> str:
   """Formats what `measure` returned."""
   count, batch = record['count'], record['batch_size']
-  size = record['bytes']
-  lines = [
-    f'{count} adapters of rank {record["rank"]} on one {record["model"]}, '
-    f'batches of {batch}, {record["device"]}',
-    '',
-    '| in memory | MB |',
-    '| --- | ---: |',
-    *(f'| {name} | {value / 1e6:.1f} |' for name, value in size.items()),
-    '',
-    '| a batch | ms | images/s | compiled, first calls | later |',
-    '| --- | ---: | ---: | ---: | ---: |',
-  ]
+  memory = [['in memory', 'MB']]
+  memory += [[name, f'{n / 1e6:.1f}'] for name, n in record['bytes'].items()]
+  times = [['a batch', 'ms', 'images/s', 'compiled, first calls', 'later']]
   for name, taken in record['seconds'].items():
-    low, high = (1e3 * q for q in taken['quartiles'])
-    lines.append(
-      f'| {name} | {1e3 * taken["median"]:.0f} [{low:.0f}, {high:.0f}] '
-      f'| {batch / taken["median"]:.1f} | {record["compiled"][name]} '
-      f'| {record["compiled_later"][name]} |'
-    )
-  return '\n'.join(lines) + '\n'
+    middle = taken['median']
+    taken_ms = tables.with_interval(middle, taken['quartiles'], '.0f', 1e3)
+    counts = [record['compiled'][name], record['compiled_later'][name]]
+    times.append([name, taken_ms, f'{batch / middle:.1f}', *counts])
+  return (
+    f'{count} adapters of rank {record["rank"]} on one {record["model"]}, '
+    f'batches of {batch}, {record["device"]}\n\n'
+    f'{tables.markdown(memory)}\n\n{tables.markdown(times)}\n'
+  )
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fulllora_jax.core import trees
+from fulllora_jax.core import tables, trees
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.evaluation import settings
@@ -73,14 +73,9 @@ def _record(attack: str, name: str, rates: list[float]) -> dict[str, Any]:
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
   """Formats what `measure` returned; rates are the best of the repeats."""
-  lines = [
-    '| evaluation | by | images/s | robust |',
-    '| --- | --- | ---: | ---: |',
-  ]
+  rows = [['evaluation', 'by', 'images/s', 'robust']]
   for record in records:
     rate = max(record['images_per_second'])
     robust = f'{record["robust"]:.0%}' if 'robust' in record else '-'
-    lines.append(
-      f'| {record["attack"]} | {record["name"]} | {rate:.2f} | {robust} |'
-    )
-  return '\n'.join(lines) + '\n'
+    rows.append([record['attack'], record['name'], f'{rate:.2f}', robust])
+  return f'{tables.markdown(rows, left=2)}\n'

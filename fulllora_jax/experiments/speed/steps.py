@@ -7,7 +7,7 @@ import jax
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data
-from fulllora_jax.core import provenance
+from fulllora_jax.core import provenance, tables
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.experiments.speed import peak, timing
@@ -165,11 +165,11 @@ def markdown(record: Mapping[str, Any]) -> str:
     f'Train steps of {record["batch_size"]} images, {record["dtype"]}, on '
     f'{record["device"]}; the median and the quartiles of the rounds.',
     '',
-    *_table(_step_rows(record)),
+    tables.markdown(_step_rows(record)),
     '',
     'The parts of the first:',
     '',
-    *_table(_part_rows(record)),
+    tables.markdown(_part_rows(record)),
     '',
     _input_line(record),
     '',
@@ -177,11 +177,6 @@ def markdown(record: Mapping[str, Any]) -> str:
     '',
   ]
   return '\n'.join(lines)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-  rule = ['---'] + ['---:'] * (len(rows[0]) - 1)
-  return ['| ' + ' | '.join(row) + ' |' for row in (rows[0], rule, *rows[1:])]
 
 
 def _step_rows(record) -> list[list[str]]:
@@ -210,8 +205,7 @@ def _step_rows(record) -> list[list[str]]:
 
 
 def _spread(record, form: str) -> str:
-  low, high = record['quartiles']
-  return f'{record["median"]:{form}} [{low:{form}}, {high:{form}}]'
+  return tables.with_interval(record['median'], record['quartiles'], form, 1)
 
 
 def _part_rows(record) -> list[list[str]]:

@@ -1,0 +1,39 @@
+"""Tables: aligned, as Markdown, as CSV."""
+
+from fulllora_jax.core import tables
+
+ROWS = [['part', 'n', 'note'], ['a', 1000, ''], ['long name', 7, 'x|y']]
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+  assert tables.aligned(ROWS, right=[1]) == [
+    'part          n  note',
+    'a          1000',
+    'long name     7  x|y',
+  ]
+
+
+def test_markdown_aligns_numbers_at_the_right_and_escapes_its_own_sign():
+  assert tables.markdown(ROWS).splitlines() == [
+    '| part | n | note |',
+    '| --- | ---: | ---: |',
+    '| a | 1000 |  |',
+    '| long name | 7 | x\\|y |',
+  ]
+  assert tables.markdown(ROWS, left=3).splitlines()[1] == (
+    '| --- | --- | --- |'
+  )
+
+
+def test_csv_quotes_what_needs_it():
+  rows = [['a', 'b'], ['x,y', None], ['"', 0.5]]
+  assert tables.as_csv(rows) == 'a,b\n"x,y",\n"""",0.5\n'
+
+
+def test_an_interval_that_is_unknown_is_left_out():
+  assert tables.with_interval(0.5, (0.431, 0.569)) == '50.0 [43.1, 56.9]'
+  assert tables.with_interval(0.02, (-0.01, 0.05), '+.1f') == (
+    '+2.0 [-1.0, +5.0]'
+  )
+  assert tables.with_interval(0.02, (None, None), '+.1f') == '+2.0'
+  assert tables.with_interval(2.5, (2, 3), '.2f', 1) == '2.50 [2.00, 3.00]'
