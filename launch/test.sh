@@ -1,15 +1,22 @@
 #!/bin/bash
-# Lints, checks the format and runs every test; exits non-zero if any fails.
+# Lints, checks the format and runs the tests; exits non-zero if any fails.
 #
-#   launch/test.sh [-k wilson ...]
+#   launch/test.sh [--all] [-k wilson ...]
 #
-# Arguments go to pytest. VENV and PYTHON choose the environment and the
+# Without --all, tests that are slow by nature (the mark `slow`) are left out.
+# Other arguments go to pytest. VENV and PYTHON choose the environment and the
 # interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 enter_environment test
+
+marks='not slow'
+if [[ ${1:-} == --all ]]; then
+  marks=''
+  shift
+fi
 
 failed=()
 check() {
@@ -22,7 +29,8 @@ check 'ruff check' ruff check
 check 'ruff format' ruff format --check
 # Two at a time, each file by one: what a file starts from is made once. In the
 # order of tests/conftest.py, the longest files first.
-check tests pytest tests -n 2 --dist loadfile --no-loadscope-reorder "$@"
+check tests pytest tests -n 2 --dist loadfile --no-loadscope-reorder \
+  -m "$marks" "$@"
 # These need PyTorch, which is an extra.
 check doctests pytest --doctest-modules fulllora_jax -q \
   --ignore=fulllora_jax/serving/torch_adapter.py \

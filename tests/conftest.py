@@ -1,7 +1,8 @@
 """Fixtures: prepared digits, folders of images, commands, 8 CPU devices."""
 
-import functools
+import contextlib
 import gc
+import importlib
 import json
 import os
 import pathlib
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import types
+import warnings
 
 import filelock
 import numpy as np
 import pytest
 import xla_settings
-from absl import flags
+from absl import flags, logging
+from absl.testing import flagsaver
 from PIL import Image
 
 # Before JAX starts: the tests' own process has 8 devices, and programs compiled
@@ -31,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import small_digits
 
-from fulllora_jax import config, data
+from fulllora_jax import command, config, data
 from fulllora_jax import evaluate as evaluate_command
 from fulllora_jax.adapters import adapted, artefact
 from fulllora_jax.core import trees
@@ -67,6 +70,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
+  config.addinivalue_line(
+    'markers',
+    'slow: slow by nature: several processes, storms of kills and faults, a '
+    'whole command once more, PyTorch. launch/test.sh runs it with --all.',
+  )
   for kind in ('DeprecationWarning', 'PendingDeprecationWarning'):
     config.addinivalue_line('filterwarnings', f'error::{kind}')
 
@@ -92,6 +100,62 @@ def run_python():
       text=True,
       timeout=900,
     )
+
+  return run
+
+
+@contextlib.contextmanager
+def flags_of(door):
+  """The flags that a command defines, apart from those of this process."""
+  with flagsaver.flagsaver():
+    door.define_flags()
+    yield flags.FLAGS
+  flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+  """Runs `python ARGS` as `run_python` does, but in this process.
+
+  What a command says on bad input takes no time; Python and JAX take seconds to
+  start. That it is the same in a process of its own, a test of each command and
+  tests/test_command.py say.
+  """
+
+  def run(dash_m, module, *arguments, **env):
+    assert dash_m == '-m'
+    door, status = importlib.import_module(module), 0
+    verbosity, cache = (
+      logging.get_verbosity(),
+      jax.config.jax_compilation_cache_dir,
+    )
+    capsys.readouterr()
+    with (
+      monkeypatch.context() as patch,
+      flags_of(door),
+      warnings.catch_warnings(),
+    ):
+      # ml_collections reads config files by it.
+      warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
+      for name, value in env.items():
+        patch.setenv(name, value)
+      patch.chdir(ROOT)
+      patch.setattr(sys, 'argv', [module, *arguments])
+      patch.setattr(command, 'enable_compilation_cache', lambda: None)
+      # What app.run does besides, it does to the whole process.
+      patch.setattr(
+        command.app,
+        'run',
+        lambda main, flags_parser: main(flags_parser(sys.argv)),
+      )
+      try:
+        command.run(door.main)
+      except SystemExit as ended:
+        status = ended.code or 0
+    logging.set_verbosity(verbosity)
+    if jax.config.jax_compilation_cache_dir != cache:
+      jax.config.update('jax_compilation_cache_dir', cache)
+    return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
   return run
 
@@ -360,27 +424,14 @@ def linear_digits(tmp_path_factory, digits):
 @pytest.fixture
 def evaluate(monkeypatch, one_device, digits_dir, linear_digits):
   """Runs `python -m fulllora_jax.evaluate ARGS` here; returns the result."""
-  monkeypatch.setattr(mesh, 'enable_compilation_cache', lambda: None)
+  monkeypatch.setattr(command, 'enable_compilation_cache', lambda: None)
   monkeypatch.syspath_prepend(linear_digits)
 
   def run(*args):
-    values = _own_flags(monkeypatch)
-    evaluate_command.define_flags()
-    values(['evaluate', f'--data_dir={digits_dir}', *args])
-    evaluate_command.main(['evaluate'])
-    results = pathlib.Path(values.workdir, 'evaluations').glob('*.json')
+    with flags_of(evaluate_command) as values:
+      values(['evaluate', f'--data_dir={digits_dir}', *args])
+      evaluate_command.main(['evaluate'])
+      results = pathlib.Path(values.workdir, 'evaluations').glob('*.json')
     return json.loads(max(results).read_text())
 
   return run
-
-
-def _own_flags(monkeypatch):
-  """Gives the command new flags, apart from those of this process."""
-  values = flags.FlagValues()
-  own = types.SimpleNamespace(FLAGS=values)
-  defining = [name for name in dir(flags) if name.startswith('DEFINE_')]
-  for name in (*defining, 'mark_flag_as_required'):
-    define = functools.partial(getattr(flags, name), flag_values=values)
-    setattr(own, name, define)
-  monkeypatch.setattr(evaluate_command, 'flags', own)
-  return values

@@ -191,13 +191,22 @@ def test_quickstart_names_the_report(shell, flags):
   assert process.stderr.splitlines()[-1].endswith(' /tmp/a/report.md')
 
 
-def test_tests_run_all_checks(shell):
-  process = shell.run('launch/test.sh', '-k', 'two words')
+@pytest.mark.parametrize(
+  'script, first, marks',
+  [
+    ('launch/test.sh', (), 'not slow '),
+    ('launch/test.sh', ('--all',), ' '),
+    ('.ci/run', (), ' '),
+  ],
+)
+def test_tests_run_all_checks(shell, script, first, marks):
+  process = shell.run(script, *first, '-k', 'two words')
   assert process.returncode == 0, process.stderr
   assert shell.calls('pip install')[0].endswith('-e .[test]')
   for call in (
     '-m ruff check', '-m ruff format --check',
-    '-m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -k two words',
+    '-m pytest tests -n 2 --dist loadfile --no-loadscope-reorder '
+    f'-m {marks}-k two words',
     '-m pytest --doctest-modules fulllora_jax -q',
   ):  # fmt: skip
     assert shell.calls(f'python {call}')

@@ -59,23 +59,21 @@ def test_training_imports_no_tensorflow(finished):
     (['--config.data.name=no_such_set'], 'no_such_set'),
   ],
 )  # fmt: skip
-def test_bad_input_is_one_line(
-  run_python, small_command, tmp_path, flags, words
-):
+def test_bad_input_is_one_line(run_here, small_command, tmp_path, flags, words):
   command = (*small_command, f'--workdir={tmp_path}/run', *flags)
-  assert re.search(words, the_error(run_python(*command)))
+  assert re.search(words, the_error(run_here(*command)))
 
 
-def test_a_missing_config_is_one_line(run_python):
-  done = run_python('-m', 'fulllora_jax.main', '--config=configs/none.py')
+def test_a_missing_config_is_one_line(run_here):
+  done = run_here('-m', 'fulllora_jax.main', '--config=configs/none.py')
   assert "No such file or directory: 'configs/none.py'" in the_error(done)
 
 
 def test_a_run_that_diverges_ends_with_one_line(
-  run_python, small_command, finished, tmp_path
+  run_here, small_command, finished, tmp_path, one_device
 ):
   error = the_error(
-    run_python(
+    run_here(
       *small_command,
       f'--workdir={tmp_path}/run',
       f'--config.base.source={finished.workdir}/base',

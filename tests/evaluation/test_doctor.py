@@ -329,16 +329,18 @@ def test_the_command_reads_recorded_results(
   assert examine()
 
 
-def test_the_command_examines_a_function(run_python, digits_dir, tmp_path):
+def test_the_command_examines_a_function(
+  run_here, digits_dir, tmp_path, monkeypatch
+):
   (tmp_path / 'faulty.py').write_text(
     'import jax, jax.numpy as jnp\n'
     'def logits(x):\n'
     '  return jax.nn.softmax(x.reshape(len(x), -1)[:, :10])\n'
   )
-  done = run_python(
+  monkeypatch.syspath_prepend(tmp_path)
+  done = run_here(
     *DOCTOR, '--logits=faulty:logits', '--data=digits', '--image_size=8',
     f'--data_dir={digits_dir}', '--num_examples=16', '--eps=0.1',
-    PYTHONPATH=f'{tmp_path}:.',
   )  # fmt: skip
   assert done.returncode == 1, done.stderr
   assert 'wrong  logits, not probabilities' in done.stdout
@@ -357,8 +359,8 @@ def test_the_command_examines_a_function(run_python, digits_dir, tmp_path):
     (['--logits=json:dumps', '--split=all'], "--split: unknown 'all'"),
   ],
 )
-def test_bad_input_is_one_line(run_python, digits_dir, flags, message):
-  done = run_python(
+def test_bad_input_is_one_line(run_here, digits_dir, flags, message):
+  done = run_here(
     *DOCTOR, '--data=digits', '--image_size=8', f'--data_dir={digits_dir}',
     *flags,
   )  # fmt: skip

@@ -46,8 +46,8 @@ def test_flags_say_what_is_evaluated(run_python, finished_copy):
   assert attacked['num_correct'] <= clean['num_correct']
 
 
-def test_no_run_is_one_line(run_python, tmp_path):
-  done = run_python(*EVALUATE, f'--workdir={tmp_path}/nowhere')
+def test_no_run_is_one_line(run_here, tmp_path):
+  done = run_here(*EVALUATE, f'--workdir={tmp_path}/nowhere')
   assert done.returncode == 2
   assert len(done.stderr.splitlines()) == 1
   assert done.stderr.startswith('error: --workdir: ')
@@ -314,8 +314,8 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize('flag', ['--data=digits', '--image_size=8'])
-def test_a_run_has_its_own_data(run_python, tmp_path, flag):
-  done = run_python(*EVALUATE, f'--workdir={tmp_path}', flag)
+def test_a_run_has_its_own_data(run_here, tmp_path, flag):
+  done = run_here(*EVALUATE, f'--workdir={tmp_path}', flag)
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: --data, --image_size: they go with --logits')
@@ -371,12 +371,13 @@ def test_a_place_that_turned_unwritable_is_found_at_once(
   ],
 )
 def test_a_bad_function_is_one_line_of_the_command(
-  run_python, linear_digits, digits_dir, tmp_path, function, words
+  run_here, linear_digits, digits_dir, tmp_path, monkeypatch, function, words
 ):
-  done = run_python(
+  monkeypatch.syspath_prepend(linear_digits)
+  done = run_here(
     *EVALUATE, *LINEAR[1:], f'--logits=linear_digits:{function}',
     f'--data_dir={digits_dir}', f'--workdir={tmp_path}/run',
-    '--batch_size=128', PYTHONPATH=str(linear_digits),
+    '--batch_size=128',
   )  # fmt: skip
   assert done.returncode == 2
   assert done.stdout == ''

@@ -190,8 +190,8 @@ def test_digits_know_tiny_and_fast_only(variant):
   )
 
 
-def test_the_command_says_an_unknown_variant_in_one_line(run_python, tmp_path):
-  done = run_python(
+def test_the_command_says_an_unknown_variant_in_one_line(run_here, tmp_path):
+  done = run_here(
     '-m',
     'fulllora_jax.main',
     '--config=configs/cifar10.py:vit_x',

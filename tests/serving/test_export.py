@@ -217,12 +217,12 @@ def test_the_json_beside_a_program(stablehlo, finished, digits):
   assert str(finished.workdir) not in text
 
 
-def test_the_command(run_python, finished_copy):
-  for kind, name in (
-    ('safetensors', 'adapter.safetensors'),
-    ('stablehlo', 'model.stablehlo'),
+def test_the_command(run_python, run_here, finished_copy):
+  for run, kind, name in (
+    (run_python, 'safetensors', 'adapter.safetensors'),
+    (run_here, 'stablehlo', 'model.stablehlo'),
   ):
-    done = run_python(
+    done = run(
       '-m', 'fulllora_jax.export', f'--workdir={finished_copy}', f'--to={kind}'
     )
     assert done.returncode == 0, done.stderr
@@ -242,8 +242,8 @@ def test_the_command(run_python, finished_copy):
     (('--to=stablehlo', '--workdir=nowhere'), 'nowhere holds no best/'),
   ],
 )
-def test_bad_flags_are_one_line(run_python, finished, flags, words):
-  done = run_python(
+def test_bad_flags_are_one_line(run_here, finished, flags, words):
+  done = run_here(
     '-m', 'fulllora_jax.export', f'--workdir={finished.workdir}', *flags
   )
   assert done.returncode == 2

@@ -359,9 +359,9 @@ def test_what_does_not_fit_is_said_before_training(
   assert words in one_line(run_lib.train_and_evaluate, config, tmp_path / 'run')
 
 
-def train_by_command(run_python, config_file, workdir, *args, **env):
+def train_by_command(run, config_file, workdir, *args, **env):
   """Runs the command that must fail; returns its one line."""
-  done = run_python(
+  done = run(
     '-m',
     'fulllora_jax.main',
     f'--config={config_file}',
@@ -377,10 +377,10 @@ def train_by_command(run_python, config_file, workdir, *args, **env):
   return lines[-1]
 
 
-def test_a_missing_checkpoint_is_one_line(run_python, tmp_path, digits_dir):
+def test_a_missing_checkpoint_is_one_line(run_here, tmp_path, digits_dir):
   missing = tmp_path / 'nowhere'
   line = train_by_command(
-    run_python,
+    run_here,
     small_digits.__file__,
     tmp_path / 'run',
     f'--config.data.dir={digits_dir}',

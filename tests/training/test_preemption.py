@@ -68,11 +68,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(
   assert_same_training(run / 'base', finished.workdir / 'base')
 
 
-def test_a_second_process_is_refused(tmp_path, small_command, run_python):
+def test_a_second_process_is_refused(tmp_path, small_command, run_here):
   run = tmp_path / 'run'
   run.mkdir()
   with filelock.FileLock(run / '.lock'):
-    done = run_python(*small_command, f'--workdir={run}')
+    done = run_here(*small_command, f'--workdir={run}')
   assert done.returncode == 2
   assert done.stderr == (
     f'error: --workdir: another process is at work in {run}; wait for it, or '

@@ -276,8 +276,8 @@ def test_the_command_races(tmp_path, run_python, digits_dir):
     ('--to_robustness=0.5 --attacks=pgd-2', '--attacks: a race does not'),
   ],
 )
-def test_bad_flags_are_one_line(run_python, tmp_path, flag, words):
-  done = run_python(
+def test_bad_flags_are_one_line(run_here, tmp_path, flag, words):
+  done = run_here(
     '-m', 'fulllora_jax.benchmark', f'--config={CONFIG}',
     f'--workdir={tmp_path}', *flag.split(),
   )  # fmt: skip
