@@ -1,15 +1,13 @@
 """Attaching branches to any linen model, from outside.
 
-`flax.linen.intercept_methods` sees each call of a Dense, DenseGeneral or Conv
-whose path a target matches and adds the branch's output to it. The model's own
-`params` keep their tree; the branches live in the collection `lnlora`, under
-the path of the map they stand beside. The model needs no change.
-
-Parallel bottlenecks stand beside any module, and prompts go into blocks.
+`flax.linen.intercept_methods` sees every call of a module. Where a target
+matches the module's path, the branch of that target computes the call in its
+place (branch.py). The model's own `params` keep their tree; the branches'
+arrays live in the collection `lnlora`, under the path of the module that they
+stand at. The model needs no change.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,19 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from flax.core.tracers import current_trace
 
-from fulllora_jax.adapters.bottleneck import Bottleneck
-from fulllora_jax.adapters.lnlora import LNLoRA, Moments
-from fulllora_jax.adapters.prompts import Prompts
+from fulllora_jax.adapters.branch import COLLECTION, Branch, Call
+from fulllora_jax.adapters.map_inputs import LINEAR_TYPES
 from fulllora_jax.core.errors import UserError
 
-COLLECTION = 'lnlora'
-LINEAR_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)
-# (the map's module, what it gives, what its branch adds); may sow.
+# (the module, what it gives, what its branch adds to that); may sow.
 Watch = Callable[[nn.Module, jax.Array, jax.Array], None]
-Branch = LNLoRA | Bottleneck | Prompts
-_WRAPPED = ('CIRCULAR', 'CAUSAL', 'REFLECT')  # paddings made outside the conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +51,7 @@ class AdaptedModel:
       key: a PRNG key.
       variables: the base's collections, `{'params': ...}` and any other.
       *args: what the model is called with, e.g. images [B, H, W, C].
-      **kwargs: likewise.
+      **kwargs: what the model is called with by keyword.
 
     Returns:
       The `lnlora` collection. With it the adapted model computes exactly what
@@ -78,7 +70,7 @@ class AdaptedModel:
 
     def draw(key):
       base = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      with nn.intercept_methods(self._interceptor(seen)):
+      with nn.intercept_methods(self.interceptor(seen)):
         _, drawn = self.model.apply(
           base,
           *args,
@@ -91,7 +83,7 @@ class AdaptedModel:
     drawn = jax.jit(draw)(key)
     unmatched = [t for t in self.targets if t not in seen.values()]
     if unmatched:
-      anywhere = _stands_anywhere(self.targets[unmatched[0]])
+      anywhere = self.targets[unmatched[0]].anywhere
       raise UserError(
         f'adapter target {unmatched[0]!r} matches no '
         f'{"module" if anywhere else "linear map"}; the model has: '
@@ -105,7 +97,7 @@ class AdaptedModel:
     """Runs the model; with no `lnlora` in `variables`, the bare base."""
     if not variables.get(COLLECTION):
       return self.model.apply(variables, *args, **kwargs)
-    with nn.intercept_methods(self._interceptor()):
+    with nn.intercept_methods(self.interceptor()):
       return self.model.apply(variables, *args, **kwargs)
 
   def fold(self, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,16 +109,11 @@ class AdaptedModel:
     """
     if not variables.get(COLLECTION):
       return dict(variables)
-    flat = traverse_util.flatten_dict(variables[COLLECTION])
-    branches: dict[tuple[str, ...], dict[str, Any]] = {}
-    for (*path, name), leaf in flat.items():
-      branches.setdefault(tuple(path), {})[name] = leaf
-    for path, parameters in branches.items():
-      branch = self.targets[self.target_of('/'.join(path))]
-      if isinstance(branch, LNLoRA):
-        branches[path] = branch.fold(parameters)
-    folded = traverse_util.unflatten_dict(branches)
-    return {**variables, COLLECTION: folded}
+    folded = {
+      tuple(path.split('/')): branch.fold(parameters)
+      for path, (branch, parameters) in self.branches(variables).items()
+    }
+    return {**variables, COLLECTION: traverse_util.unflatten_dict(folded)}
 
   def watched(
     self,
@@ -135,17 +122,25 @@ class AdaptedModel:
     *args: Any,
     **kwargs: Any,
   ) -> Any:
-    """Runs the model as `apply` does and calls `watch` at every branch."""
-    with nn.intercept_methods(self._interceptor(watch=watch)):
+    """Runs the model as `apply` does and calls `watch` at every branch.
+
+    Not at those that add nothing to what a module gives, as prompts.
+    """
+    with nn.intercept_methods(self.interceptor(watch=watch)):
       return self.model.apply(variables, *args, **kwargs)
 
-  def _interceptor(
+  def interceptor(
     self,
     seen: dict[str, str | None] | None = None,
     watch: Watch | None = None,
   ):
-    """Makes the interceptor; notes each linear map's path and target."""
-    shared = _SharedMoments()
+    """Makes what `flax.linen.intercept_methods` takes.
+
+    Args:
+      seen: takes path -> target of every map that a branch could stand at.
+      watch: called at every branch.
+    """
+    shared: dict[Any, Any] = {}
 
     def intercept(next_fun, args, kwargs, context):
       module = context.module
@@ -154,17 +149,20 @@ class AdaptedModel:
       path = '/'.join(module.path)
       target = self.target_of(path)
       branch = None if target is None else self.targets[target]
-      if not isinstance(module, LINEAR_TYPES) and not _stands_anywhere(branch):
+      if not isinstance(module, LINEAR_TYPES) and not (
+        branch and branch.anywhere
+      ):
         return next_fun(*args, **kwargs)
       if seen is not None:
         seen[path] = target
-      if isinstance(branch, Prompts):
-        return _with_prompts(next_fun, module, branch, path, args, kwargs)
-      y = next_fun(*args, **kwargs)
       if branch is None:
+        return next_fun(*args, **kwargs)
+      x, run = _first_argument(path, next_fun, args, kwargs)
+      y, added = branch.run(
+        Call(module=module, path=path, x=x, run=run, shared=shared)
+      )
+      if added is None:
         return y
-      x = _input(path, args, kwargs)
-      added = _branch_output(module, branch, path, x, y, shared)
       if watch is not None:
         watch(module, y, added)
       return y + added
@@ -174,6 +172,19 @@ class AdaptedModel:
   def target_of(self, path: str) -> str | None:
     """Returns the target that matches a module's path, if any does."""
     return next((t for t in self.targets if re.fullmatch(t, path)), None)
+
+  def branches(
+    self, variables: Mapping[str, Any]
+  ) -> dict[str, tuple[Branch, dict[str, Any]]]:
+    """Returns path of a module -> the branch there, and its parameters."""
+    found: dict[str, tuple[Branch, dict[str, Any]]] = {}
+    flat = traverse_util.flatten_dict(variables.get(COLLECTION, {}))
+    for (*parts, name), leaf in flat.items():
+      path = '/'.join(parts)
+      target = self.target_of(path)
+      if target is not None:
+        found.setdefault(path, (self.targets[target], {}))[1][name] = leaf
+    return found
 
 
 def attach(model: nn.Module, targets: Mapping[str, Branch]) -> AdaptedModel:
@@ -193,6 +204,7 @@ def attach(model: nn.Module, targets: Mapping[str, Branch]) -> AdaptedModel:
 
   >>> import jax, jax.numpy as jnp
   >>> from flax import linen as nn
+  >>> from fulllora_jax.adapters import LNLoRA
   >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
   >>> x = jnp.ones((2, 4))
   >>> variables = model.init(jax.random.key(0), x)
@@ -213,184 +225,15 @@ def attach(model: nn.Module, targets: Mapping[str, Branch]) -> AdaptedModel:
   return AdaptedModel(model, dict(targets))
 
 
-class _SharedMoments:
-  """The LayerNorms' moments, once for all the maps that read one array.
-
-  Query, key and value do. The compiler finds out that their moments are the
-  same, but not that the gradients of them can be added up before they become
-  as wide as x.
-  """
-
-  def __init__(self):
-    # The arrays themselves are kept, so that no other gets the same id.
-    self._known: dict[tuple[int, float], tuple[Any, ...]] = {}
-
-  def of(self, x: jax.Array, epsilon: float) -> tuple[jax.Array, Moments]:
-    """Returns x as rows [N, d], and their moments, in the current trace.
-
-    The compiler multiplies rows; reading others for the moments, it would
-    write x twice.
-    """
-    trace, key = current_trace(), (id(x), epsilon)
-    if key not in self._known or self._known[key][0] != trace:
-      rows = x.reshape(-1, x.shape[-1])
-      self._known[key] = trace, x, rows, Moments.of(rows, epsilon)
-    return self._known[key][2:]
-
-
-def _stands_anywhere(branch: Branch | None) -> bool:
-  """Returns whether it needs no linear map to stand beside."""
-  return isinstance(branch, Prompts) or (
-    isinstance(branch, Bottleneck) and branch.parallel
-  )
-
-
-def _with_prompts(
-  call: Callable, module: nn.Module, branch: Prompts, path: str, args, kwargs
-) -> jax.Array:
-  """Calls a block with prompts beside the tokens, its first argument."""
-  x = _input(path, args, kwargs)
-  branch.check(path, x)
-  parameters = _parameters(
-    module, branch, path, lambda key: branch.init(key, x.shape[-1])
-  )
-  others = {name: value for name, value in kwargs.items() if value is not x}
-  return branch(parameters, lambda tokens: call(tokens, *args[1:], **others), x)
-
-
-def _input(path: str, args, kwargs) -> jax.Array:
-  """Returns what a module is called with: its first argument, or `inputs`."""
+def _first_argument(
+  path: str, call: Callable, args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+  """Returns a module's first argument, or `inputs`, and the call of another."""
   if not args and 'inputs' not in kwargs:
     raise UserError(
       f'{path}: it is called by keywords alone, so that an adapter cannot tell '
       'its input; make that the first argument'
     )
-  return args[0] if args else kwargs['inputs']
-
-
-def _parameters(
-  module: nn.Module, branch: Branch, path: str, init: Callable
-) -> dict[str, jax.Array]:
-  """Returns a branch's parameters; draws them when initialising."""
-  if not all(module.has_variable(COLLECTION, n) for n in branch.names()):
-    if not module.is_mutable_collection(COLLECTION):
-      raise UserError(
-        f'the adapter has no parameters for {path}: it was made for other '
-        'targets'
-      )
-    for name, value in init(module.make_rng('params')).items():
-      module.put_variable(COLLECTION, name, value)
-  return {n: module.get_variable(COLLECTION, n) for n in branch.names()}
-
-
-def _branch_output(
-  module: nn.Module,
-  branch: LNLoRA | Bottleneck,
-  path: str,
-  x: jax.Array,
-  y: jax.Array,
-  shared: _SharedMoments,
-) -> jax.Array:
-  """Runs the branch beside `module`, or a sequential one behind it."""
-  if x.dtype != y.dtype:  # a cast, even to its own dtype, is another array
-    x = x.astype(y.dtype)
-  rows = _rows(module, path, x)
-  d_out = math.prod(y.shape[rows.ndim - 1 :])
-  if isinstance(branch, Bottleneck) and not branch.parallel:
-    rows = y.reshape(*y.shape[: rows.ndim - 1], d_out)
-
-  def init(key):
-    branch.check_rank(path, rows.shape[-1], d_out)
-    return branch.init(key, rows.shape[-1], d_out)
-
-  if module.has_variable(COLLECTION, 'g'):  # of AdaptedModel.fold
-    folded = module.variables[COLLECTION]
-  else:
-    parameters = _parameters(module, branch, path, init)
-    if isinstance(branch, Bottleneck):
-      return branch(parameters, rows).reshape(y.shape)
-    folded = branch.fold(parameters)
-  moments = None
-  if branch.layer_norm:
-    rows, moments = shared.of(rows, branch.epsilon)
-  return branch.fused(folded, rows, moments).reshape(y.shape)
-
-
-def _rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:
-  """Brings the map's input to [..., d_in], as its kernel would multiply it."""
-  if isinstance(module, nn.Conv):
-    return _conv_patches(module, path, x)
-  if not isinstance(module, nn.DenseGeneral):
-    return x
-  if module.batch_dims not in ((), []):  # 0 is a batch dimension
-    raise UserError(
-      f'{path}: DenseGeneral with batch_dims cannot be adapted; leave it out '
-      'of adapter.targets'
-    )
-  axes = (module.axis,) if isinstance(module.axis, int) else module.axis
-  axes = sorted(axis % x.ndim for axis in axes)  # as DenseGeneral sorts them
-  if axes == [x.ndim - 1]:
-    return x
-  x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
-  return x.reshape(*x.shape[: x.ndim - len(axes)], -1)
-
-
-def _conv_patches(module: nn.Conv, path: str, x: jax.Array) -> jax.Array:
-  """Extracts the flattened receptive fields, in (spatial, channel) order."""
-  size = module.kernel_size
-  size = (size,) if isinstance(size, int) else tuple(size)
-  ndim = len(size)
-  if module.feature_group_count != 1 or module.padding in _WRAPPED:
-    raise UserError(
-      f'{path}: a Conv with groups or {module.padding} padding cannot be '
-      'adapted; leave it out of adapter.targets'
-    )
-  if x.ndim != ndim + 2:
-    raise UserError(f'{path}: a Conv of unbatched input cannot be adapted')
-  strides, dilation, input_dilation = (
-    (value or 1,) * ndim if isinstance(value, int | None) else tuple(value)
-    for value in (
-      module.strides,
-      module.kernel_dilation,
-      module.input_dilation,
-    )
-  )
-  if (
-    strides == size
-    and module.padding == 'VALID'
-    and dilation == input_dilation == (1,) * ndim
-  ):
-    return _tiles(x, size)
-  letters = 'HWD'[:ndim]
-  patches = jax.lax.conv_general_dilated_patches(
-    x,
-    filter_shape=size,
-    window_strides=strides,
-    padding=_explicit_padding(module.padding, ndim),
-    lhs_dilation=input_dilation,
-    rhs_dilation=dilation,
-    dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
-  )
-  # These come in (channel, spatial) order; kernels flatten the other way.
-  split = patches.reshape(*patches.shape[:-1], x.shape[-1], -1)
-  return jnp.swapaxes(split, -1, -2).reshape(patches.shape)
-
-
-def _tiles(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
-  """Cuts x [B, *spatial, C] into tiles that do not overlap, without a conv."""
-  ndim = len(size)
-  counts = [n // s for n, s in zip(x.shape[1:-1], size, strict=True)]
-  used = [slice(n * s) for n, s in zip(counts, size, strict=True)]
-  x = x[(slice(None), *used)]
-  pairs = [d for pair in zip(counts, size, strict=True) for d in pair]
-  x = x.reshape(x.shape[0], *pairs, x.shape[-1])
-  order = [0, *range(1, 2 * ndim, 2), *range(2, 2 * ndim + 1, 2), 2 * ndim + 1]
-  return x.transpose(order).reshape(x.shape[0], *counts, -1)
-
-
-def _explicit_padding(padding, ndim: int):
-  if isinstance(padding, str):
-    return padding
-  if isinstance(padding, int):
-    return [(padding, padding)] * ndim
-  return [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
+  if args:
+    return args[0], lambda x: call(x, *args[1:], **kwargs)
+  return kwargs['inputs'], lambda x: call(**{**kwargs, 'inputs': x})

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from fulllora_jax.adapters.branch import Branch, Call, Parameters
 from fulllora_jax.core.errors import UserError
 
 _ACTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -29,19 +30,19 @@ _ACTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bottleneck:
-  """One adapter's shape; its arrays live in the `lnlora` collection.
+class Bottleneck(Branch):
+  """One bottleneck, scale * up(act(down(x))).
 
   Attributes:
     rank: r, in 1..min(d_in, d_out).
-    scale: of what is added.
+    scale: factor of what is added.
     act: 'gelu' or 'relu'.
-    parallel: reads the module's input; else its output.
+    parallel: it reads the module's input, and may stand at any module; else it
+      reads the output of a linear map.
     dtype: name of the parameters' dtype.
-    SILENT: names of the parameters that, as zeros, make it add nothing.
   """
 
-  SILENT = ('up', 'up_bias')
+  ZERO_MEANS_OFF = ('up', 'up_bias')
 
   rank: int
   scale: float = 1.0
@@ -50,12 +51,12 @@ class Bottleneck:
   dtype: str = 'float32'
 
   def init(self, key: jax.Array, d_in: int, d_out: int) -> dict[str, jax.Array]:
-    """Draws the adapter's parameters.
+    """Draws the bottleneck's parameters.
 
     Args:
       key: a PRNG key.
       d_in: dimension of what it reads.
-      d_out: of what it adds.
+      d_out: dimension of what it adds to.
 
     Returns:
       down [d_in, rank], uniform in +-1/sqrt(d_in); down_bias [rank], up
@@ -71,7 +72,7 @@ class Bottleneck:
     }
 
   def names(self) -> tuple[str, ...]:
-    """Returns the names of the adapter's parameters."""
+    """Returns the names of the bottleneck's parameters."""
     return ('down', 'down_bias', 'up', 'up_bias')
 
   def check_rank(self, path: str, d_in: int, d_out: int) -> None:
@@ -82,9 +83,7 @@ class Bottleneck:
         f'{d_in} -> {d_out}: it must be in 1..{min(d_in, d_out)}'
       )
 
-  def __call__(
-    self, parameters: dict[str, jax.Array], x: jax.Array
-  ) -> jax.Array:
+  def __call__(self, parameters: Parameters, x: jax.Array) -> jax.Array:
     """Computes scale * up(act(down(x))).
 
     Args:
@@ -97,3 +96,20 @@ class Bottleneck:
     p = {name: parameters[name].astype(x.dtype) for name in self.names()}
     low = _ACTS[self.act](x @ p['down'] + p['down_bias'])
     return self.scale * (low @ p['up'] + p['up_bias'])
+
+  @property
+  def anywhere(self) -> bool:
+    """Whether it can stand at any module, not at linear maps alone."""
+    return self.parallel
+
+  def run(self, call: Call) -> tuple[jax.Array, jax.Array]:
+    """Computes the module, and the bottleneck of its input or output."""
+    y = call.run(call.x)
+    x, out = call.rows(y)
+    x, d_out = x if self.parallel else out, out.shape[-1]
+
+    def init(key):
+      self.check_rank(call.path, x.shape[-1], d_out)
+      return self.init(key, x.shape[-1], d_out)
+
+    return y, self(call.parameters(self, init), x).reshape(y.shape)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from fulllora_jax.adapters.attach import COLLECTION, AdaptedModel
+from fulllora_jax.adapters.attach import AdaptedModel
+from fulllora_jax.adapters.branch import COLLECTION
 
 _SOWN, _NAME = 'influence', 'ratio'
 

@@ -1,38 +1,45 @@
 """The LNLoRA branch: a learnable LayerNorm in front of a low-rank map.
 
-FullLoRA (arXiv 2401.01752) adds to a frozen linear map `y = x W + b`
+FullLoRA (Yuan et al., 2025, arXiv 2401.01752) adds to a frozen linear map
+`y = x W + b`, with x: [..., d_in] and W: [d_in, d_out],
 
-    y = x W + b + (alpha / r) * LN(x) A B
+    y = x W + b + (alpha / r) LN(x) A B
     LN(x) = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
 
-over the last axis of x: [..., d_in], with A: [d_in, r] random and
-B: [r, d_out] zero, so that the adapted map starts as the frozen one, exactly.
+Mean and variance are those of the last axis of x. A: [d_in, r] starts random
+and B: [r, d_out] at zero, so that the adapted map starts as the frozen one,
+exactly; scale: [d_in] starts at one and bias: [d_in] at zero.
 
-There is no `merge`: LN is not linear in x, so LNLoRA cannot be folded into W.
-(Plain LoRA could be, and is kept apart too, to have one road for both.)
+There is no `merge`: LN is not linear in x, so that LNLoRA cannot be added into
+W. (Plain LoRA could be, and is kept apart too, so that both take one road.)
 
-The LayerNorm can move behind A, though. With G = diag(scale) A
+The LayerNorm can be fused with A, though. With G = diag(scale) A,
 
     LN(x) A = (x G - mean(x) colsum(G)) / sqrt(var(x) + epsilon) + bias A
 
-so that a normalised tensor as wide as x never exists: `LNLoRA.fused`, which is
-what models run, computes two numbers for each token and r columns. Calling the
-branch computes the definition above, and is what `fused` is tested against.
+where colsum(G): [r] holds the sums of the columns. A normalised array as wide
+as x is then never made: there are two numbers for each token (`Moments`) and r
+columns. G, colsum(G) and bias A depend on no image; `fold` computes them, once
+for all the steps of an attack, and `fused` the rest. Calling a branch computes
+the definition above; the tests compare `fused` with it.
 """
 
 import dataclasses
-import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.core.tracers import current_trace
 
+from fulllora_jax.adapters.branch import Branch, Call, Parameters
 from fulllora_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LNLoRA:
-  """One branch's shape; its arrays live in the `lnlora` collection.
+class LNLoRA(Branch):
+  """One branch, (alpha / r) LN(x) A B, or (alpha / r) x A B.
 
   Attributes:
     rank: r, in 1..min(d_in, d_out).
@@ -42,10 +49,12 @@ class LNLoRA:
     epsilon: added to the variance. Over raw pixels (patch embedding) a small
       one divides by almost nothing and amplifies an attacker's noise.
     dtype: name of the parameters' dtype.
-    SILENT: names of the parameters that, as zeros, make it add nothing.
   """
 
-  SILENT = ('lora_b',)
+  ZERO_MEANS_OFF = ('lora_b',)
+  FOLDED = 'g'
+  MAY_DIFFER = ('rank', 'alpha')
+  FITS_HEAD = True
 
   rank: int
   alpha: float
@@ -93,10 +102,8 @@ class LNLoRA:
         'this target out'
       )
 
-  def __call__(
-    self, parameters: dict[str, jax.Array], x: jax.Array
-  ) -> jax.Array:
-    """Computes (alpha / r) LN(x) A B.
+  def __call__(self, parameters: Parameters, x: jax.Array) -> jax.Array:
+    """Computes the definition, (alpha / r) LN(x) A B.
 
     Args:
       parameters: what `init` returned, possibly trained.
@@ -105,29 +112,27 @@ class LNLoRA:
     Returns:
       [..., d_out] in x's dtype. The LayerNorm computes in float32.
     """
+    normed = x
     if self.layer_norm:
-      normed = layer_norm(
-        x, parameters['ln_scale'], parameters['ln_bias'], self.epsilon
-      )
-    else:
-      normed = x
+      scale, bias = parameters['ln_scale'], parameters['ln_bias']
+      normed = layer_norm(x, scale, bias, self.epsilon)
     a = parameters['lora_a'].astype(x.dtype)
     b = parameters['lora_b'].astype(x.dtype)
     return (self.alpha / self.rank) * ((normed @ a) @ b)
 
-  def fold(self, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Computes what `fused` needs of the parameters, whatever the images.
+  def fold(self, parameters: Parameters) -> dict[str, jax.Array]:
+    """Computes what `fused` needs of the parameters, whatever the images are.
 
-    So an attack of many steps needs it once. The columns of G are centred,
-    which changes nothing (x - mean(x) sums to 0) and leaves nothing to
-    subtract; but for what rounding to less than float32 leaves of their sums.
+    The columns of G are centred. That leaves x G as it is, since x - mean(x)
+    sums to zero, and makes colsum(G) zero but for rounding.
 
     Args:
-      parameters: as of a call.
+      parameters: what `init` returned, possibly trained.
 
     Returns:
-      In float32: g [d_in, rank] and b [rank, d_out], scaled by alpha / r; with
-      the LayerNorm also offset [rank], the bias through A.
+      In float32: g [d_in, rank], which is G centred, and b [rank, d_out],
+      which is (alpha / r) B; with the LayerNorm also offset [rank], which is
+      bias A.
     """
     wide = {n: p.astype(jnp.float32) for n, p in parameters.items()}
     a, b = wide['lora_a'], (self.alpha / self.rank) * wide['lora_b']
@@ -138,22 +143,18 @@ class LNLoRA:
     return {'g': g - g.mean(axis=0), 'b': b, 'offset': offset}
 
   def fused(
-    self,
-    folded: dict[str, jax.Array],
-    x: jax.Array,
-    moments: 'Moments | None' = None,
+    self, folded: Parameters, x: jax.Array, moments: 'Moments | None' = None
   ) -> jax.Array:
-    """Computes what a call does, with the LayerNorm moved behind A.
+    """Computes what a call does, with the LayerNorm behind A.
 
     Args:
-      folded: of `fold`.
-      x: as of a call.
-      moments: of x, where they are known; branches beside maps of one input
-        can share them. None: they are computed here. Of no use without the
-        LayerNorm.
+      folded: what `fold` returned.
+      x: [..., d_in], the frozen map's input, of any float dtype.
+      moments: those of x, which branches beside maps of one input share; None
+        computes them here. Without the LayerNorm they are not read.
 
     Returns:
-      As a call, to rounding.
+      [..., d_out] in x's dtype, equal to a call but for rounding.
     """
     g, b = (folded[name].astype(x.dtype) for name in ('g', 'b'))
     if not self.layer_norm:
@@ -162,33 +163,92 @@ class LNLoRA:
       moments = Moments.of(x, self.epsilon)
     wide = jnp.float32
     low = jnp.matmul(x, g, preferred_element_type=wide)
-    if g.dtype != wide:
+    if g.dtype != wide:  # the rounded columns of G do not sum to zero
       low -= moments.mean * g.astype(wide).sum(axis=0)
     low = low * moments.inverse_deviation + folded['offset']
     return low.astype(x.dtype) @ b
 
+  def run(self, call: Call) -> tuple[jax.Array, jax.Array]:
+    """Computes the frozen map, and `fused` of its input."""
+    y = call.run(call.x)
+    x, out = call.rows(y)
+    d_in, d_out = x.shape[-1], out.shape[-1]
 
-def layer_norm(
-  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> jax.Array:
-  """Normalises the last axis of x in float32; returns x's dtype.
+    def init(key):
+      self.check_rank(call.path, d_in, d_out)
+      return self.init(key, d_in, d_out)
 
-  Ba et al., 2016, arXiv 1607.06450, equation 3, with a learnable scale and
-  bias of shape [d].
+    folded, moments = call.parameters(self, init), None
+    if self.layer_norm:
+      x, moments = _shared_moments(call.shared, x, self.epsilon)
+    return y, self.fused(folded, x, moments).reshape(y.shape)
+
+  def settings(self) -> dict[str, Any]:
+    """Returns what an exported file says of it; without a kind it is LNLoRA."""
+    names = ('rank', 'alpha', 'layer_norm', 'epsilon')
+    return {name: getattr(self, name) for name in names}
+
+  def per_example(self, index: jax.Array) -> 'LNLoRA':
+    """Returns the branch of a batch whose examples have A and B of their own.
+
+    Args:
+      index: int [B], which entry of the arrays' first axis each example has.
+    """
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return _PerExample(**fields, index=index)
+
+  def common(self, others: Sequence['LNLoRA']) -> 'LNLoRA':
+    """Returns the branch of the largest rank, at scale one."""
+    rank = max(branch.rank for branch in others)
+    return dataclasses.replace(self, rank=rank, alpha=float(rank))
+
+  def refit(self, parameters: Parameters, to: 'LNLoRA') -> dict[str, Any]:
+    """Returns parameters of the rank of `to` that compute the same.
+
+    A gets columns of zeros and B rows of zeros, and alpha / r goes into B.
+    """
+    missing = (0, to.rank - self.rank)
+    scale = (self.alpha / self.rank) / (to.alpha / to.rank)
+    # As the branch would at each call: in float32.
+    b = np.asarray(parameters['lora_b'], np.float32) * scale
+    return {
+      **parameters,
+      'lora_a': np.pad(parameters['lora_a'], ((0, 0), missing)),
+      'lora_b': np.pad(b, (missing, (0, 0))),
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _PerExample(LNLoRA):
+  """The branch of a batch whose examples have arrays of their own.
+
+  Attributes:
+    index: int [B], which entry of the arrays' first axis each example has.
   """
-  wide = x.astype(jnp.float32)
-  mean = wide.mean(axis=-1, keepdims=True)
-  variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
-  normed = (wide - mean) * jax.lax.rsqrt(variance + epsilon)
-  return (normed * scale + bias).astype(x.dtype)
+
+  index: jax.Array
+
+  def fold(self, parameters: Parameters) -> dict[str, jax.Array]:
+    """Folds the parameters of every entry of the first axis."""
+    return jax.vmap(super().fold)(parameters)
+
+  def fused(
+    self, folded: Parameters, x: jax.Array, moments: 'Moments | None' = None
+  ) -> jax.Array:
+    """Computes LNLoRA.fused; x holds one example's rows after another's."""
+    own = {name: leaf[self.index] for name, leaf in folded.items()}
+    x, moments = jax.tree.map(
+      lambda a: a.reshape(len(self.index), -1, a.shape[-1]), (x, moments)
+    )
+    return jax.vmap(super().fused)(own, x, moments)
 
 
 class Moments(NamedTuple):
-  """What a LayerNorm divides and subtracts: two numbers for each token.
+  """What a LayerNorm subtracts and divides by: two numbers for each token.
 
   Attributes:
     mean: float32 [..., 1], over the last axis.
-    inverse_deviation: likewise, 1 / sqrt(var + epsilon).
+    inverse_deviation: float32 [..., 1], 1 / sqrt(var + epsilon).
   """
 
   mean: jax.Array
@@ -200,13 +260,30 @@ class Moments(NamedTuple):
     return cls(*_moments(x, epsilon))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _moments(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+def layer_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+  """Normalises the last axis of x in float32; returns x's dtype.
+
+  Ba et al., 2016, arXiv 1607.06450, equation 3, with a learnable scale and
+  bias of shape [d].
+  """
+  mean, inverse_deviation = _mean_and_inverse_deviation(x, epsilon)
+  normed = (x.astype(jnp.float32) - mean) * inverse_deviation
+  return (normed * scale + bias).astype(x.dtype)
+
+
+def _mean_and_inverse_deviation(
+  x: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
   wide = x.astype(jnp.float32)
   mean = wide.mean(axis=-1, keepdims=True)
   # Not the mean square less the square of the mean: far from zero they cancel.
   variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
   return mean, jax.lax.rsqrt(variance + epsilon)
+
+
+_moments = jax.custom_vjp(_mean_and_inverse_deviation, nondiff_argnums=(1,))
 
 
 def _moments_forward(x, epsilon):
@@ -225,3 +302,26 @@ def _moments_backward(epsilon, kept, cotangents):
 
 
 _moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _shared_moments(
+  shared: dict[Any, Any], x: jax.Array, epsilon: float
+) -> tuple[jax.Array, Moments]:
+  """Returns x as rows [N, d], and their moments, once for maps of one input.
+
+  Query, key and value read one array. The compiler finds out that their moments
+  are the same, but not that the gradients of them can be added up before they
+  become as wide as x. It multiplies rows: reading another shape of x for the
+  moments, it would write x twice.
+
+  Args:
+    shared: what has been computed in this call of the model. The arrays
+      themselves are kept in it, so that no other gets the same id.
+    x: [..., d].
+    epsilon: added to the variance.
+  """
+  trace, key = current_trace(), ('moments', id(x), epsilon)
+  if key not in shared or shared[key][0] != trace:
+    rows = x.reshape(-1, x.shape[-1])
+    shared[key] = trace, x, rows, Moments.of(rows, epsilon)
+  return shared[key][2:]

@@ -13,8 +13,8 @@ from typing import Any
 from flax import traverse_util
 
 from fulllora_jax import models
-from fulllora_jax.adapters.attach import COLLECTION, Branch
 from fulllora_jax.adapters.bottleneck import Bottleneck
+from fulllora_jax.adapters.branch import COLLECTION, Branch
 from fulllora_jax.adapters.lnlora import LNLoRA
 from fulllora_jax.adapters.prompts import Prompts
 from fulllora_jax.core.errors import UserError, did_you_mean
@@ -301,7 +301,7 @@ def _targets(
     )
   if adapter.head != 'lnlora':
     return targets
-  if not isinstance(method.branch(config), LNLoRA):
+  if not method.branch(config).FITS_HEAD:
     raise UserError(
       f'adapter.head lnlora: method {method.name} has no LNLoRA; give train or '
       'frozen'

@@ -1,12 +1,12 @@
 """One batch, an adapter of its own for each image.
 
 The adapters of one base are stacked, leaf by leaf, on a first axis. The base
-runs as ever, its products over the whole batch at once; each example's own
-leaves are taken out of the stack where they are read, so that no more than one
+computes its products over the whole batch at once, as ever; the leaves of each
+example are taken out of the stack where they are read, so that no more than one
 layer's are there B times.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from fulllora_jax.adapters.attach import COLLECTION, AdaptedModel
-from fulllora_jax.adapters.lnlora import LNLoRA, Moments
+from fulllora_jax.adapters.attach import AdaptedModel
+from fulllora_jax.adapters.branch import COLLECTION, Branch
 from fulllora_jax.core import trees
 from fulllora_jax.core.trees import Tree
 
@@ -30,9 +30,9 @@ def apply_one(
   """Runs the model with one adapter of a stack.
 
   Args:
-    model: the adapted model that all of the stack belong to.
+    model: the adapted model to which all adapters of the stack belong.
     stack: what was trained, each leaf with a first axis over the adapters.
-    frozen: the variables that were not.
+    frozen: the variables that were not trained.
     index: int [], which adapter.
     images: float32 [B, H, W, C].
 
@@ -49,22 +49,25 @@ def apply_mixed(
   index: jax.Array,
   images: jax.Array,
 ) -> jax.Array:
-  """Runs the model with an adapter for each image; arguments as `apply_one`.
+  """Runs the model with an adapter for each image.
 
   Branches, and Dense layers that were trained, read a batch whose examples
-  have leaves of their own. Where anything else was trained, the whole model
-  is mapped over the examples: the same logits, but XLA:CPU moves more data.
+  have leaves of their own. Where anything else was trained, or a branch cannot
+  do so, the whole model is mapped over the examples: the same logits, but
+  XLA:CPU moves more data.
 
-  Args:
-    model: likewise.
-    stack: likewise.
-    frozen: likewise.
-    index: int [B].
-    images: likewise.
+  Args: those of `apply_one`, but for:
+    index: int [B], the adapter of each image.
+
+  Returns:
+    Logits [B, K].
   """
-  known = stack.keys() <= {'params', COLLECTION}
-  if known and all(isinstance(b, LNLoRA) for b in model.targets.values()):
-    logits, served = _apply_parts(model, stack, frozen, index, images)
+  targets = {t: b.per_example(index) for t, b in model.targets.items()}
+  each = {t: branch for t, branch in targets.items() if branch is not None}
+  if len(each) == len(targets) and stack.keys() <= {'params', COLLECTION}:
+    logits, served = _apply_parts(
+      model.model, each, stack, frozen, index, images
+    )
     if served == _owners(stack.get('params', {})):
       return logits
 
@@ -83,14 +86,20 @@ def take(stack: Tree, index: jax.Array) -> Tree:
 
 
 def _apply_parts(
-  model: AdaptedModel, stack: Tree, frozen: Tree, index, images
+  model: nn.Module,
+  targets: Mapping[str, Branch],
+  stack: Tree,
+  frozen: Tree,
+  index: jax.Array,
+  images: jax.Array,
 ) -> tuple[jax.Array, set[tuple[str, ...]]]:
   """Returns logits, and the Dense layers that took their own from the stack.
 
   Whatever else was trained in `params` is the first adapter's, so that the
   logits are only right where those layers are all there is.
   """
-  trained, served = _owners(stack.get('params', {})), set()
+  trained = _owners(stack.get('params', {}))
+  served: set[tuple[str, ...]] = set()
 
   def intercept(next_fun, args, kwargs, context):
     module = context.module
@@ -102,51 +111,14 @@ def _apply_parts(
     own = {n: v[index] if n in stacked else v for n, v in own.items()}
     return _dense(module, own, len(index), *args, **kwargs)
 
-  # Inside of the branches' own: they add to what a layer of one's own gives.
-  inner = _Intercepted(model.model, intercept)
-  targets = {t: _PerExample(b, index) for t, b in model.targets.items()}
   first = {'params': take(stack.get('params', {}), jnp.int32(0))}
   variables = trees.override(frozen, first)
   if COLLECTION in stack:
     variables[COLLECTION] = stack[COLLECTION]
-  return AdaptedModel(inner, targets).apply(variables, images), served
-
-
-class _Intercepted:
-  """A linen model whose calls are intercepted, within other interceptors."""
-
-  def __init__(self, model: nn.Module, intercept: Callable):
-    self._model, self._intercept = model, intercept
-
-  def apply(self, *args, **kwargs):
-    with nn.intercept_methods(self._intercept):
-      return self._model.apply(*args, **kwargs)
-
-
-class _PerExample:
-  """A branch whose parameters are stacked, and x that of a whole batch."""
-
-  def __init__(self, branch: LNLoRA, index: jax.Array):
-    self._branch, self._index = branch, index
-    self.layer_norm, self.epsilon = branch.layer_norm, branch.epsilon
-    self.names = branch.names
-
-  def fold(self, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """As LNLoRA.fold, for all the adapters of the stack."""
-    return jax.vmap(self._branch.fold)(parameters)
-
-  def fused(
-    self,
-    folded: dict[str, jax.Array],
-    x: jax.Array,
-    moments: Moments | None = None,
-  ) -> jax.Array:
-    """As LNLoRA.fused; x [..., d_in] is one example's rows after another's."""
-    own = {name: leaf[self._index] for name, leaf in folded.items()}
-    x, moments = jax.tree.map(
-      lambda a: a.reshape(len(self._index), -1, a.shape[-1]), (x, moments)
-    )
-    return jax.vmap(self._branch.fused)(own, x, moments)
+  branches = AdaptedModel(model, targets).interceptor()
+  # The branches' first: they add to what an example's own layer gives.
+  with nn.intercept_methods(branches), nn.intercept_methods(intercept):
+    return model.apply(variables, images), served
 
 
 def _dense(

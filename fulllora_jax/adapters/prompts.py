@@ -18,23 +18,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from fulllora_jax.adapters.branch import Branch, Call, Parameters
 from fulllora_jax.core.errors import UserError
 
-_COLOURS = 3  # of an image, in VPT's bound
+_COLOURS = 3  # channels of an image, in VPT's bound
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompts:
-  """The prompts of one block; they live in the `lnlora` collection.
+class Prompts(Branch):
+  """The prompts of one block. Those of zeros are attended to as well.
 
   Attributes:
     count: number of prompts, at least 1.
-    patch_size: of the model, in pixels; sets the scale that they start with.
-    dtype: name of the parameters' dtype.
-    SILENT: empty: prompts of zeros are attended to as well.
+    patch_size: side of the model's patches in pixels; sets the scale that the
+      prompts start with.
+    dtype: name of the prompts' dtype.
   """
-
-  SILENT = ()
 
   count: int
   patch_size: int
@@ -45,7 +44,7 @@ class Prompts:
 
     Args:
       key: a PRNG key.
-      width: of a token.
+      width: dimension of a token.
 
     Returns:
       prompts [count, width], uniform within sqrt(6 / (3 P^2 + width)), P the
@@ -73,7 +72,7 @@ class Prompts:
 
   def __call__(
     self,
-    parameters: dict[str, jax.Array],
+    parameters: Parameters,
     block: Callable[[jax.Array], jax.Array],
     x: jax.Array,
   ) -> jax.Array:
@@ -91,3 +90,15 @@ class Prompts:
     prompts = parameters['prompts'].astype(x.dtype)
     prompts = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape))
     return block(jnp.concatenate([x, prompts], axis=1))[:, : x.shape[1]]
+
+  @property
+  def anywhere(self) -> bool:
+    """Whether it can stand at any module: at blocks, which are no maps."""
+    return True
+
+  def run(self, call: Call) -> tuple[jax.Array, None]:
+    """Computes the block of the tokens and the prompts."""
+    self.check(call.path, call.x)
+    width = call.x.shape[-1]
+    parameters = call.parameters(self, lambda key: self.init(key, width))
+    return self(parameters, call.run, call.x), None

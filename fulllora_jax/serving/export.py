@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ from flax import traverse_util
 
 import fulllora_jax
 from fulllora_jax import pretrained
-from fulllora_jax.adapters import COLLECTION, LNLoRA
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import (
@@ -28,12 +26,7 @@ from fulllora_jax.serving.classifier import RobustClassifier
 
 # Of logits, relative to the largest: the same arithmetic, compiled otherwise.
 TOLERANCE = 1e-4
-
-
 _NUM_IMAGES = 8
-
-
-_BRANCH_FIELDS = ('rank', 'alpha', 'layer_norm', 'epsilon')
 
 
 class Written(NamedTuple):
@@ -76,7 +69,12 @@ def to_safetensors(
       'fulllora_jax': fulllora_jax.__version__,
       'contents': contents,
       'model': _module_fields(loaded.model.model),
-      'branches': _branches(loaded),
+      'branches': {
+        path: branch.settings()
+        for path, (branch, _) in sorted(
+          loaded.model.branches(loaded.variables).items()
+        )
+      },
       'run': {
         name: value
         for name, value in loaded.metadata.items()
@@ -234,22 +232,3 @@ def _module_fields(module) -> dict[str, Any]:
       continue
     fields[field.name] = value.name if isinstance(value, np.dtype) else value
   return fields
-
-
-def _branches(loaded: RobustClassifier) -> dict[str, dict[str, Any]]:
-  """Returns module path -> settings, of every branch (adapter_file.py)."""
-  flat = traverse_util.flatten_dict(loaded.variables.get(COLLECTION, {}))
-  targets = loaded.model.targets
-  branches = {}
-  for path in sorted({'/'.join(leaf[:-1]) for leaf in flat}):
-    target = next(t for t in targets if re.fullmatch(t, path))
-    branches[path] = _settings(targets[target])
-  return branches
-
-
-def _settings(branch) -> dict[str, Any]:
-  if isinstance(branch, LNLoRA):
-    return {name: getattr(branch, name) for name in _BRANCH_FIELDS}
-  settings = dataclasses.asdict(branch)
-  del settings['dtype']  # which the leaves have
-  return {'kind': type(branch).__name__.lower(), **settings}

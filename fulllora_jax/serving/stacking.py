@@ -6,7 +6,6 @@ same function.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from fulllora_jax.adapters import COLLECTION, AdaptedModel, LNLoRA, adapted
+from fulllora_jax.adapters import COLLECTION, AdaptedModel, adapted
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.trees import Tree
@@ -114,10 +113,12 @@ def _settings(adapter: Adapter) -> dict[str, Any]:
   fields['adapter.targets'] = list(targets)
   for target, branch in targets.items():
     settings = dataclasses.asdict(branch)
-    if isinstance(branch, LNLoRA):
-      del settings['rank'], settings['alpha']
     settings['type'] = type(branch).__name__
-    fields |= {f'{k} of the branch {target}': v for k, v in settings.items()}
+    fields |= {
+      f'{name} of the branch {target}': value
+      for name, value in settings.items()
+      if name not in branch.MAY_DIFFER
+    }
   return fields
 
 
@@ -151,45 +152,25 @@ def stack(adapters: Mapping[str, Adapter], base_params: Tree) -> Stack:
 
 
 def _common(adapters: list[Adapter]) -> tuple[AdaptedModel, list[dict]]:
-  """Brings all to one rank and alpha; returns the model and path -> leaf."""
-  model = adapters[0].built.model
-  rows = [trees.named_leaves(adapter.leaves) for adapter in adapters]
-  common = dict(model.targets)
-  for target in model.targets:
-    branches = [adapter.built.model.targets[target] for adapter in adapters]
-    if any(branch != branches[0] for branch in branches):
-      rank = max(branch.rank for branch in branches)
-      common[target] = dataclasses.replace(
-        branches[0], rank=rank, alpha=float(rank)
-      )
-      for branch, row in zip(branches, rows, strict=True):
-        row |= _refitted(row, model, target, branch, rank)
-  return AdaptedModel(model.model, common), rows
-
-
-def _refitted(
-  row: Mapping[str, np.ndarray],
-  model: AdaptedModel,
-  target: str,
-  branch: LNLoRA,
-  rank: int,
-) -> dict[str, np.ndarray]:
-  """Returns A and B of all maps of a target, at rank `rank` and scale 1."""
-  refitted = {}
-  for path, leaf in row.items():
-    *module, name = path.removeprefix(f'{COLLECTION}/').split('/')
-    if not path.startswith(f'{COLLECTION}/') or target != next(
-      t for t in model.targets if re.fullmatch(t, '/'.join(module))
-    ):
-      continue
-    missing = (0, rank - branch.rank)
-    if name == 'lora_a':
-      refitted[path] = np.pad(leaf, ((0, 0), missing))
-    elif name == 'lora_b':
-      # As the branch would at each call: in float32.
-      scaled = np.asarray(leaf, np.float32) * (branch.alpha / branch.rank)
-      refitted[path] = np.pad(scaled, (missing, (0, 0)))
-  return refitted
+  """Returns one model for all adapters, and path -> leaf of each in it."""
+  own = [adapter.built.model for adapter in adapters]
+  targets = {
+    target: branch
+    if all(model.targets[target] == branch for model in own)
+    else branch.common([model.targets[target] for model in own])
+    for target, branch in own[0].targets.items()
+  }
+  common = AdaptedModel(own[0].model, targets)
+  rows = []
+  for model, adapter in zip(own, adapters, strict=True):
+    row = trees.named_leaves(adapter.leaves)
+    for path, (branch, parameters) in model.branches(adapter.leaves).items():
+      wanted = targets[model.target_of(path)]
+      if branch != wanted:
+        refitted = branch.refit(parameters, wanted)
+        row |= {f'{COLLECTION}/{path}/{n}': a for n, a in refitted.items()}
+    rows.append(row)
+  return common, rows
 
 
 def _neutral(
@@ -197,7 +178,7 @@ def _neutral(
 ) -> dict:
   """Returns the base as an adapter: its own leaves, and silent branches."""
   params = traverse_util.flatten_dict({'params': base_params}, sep='/')
-  silent = {name for b in model.targets.values() for name in b.SILENT}
+  silent = {name for b in model.targets.values() for name in b.ZERO_MEANS_OFF}
   return {
     path: np.zeros_like(leaf)
     if path.startswith(f'{COLLECTION}/') and path.split('/')[-1] in silent
@@ -213,8 +194,9 @@ def _no_base(
   first = next(iter(adapters.values()))
   if (first.metadata.get('base_source') or {}).get('new_head', False):
     return 'its head is new, zeros that classify nothing'
-  if not all(branch.SILENT for branch in first.built.model.targets.values()):
-    return 'prompts change it, whatever their numbers'
+  for branch in first.built.model.targets.values():
+    if not branch.ZERO_MEANS_OFF:
+      return f'{branch.kind} change it, whatever their numbers'
   wanted = {path: v for path, v in row.items() if path.startswith('params/')}
   have = traverse_util.flatten_dict({'params': base_params}, sep='/')
   return trees.first_difference(

@@ -1,0 +1,156 @@
+"""What a branch is, and the call of a module that it is handed.
+
+A branch is a frozen dataclass in a file of its own in this room. Its fields
+give its shape; its arrays live in the collection `lnlora`, under the path of
+the module at which it stands. Whatever attaches, serves or exports a branch
+asks the branch itself, through `Branch`, and never which class it has.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self
+
+import jax
+from flax import linen as nn
+
+from fulllora_jax.adapters.map_inputs import as_rows
+from fulllora_jax.core.errors import UserError
+
+COLLECTION = 'lnlora'
+Parameters = Mapping[str, Any]  # name -> array
+
+
+class Branch(Protocol):
+  """What stands at a module and adds to it.
+
+  A class inherits from `Branch`, defines `names` and `run`, and overrides what
+  does not hold for it.
+
+  Attributes:
+    ZERO_MEANS_OFF: names of the parameters that make it add nothing where they
+      are zero; (): it always changes the model.
+    FOLDED: name of an array that only the result of `fold` has; '': `fold`
+      changes nothing.
+    MAY_DIFFER: fields in which the adapters of one stack may differ, because
+      `common` and `refit` bring them together.
+    FITS_HEAD: whether `config.adapter.head = lnlora` may put it at the head.
+  """
+
+  ZERO_MEANS_OFF: ClassVar[tuple[str, ...]] = ()
+  FOLDED: ClassVar[str] = ''
+  MAY_DIFFER: ClassVar[tuple[str, ...]] = ()
+  FITS_HEAD: ClassVar[bool] = False
+
+  def names(self) -> tuple[str, ...]:
+    """Returns the names of its parameters."""
+    ...
+
+  def run(self, call: 'Call') -> tuple[jax.Array, jax.Array | None]:
+    """Computes a module with this branch at it.
+
+    Returns:
+      What the module gives, and what is added to that, of the same shape.
+      None in place of the second: the first holds both.
+    """
+    ...
+
+  @property
+  def kind(self) -> str:
+    """The name of the class as exports and messages write it."""
+    return type(self).__name__.lower()
+
+  @property
+  def anywhere(self) -> bool:
+    """Whether it can stand at any module, not at linear maps alone."""
+    return False
+
+  def fold(self, parameters: Parameters) -> Parameters:
+    """Computes what `run` needs of the parameters, whatever the images are."""
+    return parameters
+
+  def settings(self) -> dict[str, Any]:
+    """Returns what an exported file says of it beside its arrays."""
+    fields = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)  # type: ignore[arg-type]
+      if field.name != 'dtype'  # which the arrays have
+    }
+    return {'kind': self.kind, **fields}
+
+  def per_example(self, index: jax.Array) -> 'Branch | None':
+    """Returns the branch of a batch whose examples have arrays of their own.
+
+    Args:
+      index: int [B], which entry of the arrays' first axis each example has.
+
+    Returns:
+      A branch whose parameters have that first axis. None: there is none, and
+      the whole model is mapped over the examples instead.
+    """
+    return None
+
+  def common(self, others: Sequence[Self]) -> Self:
+    """Returns the branch that can compute what each of the others does."""
+    return self
+
+  def refit(self, parameters: Parameters, to: Self) -> Parameters:
+    """Returns the parameters with which `to` computes what this one does."""
+    return parameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+  """One call of a module at which a branch stands.
+
+  Attributes:
+    module: the linen module, bound to its variables.
+    path: of the module, joined by '/'.
+    x: the first argument of the call.
+    run: calls the module with another first argument.
+    shared: what the branches in one call of the model keep for each other.
+  """
+
+  module: nn.Module
+  path: str
+  x: jax.Array
+  run: Callable[[jax.Array], jax.Array]
+  shared: dict[Any, Any]
+
+  def rows(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns input and output of the module as [..., d_in] and [..., d_out].
+
+    Args:
+      y: what the module gives for `x`; its dtype is that of both results.
+    """
+    x = self.x
+    if x.dtype != y.dtype:  # a cast, even to its own dtype, is another array
+      x = x.astype(y.dtype)
+    x = as_rows(self.module, self.path, x)
+    return x, y.reshape(*y.shape[: x.ndim - 1], -1)
+
+  def parameters(
+    self, branch: Branch, init: Callable[[jax.Array], Parameters]
+  ) -> Parameters:
+    """Returns a branch's parameters, folded.
+
+    Args:
+      branch: the one that stands here.
+      init: draws them from a PRNG key; only called by `init_adapter`.
+
+    Raises:
+      UserError: there are none.
+    """
+    module = self.module
+    if branch.FOLDED and module.has_variable(COLLECTION, branch.FOLDED):
+      return module.variables[COLLECTION]
+    if not all(module.has_variable(COLLECTION, n) for n in branch.names()):
+      if not module.is_mutable_collection(COLLECTION):
+        raise UserError(
+          f'the adapter has no parameters for {self.path}: it was made for '
+          'other targets'
+        )
+      for name, value in init(module.make_rng('params')).items():
+        module.put_variable(COLLECTION, name, value)
+    return branch.fold(
+      {n: module.get_variable(COLLECTION, n) for n in branch.names()}
+    )
