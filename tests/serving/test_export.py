@@ -266,7 +266,7 @@ def test_a_disk_that_fills_up(finished, tmp_path, monkeypatch):
   def full(path, content):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(export, 'replace_file', full)
+  monkeypatch.setattr('fulllora_jax.serving.export.replace_file', full)
   output = tmp_path / 'a.safetensors'
   refused('No space left', export.to_safetensors, finished.workdir, output)
 
