@@ -48,6 +48,8 @@ setup(
     'optax>=0.2.6',
     'orbax-checkpoint>=0.12',
     'pillow>=10.0',
+    'pooch>=1.8',
+    'requests>=2.31',
     'safetensors>=0.5',
     'scikit-learn>=1.5',
     'tensorboard>=2.19',  # clu's writer imports it

@@ -10,10 +10,12 @@ from filelock import FileLock
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path, bounded, make_writable, os_errors
 from fulllora_jax.pretrained import formats
-from fulllora_jax.pretrained.downloads import check_space, disk_error
+from fulllora_jax.pretrained.downloads import (
+  cache_folder,
+  check_space,
+  disk_error,
+)
 from fulllora_jax.pretrained.hub import PREPROCESSOR
-
-_CHUNK = 2**24  # bytes
 
 
 def from_bucket(source: str) -> Path:
@@ -34,8 +36,7 @@ def from_bucket(source: str) -> Path:
   if main is None:
     raise UserError(f'{source}: no such file or folder in that bucket')
   digest = hashlib.sha256(os.fspath(main).encode()).hexdigest()[:16]
-  root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  folder = Path(root, 'fulllora_jax', 'weights', digest)
+  folder = cache_folder() / digest
   try:
     make_writable(folder)
     # Several processes, of one run, may want the same file at once.
@@ -76,18 +77,13 @@ def _copy(source: str, original: epath.Path, copy: Path) -> None:
   """Copies a file, unless the copy has its size and its time."""
   with os_errors(original):
     found = original.stat()
-  length, changed = found.length, found.mtime
   if copy.exists():
     have = copy.stat()
-    if (have.st_size, int(have.st_mtime)) == (length, changed):
+    if (have.st_size, int(have.st_mtime)) == (found.length, found.mtime):
       return
-  check_space(source, copy.parent, length)
+  check_space(source, copy.parent, found.length)
   part = copy.with_name(f'{copy.name}.part')
-  with part.open('wb') as file, os_errors(original):
-    with original.open('rb') as content:
-      while chunk := content.read(_CHUNK):
-        file.write(chunk)
-    file.flush()
-    os.fsync(file.fileno())
-  os.utime(part, (changed, changed))
+  with os_errors(original):
+    original.copy(part, overwrite=True)
+  os.utime(part, (found.mtime, found.mtime))
   os.replace(part, copy)

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,12 @@ HELP = (
   'give a path, hf-hub:owner/name, hf-hub:owner/name@revision, '
   'gs://BUCKET/FILE or https://host/file.npz#sha256=HEX'
 )
+
+
+def cache_folder() -> Path:
+  """Returns where we keep weights of URLs and buckets; it may not exist."""
+  root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return Path(root, 'fulllora_jax', 'weights')
 
 
 def check_space(source: str, folder: Path, needed: int) -> None:

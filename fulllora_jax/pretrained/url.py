@@ -1,10 +1,8 @@
-"""Weights behind a plain URL, whose hash is known."""
+"""Weights behind a plain URL, whose hash is known, through pooch."""
 
-import http.client
+import functools
 import os
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -17,36 +15,47 @@ from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.downloads import (
   HELP,
   TIMEOUT,
+  cache_folder,
   check_space,
   disk_error,
   hash_file,
-  is_of_disk,
   one_line,
 )
 
-_CHUNK = 2**20  # bytes
+_CHUNK = 2**14  # bytes; of a piece that is cut off, nothing is kept
 
 
 def from_url(source: str) -> Path:
   """Returns the downloaded file, in our cache."""
+  # Here, because few runs download anything.
+  import pooch
+
   url, sha256 = _parse_url(source)
   name = re.sub(r'[^\w.-]', '_', unquote(urlsplit(url).path.split('/')[-1]))
   if name.endswith(formats.PICKLES):
     raise formats.pickle_error(source, name)
-  root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  target = Path(root, 'fulllora_jax', 'weights', f'{sha256[:16]}-{name}')
-  part = target.with_name(f'{target.name}.part')
+  target = cache_folder() / f'{sha256[:16]}-{name}'
+  download = functools.partial(
+    _download, source, target.with_name(f'{target.name}.part')
+  )
+  pooch.get_logger().setLevel('ERROR')
   try:
     if target.exists() and hash_file(target) == sha256:
       return target
     make_writable(target.parent)
     # Several processes, of one run, may want the same file at once.
     with FileLock(f'{target}.lock'):
-      if not target.exists() or hash_file(target) != sha256:
-        _download_url(source, url, part)
-        _accept(source, part, sha256, target)
+      pooch.retrieve(
+        url, sha256, target.name, target.parent, downloader=download
+      )
   except OSError as error:
     raise disk_error(source, error) from None
+  except UserError:
+    raise
+  except ValueError as error:  # another hash; pooch has removed the file
+    raise UserError(
+      f'{source}: {one_line(error)} Check the address and the hash'
+    ) from None
   return target
 
 
@@ -67,72 +76,101 @@ def _parse_url(source: str) -> tuple[str, str]:
   return url, digest[1].lower()
 
 
-def _accept(source: str, part: Path, sha256: str, target: Path) -> None:
-  found = hash_file(part)
-  if found != sha256:
-    part.unlink()
-    raise UserError(
-      f'{source}: what was downloaded has sha256 {found}, and {sha256} was '
-      'asked for; it was removed; check the address and the hash'
-    )
-  os.replace(part, target)
-
-
-def _download_url(source: str, url: str, part: Path) -> None:
-  """Downloads into `part`, going on where a broken download ended.
+def _download(source: str, part: Path, url: str, output: str, _) -> None:
+  """Downloads a file for pooch, going on where a broken download ended.
 
   Tries again for as long as a try brings something.
+
+  Args:
+    source: what the user asked for, for messages.
+    part: where the beginning of the file is kept, whatever happens.
+    url: of the file.
+    output: where pooch wants the whole file.
   """
+  import requests
+
   while True:
     before = part.stat().st_size if part.exists() else 0
     try:
-      if _transfer(source, url, part, before):
-        return
-      reason = 'the connection was cut'
-    except urllib.error.HTTPError as error:
-      error.close()
-      if error.code == 416 and before:
-        return  # nothing is left to send; the hash will tell
+      _transfer(source, url, part, before)
+      break
+    except requests.HTTPError as error:
+      answer = error.response
+      if answer.status_code == 416 and before:
+        break  # nothing is left to send; the hash will tell
       raise UserError(
-        f'{source}: the server answered {error.code} {error.reason}; check '
-        'the address'
+        f'{source}: the server answered {answer.status_code} {answer.reason}; '
+        'check the address'
       ) from None
-    except (OSError, http.client.HTTPException) as error:
-      if is_of_disk(error):
-        raise
+    except requests.exceptions.ChunkedEncodingError:
+      reason = 'the connection was cut'
+    except requests.RequestException as error:
       reason = one_line(error)
-    after = part.stat().st_size if part.exists() else 0
+    after = part.stat().st_size
     if after <= before:
       raise UserError(
         f'{source}: could not be downloaded ({reason}); check the network and '
         'the address and run again, or give the path of a copy'
       )
     say(f'{part.stem}: {reason}; going on from {after / 1e6:.0f} MB')
+  os.replace(part, output)
 
 
-def _transfer(source: str, url: str, part: Path, have: int) -> bool:
-  """Asks once for what is missing; returns whether all of it came."""
+def _transfer(source: str, url: str, part: Path, have: int) -> None:
+  """Asks once for what is missing, and appends it to the part."""
+  import pooch
+
   headers = {'User-Agent': 'fulllora_jax', 'Accept-Encoding': 'identity'}
   if have:
     headers['Range'] = f'bytes={have}-'
-  request = urllib.request.Request(url, headers=headers)
-  with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-    if response.status != http.client.PARTIAL_CONTENT:
-      have = 0  # the server sends all of it again
-    length = response.headers['Content-Length']
-    total = have + int(length) if (length or '').isdigit() else None
-    with part.open('r+b' if have else 'wb') as file:
-      if total:
-        check_space(source, part.parent, total - have)
-      file.seek(have)
-      progress = Progress((total or 0) / 1e6)
-      progress.update(have / 1e6)
-      while chunk := response.read(_CHUNK):
-        file.write(chunk)
-        if total and progress.due():
-          done = file.tell() / 1e6
-          rate = progress.update(done)
-          say(f'{part.stem}: {done:.0f} of {total / 1e6:.0f} MB, {rate}')
-      file.flush()
-      os.fsync(file.fileno())
-      return total is None or file.tell() == total
+  with part.open('ab') as file:
+    progress = _Progress(part.stem, have)
+
+    def begin(response, **unused) -> None:
+      if response.status_code == 200:  # the server sends all of it again
+        progress.have = 0
+        file.truncate(0)
+      if response.ok:
+        length = int(response.headers.get('Content-Length') or 0)
+        check_space(source, part.parent, length)
+
+    pooch.HTTPDownloader(
+      progress,
+      _CHUNK,
+      timeout=TIMEOUT,
+      headers=headers,
+      hooks={'response': begin},
+    )(url, file, None)
+    os.fsync(file.fileno())
+
+
+class _Progress:
+  """What pooch tells of a download's progress; a line now and then.
+
+  Attributes:
+    have: bytes that were there before.
+    total: bytes to come, which pooch sets; 0 where the server does not say.
+  """
+
+  def __init__(self, name: str, have: int):
+    self.have, self.total = have, 0
+    self._name, self._done, self._rate = name, 0, None
+
+  def update(self, size: int) -> None:
+    """Counts a piece of the file."""
+    whole = (self.have + self.total) / 1e6
+    if self._rate is None:
+      self._rate = Progress(whole)
+      self._rate.update(self.have / 1e6)
+    self._done = min(self._done + size, self.total)
+    if self.total and self._rate.due():
+      done = (self.have + self._done) / 1e6
+      say(
+        f'{self._name}: {done:.0f} of {whole:.0f} MB, {self._rate.update(done)}'
+      )
+
+  def reset(self) -> None:
+    """Is called at the end, before all of the file is counted once more."""
+
+  def close(self) -> None:
+    """Is called last."""

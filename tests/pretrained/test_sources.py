@@ -165,7 +165,8 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(web, cache):
   assert sources.fetch(link(web)).files[0].read_bytes() == WEIGHTS
 
 
-def test_a_broken_download_goes_on(web, cache, capsys):
+def test_a_broken_download_goes_on(web, cache, monkeypatch, capsys):
+  monkeypatch.setattr(url, '_CHUNK', 10_000)
   web[1].cut['w.safetensors'] = 30_000
   (path,) = sources.fetch(link(web)).files
   assert path.read_bytes() == WEIGHTS
