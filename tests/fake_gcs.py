@@ -86,6 +86,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   """One connection; `gcs` is the server's state."""
 
   protocol_version = 'HTTP/1.1'
+  disable_nagle_algorithm = True
   gcs: FakeGcs
 
   def log_message(self, *unused) -> None:
@@ -189,8 +190,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._json(412, {'error': {'code': 412, 'message': 'conditionNotMet'}})
     return True
 
+  def _is_there(self, key: tuple[str, str]) -> bool:
+    """Whether the object is there, in the generation that is asked for."""
+    found = self.gcs.objects.get(key, (b'', 0))[1]
+    return found > 0 and self.query.get('generation', str(found)) == str(found)
+
   def _read(self, key: tuple[str, str], *, media: bool) -> None:
-    if key not in self.gcs.objects:
+    if not self._is_there(key):
       self._missing()
       return
     content, generation = self.gcs.objects[key]
@@ -244,7 +250,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       named = json.loads(self.body or b'{}')
       key = (bucket, self.query.get('name') or named['name'])
       number = str(len(self.gcs.uploads) + 1)
-      self.gcs.uploads[number] = [key, b'']
+      self.gcs.uploads[number] = [key, b'', self.query]
       host = f'http://{self.gcs.address}'
       url = f'{host}/upload/storage/v1/b/{bucket}/o?upload_id={number}'
       self._answer(200, Location=url)
@@ -266,7 +272,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if total == '*':
       self._answer(308, Range=f'bytes=0-{len(upload[1]) - 1}')
     else:
-      self._store(*upload)
+      self.query = upload[2]  # its preconditions are those of the beginning
+      self._store(*upload[:2])
 
   def _store(self, key: tuple[str, str], content: bytes) -> None:
     if not self._fails_precondition(key):
@@ -281,7 +288,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._json(200, {'done': True, 'resource': self._resource(target)})
 
   def _delete(self, key: tuple[str, str]) -> None:
-    if key not in self.gcs.objects:
+    if not self._is_there(key):
       self._missing()
     elif not self._fails_precondition(key):
       del self.gcs.objects[key]

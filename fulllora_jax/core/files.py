@@ -31,7 +31,8 @@ PROBE_SECONDS = 60.0  # TensorFlow, where it is used, takes some to import
 _SCHEME = 'gs://'
 # What clients say, and what it means.
 _REASONS = (
-  (('credential', 'response code 401', 'invalid_grant', 'reauth'),
+  (('credential', 'response code 401', 'unauthorized', 'invalid_grant',
+    'reauth'),
    'no valid credentials; run `gcloud auth application-default login`, or give '
    'the machine a service account'),
   (('response code 403', 'forbidden', 'permission'), 'permission denied'),
@@ -135,7 +136,10 @@ def reason(error: Exception) -> str:
   """Returns in one line why a bucket refused."""
   text = ' '.join(str(error).split()) or type(error).__name__
   if isinstance(error, ImportError):
-    return f'{text}; install tensorflow-cpu or gcsfs, one of which reads gs://'
+    return (
+      f'{text}; install tensorflow-cpu or gcsfs, one of which reads gs://, and '
+      'google-cloud-storage'
+    )
   # An error's class says as much as its message: PermissionDeniedError.
   searched = f'{type(error).__name__} {text}'.lower()
   for signs, meaning in _REASONS:

@@ -16,12 +16,10 @@ from etils import epath
 
 from fulllora_jax.core.console import say, warn
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import bounded, is_remote, os_errors, replace_file
+from fulllora_jax.core.files import is_remote, os_errors
 
 PERIOD = 10.0  # seconds between two renewals of a lease
-_PATIENCE = 3  # periods without one, after which its owner is dead
-# TensorFlow reads as many bytes as an object had up to 5 s ago.
-_BYTES = 512
+_PATIENCE = 3  # periods without a renewal, after which the owner is dead
 
 
 @contextlib.contextmanager
@@ -31,11 +29,13 @@ def exclusive(
   """Keeps other processes out of a directory that can be written.
 
   On a disk the lock ends with the process, however that ends. In a bucket it
-  is an object that its owner rewrites every `period`. Who finds one looks at
-  it for three periods: it refuses if the object changed, and takes its place
-  if not, since the owner is dead. No clocks of different hosts are compared.
-  An owner that was taken for dead, after a long break of its network, is sent
-  SIGTERM, so that it stops.
+  is an object that its owner rewrites every `period`. Each write is for one
+  generation of the object (`if_generation_match`), so that of several
+  processes that write at once one succeeds. A process that finds the object
+  looks at it for three periods: it refuses if the object changed, and takes
+  its place if not, since the owner is dead. No clocks of different hosts are
+  compared. An owner that was taken for dead, after a long break of its
+  network, is sent SIGTERM, so that it stops.
 
   Args:
     directory: to be alone in; it exists.
@@ -46,113 +46,123 @@ def exclusive(
     OSError: the lock cannot be read or written.
   """
   if is_remote(directory):
-    with _lease(directory, period):
-      yield
-    return
-  lock = filelock.FileLock(directory / '.lock', timeout=0)
-  try:
-    lock.acquire()
-  except filelock.Timeout:
-    raise _taken(directory) from None
-  try:
-    yield
-  finally:
-    lock.release()
-
-
-@contextlib.contextmanager
-def _lease(directory: epath.Path, period: float) -> Iterator[None]:
-  path = directory / '.lock'
-  _await_death(path, period)
-  lease = _Lease(path, period)
-  lease.write()
-  # Two that found no owner both wrote: the last to write is the one that stays.
-  time.sleep(period / 5)
-  if not lease.is_held():
-    raise _taken(directory)
-  lease.start()
+    lease = _Lease(directory, period)
+    if not lease.take():
+      raise _taken(directory)
+    lease.keep()
+    release = lease.release
+  else:
+    lock = filelock.FileLock(directory / '.lock', timeout=0)
+    try:
+      lock.acquire()
+    except filelock.Timeout:
+      raise _taken(directory) from None
+    release = lock.release
   try:
     yield
   finally:
-    lease.stop()
-
-
-def _await_death(path: epath.Path, period: float) -> None:
-  """Returns once nobody holds the lease; UserError where its owner lives."""
-  found = _read(path)
-  if found is None:
-    return
-  seconds = _PATIENCE * period
-  say(
-    f'{path} says that {_owner(found)} is at work; looking for {seconds:g} s '
-    'whether it still is'
-  )
-  deadline = time.monotonic() + seconds
-  while time.monotonic() < deadline:
-    time.sleep(period / 2)
-    now = _read(path)
-    if now is None:
-      return
-    if now != found:
-      raise _taken(path.parent)
+    release()
 
 
 class _Lease:
   """An object rewritten by a thread for as long as the process lives."""
 
-  def __init__(self, path: epath.Path, period: float):
-    self._path, self._period = path, period
-    self._owner = {
-      'id': uuid.uuid4().hex,
-      'host': socket.gethostname(),
-      'process': os.getpid(),
-    }
-    self._count = 0
+  def __init__(self, directory: epath.Path, period: float):
+    self._path, self._period = f'{directory}/.lock', period
+    with os_errors(self._path):
+      # Here, because most runs use no bucket.
+      from google.api_core import exceptions
+      from google.cloud import storage
+
+      bucket, _, name = self._path.removeprefix('gs://').partition('/')
+      self._bucket, self._name = storage.Client().bucket(bucket), name
+    self._errors = exceptions
+    self._text = json.dumps(
+      {
+        'id': uuid.uuid4().hex,
+        'host': socket.gethostname(),
+        'process': os.getpid(),
+      }
+    )
+    self._generation = 0  # of the object as we know it; 0 is none
     self._stopped = threading.Event()
     self._thread = threading.Thread(target=self._renew, daemon=True)
-    self.start = self._thread.start
+    self.keep = self._thread.start
 
-  def write(self) -> None:
-    self._count += 1
-    text = json.dumps(self._owner | {'count': self._count})
-    replace_file(self._path, text.ljust(_BYTES).encode())
+  def take(self) -> bool:
+    """Writes the object where its owner is dead, or where there is none.
 
-  def is_held(self) -> bool:
-    return self._owner['id'] in (_read(self._path) or '')
+    Returns:
+      Whether it is ours now.
+    """
+    found, text = self._look()
+    if found:
+      seconds = _PATIENCE * self._period
+      say(
+        f'{self._path} says that {_owner(text)} is at work; looking for '
+        f'{seconds:g} s whether it still is'
+      )
+      deadline, now = time.monotonic() + seconds, found
+      while now == found and time.monotonic() < deadline:
+        time.sleep(self._period / 2)
+        now, _ = self._look()
+      if now not in (0, found):
+        return False
+      found = now
+    self._generation = found
+    return self._write()
 
-  def stop(self) -> None:
+  def release(self) -> None:
     """Removes the object, unless another process took it over."""
     self._stopped.set()
     self._thread.join(self._period)
-    with contextlib.suppress(OSError):  # it is taken for dead in a while
-      bounded(self._remove, self._path, _PATIENCE * self._period)
+    # One that cannot be removed is taken for dead in a while.
+    with contextlib.suppress(OSError), os_errors(self._path):
+      self._bucket.blob(self._name).delete(
+        if_generation_match=self._generation,
+        timeout=self._period,
+        retry=None,
+      )
 
-  def _remove(self) -> None:
-    if self.is_held():
-      self._path.unlink()
+  def _look(self) -> tuple[int, str]:
+    """Returns the object's generation and text; (0, '') where there is none."""
+    with os_errors(self._path):
+      while blob := self._bucket.get_blob(self._name):
+        # It may have been rewritten in between.
+        with contextlib.suppress(self._errors.NotFound):
+          return blob.generation, blob.download_as_text()
+    return 0, ''
+
+  def _write(self, **limits) -> bool:
+    """Writes the object if it is as we know it; returns whether it was."""
+    blob = self._bucket.blob(self._name)
+    with os_errors(self._path):
+      try:
+        blob.upload_from_string(
+          self._text, if_generation_match=self._generation, **limits
+        )
+        written = blob.generation
+      except self._errors.PreconditionFailed:
+        # Where an answer was lost, the object is there from the first try.
+        written, text = self._look()
+        if text != self._text:
+          return False
+    self._generation = written
+    return True
 
   def _renew(self) -> None:
     while not self._stopped.wait(self._period):
       try:
-        if not self.is_held():
+        # What fails is not tried again for long: the next one may get through.
+        if not self._write(timeout=self._period, retry=None):
           warn(
             f'{self._path} was taken over by another process, since this one '
             'did not renew it for long; stopping'
           )
           os.kill(os.getpid(), signal.SIGTERM)
           return
-        self.write()
-      except OSError as error:  # the next one may get through
+      except OSError as error:
         warn(f'{self._path} cannot be renewed: {error.strerror}')
-
-
-def _read(path: epath.Path) -> str | None:
-  """Returns the lease, or None where there is none."""
-  with os_errors(path):
-    try:
-      return path.read_text()
-    except FileNotFoundError:
-      return None
 
 
 def _owner(lease: str) -> str:
