@@ -76,12 +76,6 @@ class Bucket(epath.backend.Backend):
   def glob(self, path):
     return [n for n in sorted(self.objects) if fnmatch.fnmatch(n, path)]
 
-  def walk(self, top, *, top_down=True, on_error=None):
-    for name in sorted(self.objects):
-      folder, _, last = name.rpartition('/')
-      if f'{folder}/'.startswith(f'{top}/'):
-        yield folder.removeprefix('gs://'), [], [last]  # as gcsfs says it
-
   def rmtree(self, path):
     self._ask()
     if not self.exists(path):
@@ -111,7 +105,7 @@ class Bucket(epath.backend.Backend):
   def _unused(self, *unused, **also):
     raise AssertionError('there are no directories, and nothing is renamed')
 
-  mkdir = makedirs = rename = replace = _unused
+  mkdir = makedirs = rename = replace = walk = _unused
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """Files on a disk or in a bucket (gs://): paths, and writing them whole.
 
-A path of the user's is a pathlib.Path on a disk and an etils.epath.Path in a
-bucket. They have the same methods, save that in a bucket
+A path is a pathlib.Path on a disk and an etils.epath.Path in a bucket. Both
+have the same methods, but in a bucket
 
   there are no directories, only objects whose names begin alike, so nothing is
   to be made (and TensorFlow asks forever for a bucket that is not there);
-  absolute() and resolve() are wrong, and rglob() is not there;
-  np.load does not know it, and errors are no OSError: see `os_errors`.
+  absolute() and resolve() are wrong, and rglob() is missing;
+  np.load cannot read, and errors are no OSError: see `os_errors`.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ import errno
 import io
 import logging
 import os
-import posixpath
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,7 +66,11 @@ def as_path(path: str | os.PathLike) -> Path | epath.Path:
   """Returns a path with ~ expanded, on which to call methods of pathlib."""
   if not is_remote(path):
     return Path(path).expanduser()
-  _silence_clients()
+  # `os_errors` says in a line what these clients print; TensorFlow reads the
+  # variables when it is imported.
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   return epath.Path(path)
 
 
@@ -76,11 +80,12 @@ def absolute_path(path: str | os.PathLike) -> Path | epath.Path:
 
 
 def relative(path: str | os.PathLike, start: str | os.PathLike) -> str:
-  """Returns the way to a path from a directory; `beside` goes it.
+  """Returns the way from a directory to a path; `beside` goes that way.
 
-  Between a disk and a bucket there is none: it is the path itself then.
+  It is the path itself where there is none: between a disk and a bucket, or
+  between two buckets.
   """
-  if _store(path) != _store(start):
+  if _bucket(path) != _bucket(start):
     return os.fspath(path)
   return os.path.relpath(path, start)
 
@@ -95,8 +100,13 @@ def beside(directory: str | os.PathLike, way: str) -> str:
     return way
   if not is_remote(directory) or os.path.isabs(way):
     return os.path.normpath(os.path.join(directory, way))
-  name = posixpath.join(_without_scheme(directory), way)
-  return _SCHEME + posixpath.normpath(name)
+  name = os.fspath(directory).removeprefix(_SCHEME)
+  return _SCHEME + os.path.normpath(os.path.join(name, way))
+
+
+def _bucket(path: str | os.PathLike) -> str:
+  """Returns the bucket that a path is in; '' on a disk."""
+  return os.fspath(path).split('/')[2] if is_remote(path) else ''
 
 
 @contextlib.contextmanager
@@ -104,8 +114,8 @@ def os_errors(path: str | os.PathLike) -> Iterator[None]:
   """Makes an OSError of whatever a bucket raises; nothing changes on a disk.
 
   Each client has errors of its own (TensorFlow, gcsfs, google-auth). The
-  OSError has one line as its strerror, and the path as its filename. What says
-  that the content is wrong (ValueError, KeyError, ...) is left as it is.
+  OSError has one line as its strerror, and the path as its filename. Errors of
+  the content (ValueError, KeyError, ...) are raised as they are.
   """
   try:
     yield
@@ -123,7 +133,7 @@ def os_errors(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-  """Makes a WriteError of what goes wrong in writing a file."""
+  """Makes a WriteError of every OSError in writing a file."""
   try:
     with os_errors(path):
       yield
@@ -155,39 +165,34 @@ def bounded(
 ) -> Any:
   """Calls a function that asks a bucket, and waits no longer than it may.
 
-  Clients try again for many minutes where nobody answers. What is asked of a
-  disk is simply called.
+  Clients try again for many minutes where nobody answers. A function that asks
+  a disk is simply called.
 
   Args:
-    call: takes nothing.
-    path: that it asks about.
-    seconds: to wait.
+    call: the function, which takes nothing.
+    path: the path that it asks about.
+    seconds: the longest to wait.
 
   Raises:
     OSError: it was refused, or (TimeoutError) not answered in time.
   """
   if not is_remote(path):
     return call()
-  answers: list[tuple[Any, Exception | None]] = []
+  answer: Future = Future()
 
   def ask() -> None:
     try:
       with os_errors(path):
-        answers.append((call(), None))
+        answer.set_result(call())
     except Exception as error:
-      answers.append((None, error))
+      answer.set_exception(error)
 
-  thread = threading.Thread(target=ask, daemon=True)
-  thread.start()
-  thread.join(seconds)
-  if not answers:
-    raise TimeoutError(
-      errno.ETIMEDOUT, f'no answer in {seconds:g} s', os.fspath(path)
-    )
-  answer, error = answers[0]
-  if error:
-    raise error
-  return answer
+  threading.Thread(target=ask, daemon=True).start()
+  try:
+    return answer.result(seconds)
+  except TimeoutError:
+    why = f'no answer in {seconds:g} s'
+    raise TimeoutError(errno.ETIMEDOUT, why, os.fspath(path)) from None
 
 
 def make_directory(path: Path | epath.Path) -> None:
@@ -221,16 +226,9 @@ def read_file(path: Path | epath.Path) -> bytes:
 def replace_file(path: Path | epath.Path, content: bytes) -> None:
   """Writes a file whole or not at all, whenever the process is killed.
 
-  On a disk it is written beside, flushed to the disk and renamed. In a bucket
-  an object appears, or replaces the one before, only when all of it is there.
-
   Raises:
     WriteError: it cannot be written.
   """
-  if is_remote(path):
-    with writing(path):
-      path.write_bytes(content)
-    return
   with _replacing(path) as file:
     file.write(content)
 
@@ -241,19 +239,24 @@ def replace_arrays(path: Path | epath.Path, **arrays: np.ndarray) -> None:
   Raises:
     WriteError: it cannot be written.
   """
-  if is_remote(path):
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    replace_file(path, content.getvalue())
-    return
   with _replacing(path) as file:
     np.savez(file, **arrays)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-  temporary = path.with_name(f'{path.name}.tmp')
+def _replacing(path: Path | epath.Path) -> Iterator[BinaryIO]:
+  """Opens a file that takes the path's place once it is written.
+
+  On a disk it is written beside, flushed to the disk and renamed. In a bucket
+  an object appears, or replaces the one before, only when all of it is there.
+  """
   with writing(path):
+    if is_remote(path):
+      content = io.BytesIO()
+      yield content
+      path.write_bytes(content.getvalue())
+      return
+    temporary = path.with_name(f'{path.name}.tmp')
     with temporary.open('wb') as file:
       yield file
       file.flush()
@@ -262,14 +265,12 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def load_arrays(path: Path | epath.Path) -> Mapping[str, np.ndarray]:
-  """Opens what `replace_arrays` wrote; to be used in a `with`.
+  """Opens an .npz that `replace_arrays` wrote; to be used in a `with`.
 
   Raises:
-    OSError: it cannot be read. Damage raises what np.load does.
+    OSError: it cannot be read. Damage raises the errors of np.load.
   """
-  if not is_remote(path):
-    return np.load(path)
-  return np.load(io.BytesIO(read_file(path)))
+  return np.load(io.BytesIO(read_file(path)) if is_remote(path) else path)
 
 
 def remove_tree(path: Path | epath.Path) -> None:
@@ -280,31 +281,9 @@ def remove_tree(path: Path | epath.Path) -> None:
 
 def tree_size(path: Path | epath.Path) -> int:
   """Returns the bytes of all files below a directory."""
-  if not is_remote(path):
-    return sum(p.stat().st_size for p in path.rglob('*') if p.is_file())
+  total = 0
   with os_errors(path):
-    return sum(
-      # gcsfs leaves the scheme out, TensorFlow does not.
-      epath.Path(f'{_SCHEME}{_without_scheme(folder)}', name).stat().length
-      for folder, _, names in path.walk()
-      for name in names
-    )
-
-
-def _without_scheme(path: str | os.PathLike) -> str:
-  return os.fspath(path).removeprefix(_SCHEME)
-
-
-def _silence_clients() -> None:
-  """Keeps clients from printing what `os_errors` says in a line."""
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
-  # Read when TensorFlow is imported.
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-
-
-def _store(path: str | os.PathLike) -> str:
-  """Returns the bucket of a path; '' is the disk."""
-  if not is_remote(path):
-    return ''
-  return _without_scheme(path).partition('/')[0]
+    for inner in epath.Path(path).iterdir():
+      found = inner.stat()
+      total += tree_size(inner) if found.is_directory else found.length
+  return total
