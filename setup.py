@@ -41,7 +41,6 @@ setup(
     'huggingface_hub>=1.0',
     'importlib_resources>=6.0',  # tensorflow-datasets does not declare it
     'jax>=0.10',
-    'matplotlib>=3.9',
     'ml_collections>=1.0',
     'ml_dtypes>=0.4',
     'numpy>=2.0',

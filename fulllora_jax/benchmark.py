@@ -17,7 +17,7 @@ are noise, unless --data=config: neither changes how long a step takes.
 A table goes to the terminal, with all numbers to WORKDIR/benchmark.json and
 benchmark.md. --to_robustness measures something else: how many passes and
 seconds training takes to a robust accuracy, by schedule of the inner attack
-(WORKDIR/road.md, .json, .png); killed, it goes on with the same command.
+(WORKDIR/road.md, .json, .svg); killed, it goes on with the same command.
 """
 
 import contextlib

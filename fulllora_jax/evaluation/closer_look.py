@@ -37,21 +37,21 @@ class Inspection(NamedTuple):
 
   Attributes:
     numbers: for the report: 'radii' and 'influence', where they are known.
-    twins: the images, for the page: 'most' and 'least', lists of dicts with
-      label, clean, adversarial (float32 [H, W, C] in [0, 1]),
+    extreme_examples: the images, for the page: 'most' and 'least', lists of
+      dicts with label, clean, adversarial (float32 [H, W, C] in [0, 1]),
       clean_prediction, prediction, eps (as text), broken and index. Empty
       where nothing was attacked.
   """
 
   numbers: dict[str, Any]
-  twins: dict[str, list[dict[str, Any]]]
+  extreme_examples: dict[str, list[dict[str, Any]]]
 
 
 def inspect_run(run: FinishedRun) -> Inspection:
   """Takes a closer look; every process must take part."""
   attack = _attack(run.config)
   numbers: dict[str, Any] = {}
-  twins: dict[str, list[dict[str, Any]]] = {}
+  examples: dict[str, list[dict[str, Any]]] = {}
   factors = radii_of(run.config)
   tried = Radii(run.evaluator, run.dataset.test, attack) if attack else None
   count = min(_EXAMPLES, run.config.eval.num_examples or _EXAMPLES)
@@ -59,11 +59,11 @@ def inspect_run(run: FinishedRun) -> Inspection:
     len(run.dataset.test), count, run.evaluator.seed
   )
   if tried and factors:
-    numbers['radii'], twins = _radii(run, tried, chosen, factors)
+    numbers['radii'], examples = _radii(run, tried, chosen, factors)
   found = _influence(run, tried, chosen[:_INFLUENCE_EXAMPLES])
   if found:
     numbers['influence'] = found
-  return Inspection(numbers, twins)
+  return Inspection(numbers, examples)
 
 
 def radii_of(config) -> list[float]:
@@ -121,7 +121,7 @@ def _radii(run: FinishedRun, tried: Radii, chosen, factors):
     'records': records,
   }
   # `best` is the last of them.
-  return numbers, _twins(run, tried, chosen, factors, outcomes)
+  return numbers, _extreme_examples(run, tried, chosen, factors, outcomes)
 
 
 def _record(weights: str, factor: float, eps: str, robust) -> dict[str, Any]:
@@ -137,7 +137,9 @@ def _record(weights: str, factor: float, eps: str, robust) -> dict[str, Any]:
   }
 
 
-def _twins(run: FinishedRun, tried: Radii, chosen, factors, outcomes):
+def _extreme_examples(
+  run: FinishedRun, tried: Radii, chosen, factors, outcomes
+):
   """Attacks the extreme images at the radius that breaks each, or the last."""
   _, best = run.variables('best')
   split = run.dataset.test

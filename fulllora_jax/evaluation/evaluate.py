@@ -25,7 +25,7 @@ from fulllora_jax.evaluation.finished_run import (
   FinishedRun,
   assemble_report,
 )
-from fulllora_jax.reports import attack_report, figures, report
+from fulllora_jax.reports import attack_report, pictures, report
 
 
 def evaluate_again(
@@ -161,8 +161,8 @@ def _finish(
   for section in attack_report.sections(result):
     say(f'\n{section}')
   if len(eps) > 1:
-    picture = path.with_suffix('.png')
-    figures.draw_radii(evaluations, picture)
+    picture = path.with_suffix('.svg')
+    pictures.draw_eps_sweep(evaluations, picture)
     say(f'\ncurves: {picture}')
   say(f'\nresult: {path}')
   run.forget_progress()

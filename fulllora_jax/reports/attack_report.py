@@ -5,6 +5,7 @@ from typing import Any
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
+from fulllora_jax.reports import results
 
 
 def sections(report: Mapping[str, Any]) -> Iterator[str]:
@@ -79,7 +80,7 @@ def per_class(evaluation: Mapping[str, Any], names) -> list[list[str]]:
     label, total = row['label'], row['num_examples']
     rows.append(
       [
-        str(names[label]) if label < len(names) else str(label),
+        results.class_name(names, label),
         str(total),
         f'{100 * row["clean"] / total:.1f} %',
         f'{100 * row["num_correct"] / total:.1f} %',

@@ -1,9 +1,13 @@
-"""What a report says of objective, awp, ema, attack.ard and attack.prm."""
+"""What a report says in words beside its numbers, by name and value."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Part and field, and the value that says nothing.
+from fulllora_jax.adapters.methods import METHODS
+from fulllora_jax.core.console import duration
+from fulllora_jax.reports import results
+
+# Part and field, and the value that is not worth a line.
 _OFF = (
   ('objective', 'label_smoothing', 0.0),
   ('attack', 'ard', 0.0),
@@ -15,7 +19,7 @@ _OFF = (
 
 
 def facts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  """Yields the fields that are on, as (name, value).
+  """Yields the fields that are switched on, as (name, value).
 
   Args:
     config: as report.json has it; one from before these fields yields none.
@@ -31,7 +35,7 @@ def facts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def weights_note(config: Mapping[str, Any]) -> str:
-  """Says that the weights are averages; empty where they are not."""
+  """Says that the weights are averages; returns '' where they are not."""
   decay = (config.get('ema') or {}).get('decay')
   if not decay:
     return ''
@@ -41,7 +45,7 @@ def weights_note(config: Mapping[str, Any]) -> str:
 
 
 def overfitting_note(report: Mapping[str, Any]) -> str:
-  """Says in a report that it happened; empty where it did not."""
+  """Says that catastrophic overfitting happened; returns '' otherwise."""
   steps = report.get('overfitting')
   if not steps:
     return ''
@@ -51,3 +55,112 @@ def overfitting_note(report: Mapping[str, Any]) -> str:
     f'(in {len(steps)} of the validations). The model learned to withstand the '
     'attack it was trained with alone; train with more steps of PGD.'
   )
+
+
+def steps_note(report: Mapping[str, Any]) -> str:
+  """Says which steps `best` and `last` are; returns '' where none is known."""
+  best, last = report.get('best_step'), report.get('last_step')
+  notes = []
+  if best is not None:
+    notes.append(f'`best` is step {best:,}, chosen on validation images')
+  if last is not None:
+    notes.append(f'`last` is step {last:,}')
+  averaged = weights_note(report.get('config') or {})
+  return f' {"; ".join(notes)}.{averaged}' if notes else ''
+
+
+def model_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields names and values of what was trained and of each attack."""
+  yield 'trained', results.parameters(report)
+  size = report.get('adapter_bytes')
+  yield 'adapter', f'{size / 1e6:.2f} MB' if size is not None else None
+  attacks = results.attacks(report)
+  yield 'threat model', results.threat(report) if attacks else None
+  for label, evaluation in attacks.items():
+    yield label, _attack_fact(evaluation)
+
+
+def _attack_fact(evaluation: Mapping[str, Any]) -> str:
+  steps, size = evaluation.get('steps'), evaluation.get('step_size')
+  text = f'{evaluation.get("norm")}, eps {evaluation.get("eps")}'
+  if steps:
+    size = f'{size:.4g}' if isinstance(size, float) else size
+    text += f', {steps} step{"" if steps == 1 else "s"} of {size}'
+  if (evaluation.get('restarts') or 0) > 1:
+    text += f', the worst of {evaluation["restarts"]} starts'
+  return text
+
+
+def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields names and values of the recipe; None where one is unknown."""
+  config = report.get('config') or {}
+  names = ['model.name', 'model.patch_size', 'data.image_size']
+  method = METHODS.get(report['method'])
+  if method and method.branch:
+    numbers = [n for n in ('rank', 'alpha', 'prompts') if n in method.reads]
+    names += [f'adapter.{name}' for name in (*numbers, 'head')]
+  if report['method'] != 'standard':
+    names += ['attack.name']
+    if _field(config, 'objective.name') != 'trades':  # which has its own
+      names += ['attack.loss']
+    if _field(config, 'attack.name') in (None, 'pgd'):  # else they are unused
+      names += ['attack.steps', 'attack.step_size', 'attack.rise']
+      names += ['attack.early_stop', 'attack.carry']
+  names += [
+    'optimizer.name',
+    'optimizer.learning_rate',
+    'optimizer.weight_decay',
+    'schedule.name',
+    'train.batch_size',
+  ]
+  yield 'method', report['method']
+  for name in names:
+    yield name, _field(config, name)
+  yield from facts(config)
+  if _field(config, 'train.steps') is None:
+    yield 'train.epochs', _field(config, 'train.epochs')
+  yield 'steps', report.get('last_step')
+  for name, seconds in (report.get('seconds') or {}).items():
+    yield f'time, {name}', duration(seconds)
+
+
+def _field(config: Mapping[str, Any], path: str) -> Any:
+  """Returns a field of nested dicts by its dotted path, or None."""
+  value = config
+  for name in path.split('.'):
+    value = value.get(name) if isinstance(value, Mapping) else None
+  return value
+
+
+def provenance_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields where the numbers come from, by name; None where it is unknown."""
+  yield 'command', report.get('command')
+  yield 'seed', report.get('seed')
+  yield 'base', report.get('base_fingerprint')
+  yield 'device', report.get('device')
+  arithmetic = {
+    f'{e.get("dtype")}, matmul precision {e.get("matmul_precision")}'
+    for e in report['evaluations']
+  }
+  yield 'evaluated in', '; '.join(sorted(arithmetic))
+  versions = report.get('versions') or {}
+  yield 'versions', ', '.join(f'{k} {v}' for k, v in versions.items())
+
+
+def limits(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields what the numbers do not say, by name."""
+  yield (
+    'interval',
+    'covers the choice of these n images only, not of the training seed; '
+    'two runs whose intervals overlap much may not differ at all',
+  )
+  if results.attacks(report):
+    yield (
+      'robust accuracy',
+      'each row is an upper bound: a stronger attack can only lower it. '
+      'PGD usually leaves a few points more than AutoAttack, so compare only '
+      'with numbers of the same attack, eps and base',
+    )
+    yield 'threat model', 'says nothing of other norms or a larger eps'
+  else:
+    yield 'robustness', 'was not measured; a standard model has next to none'

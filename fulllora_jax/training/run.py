@@ -168,11 +168,11 @@ def _page(
   """
   found: dict[str, Any] = {}
   try:
-    twins: dict[str, Any] = {}
+    examples: dict[str, Any] = {}
     if run.config.eval.closer_look:
-      found, twins = closer_look.inspect_run(run)
+      found, examples = closer_look.inspect_run(run)
     if processes.is_primary():
-      path = page.write_page(run.workdir, result | found, history, twins)
+      path = page.write_page(run.workdir, result | found, history, examples)
       say(f'page: {path}')
   except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
     warn(f'no report.html: {type(error).__name__}: {error}')

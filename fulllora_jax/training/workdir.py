@@ -4,8 +4,8 @@ config.json     what the run was started with
 base/           the work directory of the base's standard training
 checkpoints/    adapter, optimizer state and step; the newest few
 best/ last/     adapter and metadata only: what one would publish
-metrics.jsonl   report.json   report.html   report.md   curves.png
-examples.png
+metrics.jsonl   report.json   report.html   report.md   curves.svg
+examples.svg
 """
 
 import contextlib

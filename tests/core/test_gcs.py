@@ -83,7 +83,7 @@ def read(server, name):
 def test_all_of_a_run_is_there(finished, server):
   report = json.loads(read(server, 'report.json'))
   assert report['last_step'] == 4
-  assert read(server, 'curves.png').startswith(b'\x89PNG')
+  assert read(server, 'curves.svg').startswith(b'<svg')
   lines = read(server, 'metrics.jsonl').splitlines()
   steps = [json.loads(line)['step'] for line in lines]
   assert steps == sorted(steps) and steps[-1] == 4

@@ -3,6 +3,7 @@
 import io
 import threading
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -190,10 +191,10 @@ def test_a_report_and_its_pictures(bucket):
   for _ in range(2):  # replacing what is there
     path = report.write_report(RUN, result, history, None)
   assert str(path) == f'{RUN}/report.md'
-  image = Image.open(io.BytesIO(bucket.objects[f'{RUN}/curves.png']))
-  assert image.width > 500
+  image = ElementTree.fromstring(bucket.objects[f'{RUN}/curves.svg'])
+  assert float(image.get('width')) > 400
   assert set(bucket.objects) == {
-    f'{RUN}/{name}' for name in ('report.json', 'report.md', 'curves.png')
+    f'{RUN}/{name}' for name in ('report.json', 'report.md', 'curves.svg')
   }
 
 

@@ -15,7 +15,7 @@ def run(finished, small_config, digits, one_device):
 
 
 def test_a_finished_run(run, digits):
-  numbers, twins = closer_look.inspect_run(run)
+  numbers, examples = closer_look.inspect_run(run)
   records = numbers['radii']['records']
   assert [(r['weights'], r['factor']) for r in records] == [
     (weights, factor) for weights in ('base', 'best') for factor in (0, 0.5, 1)
@@ -29,26 +29,26 @@ def test_a_finished_run(run, digits):
     'patch_embed', 'query', 'key', 'value', 'attn_out', 'fc1', 'fc2',
   ]  # fmt: skip
   assert all(m['clean'] > 0 and m['adversarial'] > 0 for m in maps)
-  assert len(twins['most']) == len(twins['least']) == 4
-  for twin in twins['most'] + twins['least']:
-    assert twin['label'] == twin['clean_prediction']
-    assert twin['label'] == digits.test.labels[twin['index']]
-    assert (twin['prediction'] != twin['label']) == twin['broken']
-    difference = np.abs(twin['adversarial'] - twin['clean']).max()
-    assert 0 < difference <= float(twin['eps']) + 1e-6
-  assert all(twin['broken'] for twin in twins['least'])
+  assert len(examples['most']) == len(examples['least']) == 4
+  for example in examples['most'] + examples['least']:
+    assert example['label'] == example['clean_prediction']
+    assert example['label'] == digits.test.labels[example['index']]
+    assert (example['prediction'] != example['label']) == example['broken']
+    difference = np.abs(example['adversarial'] - example['clean']).max()
+    assert 0 < difference <= float(example['eps']) + 1e-6
+  assert all(example['broken'] for example in examples['least'])
 
 
 def test_without_radii_the_adapter_is_still_looked_at(run):
   run.config.eval.radii = ()
-  numbers, twins = closer_look.inspect_run(run)
-  assert set(numbers) == {'influence'} and twins == {}
+  numbers, examples = closer_look.inspect_run(run)
+  assert set(numbers) == {'influence'} and examples == {}
 
 
 def test_without_an_attack_clean_images_alone(run):
   run.config.eval.update(attacks=('clean',), validation_attack='clean')
-  numbers, twins = closer_look.inspect_run(run)
-  assert set(numbers) == {'influence'} and twins == {}
+  numbers, examples = closer_look.inspect_run(run)
+  assert set(numbers) == {'influence'} and examples == {}
   assert 'adversarial' not in numbers['influence']['maps'][0]
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fulllora_jax.attacks import ensemble
 from fulllora_jax.core.errors import UserError
@@ -95,17 +95,18 @@ def test_a_sweep_goes_through_every_radius(linear, capsys):
   for row in ('clean', 'pgd-3 eps 2/255', 'apgd-ce eps 20/255'):
     assert rows.count(row) == 1
   assert 'threat: linf, eps 2/255, 8/255, 20/255, pixels in [0, 1]' in said
-  assert f'curves: {linear.folder}/001.png' in said
+  assert f'curves: {linear.folder}/001.svg' in said
 
 
 def test_a_sweep_is_drawn(linear):
   linear('--attack=square-20', '--eps=2/255,20/255')
-  with Image.open(linear.folder / '001.png') as image:
-    assert image.format == 'PNG'
-    assert 400 < image.size[1] < image.size[0] < 2000
-    assert len(np.unique(np.asarray(image.convert('L')))) > 20
+  picture = ElementTree.parse(linear.folder / '001.svg').getroot()
+  height, width = (float(picture.get(n)) for n in ('height', 'width'))
+  assert 300 < height < width < 2000
+  words = list(picture.itertext())
+  assert {'2/255', '20/255', 'model, square-20'} <= set(words)
   linear('--attack=clean', '--eps=8/255')
-  assert not (linear.folder / '002.png').exists()
+  assert not (linear.folder / '002.svg').exists()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_run_is_swept_over_all_its_weights(evaluate, finished_copy):
     for attack, eps in (('clean', '0.05'), ('fgsm', '0.05'), ('fgsm', '0.1'))
     for weights in ('base', 'last')
   ]
-  assert (finished_copy / 'evaluations' / '001.png').exists()
+  assert (finished_copy / 'evaluations' / '001.svg').exists()
 
 
 def test_the_seed_chooses_the_examples(linear):

@@ -171,8 +171,8 @@ def test_write_report_whole(tmp_path):
   images = np.zeros((2, 8, 8, 1), np.float32)
   examples = {'clean': images, 'adversarial': images, 'labels': [0, 1]}
   text = write_report(tmp_path, report, history, examples).read_text()
-  for name in ('curves.png', 'examples.png'):
-    assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+  for name in ('curves.svg', 'examples.svg'):
+    assert (tmp_path / name).read_bytes().startswith(b'<svg')
     assert f']({name})' in text
   for fact in (
     '`best` is step 800', '**adapter**: 1.25 MB', '**adapter.rank**: 2',
@@ -182,8 +182,8 @@ def test_write_report_whole(tmp_path):
     assert fact in text
   # A second report without pictures does not show the old ones.
   text = write_report(tmp_path, report, [], None).read_text()
-  assert '.png' not in text
-  assert not (tmp_path / 'curves.png').exists()
+  assert '.svg' not in text
+  assert not (tmp_path / 'curves.svg').exists()
 
 
 def test_standard_training_reads_sensibly(tmp_path):

@@ -8,6 +8,7 @@ from fulllora_jax.core import provenance, tables
 from fulllora_jax.core.console import duration
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import over_seeds, paired_difference
+from fulllora_jax.reports.page.comparison import mean_and_spread, num_images
 
 # (row, seed) -> report.json
 Reports = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -181,7 +182,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     f'# {comparison["title"]}',
     results_table(comparison),
     'Accuracy in % on '
-    f'{_images(comparison)} test images of {comparison["dataset"]}: mean ± '
+    f'{num_images(comparison)} test images of {comparison["dataset"]}: mean ± '
     'standard deviation over the seeds. '
     f'Threat: {comparison["threat"]["norm"]}, eps '
     f'{comparison["threat"]["eps"]}. A pass is one image once forward and back '
@@ -214,8 +215,8 @@ def results_table(comparison: Mapping[str, Any]) -> str:
     table.append(
       [row['method'], str(len(row['seeds'])), f'{row["trainable"]:,}']
       + [f'{100 * row["share"]:.2f} %', f'{row["adapter_bytes"] / 1e6:.2f} MB']
-      + [_spread(row['attacks'][label]) for label in labels]
-      + [_spread(row['validation'])]
+      + [mean_and_spread(row['attacks'][label]) for label in labels]
+      + [mean_and_spread(row['validation'])]
       + [f'{row["steps"]:,}', f'{row["passes"]:,.0f}', duration(row['seconds'])]
     )
   return tables.markdown(table)
@@ -231,24 +232,9 @@ def _difference_table(comparison, reference: str) -> str:
   return tables.markdown(table) if len(table) > 1 else ''
 
 
-def _spread(found: Mapping[str, Any]) -> str:
-  text = f'{100 * found["mean"]:.1f}'
-  spread = found['spread']
-  return text if spread is None else f'{text} ± {100 * spread:.1f}'
-
-
 def _interval(found: Mapping[str, Any]) -> str:
   ends = (found['low'], found['high'])
   return tables.with_interval(found['mean'], ends, '+.1f')
-
-
-def _images(comparison: Mapping[str, Any]) -> str:
-  counts = {
-    found['n']
-    for row in comparison['rows']
-    for found in row['attacks'].values()
-  }
-  return ' / '.join(f'{n:,}' for n in sorted(counts))
 
 
 def as_csv(comparison: Mapping[str, Any]) -> str:

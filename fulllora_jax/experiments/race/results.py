@@ -1,40 +1,28 @@
-"""The table and the picture of a race (road.py)."""
+"""The table and the picture of a race (schedules.py)."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
 from fulllora_jax.core.files import replace_file
-from fulllora_jax.reports import figures
-
-_COLORS = (
-  '#0072B2',
-  '#D55E00',
-  '#009E73',
-  '#CC79A7',
-  '#E69F00',
-  '#56B4E9',
-  '#555555',
-)
-_STYLES = ('-', '--', ':')
+from fulllora_jax.reports.drawing import charts, picture
+from fulllora_jax.reports.drawing.charts import Chart, Line
 
 
 def write(directory: Path, result: Mapping[str, Any]) -> None:
-  """Writes road.json, road.md and road.png."""
+  """Writes road.json, road.md and road.svg."""
   text = json.dumps(result, indent=2) + '\n'
   replace_file(directory / 'road.json', text.encode())
-  draw(result, directory / 'road.png')
+  draw(result, directory / 'road.svg')
   parts = [
     f'# The road to {result["target"]:.0%} robust accuracy: '
     f'{result["config_name"]}',
     markdown_table(result),
     _notes(result),
-    '![robust accuracy against passes and seconds](road.png)',
+    '![robust accuracy against passes and seconds](road.svg)',
   ]
   replace_file(directory / 'road.md', ('\n\n'.join(parts) + '\n').encode())
 
@@ -86,40 +74,26 @@ def _count(number: int) -> str:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-  """Draws robust accuracy against passes and against seconds, as a PNG."""
-  figure = Figure(figsize=(9.6, 4.4), dpi=120, layout='constrained')
-  panels = figure.subplots(1, 2, sharey=True)
-  for axes, name in zip(panels, ('passes', 'seconds'), strict=True):
-    for number, (label, lap) in enumerate(result['schedules'].items()):
-      points = [p for p in lap['curve'] if p[name] > 0]
-      axes.plot(
-        [point[name] for point in points],
-        [100 * point['robust'] for point in points],
-        color=_COLORS[number % len(_COLORS)],
-        ls=_STYLES[number // len(_COLORS) % len(_STYLES)],
-        lw=1.6,
-        marker='o',
-        ms=3,
-        label=label,
-      )
-    axes.axhline(
-      100 * result['target'], color='#999999', ls=(0, (4, 3)), zorder=0
-    )
-    axes.set_xscale('log')
-    axes.set_xlabel(
-      'passes of an image' if name == 'passes' else 'seconds of training'
-    )
-    axes.grid(color='#e6e6e6', lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
-  panels[0].set_title(
-    f'Robust accuracy (%), {result["attack"]}', loc='left', fontsize=11
+  """Draws robust accuracy against passes and against seconds, as an SVG."""
+  shown = [
+    _chart(result, 'passes', 'passes of an image'),
+    _chart(result, 'seconds', 'seconds of training'),
+  ]
+  note = f'The level line is the target, {result["target"]:.0%}.'
+  picture.save_charts(path, shown, note)
+
+
+def _chart(result: Mapping[str, Any], name: str, x_title: str) -> Chart:
+  lines = []
+  for place, (label, lap) in enumerate(result['schedules'].items()):
+    points = [(p[name], 100 * p['robust']) for p in lap['curve'] if p[name] > 0]
+    lines.append(Line(label, points, *charts.series_style(place), marked=True))
+  return charts.line_chart(
+    f'Robust accuracy (%), {result["attack"]}',
+    lines,
+    f'Robust accuracy in % against {x_title}',
+    x_title,
+    percent=False,
+    logarithmic=True,
+    marked_y=100 * result['target'],
   )
-  figure.legend(
-    *panels[0].get_legend_handles_labels(),
-    loc='outside lower center',
-    ncols=5,
-    frameon=False,
-    fontsize=9,
-  )
-  figures.save(figure, path)

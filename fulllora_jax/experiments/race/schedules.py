@@ -107,7 +107,7 @@ def race(
     config: config.py; what all schedules have in common. Its base is trained
       or read once.
     dataset: of `config.data`.
-    workdir: base/, schedules/*.json, road.json, road.md, road.png.
+    workdir: base/, schedules/*.json, road.json, road.md, road.svg.
     target: robust accuracy on validation images, in (0, 1).
     schedules: names in SCHEDULES.
     attack: that measures on the way, e.g. 'pgd-20'.

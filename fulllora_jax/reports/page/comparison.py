@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
-from fulllora_jax.reports.page import charts, document, scatter
-from fulllora_jax.reports.page.charts import Dots
+from fulllora_jax.reports.drawing import charts, scatter
+from fulllora_jax.reports.drawing.charts import Dots
+from fulllora_jax.reports.drawing.markup import Markup, join, tag
+from fulllora_jax.reports.page import document
 from fulllora_jax.reports.page.document import Section
-from fulllora_jax.reports.page.markup import Markup, join, tag
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
@@ -15,20 +17,17 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
 
   Args:
     comparison: title, command, dataset; threat (norm, eps as the config
-      writes it); headline_attack, a label of `attacks`, 'clean' left aside;
+      writes it); headline_attack, a label of `attacks` other than 'clean';
       references, names of methods; notes, sentences; provenance, nested
-      fields, of which experiment and rows are shown when asked for. rows, a
-      dict for each method: method; seeds; trainable, a number of parameters;
-      share of the base in [0, 1]; adapter_bytes; steps;
-      passes, forward-backward, of all of training; seconds; attacks, of each
-      label 'per_seed' accuracies in [0, 1], in the order of the seeds, their
-      mean and spread (the standard deviation), and n, the images of each;
-      difference, of each reference and label the mean of this method less the
-      reference, seed by seed, and its interval low, high, in [-1, 1]. What is
-      missing or None is left out.
-
-  Returns:
-    The HTML.
+      fields, whose experiment and rows are folded away; and rows, a dict for
+      each method. What is missing or None is left out. A row has method;
+      seeds; trainable, a number of parameters; share, of the base, in [0, 1];
+      adapter_bytes; steps; passes, forward and back, of the whole training;
+      seconds; attacks, label -> the accuracies 'per_seed' in [0, 1], in the
+      order of the seeds, their mean, their standard deviation 'spread' and the
+      number n of images; difference, reference -> label -> the mean of this
+      method less the reference, seed by seed, and the ends low and high of its
+      interval, in [-1, 1].
   """
   return document.document(
     comparison['title'],
@@ -104,7 +103,7 @@ def _results(comparison: Mapping[str, Any]) -> Markup:
         str(len(row['seeds'])),
         _count(row.get('trainable')),
         _share(row.get('share')),
-        *(_mean(row, label) for label in labels),
+        *(mean_and_spread(_found(row, label)) for label in labels),
       ]
     )
   return join(
@@ -112,7 +111,7 @@ def _results(comparison: Mapping[str, Any]) -> Markup:
       document.table(table, 'Accuracy of each method under each attack'),
       document.paragraph(
         'Accuracy in %: the mean over the seeds ± their standard deviation. '
-        f'Images: {_images(comparison)}.',
+        f'Images: {num_images(comparison)}.',
         'note',
       ),
       document.details('Every seed', _every_seed(comparison, labels)),
@@ -120,19 +119,19 @@ def _results(comparison: Mapping[str, Any]) -> Markup:
   )
 
 
-def _mean(row: Mapping[str, Any], label: str) -> str:
-  found = _found(row, label)
+def mean_and_spread(found: Mapping[str, Any] | None) -> str:
+  """Writes a mean over the seeds in %, with ± where there are several."""
   if not found:
     return '-'
-  text = f'{100 * found["mean"]:.1f}'
-  spread = found.get('spread')
-  several = len(found.get('per_seed') or ()) > 1
-  return (
-    f'{text} ± {100 * spread:.1f}' if several and spread is not None else text
-  )
+  text, spread = f'{100 * found["mean"]:.1f}', found.get('spread')
+  each = found.get('per_seed')
+  if spread is None or (each is not None and len(each) < 2):
+    return text
+  return f'{text} ± {100 * spread:.1f}'
 
 
-def _images(comparison: Mapping[str, Any]) -> str:
+def num_images(comparison: Mapping[str, Any]) -> str:
+  """Writes how many images the attacks of a comparison had."""
   counts = {
     found['n']
     for row in comparison['rows']
@@ -169,9 +168,12 @@ def _seeds(comparison: Mapping[str, Any]) -> Markup | None:
       if (found := _found(row, label))
     ]
     chart = charts.dot_plot(
-      rows, f'Accuracy in % under {label}, every seed', 'accuracy (%)'
+      _under(label),
+      rows,
+      f'Accuracy in % under {label}, every seed',
+      'accuracy (%)',
     )
-    figures.append(charts.figure(_under(label), chart))
+    figures.append(document.figure(chart))
   if not figures:
     return None
   return join(
@@ -208,18 +210,14 @@ def _parameters(comparison: Mapping[str, Any]) -> Markup | None:
   ]
   if not points:
     return None
-  colours = scatter.colour_of([name for name, *_ in points])
   chart = scatter.scatter(
-    [(*point, colours[point[0]]) for point in points],
+    f'Accuracy (%) under {headline}',
+    points,
     f'Accuracy in % under {headline} against the learnable parameters',
     'learnable parameters',
   )
-  return charts.figure(
-    f'Accuracy (%) under {headline}',
-    chart,
-    'Means over the seeds; upper left is better.',
-    single=True,
-  )
+  note = 'Means over the seeds; upper left is better.'
+  return document.figure(chart, note, single=True)
 
 
 def _differences(comparison: Mapping[str, Any]) -> Markup | None:
@@ -227,18 +225,17 @@ def _differences(comparison: Mapping[str, Any]) -> Markup | None:
   for reference in comparison.get('references') or ():
     for label in _labels(comparison):
       rows = _difference_rows(comparison, reference, label)
-      table += [[r.name, reference, label, _difference_text(r)] for r in rows]
+      table += [[r.name, reference, label, _text(r)] for r in rows]
       if rows and label in ('clean', comparison.get('headline_attack')):
         chart = charts.dot_plot(
+          f'{_under(label)}, less {reference}',
           rows,
           f'Difference to {reference} in points, {label}',
           f'points against {reference}',
           'points',
           zero=True,
         )
-        figures.append(
-          charts.figure(f'{_under(label)}, less {reference}', chart)
-        )
+        figures.append(document.figure(chart))
   if len(table) == 1:
     return None
   return join(
@@ -273,11 +270,8 @@ def _difference_rows(comparison, reference: str, label: str) -> list[Dots]:
   return rows
 
 
-def _difference_text(row: Dots) -> str:
-  text = f'{row.middle:+.1f}'
-  if row.low is None or row.high is None:
-    return text
-  return f'{text} [{row.low:+.1f}, {row.high:+.1f}]'
+def _text(row: Dots) -> str:
+  return tables.with_interval(row.middle, (row.low, row.high), '+.1f', 1)
 
 
 def _cost(comparison: Mapping[str, Any]) -> Markup:

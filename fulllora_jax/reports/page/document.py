@@ -1,19 +1,20 @@
-"""What pages are made of: the document, sections, tables, cards, facts."""
+"""What pages are made of: sections, tables, cards, facts and figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fulllora_jax.reports.page.markup import Markup, tag
-from fulllora_jax.reports.page.style import STYLE
+from fulllora_jax.reports.drawing import charts, style
+from fulllora_jax.reports.drawing.charts import Chart
+from fulllora_jax.reports.drawing.markup import Markup, tag
 
 
 class Section(NamedTuple):
   """A part of a page.
 
   Attributes:
-    name: of the anchor, a plain word.
+    name: the name of its anchor, a plain word.
     title: its heading.
-    content: below it.
+    content: what stands below the heading.
   """
 
   name: str
@@ -30,9 +31,9 @@ def document(
   """Returns a whole page.
 
   Args:
-    title: of the page; its heading too.
-    lead: below the heading.
-    sections: in order.
+    title: the title of the page, and its heading.
+    lead: what stands below the heading.
+    sections: the parts of the page, in order.
     footer: the last line.
   """
   sections = list(sections)
@@ -57,7 +58,7 @@ def document(
     ),
     tag('meta', name='color-scheme', content='light dark'),
     tag('title', title),
-    tag('style', Markup(STYLE)),
+    tag('style', Markup(style.PAGE)),
     # An icon of nothing: a browser would ask a server for one.
     Markup('<link rel="icon" href="data:,">'),
   )
@@ -84,12 +85,12 @@ def document(
 
 
 def paragraph(text: Any, kind: str | None = None) -> Markup:
-  """Returns a paragraph; `kind` is note or warning."""
+  """Returns a paragraph; `kind` is None, note or warning."""
   return tag('p', text, class_=kind)
 
 
 def cards(facts: Iterable[tuple[str, str, str]]) -> Markup:
-  """Returns headline numbers: name, number, and what it is, each a card."""
+  """Returns a card for each of the main numbers: name, number, what it is."""
   return tag(
     'dl',
     [
@@ -110,8 +111,8 @@ def table(rows: Sequence[Sequence[Any]], caption: str) -> Markup:
   """Returns a table that scrolls in a box of its own.
 
   Args:
-    rows: the header first; the first cell of each names it.
-    caption: read to who cannot see it.
+    rows: the header first; the first cell of each row names it.
+    caption: describes the table to readers who cannot see it.
   """
   header, *body = rows
   return tag(
@@ -158,12 +159,58 @@ def facts(items: Iterable[tuple[str, Any]]) -> Markup:
 
 
 def details(summary: str, *content: Any) -> Markup:
-  """Returns what is shown when asked for."""
+  """Returns a summary that opens and shows the content."""
   return tag('details', tag('summary', summary), content)
 
 
+def figure(chart: Chart, note: str = '', single: bool = False) -> Markup:
+  """Returns a chart with its title, its legend and a note.
+
+  Args:
+    chart: what is drawn.
+    note: the words below it.
+    single: whether no other figure stands beside it.
+  """
+  drawn = tag(
+    'svg',
+    chart.content,
+    viewBox=f'0 0 {chart.width} {chart.height}',
+    role='img',
+    aria_label=chart.label,
+  )
+  return tag(
+    'figure',
+    tag('h3', chart.title),
+    drawn,
+    legend(chart.series) if chart.series else None,
+    tag('figcaption', note) if note else None,
+    class_='single' if single else None,
+  )
+
+
+def legend(series: Iterable[charts.Line | charts.Bars]) -> Markup:
+  """Returns what the lines or bars of a chart are."""
+  return tag(
+    'ul',
+    [
+      tag(
+        'li',
+        tag(
+          'svg',
+          charts.swatch(entry),
+          viewBox='0 0 26 12',
+          aria_hidden='true',
+        ),
+        entry.name,
+      )
+      for entry in series
+    ],
+    class_='legend',
+  )
+
+
 def grid(kind: str, figures: Iterable[Any]) -> Markup:
-  """Returns figures side by side: `kind` is charts, columns or twins."""
+  """Returns figures side by side: `kind` is charts, columns or examples."""
   return tag('div', figures, class_=kind)
 
 
@@ -184,13 +231,3 @@ def _text(value: Any) -> str:
   if isinstance(value, Mapping):
     return '{}'
   return str(value) if value != '' else "''"
-
-
-def limited(text: Any, limit: int) -> str:
-  """Returns text cut to `limit` characters.
-
-  >>> limited('a long word', 7)
-  'a long…'
-  """
-  text = str(text)
-  return text if len(text) <= limit else text[: limit - 1].rstrip() + '…'

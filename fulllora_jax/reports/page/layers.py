@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fulllora_jax.reports.page import charts, document
-from fulllora_jax.reports.page.charts import Bars
-from fulllora_jax.reports.page.markup import Markup, join
+from fulllora_jax.reports.drawing import charts
+from fulllora_jax.reports.drawing.charts import Bars, Chart
+from fulllora_jax.reports.drawing.markup import Markup, join
+from fulllora_jax.reports.page import document
 
 _KINDS = {
   'branch': (
@@ -42,9 +43,7 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
   keys = [key for key in keys if key[0] in maps[0]]
   tops = _tops(maps, keys)
   figures = [
-    charts.figure(
-      role, _columns([m for m in maps if m['role'] == role], keys, top)
-    )
+    document.figure(_columns([m for m in maps if m['role'] == role], keys, top))
     for role, top in tops.items()
   ]
   series = [Bars(words, [], colour) for _, words, colour in keys]
@@ -59,7 +58,7 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
   return join(
     [
       document.paragraph(note, 'note'),
-      charts.legend(series) if len(series) > 1 else None,
+      document.legend(series) if len(series) > 1 else None,
       document.grid('columns', figures),
       document.paragraph(
         f'{_scales(tops)} The numbers below are of the blocks, in network '
@@ -71,13 +70,14 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
   )
 
 
-def _columns(maps: Sequence[Mapping[str, Any]], keys, top: float) -> Markup:
+def _columns(maps: Sequence[Mapping[str, Any]], keys, top: float) -> Chart:
   names = _short([m['path'] for m in maps])
   series = [
     Bars(words, [m[name] for m in maps], colour) for name, words, colour in keys
   ]
   role = maps[0]['role']
   return charts.columns(
+    role,
     names,
     series,
     f'{role}: {" and ".join(s.name for s in series)}, map by map',
@@ -89,7 +89,7 @@ def _columns(maps: Sequence[Mapping[str, Any]], keys, top: float) -> Markup:
 def _tops(maps: Sequence[Mapping[str, Any]], keys) -> dict[str, float]:
   """Returns the end of the y axis of each role's chart.
 
-  It is the same of all, unless one role would flatten the others.
+  All have the same, unless one role would flatten the others.
   """
   largest: dict[str, float] = {}
   for m in maps:
@@ -108,7 +108,7 @@ def _scales(tops: Mapping[str, float]) -> str:
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-  """Returns what tells paths apart: the numbers of them that differ.
+  """Returns what tells paths apart: those of their numbers that differ.
 
   >>> _short(['stage_0/block_0/fc1', 'stage_0/block_1/fc1'])
   ['0', '1']

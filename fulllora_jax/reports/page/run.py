@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_jax.core.files import as_path, os_errors, replace_file
-from fulllora_jax.reports import report as reports
-from fulllora_jax.reports.page import curves, document, layers, origins, robust
+from fulllora_jax.reports import curves, facts, results
+from fulllora_jax.reports.drawing.markup import Markup, join, tag
+from fulllora_jax.reports.page import document, layers, robust
 from fulllora_jax.reports.page.document import Section
-from fulllora_jax.reports.page.markup import join
 
 NAME = 'report.html'
 
@@ -22,16 +22,16 @@ def write_page(
   workdir: str | os.PathLike,
   report: Mapping[str, Any],
   history: Sequence[Mapping[str, Any]],
-  twins: Mapping[str, Any],
+  extreme_examples: Mapping[str, Any],
 ) -> Path:
   """Writes report.html, replacing an older one.
 
   Args:
     workdir: an existing directory, or in a bucket (gs://).
     report: as `report.write_report` takes it; with 'radii' and 'influence' of
-      `inspection.inspect_run`, where they are known.
+      `closer_look.inspect_run`, where they are known.
     history: the rows of metrics.jsonl; may be empty.
-    twins: of `inspection.inspect_run`; may be empty.
+    extreme_examples: those of `closer_look.inspect_run`; may be empty.
 
   Returns:
     The path of the page.
@@ -39,78 +39,69 @@ def write_page(
   path = as_path(workdir) / NAME
   with os_errors(path):
     path.unlink(missing_ok=True)  # better none than that of another run
-  replace_file(path, run_page(report, history, twins).encode())
+  replace_file(path, run_page(report, history, extreme_examples).encode())
   return path
 
 
 def run_page(
   report: Mapping[str, Any],
   history: Sequence[Mapping[str, Any]] = (),
-  twins: Mapping[str, Any] | None = None,
+  extreme_examples: Mapping[str, Any] | None = None,
 ) -> str:
-  """Returns the page; arguments as those of `write_page`."""
+  """Returns the page; the arguments are those of `write_page`."""
   title = f'{report["config_name"]}: {report["method"]} on {report["dataset"]}'
   version = (report.get('versions') or {}).get('fulllora_jax', '')
   return document.document(
     title,
-    document.paragraph(reports.headline(report)),
-    _sections(report, history, twins or {}),
+    document.paragraph(results.headline(report)),
+    _sections(report, history, extreme_examples or {}),
     f'Made by fulllora_jax {version}. All numbers are in report.json.',
   )
 
 
-def _sections(report, history, twins) -> Iterator[Section]:
+def _sections(report, history, extreme_examples) -> Iterator[Section]:
   found = (
     ('results', 'Results', _results(report)),
-    ('curves', 'Learning curves', curves.learning(report, history)),
+    ('curves', 'Learning curves', _learning(report, history)),
     ('radii', 'Robust accuracy against eps', robust.radii(report)),
     ('classes', 'Class by class', robust.classes(report)),
     (
       'images',
       'The most and the least robust images',
-      robust.images(report, twins),
+      robust.extremes(report, extreme_examples),
     ),
     ('layers', layers.title(report), layers.influence(report)),
     (
       'method',
       'How it was trained and attacked',
       join(
-        [
-          document.facts(reports.model_facts(report)),
-          document.facts(reports.training_facts(report)),
-        ]
+        document.facts(found)
+        for found in (facts.model_facts(report), facts.training_facts(report))
       ),
     ),
     (
       'limits',
       'What these numbers mean',
-      document.facts(reports.limits(report)),
+      document.facts(facts.limits(report)),
     ),
-    ('provenance', 'Where it comes from', origins.provenance(report)),
+    ('provenance', 'Where it comes from', _provenance(report)),
   )
   return (Section(*section) for section in found if section[2])
 
 
 def _results(report: Mapping[str, Any]):
   """Returns the headline numbers and the table behind them."""
-  collapsed = report.get('overfitting')
+  collapsed = facts.overfitting_note(report).replace('*', '')
   return join(
     [
-      document.paragraph(
-        'Catastrophic overfitting: robust accuracy on validation images '
-        f'collapsed by step {collapsed[0]:,} while that in training did not. '
-        'The model learned to withstand the attack it was trained with alone.',
-        'warning',
-      )
-      if collapsed
-      else None,
+      document.paragraph(collapsed, 'warning') if collapsed else None,
       document.cards(_headline_numbers(report)),
       document.table(
-        reports.table(report), 'Accuracy of each weights under each attack'
+        results.table(report), 'Accuracy of each weights under each attack'
       ),
       document.paragraph(
         'Accuracy in % [95 % Wilson interval]; n is the number of images.'
-        + reports.weights_note(report).replace('`', ''),
+        + facts.steps_note(report).replace('`', ''),
         'note',
       ),
     ]
@@ -119,17 +110,17 @@ def _results(report: Mapping[str, Any]):
 
 def _headline_numbers(report) -> Iterator[tuple[str, str, str]]:
   evaluations = report['evaluations']
-  weights = robust.shown_weights(evaluations)
-  clean = robust.clean_of(evaluations, weights)
+  weights = results.shown_weights(evaluations)
+  clean = results.clean_of(evaluations, weights)
   if clean:
-    before = robust.clean_of(evaluations, 'base')
-    yield 'Clean accuracy', robust.percent(clean), _change(before, weights)
-  worst = robust.strongest(evaluations, weights)
+    before = results.clean_of(evaluations, 'base')
+    yield 'Clean accuracy', results.percent(clean), _change(before, weights)
+  worst = results.strongest(evaluations, weights)
   if worst:
-    label = reports.row_label(worst, evaluations)
-    before = robust.same_attack(worst, evaluations, 'base')
+    label = results.row_label(worst, evaluations)
+    before = results.same_attack(worst, evaluations, 'base')
     words = f'under {label}, the strongest tried; {_change(before, weights)}'
-    yield 'Robust accuracy', robust.percent(worst), words
+    yield 'Robust accuracy', results.percent(worst), words
   counts = report['parameters']
   yield (
     'Learnable',
@@ -144,9 +135,28 @@ def _headline_numbers(report) -> Iterator[tuple[str, str, str]]:
 def _change(before: Mapping[str, Any] | None, weights: str) -> str:
   if before is None or weights == 'base':
     return f'{weights} weights'
-  return f'base: {_unbroken(robust.percent(before))}'
+  # A number and its unit stay on one line.
+  number = results.percent(before).replace(' ', '\N{NO-BREAK SPACE}')
+  return f'base: {number}'
 
 
-def _unbroken(text: str) -> str:
-  """Keeps a number and its unit on one line."""
-  return text.replace(' ', '\N{NO-BREAK SPACE}')
+def _learning(report: Mapping[str, Any], history) -> Markup | None:
+  best = report.get('best_step')
+  figures = [document.figure(c) for c in curves.learning(history, best)]
+  if not figures:
+    return None
+  note = document.paragraph(curves.learning_note(best), 'note')
+  return join([document.grid('charts', figures), note])
+
+
+def _provenance(report: Mapping[str, Any]) -> Markup:
+  """Returns command, seed, versions, device, base and the whole config."""
+  found = dict(facts.provenance_facts(report))
+  for name in ('command', 'base'):
+    found[name] = tag('code', found[name]) if found[name] else None
+  config = report.get('config')
+  whole = None
+  if config:
+    fields = document.facts(document.flat(config))
+    whole = document.details('The whole configuration', fields)
+  return join([document.facts(found.items()), whole])

@@ -264,7 +264,7 @@ def test_the_command_races(tmp_path, run_python, digits_dir):
   assert list(result['schedules']) == ['pgd-10', 'n_fgsm']
   assert result['target'] == 0.9 and result['num_test'] == 16
   assert result['num_validation'] == 24
-  assert (tmp_path / 'road' / 'road.png').exists()
+  assert (tmp_path / 'road' / 'road.svg').exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from fulllora_jax import config
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.reports import page
-from fulllora_jax.reports.report import table
+from fulllora_jax.reports.results import table
 from fulllora_jax.training import run
 
 VOID = ('br', 'img', 'link', 'meta')
@@ -93,7 +93,7 @@ def radius(weights, factor, right):
   }
 
 
-def twin(**changes):
+def example(**changes):
   x = np.full((8, 8, 3), 0.5, np.float32)
   return {
     'index': 7,
@@ -162,7 +162,7 @@ HISTORY = [
   {'step': 30, 'kind': 'train', 'loss': 0.5, 'robust_accuracy': 0.4},
   {'step': 20, 'kind': 'validation', 'clean_accuracy': 0.5},
 ]
-TWINS = {'most': [twin(broken=False, prediction=0)], 'least': [twin()]}
+EXTREMES = {'most': [example(broken=False, prediction=0)], 'least': [example()]}
 
 
 def check_alone(text):
@@ -177,7 +177,7 @@ def check_alone(text):
 
 
 def test_a_whole_page(report):
-  text = page.run_page(report, HISTORY, TWINS)
+  text = page.run_page(report, HISTORY, EXTREMES)
   check_alone(text)
   read = Read(text)
   assert read.sections() == SECTIONS
@@ -187,7 +187,7 @@ def test_a_whole_page(report):
 
 
 def test_its_numbers_are_the_reports(report):
-  read = Read(page.run_page(report, HISTORY, TWINS))
+  read = Read(page.run_page(report, HISTORY, EXTREMES))
   for row in table(report):
     assert row in read.rows
   words = read.words.replace('\N{NO-BREAK SPACE}', ' ')
@@ -204,7 +204,7 @@ def test_its_numbers_are_the_reports(report):
 
 
 def test_it_can_be_read_without_seeing_it(report):
-  read = Read(page.run_page(report, HISTORY, TWINS))
+  read = Read(page.run_page(report, HISTORY, EXTREMES))
   assert read.all('html') == [{'lang': 'en'}]
   assert read.all('title') and len(read.all('h1')) == 1
   levels = [int(name[1]) for name, _ in read.elements if re.match(r'h\d', name)]
@@ -220,7 +220,7 @@ def test_it_can_be_read_without_seeing_it(report):
 
 
 def test_what_became_of_an_image(report):
-  words = Read(page.run_page(report, (), TWINS)).words
+  words = Read(page.run_page(report, (), EXTREMES)).words
   assert 'label cat: withstood eps 2/255' in words
   assert 'label cat: broken at eps 2/255' in words
   assert '✗ dog' in words and '×5' in words
@@ -232,7 +232,7 @@ def test_names_are_text_whatever_is_in_them(report):
   report['config'] = {hostile: hostile}
   report['influence']['maps'][0]['role'] = hostile
   report['command'] = report['device'] = hostile
-  read = Read(page.run_page(report, HISTORY, TWINS))
+  read = Read(page.run_page(report, HISTORY, EXTREMES))
   assert not read.all('script')
   assert read.sections() == SECTIONS
   assert [hostile, hostile] in read.rows and ['device', hostile] in read.rows
@@ -281,7 +281,7 @@ def test_many_classes_are_drawn_in_part(report):
 
 
 def test_an_older_page_is_replaced(tmp_path, report):
-  page.write_page(tmp_path, report, HISTORY, TWINS)
+  page.write_page(tmp_path, report, HISTORY, EXTREMES)
   path = page.write_page(tmp_path, report | {'config_name': 'new'}, [], {})
   assert path == tmp_path / 'report.html'
   assert 'new: fulllora' in path.read_text()
@@ -365,7 +365,7 @@ def test_a_fault_in_the_page_loses_no_number(
 )
 @pytest.mark.parametrize('scheme', ['0', '1'])
 def test_a_browser_shows_it(tmp_path, report, scheme):
-  path = page.write_page(tmp_path, report, HISTORY, TWINS)
+  path = page.write_page(tmp_path, report, HISTORY, EXTREMES)
   done = subprocess.run(
     [
       'chromium', '--headless', '--no-sandbox', '--disable-gpu',

@@ -15,11 +15,12 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
   """Returns an element.
 
   Args:
-    name: of the element.
-    *children: Markup, as it is; iterables of children, in a row; None,
-      nothing; anything else, its text escaped.
-    **attributes: None leaves one out. `class_` is class, and any other _ a
-      hyphen, as in stroke_width.
+    name: the name of the element.
+    *children: what is inside. Markup is taken as it is; the members of an
+      iterable follow one another; None is left out; the text of anything else
+      is escaped.
+    **attributes: the attributes; one that is None is left out. `class_` is
+      written as class, and any other `_` as a hyphen, as in stroke_width.
 
   >>> tag('p', 'a < b', tag('b', '!'), class_='note')
   '<p class="note">a &lt; b<b>!</b></p>'
@@ -35,7 +36,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 
 def join(children: Any) -> Markup:
-  """Returns children as `tag` takes them, one after another."""
+  """Returns one after another the children that `tag` takes."""
   if children is None:
     return Markup('')
   if isinstance(children, Markup):
@@ -43,3 +44,13 @@ def join(children: Any) -> Markup:
   if isinstance(children, str) or not isinstance(children, Iterable):
     return Markup(html.escape(str(children)))
   return Markup(''.join(join(child) for child in children))
+
+
+def limited(text: Any, limit: int) -> str:
+  """Returns text cut to `limit` characters.
+
+  >>> limited('a long word', 7)
+  'a long…'
+  """
+  text = str(text)
+  return text if len(text) <= limit else text[: limit - 1].rstrip() + '…'

@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from fulllora_jax.reports.page import axes, charts, curves, embedded, scatter
-from fulllora_jax.reports.page.charts import Bars, Dots, Line
-from fulllora_jax.reports.page.markup import Markup, tag
+from fulllora_jax.reports import curves
+from fulllora_jax.reports.drawing import axes, charts, images, scatter, style
+from fulllora_jax.reports.drawing.charts import Bars, Dots, Line
+from fulllora_jax.reports.drawing.markup import Markup, tag
 
 
 @pytest.mark.parametrize(
@@ -38,29 +39,35 @@ def test_markup_is_escaped_once():
 
 def test_a_gap_breaks_the_line():
   line = Line('a', [(0, 1.0), (1, 2.0), (2, None), (3, 4.0)], 'clean')
-  (path,) = re.findall(r' d="([^"]*)"', charts.line_chart([line], 'a', 'x'))
+  drawn = charts.line_chart('a', [line], 'a', 'x').content
+  (path,) = re.findall(r' d="([^"]*)"', drawn)
   assert re.sub(r'[^ML]', '', path) == 'MLM'
 
 
 def test_one_point_and_no_point_can_be_drawn():
   for points in ([(5, 0.0)], [(5, None)], []):
     line = Line('a', points, 'clean', marked=True)
-    assert 'nan' not in charts.line_chart([line], 'a', 'x', percent=False)
-  assert charts.dot_plot([Dots('a', (), None)], 'a', 'x')
-  assert charts.columns(['a'], [Bars('b', [None], 'clean')], 'a', 'x', 0.0)
-  assert scatter.scatter([], 'a', 'x')
+    for logarithmic in (False, True):
+      drawn = charts.line_chart(
+        'a', [line], 'a', 'x', percent=False, logarithmic=logarithmic
+      )
+      assert 'nan' not in drawn.content
+  nothing = [Bars('b', [None], 'clean')]
+  assert charts.dot_plot('a', [Dots('a', (), None)], 'a', 'x').content
+  assert charts.columns('a', ['a'], nothing, 'a', 'x', 0.0).content
+  assert scatter.scatter('a', [], 'a', 'x').content
 
 
 def test_bars_are_as_long_as_their_values():
   series = [Bars('a', [50.0, 100.0, None], 'clean')]
-  drawn = charts.bars(['x', 'y', 'z'], series, 'a', 'x')
+  drawn = charts.bars('a', ['x', 'y', 'z'], series, 'a', 'x').content
   half, whole = map(float, re.findall(r' width="([\d.]+)"', drawn))
   assert half == pytest.approx(whole / 2)
 
 
 def test_names_of_near_points_do_not_meet():
-  points = [(f'method {i}', 1e6, 50.0 + i / 10, 'clean') for i in range(4)]
-  drawn = scatter.scatter(points, 'a', 'x')
+  points = [(f'method {i}', 1e6, 50.0 + i / 10) for i in range(4)]
+  drawn = scatter.scatter('a', points, 'a', 'x').content
   places = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>method', drawn)
   assert len(set(places)) == 4
 
@@ -76,4 +83,20 @@ def test_long_lines_are_thinned_and_keep_their_gaps():
 def test_pictures_of_any_number_of_channels():
   for channels in (1, 2, 3):
     image = [[[2.0] * channels]]
-    assert embedded.data_uri(image).startswith('data:image/png;base64,')
+    assert images.data_uri(image).startswith('data:image/png;base64,')
+
+
+@pytest.mark.parametrize('scheme', [style._LIGHT, style._DARK])
+def test_words_and_series_stand_out_from_their_ground(scheme):
+  def luminance(colour):
+    levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (
+      v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+      for v in levels
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+  ground = luminance(scheme['ground'])
+  for name in scheme.keys() - {'ground', 'panel', 'line'}:
+    dark, light = sorted([ground, luminance(scheme[name])])
+    assert (light + 0.05) / (dark + 0.05) >= 4.5, name

@@ -1,26 +1,89 @@
-"""The style of every page: light, dark and print, from 360 px up.
+"""The style of pages and pictures: light, dark and print, from 360 px up.
 
 The colours of series are told apart by people of any colour vision (after
 Okabe and Ito, 2008), here darkened for white and lightened for black until
 each has a contrast of 4.5 or more with its ground.
 """
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ground: #ffffff; --panel: #f5f6f8; --ink: #1b1f24; --soft: #57606a;
-  --line: #d5d9de; --clean: #0068a5; --robust: #b84a00; --base: #6a6f76;
-  --third: #00735a; --fourth: #9a3c78; --fifth: #7c6200;
-  --good: #00735a; --bad: #b3261e;
+_COLOURS = {  # on white, on black
+  'ground': ('#ffffff', '#14171b'),
+  'panel': ('#f5f6f8', '#1d2127'),
+  'ink': ('#1b1f24', '#e7eaee'),
+  'soft': ('#57606a', '#a5adb7'),
+  'line': ('#d5d9de', '#383f48'),
+  'clean': ('#0068a5', '#62b5ee'),
+  'robust': ('#b84a00', '#ff9a5c'),
+  'base': ('#6a6f76', '#a4abb4'),
+  'third': ('#00735a', '#3fc7a0'),
+  'fourth': ('#9a3c78', '#e794ca'),
+  'fifth': ('#7c6200', '#dcc04f'),
+  'good': ('#00735a', '#3fc7a0'),
+  'bad': ('#b3261e', '#ff8a80'),
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #14171b; --panel: #1d2127; --ink: #e7eaee; --soft: #a5adb7;
-    --line: #383f48; --clean: #62b5ee; --robust: #ff9a5c; --base: #a4abb4;
-    --third: #3fc7a0; --fourth: #e794ca; --fifth: #dcc04f;
-    --good: #3fc7a0; --bad: #ff8a80;
-  }
+# In place of those on white, where ink costs.
+_ON_PAPER = {
+  'panel': '#ffffff',
+  'ink': '#000000',
+  'soft': '#444444',
+  'line': '#bbbbbb',
 }
+_LIGHT = {name: colours[0] for name, colours in _COLOURS.items()}
+_DARK = {name: colours[1] for name, colours in _COLOURS.items()}
+
+
+def _root(scheme: str, colours: dict[str, str]) -> str:
+  names = ' '.join(f'--{name}: {value};' for name, value in colours.items())
+  return f':root {{ color-scheme: {scheme}; {names} }}\n'
+
+
+_SCHEMES = (
+  _root('light dark', _LIGHT)
+  + '@media (prefers-color-scheme: dark) {\n'
+  + _root('light dark', _DARK)
+  + '}\n'
+)
+_DRAWINGS = """
+svg text {
+  font: 13px system-ui, -apple-system, "Segoe UI", sans-serif;
+  fill: var(--soft);
+}
+svg text.strong { fill: var(--ink); }
+svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .axis { stroke: var(--soft); stroke-width: 1; }
+svg .mark { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 4 3; }
+svg .line { fill: none; stroke: currentColor; stroke-width: 2; }
+svg .line { stroke-linejoin: round; stroke-linecap: round; }
+svg .faint { stroke-width: 1.4; opacity: .65; }
+svg .dashed { stroke-dasharray: 6 4; }
+svg .dotted { stroke-dasharray: 1 5; }
+svg .fill { fill: currentColor; }
+svg .band { fill: currentColor; opacity: .15; }
+svg .hollow { fill: var(--ground); stroke: currentColor; stroke-width: 1.6; }
+svg .span { stroke: currentColor; stroke-width: 2; }
+.c-clean { color: var(--clean); } .c-robust { color: var(--robust); }
+.c-base { color: var(--base); } .c-third { color: var(--third); }
+.c-fourth { color: var(--fourth); } .c-fifth { color: var(--fifth); }
+.good { color: var(--good); } .bad { color: var(--bad); }
+svg text.good, svg text.bad { fill: currentColor; }
+.pixels { image-rendering: pixelated; }
+"""
+
+# The style sheet of a picture in a file of its own.
+PICTURE = (
+  _SCHEMES
+  + _DRAWINGS
+  + """
+svg .ground { fill: var(--ground); }
+svg text.small { font-size: 12px; }
+svg text.title { font-size: 15px; font-weight: 600; fill: var(--ink); }
+"""
+)
+
+# The style sheet of a page.
+PAGE = (
+  _SCHEMES
+  + _DRAWINGS
+  + """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body {
@@ -45,7 +108,7 @@ nav ul {
   display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 0; margin: 0;
   list-style: none; font-size: 14px;
 }
-.cards, .charts, .columns, .twins {
+.cards, .charts, .columns, .examples {
   display: grid; gap: 16px; margin: 12px 0 16px;
 }
 .cards {
@@ -57,7 +120,7 @@ nav ul {
 .columns {
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 160px), 1fr));
 }
-.twins {
+.examples {
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 235px), 1fr));
 }
 .card { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
@@ -93,47 +156,25 @@ code {
   font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; }
-svg text { fill: var(--soft); }
-svg text.strong { fill: var(--ink); }
-svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .axis { stroke: var(--soft); stroke-width: 1; }
-svg .mark { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 4 3; }
-svg .line { fill: none; stroke: currentColor; stroke-width: 2; }
-svg .line { stroke-linejoin: round; stroke-linecap: round; }
-svg .faint { stroke-width: 1.4; opacity: .65; }
-svg .dashed { stroke-dasharray: 6 4; }
-svg .fill { fill: currentColor; }
-svg .band { fill: currentColor; opacity: .15; }
-svg .hollow { fill: var(--ground); stroke: currentColor; stroke-width: 1.6; }
-svg .span { stroke: currentColor; stroke-width: 2; }
-.c-clean { color: var(--clean); } .c-robust { color: var(--robust); }
-.c-base { color: var(--base); } .c-third { color: var(--third); }
-.c-fourth { color: var(--fourth); } .c-fifth { color: var(--fifth); }
-.good { color: var(--good); } .bad { color: var(--bad); }
 .legend {
   display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none;
   margin: 4px 0 0; padding: 0; font-size: 13px;
 }
 .legend li { display: flex; align-items: center; gap: 6px; }
 .legend svg { width: 26px; height: 12px; flex: none; }
-.twin { background: var(--panel); border-radius: 8px; padding: 10px; }
+.example { background: var(--panel); border-radius: 8px; padding: 10px; }
 .trio { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px; }
 .trio img { width: 100%; height: auto; display: block; background: #808080; }
 .trio div { font-size: 12.5px; line-height: 1.35; }
 .trio span { color: var(--soft); display: block; }
-.pixels img { image-rendering: pixelated; }
-@media print {
-  :root {
-    color-scheme: light;
-    --ground: #ffffff; --panel: #ffffff; --ink: #000000; --soft: #444444;
-    --line: #bbbbbb; --clean: #0068a5; --robust: #b84a00; --base: #6a6f76;
-    --third: #00735a; --fourth: #9a3c78; --fifth: #7c6200;
-    --good: #00735a; --bad: #b3261e;
-  }
+"""
+  + '@media print {\n'
+  + _root('light', _LIGHT | _ON_PAPER)
+  + """
   nav, .skip { display: none; }
   .box { overflow: visible; }
-  .card, .twin { border: 1px solid var(--line); break-inside: avoid; }
+  .card, .example { border: 1px solid var(--line); break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
 """
+)

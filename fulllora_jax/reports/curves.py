@@ -1,0 +1,149 @@
+"""The curves of a report: against the step, and against eps."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fulllora_jax.reports.drawing import charts
+from fulllora_jax.reports.drawing.charts import Chart, Line
+
+_MAX_POINTS = 240  # of a line; more than these no screen tells apart
+_MAX_MARKS = 40
+NORMS = {'linf': 'ℓ∞', 'l2': 'ℓ2', 'l1': 'ℓ1'}
+
+
+def learning(
+  history: Sequence[Mapping[str, Any]], best_step: int | None
+) -> Iterator[Chart]:
+  """Yields the loss and the accuracies against the step, where they are known.
+
+  Args:
+    history: rows of metrics.jsonl (`metrics.read_metrics`); a missing or None
+      value leaves a gap.
+    best_step: marked in the charts, where given.
+  """
+  loss = _line(history, 'train', 'loss', 'base', 'training loss')
+  if loss:
+    yield charts.line_chart(
+      'Training loss',
+      [loss],
+      'Training loss against the step',
+      'step',
+      percent=False,
+      marked_x=best_step,
+      legend=False,
+    )
+  accuracies = [
+    line
+    for name in ('clean', 'robust')
+    for kind in ('train', 'validation')
+    if (
+      line := _line(history, kind, f'{name}_accuracy', name, f'{name}, {kind}')
+    )
+  ]
+  if accuracies:
+    yield charts.line_chart(
+      'Accuracy (%)',
+      accuracies,
+      'Accuracy in % against the step',
+      'step',
+      marked_x=best_step,
+    )
+
+
+def learning_note(best_step: int | None) -> str:
+  """Says what the lines of `learning` are."""
+  note = 'Training lines are means over neighbouring rows of metrics.jsonl.'
+  if best_step is not None:
+    note += f' The upright line is step {best_step:,}, the best.'
+  return note
+
+
+def _line(history, kind: str, key: str, colour: str, name: str) -> Line | None:
+  points = [
+    (row['step'], _known(row[key]))
+    for row in history
+    if row.get('kind') == kind and key in row
+  ]
+  if not any(y is not None for _, y in points):
+    return None
+  if key.endswith('accuracy'):
+    points = [(x, None if y is None else 100 * y) for x, y in points]
+  validation = kind == 'validation'
+  if not validation:
+    points = thinned(points, max(len(points) // 40, 1))
+  marked = len(points) == 1 or (validation and len(points) <= _MAX_MARKS)
+  look = '' if validation or key == 'loss' else 'faint dashed'
+  return Line(name, points, colour, look, marked)
+
+
+def _known(value: Any) -> float | None:
+  return None if value is None or not math.isfinite(value) else float(value)
+
+
+def thinned(
+  points: Sequence[tuple[float, float | None]], width: int
+) -> list[tuple[float, float | None]]:
+  """Returns running means over `width` points either side, at most 240.
+
+  A gap stays one; it counts in no mean.
+  """
+  every = math.ceil(len(points) / _MAX_POINTS)
+  kept = []
+  for place in range(0, len(points), every):
+    x, y = points[place]
+    first = max(place - width + 1, 0)
+    near = [v for _, v in points[first : place + width] if v is not None]
+    kept.append((x, y if y is None else sum(near) / len(near)))
+  return kept
+
+
+def against_eps(
+  title: str,
+  lines: Sequence[Line],
+  words: Mapping[float, str],
+  norm: str | None,
+  own_eps: float | None = None,
+) -> Chart:
+  """Draws accuracy against eps.
+
+  Args:
+    title: the words above the chart.
+    lines: those of `eps_line`.
+    words: how each eps of the lines is written.
+    norm: the norm of the threat model, as the config names it.
+    own_eps: the eps of the threat model, marked in the chart where given.
+  """
+  # Between neighbours closer than this the words would touch.
+  width = max(words) / 9
+  shown, last = [], -math.inf
+  for eps in sorted(words):
+    if eps - last >= width:
+      shown.append((eps, words[eps]))
+      last = eps
+  names = ' and '.join(line.name for line in lines)
+  return charts.line_chart(
+    title,
+    lines,
+    f'Accuracy in % of {names} against eps',
+    f'eps ({NORMS.get(norm, "?")}, pixels in [0, 1])',
+    x_marks=shown,
+    marked_x=own_eps,
+  )
+
+
+def eps_line(
+  name: str, records: Sequence[Mapping[str, Any]], colour: str, look: str
+) -> Line:
+  """Returns a line of `against_eps`, shaded by the intervals of its points.
+
+  Args:
+    name: what the legend calls it.
+    records: in any order, each with eps_value, accuracy and interval.
+    colour: a colour of the style sheet.
+    look: '', 'dashed' or 'dotted'.
+  """
+  records = sorted(records, key=lambda record: record['eps_value'])
+  points = [(r['eps_value'], 100 * r['accuracy']) for r in records]
+  band = [(100 * r['interval'][0], 100 * r['interval'][1]) for r in records]
+  return Line(name, points, colour, look, marked=True, band=band)

@@ -1,0 +1,70 @@
+"""A chart of named points, each name where nothing else is."""
+
+from collections.abc import Sequence
+
+from fulllora_jax.reports.drawing import axes, charts
+from fulllora_jax.reports.drawing.axes import LETTER, Scale
+from fulllora_jax.reports.drawing.markup import Markup, join, limited
+
+
+def scatter(
+  title: str,
+  points: Sequence[tuple[str, float, float]],
+  label: str,
+  x_title: str,
+) -> charts.Chart:
+  """Draws points, each with its name where nothing else is.
+
+  Args:
+    title: the words above the chart.
+    points: (name, x, y); x is above 0 and logarithmic, y is in %.
+    label: describes the chart to readers who cannot see it.
+    x_title: the words below the x axis.
+  """
+  xs = [at for _, at, _ in points] or [1.0]
+  low, high = charts.room([value for *_, value in points] or [0.0])
+  x = Scale(min(xs) / 1.8, max(xs) * 1.8, 44, axes.WIDTH - 14, True)
+  y = Scale(low, high, 214, 10)
+  taken = [(x(a) - 5, x(a) + 5, y(v) - 5, y(v) + 5) for _, a, v in points]
+  content = [axes.y_axis(x, y, y.ticks()), axes.x_axis(x, y, None, x_title)]
+  for place, (name, at, value) in enumerate(points):
+    words = f'{name}: {value:.1f} % with {axes.number(at)}'
+    mark = charts.mark(x(at), y(value), 5, words)
+    colour, _ = charts.series_style(place)
+    content.append(charts.coloured(colour, mark))
+    content.append(_name_beside(limited(name, 18), x(at), y(value), taken))
+  return charts.Chart(title, label, 256, join(content))
+
+
+def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
+  """Writes the name of a point where nothing else is, as near as can be.
+
+  Args:
+    name: the words.
+    x: the place of the point.
+    y: the height of the point.
+    taken: boxes (left, right, top, bottom); that of the name is added.
+  """
+  width = LETTER * len(name)
+  places = [
+    (x + side * 9, y + 4 + down)
+    for down in (0, -13, 13, -26, 26, -39, 39, -52, 52, -65, 65)
+    for side in (1, -1)
+  ]
+  boxes = [
+    (at if at > x else at - width, at + width if at > x else at, b - 11, b + 2)
+    for at, b in places
+  ]
+  free = [
+    number
+    for number, box in enumerate(boxes)
+    if box[0] > 40 and box[1] < axes.WIDTH and box[2] > 0 and box[3] < 219
+    if not any(
+      box[0] < t[1] and t[0] < box[1] and box[2] < t[3] and t[2] < box[3]
+      for t in taken
+    )
+  ]
+  chosen = free[0] if free else 0
+  taken.append(boxes[chosen])
+  at, baseline = places[chosen]
+  return axes.text(at, baseline, name, 'start' if at > x else 'end', 'strong')
