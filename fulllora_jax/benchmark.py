@@ -6,7 +6,7 @@
   python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
       --attacks pgd-20,apgd-ce --images 256
   python -m fulllora_jax.benchmark --config configs/digits.py \
-      --to_robustness 0.5 --schedules pgd-10,early_stop,quarter-n_fgsm
+      --to_robustness 0.5 --schedules pgd-10,carry,quarter-n_fgsm
 
 Compile time, seconds of a step, images per second, FLOPs and how much of the
 measured peak they reach, memory, the parts of a step, and whether the input

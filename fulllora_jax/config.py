@@ -14,181 +14,248 @@ from ml_collections import config_dict
 from fulllora_jax.core.errors import UserError
 
 ConfigDict = config_dict.ConfigDict
-WEIGHTS = ('base', 'best', 'last')  # of a run
+WEIGHTS = ('base', 'best', 'last')  # the sets of weights that a run leaves
+# Fields of earlier versions, and the value with which each did nothing. What
+# they did was measured and left out (docs/road.md).
+_REMOVED = {'attack.rise': 0.0, 'attack.early_stop': False}
 
 
 def default() -> ConfigDict:
   """Returns the configuration of the inherited protocol, CIFAR-10 on ViT-B."""
-  c = ConfigDict()
-  c.name = 'cifar10'  # names the report and the default work directory
-  c.seed = 0  # every random number of the run follows from it
-  # fulllora | lnlora | lora | lora_everywhere | adapter | adaptformer | vpt |
-  # bias | layernorm | linear | full | standard (adapters/methods.py)
-  c.method = 'fulllora'
+  config = ConfigDict()
+  config.name = 'cifar10'  # names the report and the default work directory
+  config.seed = 0  # every random number of the run follows from it
+  # What learns: fulllora | lnlora | lora | lora_everywhere | adapter |
+  # adaptformer | vpt | bias | layernorm | linear | full | standard
+  # (adapters/methods.py).
+  config.method = 'fulllora'
+  config.model = _model()
+  config.adapter = _adapter()
+  config.data = _data()
 
-  c.model = m = ConfigDict()
-  # vit_{ti,s,b,l,h}, deit_*, swin_*, ... (models/__init__.py); vit, deit, ...
-  # without a size take it from the fields below.
-  m.name = 'vit_b'
-  m.width = config_dict.placeholder(int)  # overrides of the name's size
-  m.depth = config_dict.placeholder(int)
-  m.num_heads = config_dict.placeholder(int)
-  m.mlp_dim = config_dict.placeholder(int)
-  m.depths = ()  # swin: blocks of each stage
-  m.heads = ()  # swin: heads of each stage
-  m.window = config_dict.placeholder(int)  # swin: side of a window, in tokens
-  m.local_layers = config_dict.placeholder(int)  # convit: blocks with GPSA
-  m.patch_size = 4  # pixels
-  # What follows is the name's, or the checkpoint's, where it is not set.
-  m.pool = ''  # token | mean | mean_norm | token_mean | map (models/vit.py)
-  m.class_token = config_dict.placeholder(bool)
-  m.swiglu = config_dict.placeholder(bool)  # gated MLPs
-  m.act = ''  # gelu (exact) | gelu_tanh | quick_gelu
-  m.epsilon = config_dict.placeholder(float)  # of the model's own norms
-  m.mean = ()  # normalisation (x - mean) / std of [0, 1] pixels,
-  m.std = ()  # one value for each channel, or one for all
-  # Memory for time: none | blocks (recompute each) | dots (keep what linear
-  # maps gave). It changes no number.
-  m.remat = 'none'
-  # '': cuDNN's fused kernel in bfloat16 on a GPU, XLA elsewhere; xla | cudnn.
-  m.attention = ''
-  m.dropout = 0.0  # training forward only, never in an attack
-  m.dtype = 'float32'  # compute: float32 | bfloat16; attack state is float32
+  config.threat = threat = ConfigDict()
+  # The ball around an image: linf | l2; evaluations know l1 too.
+  threat.norm = 'linf'
+  # The radius of the ball in pixels of [0, 1], a number or a fraction as text;
+  # at least 0, for linf at most 1.
+  threat.eps = '8/255'
 
-  c.adapter = a = ConfigDict()
-  # Roles of the model's LINEAR_MAPS, or regular expressions of module paths;
-  # (): the method's own (docs/methods.md), in fulllora all roles but the head.
-  a.targets = ()
-  a.rank = 24  # 4.9 % of ViT-B; 1..min(d_in, d_out)
-  a.alpha = 24.0  # the branch is scaled by alpha / rank
-  a.layer_norm = True  # False: plain LoRA
-  a.epsilon = 1e-6  # of the LayerNorm
-  # For one target: 'patch_embed.layer_norm=False', 'query.rank=4', ... Those
-  # of a role that the method does not adapt have no effect.
-  a.overrides = ()
-  a.prompts = 10  # vpt: learned tokens for each block
-  a.head = 'train'  # train (in full) | frozen | lnlora
-  a.dtype = 'float32'  # of the adapter's parameters
+  config.attack = _attack()
+  config.objective = objective = ConfigDict()  # the outer loss
+  # pgd_at | trades | mart; the last two start the attack near the image, and
+  # trades gives it a loss of its own (training/objectives.py).
+  objective.name = 'pgd_at'
+  objective.beta = 6.0  # trades, mart: weight of the divergence, at least 0
+  # The share of each label that the cross entropy spreads over all classes, in
+  # [0, 1); 0: off. Not for mart.
+  objective.label_smoothing = 0.0
 
-  c.data = d = ConfigDict()
-  d.name = 'cifar10'  # a tfds name, or folder:/path/to/images
-  d.dir = ''  # '': $TFDS_DATA_DIR, then ~/tensorflow_datasets
-  d.image_size = 32  # pixels; other images are resized and centre-cropped
-  d.train_split = 'train'
-  d.test_split = ''  # '': test, or validation where there is no test
-  d.validation_fraction = 0.02  # of the train split, held out
-  d.seed = config_dict.placeholder(int)  # of what is held out; None: seed
-  d.cache = 'auto'  # memory | stream | auto (memory up to 4 GiB)
-  d.on_broken = 'refuse'  # an unreadable image of a folder: refuse | skip
-  d.prepare = True  # prepare (download) a missing set on first use
+  # Weights are perturbed before each gradient is taken (training/awp.py).
+  config.awp = awp = ConfigDict()
+  # The size relative to each leaf's norm, in [0, 1), such as 0.005; 0: off.
+  awp.gamma = 0.0
+  awp.warmup = 0.0  # fraction of training before it starts, in [0, 1)
 
-  c.threat = t = ConfigDict()
-  t.norm = 'linf'  # linf | l2, in [0, 1] pixels; evaluations know l1 too
-  t.eps = '8/255'
+  # The average of the leaves that learn, which is then validated and published.
+  config.ema = ema = ConfigDict()
+  ema.decay = 0.0  # share that a step keeps, in [0, 1), such as 0.999; 0: off
 
-  c.attack = k = ConfigDict()  # the inner maximisation
-  # pgd | fgsm_rs | n_fgsm: the last two, for linf, make one step of a size of
+  config.augment = _augment()
+  config.optimizer = sgd()
+  config.schedule = step_decay()
+  config.train = _train(epochs=40.0, batch_size=64)
+  config.mesh = mesh = ConfigDict()
+  # How many devices share one copy of the frozen base; divides their number.
+  mesh.fsdp = 1
+  mesh.shard_from = 2**18  # arrays of fewer elements are copied to all devices
+  config.base = _base()
+  config.eval = _eval()
+  config.log = log = ConfigDict()
+  log.tensorboard = True  # event files, where clu and TensorFlow are installed
+  return config
+
+
+def _model() -> ConfigDict:
+  model = ConfigDict()
+  # vit_{ti,s,b,l,h}, deit_*, swin_*, ... (models/__init__.py); vit, deit, swin
+  # and convit have no size and take it from the fields below.
+  model.name = 'vit_b'
+  # The size of the model; None: that of its name.
+  model.width = config_dict.placeholder(int)  # length of a token
+  model.depth = config_dict.placeholder(int)  # number of blocks
+  model.num_heads = config_dict.placeholder(int)  # divides the width
+  model.mlp_dim = config_dict.placeholder(int)  # hidden width of the MLPs
+  model.depths = ()  # swin: number of blocks of each stage
+  model.heads = ()  # swin: number of heads of each stage
+  model.window = config_dict.placeholder(int)  # swin: side in tokens
+  # convit: how many of the first blocks have gated positional self-attention.
+  model.local_layers = config_dict.placeholder(int)
+  model.patch_size = 4  # side in pixels; divides data.image_size
+  # Where the following are empty or None, the name or the checkpoint decides.
+  # How tokens become one vector: token | mean | mean_norm | token_mean | map.
+  model.pool = ''
+  model.class_token = config_dict.placeholder(bool)  # whether there is one
+  model.swiglu = config_dict.placeholder(bool)  # whether the MLPs are gated
+  model.act = ''  # gelu (exact) | gelu_tanh | quick_gelu
+  # Added to the variance in the model's own norms, above 0.
+  model.epsilon = config_dict.placeholder(float)
+  # Pixels of [0, 1] are normalised as (x - mean) / std, with one value for each
+  # channel or one for all; std is above 0.
+  model.mean = ()
+  model.std = ()
+  # What the backward pass computes again to save memory: none | blocks | dots
+  # (all but the outputs of linear maps). It changes no number.
+  model.remat = 'none'
+  # How attention is computed: '' (cuDNN's fused kernel in bfloat16 on a GPU,
+  # XLA elsewhere) | xla | cudnn.
+  model.attention = ''
+  # The probability with which the training forward pass drops an activation,
+  # in [0, 1); an attack drops none.
+  model.dropout = 0.0
+  # What is computed in: float32 | bfloat16; attacked images are float32.
+  model.dtype = 'float32'
+  return model
+
+
+def _adapter() -> ConfigDict:
+  adapter = ConfigDict()
+  # Which linear maps get a branch: roles of the model's LINEAR_MAPS, or regular
+  # expressions of module paths. (): what the method says (docs/methods.md); in
+  # fulllora all roles but the head.
+  adapter.targets = ()
+  adapter.rank = 24  # 1..min(d_in, d_out) of each map; 24 is 4.9 % of ViT-B
+  adapter.alpha = 24.0  # a branch is multiplied by alpha / rank
+  adapter.layer_norm = True  # of a branch's input; False: plain LoRA
+  adapter.epsilon = 1e-6  # added to the variance in that norm, above 0
+  # Fields of one target that differ: 'patch_embed.layer_norm=False',
+  # 'query.rank=4', ...; without effect for roles that the method leaves alone.
+  adapter.overrides = ()
+  adapter.prompts = 10  # vpt: learned tokens for each block, at least 1
+  # The classification head: train (all of it) | frozen | lnlora (a branch).
+  adapter.head = 'train'
+  adapter.dtype = 'float32'  # of the adapter's parameters: float32 | bfloat16
+  return adapter
+
+
+def _data() -> ConfigDict:
+  data = ConfigDict()
+  data.name = 'cifar10'  # a data set of tfds, or folder:/path/to/images
+  data.dir = ''  # of data sets; '': $TFDS_DATA_DIR, then ~/tensorflow_datasets
+  # The side of the square images in pixels; images of another size are resized
+  # and cropped around their centre.
+  data.image_size = 32
+  data.train_split = 'train'
+  data.test_split = ''  # '': test, or validation where there is no test
+  data.validation_fraction = 0.02  # of the train split, held out; in (0, 1)
+  # Chooses the images that are held out; None: config.seed.
+  data.seed = config_dict.placeholder(int)
+  # Where decoded images are kept: memory | stream (nowhere) | auto (memory up
+  # to 4 GiB).
+  data.cache = 'auto'
+  data.on_broken = 'refuse'  # an unreadable image of a folder: refuse | skip
+  data.prepare = True  # whether to download and prepare a set that is missing
+  return data
+
+
+def _attack() -> ConfigDict:
+  """The inner maximisation: the attack that is trained against."""
+  attack = ConfigDict()
+  # pgd | fgsm_rs | n_fgsm. The last two, for linf, make one step of a size of
   # their own from a random start, whatever steps and step_size say
   # (attacks/single_step.py).
-  k.name = 'pgd'
-  k.steps = 10
-  k.step_size = '2/255'
-  k.loss = 'ce'  # ce | margin | dlr
-  k.random_start = True
-  k.restarts = 1
-  k.eps_warmup = 0.0  # fraction of training over which eps rises from 0
-  # Fraction of training over which the number of steps rises from 1; while n
-  # are made, their size is at least 1.25 eps / n (inner_attack.py).
-  k.rise = 0.0
-  # Steps a misclassified image no further (attacks/early_stop.py).
-  k.early_stop = False
-  # Begins at the end of the attack on the same example an epoch before, in
-  # place of a random point, cropped and flipped as the example is; for linf.
-  # N x H x W x C bytes on every device.
-  k.carry = False
-  # Fraction of training over which what an attack may use rises to all of it:
-  # the attention's gradient (ARD), the patches (PRM); 0: off (ard_prm.py).
-  k.ard = 0.0
-  k.prm = 0.0
+  attack.name = 'pgd'
+  attack.steps = 10  # at least 1
+  # In pixels of [0, 1], a number or a fraction as text, above 0.
+  attack.step_size = '2/255'
+  attack.loss = 'ce'  # what the attack raises: ce | margin | dlr
+  attack.random_start = True  # False: PGD starts at the image
+  attack.restarts = 1  # starts of PGD, at least 1; the strongest end is kept
+  attack.eps_warmup = 0.0  # fraction of training over which eps rises, [0, 1]
+  # Whether to begin where the attack on the same example ended an epoch before,
+  # cropped and flipped as the example is; for linf. It takes N x H x W x C
+  # bytes on every device (training/carry.py).
+  attack.carry = False
+  # The fraction of training over which what the attack may use rises to all, in
+  # [0, 1]; 0: off. ard: the gradient through attention; prm: the patches
+  # (training/ard_prm.py).
+  attack.ard = 0.0
+  attack.prm = 0.0
+  return attack
 
-  c.objective = j = ConfigDict()  # the outer loss (objectives.py)
-  # pgd_at | trades | mart; the last two bring a start of the attack, trades a
-  # loss of it too.
-  j.name = 'pgd_at'
-  j.beta = 6.0  # trades, mart: weight of the divergence
-  j.label_smoothing = 0.0  # of the cross entropy; not of mart
 
-  c.awp = ConfigDict()  # weights perturbed before each gradient (awp.py)
-  c.awp.gamma = 0.0  # relative to each leaf's norm, e.g. 0.005; 0: off
-  c.awp.warmup = 0.0  # fraction of training before it starts
+def _augment() -> ConfigDict:
+  """What is done to images on the device, before they are attacked."""
+  augment = ConfigDict()
+  # Pixels of zeros around an image, from which a window is cut; 0: no crop.
+  augment.crop_padding = 4
+  augment.flip = True  # mirrors an image left to right, with probability 1/2
+  # The shares of a mixture of two images are drawn from Beta(a, a), where a is
+  # at least 0; 0: off.
+  augment.mixup = 0.8
+  augment.cutmix = 1.0
+  # The probability with which a batch is mixed, by mixup or cutmix, in [0, 1].
+  augment.mix_probability = 0.3
+  return augment
 
-  c.ema = ConfigDict()  # of the leaves that learn: validated and published
-  c.ema.decay = 0.0  # e.g. 0.999; 0: off
 
-  c.augment = u = ConfigDict()  # on the device, before the attack
-  u.crop_padding = 4  # pixels of zeros; 0: no crop
-  u.flip = True
-  u.mixup = 0.8  # Beta parameter; 0: off
-  u.cutmix = 1.0
-  u.mix_probability = 0.3  # of mixing a batch, by mixup or cutmix
+def _train(epochs: float, batch_size: int) -> ConfigDict:
+  train = ConfigDict()
+  train.epochs = epochs  # the length of training, above 0
+  train.steps = config_dict.placeholder(int)  # takes the place of epochs
+  # Images of a step on all devices together, in `accumulate` parts one after
+  # another, which saves memory; the devices must divide a part.
+  train.batch_size = batch_size
+  train.accumulate = 1
+  train.log_every = 50  # steps between two lines of metrics
+  train.eval_every = 1000  # steps between two validations, which choose `best`
+  train.checkpoint_every = 500  # steps between two training checkpoints
+  train.keep = 3  # the newest training checkpoints, at least 1
+  # Steps with a loss or gradient that is not finite, before the run stops.
+  train.max_skipped = 10
+  return train
 
-  c.optimizer = sgd()
-  c.schedule = step_decay()
-  c.train = ConfigDict()
-  c.train.epochs = 40.0
-  c.train.steps = config_dict.placeholder(int)  # instead of epochs
-  c.train.batch_size = 64  # global, whatever the number of devices
-  c.train.accumulate = 1  # microbatches a step, to save memory
-  c.train.log_every = 50  # steps
-  c.train.eval_every = 1000  # steps; validation, which chooses `best`
-  c.train.checkpoint_every = 500  # steps
-  c.train.keep = 3  # newest training checkpoints kept
-  c.train.max_skipped = 10  # steps with a NaN loss or gradient, then stop
 
-  c.mesh = ConfigDict()
-  c.mesh.fsdp = 1  # devices that share one copy of the frozen base
-  c.mesh.shard_from = 2**18  # elements; smaller arrays are copied to all
-
-  c.base = b = ConfigDict()
-  # train: first train it here by method `standard`, with what follows;
-  # scratch: no base (methods full and standard); a run's work directory; or a
-  # published checkpoint: a file or folder, hf-hub:owner/name[@revision], or
-  # https://...#sha256=... (pretrained/sources.py).
-  b.source = 'train'
+def _base() -> ConfigDict:
+  """The frozen model beneath the adapter, and how to train it where needed."""
+  base = ConfigDict()
+  # train: it is trained first, by method `standard` and the recipe below;
+  # scratch: there is none (methods full and standard); the work directory of a
+  # run; or a published checkpoint: a file or folder,
+  # hf-hub:owner/name[@revision], or https://...#sha256=... (pretrained/).
+  base.source = 'train'
   # Of the frozen kernels in memory: float32 | bfloat16, which needs model.dtype
-  # bfloat16 and changes no number (each call would cast them anyway).
-  b.dtype = 'float32'
-  b.patch_resize = 'sum'  # to another patch size: sum | flexi | interpolate
-  # Row of a published head for each class, -1 for a new one; (): a new head
-  # unless there are as many classes.
-  b.label_map = ()
-  b.optimizer = adamw(learning_rate=1e-3, weight_decay=0.05)
-  b.schedule = cosine(warmup=0.05)
-  b.augment = ConfigDict(u.to_dict())
-  b.train = ConfigDict(c.train.to_dict())
-  b.train.epochs = 100.0
-  b.train.batch_size = 512
+  # bfloat16 and changes no number, for each call would cast them anyway.
+  base.dtype = 'float32'
+  base.patch_resize = 'sum'  # to another patch size: sum | flexi | interpolate
+  # The row of the published head for each class, -1 for a new one; (): all rows
+  # where there are as many classes, and else a new head.
+  base.label_map = ()
+  base.optimizer = adamw(learning_rate=1e-3, weight_decay=0.05)
+  base.schedule = cosine(warmup=0.05)
+  base.augment = _augment()
+  base.train = _train(epochs=100.0, batch_size=512)
+  return base
 
-  c.eval = e = ConfigDict()
-  # name[-steps]; autoattack and its attacks too (attacks/named.py)
-  e.attacks = ('clean', 'fgsm', 'pgd-20', 'cw_linf-20')
-  e.weights = ()  # of base, best, last; (): all there are
-  e.step_size = '2/255'
-  e.restarts = 1
-  e.batch_size = 256
-  e.num_examples = 0  # of the test split, chosen by the seed; 0: all
-  e.validation_attack = 'pgd-10'
-  e.validation_examples = 1000  # at most; 0: all
-  # Attacks a few hundred more images for report.html: what follows, the most
-  # and least robust images, and what the adapter changed.
-  e.closer_look = True
-  # Multiples of eps at which report.html shows robust accuracy, by the
-  # validation attack on 256 test images at most; (): not at all.
-  e.radii = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
-  c.log = ConfigDict()
-  c.log.tensorboard = True  # event files, where clu and TensorFlow are there
-  return c
+def _eval() -> ConfigDict:
+  """What is attacked after training, and by which attacks."""
+  evaluation = ConfigDict()
+  # name[-steps]; autoattack and its attacks too (attacks/named.py).
+  evaluation.attacks = ('clean', 'fgsm', 'pgd-20', 'cw_linf-20')
+  evaluation.weights = ()  # of base, best and last; (): all there are
+  evaluation.step_size = '2/255'  # of pgd and cw_linf, as attack.step_size
+  evaluation.restarts = 1  # random starts of pgd and cw_linf, at least 1
+  evaluation.batch_size = 256  # images on all devices together
+  evaluation.num_examples = 0  # of the test split, chosen by the seed; 0: all
+  evaluation.validation_attack = 'pgd-10'  # chooses `best`; no ensemble
+  evaluation.validation_examples = 1000  # the most that it attacks; 0: all
+  # Whether to attack a few hundred more images for report.html: the sweep of
+  # eps below, the most and least robust images, and what the adapter changed.
+  evaluation.closer_look = True
+  # Multiples of eps, above 0, at which report.html shows the robust accuracy
+  # under the validation attack, on at most 256 test images; (): none.
+  evaluation.radii = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+  return evaluation
 
 
 def sgd(learning_rate: float = 0.1, weight_decay: float = 1e-4) -> ConfigDict:
@@ -202,15 +269,19 @@ def adamw(learning_rate: float, weight_decay: float = 1e-4) -> ConfigDict:
 
 
 def _optimizer(name, learning_rate, weight_decay):
-  o = ConfigDict()
-  o.name = name  # sgd | adamw
-  o.learning_rate = float(learning_rate)
-  o.weight_decay = float(weight_decay)
-  o.momentum = 0.9  # sgd
-  o.b1 = 0.9  # adamw
-  o.b2 = 0.999  # adamw
-  o.clip = 1.0  # global norm of the trainable gradient; 0: off
-  return o
+  optimizer = ConfigDict()
+  optimizer.name = name  # sgd | adamw
+  # The learning rate after the warm-up, before it decays; above 0.
+  optimizer.learning_rate = float(learning_rate)
+  optimizer.weight_decay = float(weight_decay)  # at least 0
+  optimizer.momentum = 0.9  # sgd, in [0, 1)
+  # adamw: decay of the averages of the gradient and of its square, in [0, 1).
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.999
+  # The most that the norm of the gradient of all leaves together may be; 0: no
+  # limit.
+  optimizer.clip = 1.0
+  return optimizer
 
 
 def step_decay() -> ConfigDict:
@@ -224,12 +295,15 @@ def cosine(warmup: float = 0.0) -> ConfigDict:
 
 
 def _schedule(name, warmup):
-  s = ConfigDict()
-  s.name = name  # constant | step | cosine
-  s.warmup = float(warmup)  # fraction of training, lr rises from 0
-  s.boundaries = (35 / 40, 38 / 40)  # step: fractions of training, and
-  s.factors = (0.1, 0.01)  # the factor of the learning rate after each
-  return s
+  schedule = ConfigDict()
+  schedule.name = name  # constant | step | cosine
+  # The fraction of training over which the learning rate rises, in [0, 1].
+  schedule.warmup = float(warmup)
+  # step: the fractions of training at which the learning rate changes, rising
+  # from warmup to 1, and by what its peak is multiplied from each of them on.
+  schedule.boundaries = (35 / 40, 38 / 40)
+  schedule.factors = (0.1, 0.01)
+  return schedule
 
 
 def copy(config: ConfigDict) -> ConfigDict:
@@ -250,8 +324,11 @@ def as_plain(config: ConfigDict) -> dict[str, Any]:
 def from_mapping(values: Mapping[str, Any]) -> ConfigDict:
   """Reads back what `to_json` wrote, strictly.
 
+  A field that this version no longer has is dropped where it was off.
+
   Raises:
-    UserError: if a field is unknown here, naming it, or of another type.
+    UserError: a field is unknown or of another type, or one that this version
+      no longer has was on; the message names it.
   """
   config = default()
   try:
@@ -263,15 +340,26 @@ def from_mapping(values: Mapping[str, Any]) -> ConfigDict:
 
 def _fill(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
   for key, value in values.items():
-    if key not in config:
+    if f'{prefix}{key}' in _REMOVED:
+      _check_was_off(f'{prefix}{key}', value)
+    elif key not in config:
       raise UserError(
         f'saved config: unknown field {prefix}{key}; it was written by '
         'another version of fulllora_jax'
       )
-    if isinstance(value, Mapping):
+    elif isinstance(value, Mapping):
       _fill(config[key], value, f'{prefix}{key}.')
     else:
       config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _check_was_off(field: str, value: Any) -> None:
+  if value != _REMOVED[field]:
+    raise UserError(
+      f'saved config: {field} is {value}, but this version of fulllora_jax has '
+      f'no {field} any more (docs/road.md has what it gave); use the version '
+      'that wrote it'
+    )
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:

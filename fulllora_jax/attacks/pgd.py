@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses
-from fulllora_jax.attacks.early_stop import ascend_until_broken
 from fulllora_jax.attacks.hooks import PLAIN, Hooks, LogitsFn
 from fulllora_jax.attacks.threat import Threat
 
@@ -76,7 +75,6 @@ def counted_pgd(
   restarts: int = 1,
   loss: str | losses.Loss = 'ce',
   random_start: bool = True,
-  early_stop: bool = False,
   start: jax.Array | None = None,
   near: float = 0.0,
   target: jax.Array | None = None,
@@ -95,8 +93,6 @@ def counted_pgd(
     restarts: likewise.
     loss: likewise, or a function of (logits, target) to [B].
     random_start: likewise.
-    early_stop: steps an image no further once it is misclassified
-      (early_stop.py).
     start: where to begin, [B, H, W, C] in the ball and the box, in place of a
       random point.
     near: deviation of normal noise, the random point being x with it; 0: a
@@ -129,20 +125,6 @@ def counted_pgd(
       fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
       begin = _random_start(threat, fold_in(keys, restart), x, near)
     first = restart * steps  # of the hooks' steps
-    if early_stop:
-      return ascend_until_broken(
-        logits_fn,
-        loss_fn,
-        x,
-        begin,
-        labels,
-        threat,
-        steps=steps,
-        step_size=step_size,
-        target=target,
-        hooks=hooks,
-        number=first,
-      )
 
     def ascend_again(i, x_adv):
       return ascend(first + i, x_adv)

@@ -127,27 +127,6 @@ def fetching(apply: Callable, mesh: Mesh) -> Callable:
   return fetched
 
 
-def spreading(apply: Callable, mesh: Mesh) -> Callable:
-  """Makes a model compute each batch on all devices.
-
-  The step's own batch is spread already. What is packed from it is not: left
-  to itself XLA would compute all of it on every device.
-
-  Args:
-    apply: (variables, images, **kwargs) -> logits.
-    mesh: of all devices.
-  """
-  if mesh.size == 1:
-    return apply
-  spread = batch_sharded(mesh)
-
-  def spread_out(variables, images, **kwargs):
-    images = jax.lax.with_sharding_constraint(images, spread)
-    return apply(variables, images, **kwargs)
-
-  return spread_out
-
-
 def fetch(variables: Any, x: jax.Array) -> Any:
   """Fetches variables once `x` is there; as they are where none is split.
 

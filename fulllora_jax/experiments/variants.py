@@ -156,8 +156,14 @@ def fast(config: ConfigDict) -> ConfigDict:
   1.25 eps). docs/road.md has what that gave, and what else was tried.
   """
   config.name += '-fast'
-  config.attack.update(steps=2, carry=True)
-  eps, *divisor = config.threat.eps.split('/')  # 8/255 stays readable
-  step_size = f'{float(eps) * STEP / 2:g}'
-  config.attack.step_size = '/'.join((step_size, *divisor))
+  config.attack.carry = True
+  few_steps(config, 2)
   return config
+
+
+def few_steps(config: ConfigDict, steps: int) -> None:
+  """Lets PGD make a few steps, each as long as crosses the ball in all."""
+  eps, *divisor = config.threat.eps.split('/')  # 8/255 stays readable
+  step_size = f'{float(eps) * STEP / steps:g}'
+  config.attack.steps = steps
+  config.attack.step_size = '/'.join((step_size, *divisor))

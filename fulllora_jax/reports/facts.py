@@ -104,8 +104,7 @@ def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if _field(config, 'objective.name') != 'trades':  # which has its own
       names += ['attack.loss']
     if _field(config, 'attack.name') in (None, 'pgd'):  # else they are unused
-      names += ['attack.steps', 'attack.step_size', 'attack.rise']
-      names += ['attack.early_stop', 'attack.carry']
+      names += ['attack.steps', 'attack.step_size', 'attack.carry']
   names += [
     'optimizer.name',
     'optimizer.learning_rate',

@@ -61,8 +61,6 @@ def make_algorithm(
       random_start=config.attack.random_start,
       eps_warmup=config.attack.eps_warmup,
       total_steps=steps,
-      rise=config.attack.rise,
-      early_stop=config.attack.early_stop,
       carry=config.attack.carry,
       near=objectives.NEAR if own_start else 0.0,
       warmup=_warmup(config, steps),

@@ -126,7 +126,6 @@ def _check_attack(config: ConfigDict) -> None:
   check_positive('attack.steps', config.attack.steps)
   check_positive('attack.restarts', config.attack.restarts)
   check_fraction('attack.eps_warmup', config.attack.eps_warmup)
-  check_fraction('attack.rise', config.attack.rise)
   choose('attack.name', config.attack.name, ATTACKS)
   if config.attack.name != 'pgd':
     _check_single_step(config)
@@ -155,8 +154,7 @@ def _check_single_step(config: ConfigDict) -> None:
       f'attack.name {attack.name} always starts at a random point, but '
       'attack.random_start is False; give attack.name pgd'
     )
-  several = (('rise', 0.0), ('early_stop', False), ('carry', False))
-  for field, off in (*several, ('restarts', 1)):
+  for field, off in (('carry', False), ('restarts', 1)):
     if attack[field] != off:
       raise UserError(
         f'attack.name {attack.name} makes one step from one start, but '

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.attacks.hooks import PLAIN
 from fulllora_jax.attacks.pgd import counted_pgd
-from fulllora_jax.attacks.single_step import STEP, fgsm_rs, n_fgsm
+from fulllora_jax.attacks.single_step import fgsm_rs, n_fgsm
 from fulllora_jax.training import optim
 from fulllora_jax.training.ard_prm import Warmup
 
@@ -33,8 +33,6 @@ class InnerAttack:
     eps_warmup: fraction of training over which eps and step size rise from 0.
     total_steps: of the training.
     name: of ATTACKS.
-    rise: fraction of training over which the steps of PGD rise from 1.
-    early_stop: of PGD (attacks/early_stop.py).
     carry: whether PGD begins where it ended when the example was seen last
       (Zheng et al., 2020, arXiv 1912.11969), the first time at x.
     near: deviation of the normal noise that PGD begins with, in place of a
@@ -51,8 +49,6 @@ class InnerAttack:
   eps_warmup: float
   total_steps: int
   name: str = 'pgd'
-  rise: float = 0.0
-  early_stop: bool = False
   carry: bool = False
   near: float = 0.0
   warmup: Warmup | None = None
@@ -93,7 +89,6 @@ class InnerAttack:
     if self.name != 'pgd':
       attack = _SINGLE_STEP[self.name]
       return attack(keys, logits_fn, x, labels, threat, loss=self.loss), 1
-    steps, step_size = self._steps(step)
     start = None
     if deltas is not None:
       start = threat.project(x, x + deltas * (self.threat.eps / _LEVELS))
@@ -109,12 +104,11 @@ class InnerAttack:
       x,
       labels,
       threat,
-      steps=steps,
-      step_size=step_size * factor,
+      steps=self.steps,
+      step_size=self.step_size * factor,
       restarts=self.restarts,
       loss=loss,
       random_start=self.random_start,
-      early_stop=self.early_stop,
       start=start,
       near=self.near,
       target=target,
@@ -125,15 +119,3 @@ class InnerAttack:
     """Returns x_adv - x as `deltas`, to half of eps / 127."""
     levels = (x_adv - x) * (_LEVELS / self.threat.eps)
     return jnp.round(levels).astype(jnp.int8)
-
-  def _steps(self, step) -> tuple[jax.Array | int, jax.Array | float]:
-    """Returns how many steps PGD makes now, and their size in a full ball.
-
-    A few steps have to cross the ball all the same: n of them make at least
-    1.25 eps, which for one step is that of FGSM-RS.
-    """
-    if not self.rise:
-      return self.steps, self.step_size
-    rising = max(1, round(self.rise * self.total_steps))
-    steps = jnp.minimum(self.steps, 1 + (self.steps - 1) * step // rising)
-    return steps, jnp.maximum(self.step_size, STEP * self.threat.eps / steps)

@@ -64,8 +64,8 @@ class Alarm:
         f'step {step}: catastrophic overfitting: {label} on validation images '
         f'fell to {score:.1%} from {best:.1%}, while {self.attack} in training '
         f'leaves {mean:.1%}; train with more steps, attack.name=pgd with '
-        'attack.rise=0.8 or attack.rise=0, or a lower '
-        'optimizer.learning_rate; `best` is from before it'
+        'attack.steps=10, or a lower optimizer.learning_rate; `best` is from '
+        'before it'
       )
     self._rings = collapsed
     return {FLAG: float(collapsed), 'train_robust_accuracy': mean}

@@ -286,10 +286,6 @@ def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> Callable:
   algorithm = dataclasses.replace(
     algorithm, apply=mesh_lib.fetching(algorithm.apply, mesh)
   )
-  if algorithm.attack is not None and algorithm.attack.early_stop:
-    algorithm = dataclasses.replace(
-      algorithm, apply=mesh_lib.spreading(algorithm.apply, mesh)
-    )
   options = None
   if algorithm.remat != 'none' and mesh.devices.flat[0].platform == 'cpu':
     # XLA's CPU compiler drops what holds the recomputing back, and then does

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from fulllora_jax import config as config_lib
+from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh
 from fulllora_jax.experiments.race import results, schedules
@@ -52,7 +53,7 @@ def test_passes_and_steps_are_those_of_the_schedules(raced):
   assert (plain['steps'], half['steps']) == (4, 2)
   assert plain['passes'] == 4 * 16 * 11
   assert half['passes'] == 2 * 16 * 2
-  assert carry['passes'] == 16 * (2 + 3 * 3)  # PGD-2, from the second step on
+  assert carry['passes'] == 4 * 16 * 3  # PGD-2
   assert [p['step'] for p in plain['curve']] == [0, 2, 4]
   assert [p['passes'] for p in half['curve']] == [0, 32, 64]
   assert plain['curve'][0]['robust'] == half['curve'][0]['robust']  # the base
@@ -135,6 +136,14 @@ def test_every_schedule_is_a_valid_config(name, race_config, digits):
   checks.validate(own, 1)
   assert own.train.steps == round(4 * schedules.SCHEDULES[name].length)
   assert race_config.attack.steps == 2
+
+
+@pytest.mark.parametrize('name, steps', [('carry', 2), ('carry-1', 1)])
+def test_a_few_steps_cross_the_ball(name, steps, race_config, digits):
+  own = schedules.changed(race_config, digits, name)
+  length = parse_fraction(own.attack.step_size) * own.attack.steps
+  assert own.attack.steps == steps
+  assert length == pytest.approx(1.25 * parse_fraction(own.threat.eps))
 
 
 @pytest.mark.parametrize(

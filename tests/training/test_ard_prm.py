@@ -13,7 +13,6 @@ from test_train_step import ATTACK, BATCH, ROOT_KEY, TOY, toy, toy_step
 from fulllora_jax import models
 from fulllora_jax.adapters import adapted
 from fulllora_jax.attacks import losses
-from fulllora_jax.attacks.early_stop import ascend_until_broken
 from fulllora_jax.attacks.hooks import Hooks
 from fulllora_jax.attacks.pgd import counted_pgd
 from fulllora_jax.training.ard_prm import Warmup, gated, kept_patches
@@ -221,7 +220,7 @@ def test_the_draw_is_the_same_however_a_batch_is_split(parts):
   )
 
 
-def test_hooks_are_told_the_step_over_restarts_and_of_an_early_stop():
+def test_hooks_are_told_the_step_over_restarts():
   seen = []
 
   def logits(logits_fn, x_adv, t):
@@ -236,36 +235,3 @@ def test_hooks_are_told_the_step_over_restarts_and_of_an_early_stop():
   counted_pgd(keys, linear, X, Y, ATTACK.threat, restarts=2, **options)
   jax.effects_barrier()
   assert seen == [0, 1, 2, 3]
-  seen.clear()
-  ascend_until_broken(
-    lambda x: 9.0 * jax.nn.one_hot(Y, 4)[: len(x)] + x.mean(),  # never broken
-    losses.cross_entropy,
-    X,
-    X,
-    Y,
-    ATTACK.threat,
-    number=5,
-    **options,
-  )
-  jax.effects_barrier()
-  assert seen == [5, 6]
-
-
-def test_an_early_stop_keeps_the_masked_point_that_broke():
-  def bright(x):  # class 0 while any pixel is above where it was
-    high = (x - X[: len(x)]).max(axis=(1, 2, 3))
-    return jnp.stack([high - 0.01, jnp.zeros_like(high)], axis=1)
-
-  found, passes = ascend_until_broken(
-    bright,
-    losses.cross_entropy,
-    X,
-    jnp.clip(X + 0.1, 0, 1),
-    jnp.zeros(8, int),
-    ATTACK.threat,
-    steps=3,
-    step_size=0.05,
-    hooks=Hooks(begin=lambda x, x_adv, t: x),  # all is masked
-  )
-  np.testing.assert_array_equal(found, X)
-  assert passes == 1

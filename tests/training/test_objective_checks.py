@@ -21,7 +21,7 @@ def changed(fields):
 @pytest.mark.parametrize(
   'fields',
   [
-    _TRADES | {'attack.early_stop': True, 'attack.restarts': 2},
+    _TRADES | {'attack.restarts': 2},
     _TRADES | {'train.accumulate': 2, 'objective.label_smoothing': 0.1},
     _MART | {'attack.loss': 'margin', 'attack.random_start': False},
     _MART | {'attack.name': 'n_fgsm', 'eval.attacks': ('clean',)},

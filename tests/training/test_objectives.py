@@ -10,7 +10,7 @@ import pytest
 from test_train_step import ATTACK, BATCH, ROOT_KEY, TOY, toy, toy_step
 
 from fulllora_jax import config
-from fulllora_jax.attacks import Threat, losses
+from fulllora_jax.attacks import Threat
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.training import objectives
 from fulllora_jax.training.inner_attack import KL
@@ -226,24 +226,3 @@ def test_a_step_counts_the_clean_pass_and_may_be_split(options):
       whole,
       other,
     )
-
-
-def test_an_early_stop_of_trades_follows_the_divergence_to_the_error():
-  early = dataclasses.replace(TRADES['attack'], steps=6, early_stop=True)
-  x = jnp.asarray(BATCH['image']) / 255
-  logits_fn = functools.partial(toy, TOY)
-  labels = logits_fn(x).argmax(axis=1)
-  keys = jax.random.split(ROOT_KEY, 8)
-  found, passes = early(keys, logits_fn, x, labels, jnp.int32(0))
-  points = [
-    dataclasses.replace(early, early_stop=False, steps=steps)(
-      keys, logits_fn, x, labels, jnp.int32(0)
-    )[0]
-    for steps in range(7)
-  ]
-  broken = np.stack([~losses.correct(logits_fn(p), labels) for p in points])
-  last = np.where(broken.any(axis=0), broken.argmax(axis=0), 6)
-  assert 0 < last.min() < 6
-  expected = np.stack([points[t][i] for i, t in enumerate(last)])
-  np.testing.assert_allclose(found, expected, atol=1e-6)
-  assert 1 < passes <= 6

@@ -44,7 +44,7 @@ def test_it_rings_where_validation_fell_and_training_did_not(
       'warning: step 300: catastrophic overfitting: pgd-10 on validation',
       f'fell to {score:.1%} from 40.0%',
       f'fgsm_rs in training leaves {training:.1%}',
-      'attack.name=pgd with attack.rise=0.8',
+      'attack.name=pgd with attack.steps=10',
     ):
       assert part in said
 

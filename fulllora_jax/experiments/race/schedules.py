@@ -23,6 +23,7 @@ from fulllora_jax.core.console import Progress, say
 from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.core.files import read_file, replace_file
 from fulllora_jax.evaluation import settings
+from fulllora_jax.experiments import variants
 from fulllora_jax.experiments.race import results
 from fulllora_jax.training import algorithm, checks
 from fulllora_jax.training import base as base_lib
@@ -37,8 +38,10 @@ class Schedule(NamedTuple):
   """Changes to a config.
 
   Attributes:
-    changes: field, as 'attack.steps', to its value.
-    length: of the training, as a share of the config's.
+    changes: each changed field, such as 'attack.steps', and its value. Where
+      the attack makes fewer than 10 steps, their size follows from their
+      number (`variants.few_steps`).
+    length: the length of the training, as a share of the config's.
   """
 
   changes: Mapping[str, Any]
@@ -46,39 +49,30 @@ class Schedule(NamedTuple):
 
 
 _PGD = {'attack.steps': 10}
-_RISE = _PGD | {'attack.rise': 0.8}
-_STOP = {'attack.early_stop': True}
-# From the second step on it makes two steps, of 1.25 eps / 2 or more.
-_PGD_2 = {'attack.steps': 2, 'attack.rise': 1e-6}
+_PGD_2 = {'attack.steps': 2}
 _CARRY = _PGD_2 | {'attack.carry': True}
 _CARRY_1 = _CARRY | {'attack.steps': 1}
+_N_FGSM = {'attack.name': 'n_fgsm'}
 PLAIN = 'pgd-10'
 SCHEDULES: Mapping[str, Schedule] = {
   PLAIN: Schedule(_PGD),
   'pgd-2': Schedule(_PGD_2),
-  'rise': Schedule(_RISE),
-  'early_stop': Schedule(_PGD | _STOP),
-  'rise+early_stop': Schedule(_RISE | _STOP),
   'fgsm_rs': Schedule({'attack.name': 'fgsm_rs'}),
-  'n_fgsm': Schedule({'attack.name': 'n_fgsm'}),
+  'n_fgsm': Schedule(_N_FGSM),
   'carry': Schedule(_CARRY),
   'carry-1': Schedule(_CARRY_1),
   'half-pgd-10': Schedule(_PGD, 0.5),
-  'half-rise': Schedule(_RISE, 0.5),
-  'half-rise+early_stop': Schedule(_RISE | _STOP, 0.5),
   'half-carry': Schedule(_CARRY, 0.5),
-  'half-n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 0.5),
+  'half-n_fgsm': Schedule(_N_FGSM, 0.5),
   # A quarter of the passes of the plain one.
   'quarter-pgd-10': Schedule(_PGD, 0.25),
   'quarter-pgd-2': Schedule(_PGD_2, 0.91),
   'quarter-carry': Schedule(_CARRY, 0.91),
-  'quarter-n_fgsm': Schedule({'attack.name': 'n_fgsm'}, 1.37),
+  'quarter-n_fgsm': Schedule(_N_FGSM, 1.37),
 }
 
 DEFAULT = (
   PLAIN,
-  'rise',
-  'early_stop',
   'pgd-2',
   'fgsm_rs',
   'n_fgsm',
@@ -169,6 +163,8 @@ def changed(config, dataset: data.Dataset, name: str):
   schedule = SCHEDULES[name]
   own = config_lib.copy(config)
   own.update_from_flattened_dict(dict(schedule.changes))
+  if (few := schedule.changes.get('attack.steps', 10)) < 10:
+    variants.few_steps(own, few)
   steps = algorithm.total_steps(config, len(dataset.train))
   own.train.steps = max(1, round(steps * schedule.length))
   return own
