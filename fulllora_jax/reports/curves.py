@@ -27,7 +27,6 @@ def learning(
     yield charts.line_chart(
       'Training loss',
       [loss],
-      'Training loss against the step',
       'step',
       percent=False,
       marked_x=best_step,
@@ -43,11 +42,7 @@ def learning(
   ]
   if accuracies:
     yield charts.line_chart(
-      'Accuracy (%)',
-      accuracies,
-      'Accuracy in % against the step',
-      'step',
-      marked_x=best_step,
+      'Accuracy (%)', accuracies, 'step', marked_x=best_step
     )
 
 
@@ -121,11 +116,9 @@ def against_eps(
     if eps - last >= width:
       shown.append((eps, words[eps]))
       last = eps
-  names = ' and '.join(line.name for line in lines)
   return charts.line_chart(
     title,
     lines,
-    f'Accuracy in % of {names} against eps',
     f'eps ({NORMS.get(norm, "?")}, pixels in [0, 1])',
     x_marks=shown,
     marked_x=own_eps,

@@ -5,10 +5,9 @@ from typing import Any
 
 from fulllora_jax import config as config_lib
 from fulllora_jax.core import provenance, tables
-from fulllora_jax.core.console import duration
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import over_seeds, paired_difference
-from fulllora_jax.reports.page.comparison import mean_and_spread, num_images
+from fulllora_jax.reports.page import comparison as page
 
 # (row, seed) -> report.json
 Reports = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -181,9 +180,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
   parts = [
     f'# {comparison["title"]}',
     results_table(comparison),
-    'Accuracy in % on '
-    f'{num_images(comparison)} test images of {comparison["dataset"]}: mean ± '
-    'standard deviation over the seeds. '
+    f'Accuracy in % on {page.num_images(comparison)} test images of '
+    f'{comparison["dataset"]}: mean ± standard deviation over the seeds. '
     f'Threat: {comparison["threat"]["norm"]}, eps '
     f'{comparison["threat"]["eps"]}. A pass is one image once forward and back '
     'through the model.',
@@ -207,19 +205,9 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 def results_table(comparison: Mapping[str, Any]) -> str:
   """Returns the Markdown table of results, a line for each row."""
   labels = list(comparison['rows'][0]['attacks'])
-  table = [
-    ['method', 'seeds', 'learnable', 'share', 'on disk', *labels]
-    + ['validation', 'steps', 'passes', 'time']
-  ]
-  for row in comparison['rows']:
-    table.append(
-      [row['method'], str(len(row['seeds'])), f'{row["trainable"]:,}']
-      + [f'{100 * row["share"]:.2f} %', f'{row["adapter_bytes"] / 1e6:.2f} MB']
-      + [mean_and_spread(row['attacks'][label]) for label in labels]
-      + [mean_and_spread(row['validation'])]
-      + [f'{row["steps"]:,}', f'{row["passes"]:,.0f}', duration(row['seconds'])]
-    )
-  return tables.markdown(table)
+  columns = ['method', 'seeds', 'learnable', 'share', 'on disk', *labels]
+  columns += ['validation', 'steps', 'passes', 'time']
+  return tables.markdown(page.results_table(comparison, columns))
 
 
 def _difference_table(comparison, reference: str) -> str:
@@ -228,13 +216,10 @@ def _difference_table(comparison, reference: str) -> str:
   for row in comparison['rows']:
     found = row['difference'].get(reference)
     if found:
-      table.append([row['method'], *(_interval(found[n]) for n in labels)])
+      table.append(
+        [row['method'], *(page.difference(found[n]) for n in labels)]
+      )
   return tables.markdown(table) if len(table) > 1 else ''
-
-
-def _interval(found: Mapping[str, Any]) -> str:
-  ends = (found['low'], found['high'])
-  return tables.with_interval(found['mean'], ends, '+.1f')
 
 
 def as_csv(comparison: Mapping[str, Any]) -> str:

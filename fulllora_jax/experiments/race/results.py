@@ -91,7 +91,6 @@ def _chart(result: Mapping[str, Any], name: str, x_title: str) -> Chart:
   return charts.line_chart(
     f'Robust accuracy (%), {result["attack"]}',
     lines,
-    f'Robust accuracy in % against {x_title}',
     x_title,
     percent=False,
     logarithmic=True,

@@ -100,7 +100,6 @@ def series_style(place: int) -> tuple[str, str]:
 def line_chart(
   title: str,
   lines: Sequence[Line],
-  label: str,
   x_title: str,
   *,
   percent: bool = True,
@@ -115,7 +114,6 @@ def line_chart(
   Args:
     title: the words above the chart.
     lines: what is drawn; accuracies are in %.
-    label: describes the chart to readers who cannot see it.
     x_title: the words below the x axis.
     percent: the y axis goes from 0 to 100; otherwise from 0, or the lowest
       value below it, to a little more than the largest.
@@ -143,7 +141,13 @@ def line_chart(
     level,
     [_line(line, x, y, words) for line in lines],
   ]
+  label = _label(title, f'against {x_title}', lines)
   return Chart(title, label, 256, join(content), lines if legend else ())
+
+
+def _label(title: str, x_title: str, series: Sequence[Line | Bars]) -> str:
+  """Describes a chart to readers who cannot see it."""
+  return f'{title} {x_title}: {", ".join(part.name for part in series)}'
 
 
 def _upright(x: Scale, y: Scale, value: float | None) -> Markup | None:
@@ -209,18 +213,14 @@ def columns(
   title: str,
   names: Sequence[str],
   series: Sequence[Bars],
-  label: str,
   x_title: str,
   top: float,
 ) -> Chart:
   """Draws columns side by side for each name.
 
-  Args:
-    title: the words above the chart.
+  Args: `title` and `x_title` of `line_chart`, and:
     names: the words below the columns; where there are many, some are left out.
     series: values from 0 to `top`.
-    label: describes the chart to readers who cannot see it.
-    x_title: the words below the x axis.
     top: the end of the y axis; several charts may share it.
   """
   top = top or 1.0
@@ -246,6 +246,7 @@ def columns(
   ]
   level = axes.y_axis(x, y, y.ticks(3))
   content = [level, bars, axes.x_axis(x, y, marks, x_title)]
+  label = _label(title, f'by {x_title}', series)
   return Chart(title, label, 170, join(content), width=200)
 
 
@@ -253,13 +254,9 @@ def bars(
   title: str,
   names: Sequence[str],
   series: Sequence[Bars],
-  label: str,
   x_title: str,
 ) -> Chart:
-  """Draws a row of bars for each name, in % from 0 to 100.
-
-  Args: those of `columns`, but for `top`.
-  """
+  """Draws a row of bars for each name, in % from 0 to 100."""
   thick, gap = 9, 8
   row = thick * len(series) + gap
   bottom = 6 + row * len(names)
@@ -284,6 +281,7 @@ def bars(
   ]
   marks = [(v, axes.number(v)) for v in _PERCENT]
   axis = axes.x_axis(x, y, marks, x_title, grid=True)
+  label = _label(title, 'by name', series)
   return Chart(title, label, bottom + 44, join([axis, sides, drawn]), series)
 
 
@@ -291,35 +289,23 @@ def _bar(
   series: Bars, words: str, x: float, y: float, width: float, height: float
 ) -> Markup:
   """Draws a bar that says its words when pointed at."""
-  return coloured(
-    series.colour,
-    tag(
-      'rect',
-      tag('title', words),
-      x=round(x, 2),
-      y=round(y, 2),
-      width=round(width, 2),
-      height=round(height, 2),
-      class_='fill',
-    ),
-  )
+  box = {'x': x, 'y': y, 'width': width, 'height': height}
+  box = {name: round(value, 2) for name, value in box.items()}
+  bar = tag('rect', tag('title', words), **box, class_='fill')
+  return coloured(series.colour, bar)
 
 
 def dot_plot(
   title: str,
   rows: Sequence[Dots],
-  label: str,
   x_title: str,
   unit: str = '%',
   zero: bool = False,
 ) -> Chart:
   """Draws a row of marks for each name: every value, their middle, its span.
 
-  Args:
-    title: the words above the chart.
+  Args: `title` and `x_title` of `line_chart`, and:
     rows: what is drawn, from above.
-    label: describes the chart to readers who cannot see it.
-    x_title: the words below the x axis.
     unit: the unit of the values, for the tooltips.
     zero: keeps 0 in the chart and marks it, for differences.
   """
@@ -335,6 +321,7 @@ def dot_plot(
     _upright(x, y, 0.0) if zero else None,
     [_dots(row, 23 + 30 * i, x, unit) for i, row in enumerate(rows)],
   ]
+  label = f'{title}: {x_title} of {", ".join(row.name for row in rows)}'
   return Chart(title, label, bottom + 44, join(content))
 
 

@@ -10,7 +10,6 @@ from fulllora_jax.reports.drawing.markup import Markup, join, limited
 def scatter(
   title: str,
   points: Sequence[tuple[str, float, float]],
-  label: str,
   x_title: str,
 ) -> charts.Chart:
   """Draws points, each with its name where nothing else is.
@@ -18,7 +17,6 @@ def scatter(
   Args:
     title: the words above the chart.
     points: (name, x, y); x is above 0 and logarithmic, y is in %.
-    label: describes the chart to readers who cannot see it.
     x_title: the words below the x axis.
   """
   xs = [at for _, at, _ in points] or [1.0]
@@ -33,6 +31,7 @@ def scatter(
     colour, _ = charts.series_style(place)
     content.append(charts.coloured(colour, mark))
     content.append(_name_beside(limited(name, 18), x(at), y(value), taken))
+  label = f'{title} against {x_title}: {", ".join(p[0] for p in points)}'
   return charts.Chart(title, label, 256, join(content))
 
 

@@ -6,14 +6,13 @@ from typing import Any
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
 from fulllora_jax.reports.drawing import charts, scatter
-from fulllora_jax.reports.drawing.charts import Dots
+from fulllora_jax.reports.drawing.charts import Chart, Dots
 from fulllora_jax.reports.drawing.markup import Markup, join, tag
 from fulllora_jax.reports.page import document
-from fulllora_jax.reports.page.document import Section
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
-  """Returns a page that compares methods.
+  """Returns a page that compares methods, as HTML.
 
   Args:
     comparison: title, command, dataset; threat (norm, eps as the config
@@ -29,105 +28,101 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
       method less the reference, seed by seed, and the ends low and high of its
       interval, in [-1, 1].
   """
-  return document.document(
-    comparison['title'],
-    document.paragraph(_lead(comparison)),
-    _sections(comparison),
-    'Made by fulllora_jax.',
-  )
-
-
-def _lead(comparison: Mapping[str, Any]) -> str:
-  rows, threat = comparison['rows'], comparison.get('threat') or {}
-  seeds = sorted({len(row['seeds']) for row in rows})
-  plural = '' if len(rows) == 1 else 's'
-  text = f'{len(rows)} method{plural} on {comparison["dataset"]}'
-  if seeds:
-    several = ' to '.join(map(str, (seeds[0], seeds[-1])[: len(set(seeds))]))
-    text += f', {several} seed{"" if seeds == [1] else "s"} each'
-  text += f'; {threat.get("norm", "?")}, eps {threat.get("eps", "?")}.'
-  ranked = [
-    (found['mean'], row['method'])
-    for row in rows
-    if (found := _found(row, comparison.get('headline_attack')))
-  ]
-  if ranked:
-    mean, method = max(ranked)
-    text += (
-      f' Most robust under {comparison["headline_attack"]}: {method} with '
-      f'{100 * mean:.1f} %.'
-    )
-  return text
-
-
-def _found(row: Mapping[str, Any], label: str | None):
-  """Returns what a method has of an attack, or None."""
-  found = (row.get('attacks') or {}).get(label)
-  return found if found and found.get('mean') is not None else None
-
-
-def _sections(comparison: Mapping[str, Any]) -> Iterator[Section]:
-  notes = comparison.get('notes') or ()
-  found = (
+  notes = [tag('li', note) for note in comparison.get('notes') or ()]
+  sections = (
     ('results', 'Results', _results(comparison)),
     ('seeds', 'Robust accuracy, seed by seed', _seeds(comparison)),
     ('parameters', 'Accuracy against parameters', _parameters(comparison)),
     ('differences', 'Differences to a reference', _differences(comparison)),
     ('cost', 'What it costs', _cost(comparison)),
-    (
-      'notes',
-      'Notes',
-      tag('ul', [tag('li', note) for note in notes]) if notes else None,
-    ),
+    ('notes', 'Notes', tag('ul', notes) if notes else None),
     ('provenance', 'Where it comes from', _provenance(comparison)),
   )
-  return (Section(*section) for section in found if section[2])
+  lead, footer = _lead(comparison), 'Made by fulllora_jax.'
+  return document.document(comparison['title'], lead, sections, footer)
 
 
-def _labels(comparison: Mapping[str, Any]) -> list[str]:
-  """Returns the attacks of all methods, the first first."""
-  return list(
-    dict.fromkeys(
-      label for row in comparison['rows'] for label in row.get('attacks') or ()
-    )
+def _lead(comparison: Mapping[str, Any]) -> str:
+  rows, threat = comparison['rows'], comparison.get('threat') or {}
+  seeds = sorted({len(row['seeds']) for row in rows})
+  text = f'{len(rows)} method{"" if len(rows) == 1 else "s"}'
+  text += f' on {comparison["dataset"]}'
+  if seeds:
+    several = ' to '.join(map(str, (seeds[0], seeds[-1])[: len(seeds)]))
+    text += f', {several} seed{"" if seeds == [1] else "s"} each'
+  text += f'; {threat.get("norm", "?")}, eps {threat.get("eps", "?")}.'
+  headline = comparison.get('headline_attack')
+  if found := _found(comparison, headline):
+    mean, method = max((each['mean'], row['method']) for row, each in found)
+    text += f' Most robust under {headline}: {method} with {100 * mean:.1f} %.'
+  return text
+
+
+def _found(
+  comparison: Mapping[str, Any], label: str | None
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+  """Returns the rows that have an attack, each with what it has of it."""
+  pairs = [
+    (row, (row.get('attacks') or {}).get(label) or {})
+    for row in comparison['rows']
+  ]
+  return [(row, each) for row, each in pairs if each.get('mean') is not None]
+
+
+def labels(comparison: Mapping[str, Any]) -> list[str]:
+  """Returns the attacks of all methods, in order."""
+  found = (
+    label for row in comparison['rows'] for label in row.get('attacks') or ()
   )
+  return list(dict.fromkeys(found))
 
 
-def _results(comparison: Mapping[str, Any]) -> Markup:
-  labels = _labels(comparison)
-  table = [['method', 'seeds', 'learnable', 'share', *labels]]
-  for row in comparison['rows']:
-    table.append(
-      [
-        row['method'],
-        str(len(row['seeds'])),
-        _count(row.get('trainable')),
-        _share(row.get('share')),
-        *(mean_and_spread(_found(row, label)) for label in labels),
-      ]
-    )
-  return join(
-    [
-      document.table(table, 'Accuracy of each method under each attack'),
-      document.paragraph(
-        'Accuracy in %: the mean over the seeds ± their standard deviation. '
-        f'Images: {num_images(comparison)}.',
-        'note',
-      ),
-      document.details('Every seed', _every_seed(comparison, labels)),
-    ]
-  )
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+  """Returns what tables of a comparison say of a method, by their columns."""
+  size, seconds = row.get('adapter_bytes'), row.get('seconds')
+  share = row.get('share')
+  found = {
+    'method': row['method'],
+    'seeds': str(len(row['seeds'])),
+    'learnable': _count(row.get('trainable')),
+    'share': '-' if share is None else f'{100 * share:.2f} %',
+    'on disk': '-' if size is None else f'{size / 1e6:.2f} MB',
+  }
+  found |= {n: _mean(each) for n, each in (row.get('attacks') or {}).items()}
+  return found | {
+    'validation': _mean(row.get('validation') or {}),
+    'steps': _count(row.get('steps')),
+    'passes': _count(row.get('passes')),
+    'time': '-' if seconds is None else duration(seconds),
+  }
 
 
-def mean_and_spread(found: Mapping[str, Any] | None) -> str:
+def results_table(
+  comparison: Mapping[str, Any], columns: Sequence[str]
+) -> list[list[str]]:
+  """Returns a header and a row for each method, with these of its `cells`."""
+  rows = [cells(row) for row in comparison['rows']]
+  return [list(columns), *([row.get(n, '-') for n in columns] for row in rows)]
+
+
+def _count(value: float | None) -> str:
+  return '-' if value is None else f'{value:,.0f}'
+
+
+def _mean(found: Mapping[str, Any]) -> str:
   """Writes a mean over the seeds in %, with ± where there are several."""
-  if not found:
+  if found.get('mean') is None:
     return '-'
-  text, spread = f'{100 * found["mean"]:.1f}', found.get('spread')
-  each = found.get('per_seed')
-  if spread is None or (each is not None and len(each) < 2):
+  text, each = f'{100 * found["mean"]:.1f}', found.get('per_seed')
+  if found.get('spread') is None or (each is not None and len(each) < 2):
     return text
-  return f'{text} ± {100 * spread:.1f}'
+  return f'{text} ± {100 * found["spread"]:.1f}'
+
+
+def difference(found: Mapping[str, Any]) -> str:
+  """Writes the difference of a method to a reference, in points."""
+  ends = (found.get('low'), found.get('high'))
+  return tables.with_interval(found['mean'], ends, '+.1f')
 
 
 def num_images(comparison: Mapping[str, Any]) -> str:
@@ -141,161 +136,135 @@ def num_images(comparison: Mapping[str, Any]) -> str:
   return ' / '.join(f'{n:,}' for n in sorted(counts)) or 'unknown'
 
 
-def _every_seed(comparison, labels: Sequence[str]) -> Markup:
-  table = [['method', 'seed', *labels]]
+def _results(comparison: Mapping[str, Any]) -> Markup:
+  columns = ['method', 'seeds', 'learnable', 'share', *labels(comparison)]
+  table = results_table(comparison, columns)
+  note = (
+    'Accuracy in %: the mean over the seeds ± their standard deviation. '
+    f'Images: {num_images(comparison)}.'
+  )
+  return join(
+    [
+      document.table(table, 'Accuracy of each method under each attack'),
+      document.note(note),
+      document.details('Every seed', _every_seed(comparison)),
+    ]
+  )
+
+
+def _every_seed(comparison: Mapping[str, Any]) -> Markup:
+  table = [['method', 'seed', *labels(comparison)]]
   for row in comparison['rows']:
     for place, seed in enumerate(row['seeds']):
-      cells = []
-      for label in labels:
-        each = ((row.get('attacks') or {}).get(label) or {}).get('per_seed')
-        known = each and place < len(each) and each[place] is not None
-        cells.append(f'{100 * each[place]:.1f}' if known else '-')
-      table.append([row['method'], str(seed), *cells])
+      line = [row['method'], str(seed)]
+      for label in table[0][2:]:
+        each = ((row.get('attacks') or {}).get(label) or {}).get(
+          'per_seed'
+        ) or ()
+        value = each[place] if place < len(each) else None
+        line.append('-' if value is None else f'{100 * value:.1f}')
+      table.append(line)
   return document.table(table, 'Accuracy of each seed')
 
 
-def _seeds(comparison: Mapping[str, Any]) -> Markup | None:
-  headline = comparison.get('headline_attack')
-  labels = [headline] if headline in _labels(comparison) else []
-  labels += ['clean'] if 'clean' in _labels(comparison) else []
-  figures = []
-  for label in labels:
-    rows = [
-      _seed_dots(
-        row['method'], found, 'clean' if label == 'clean' else 'robust'
-      )
-      for row in comparison['rows']
-      if (found := _found(row, label))
-    ]
-    chart = charts.dot_plot(
-      _under(label),
-      rows,
-      f'Accuracy in % under {label}, every seed',
-      'accuracy (%)',
-    )
-    figures.append(document.figure(chart))
-  if not figures:
-    return None
-  return join(
-    [
-      document.grid('charts', figures),
-      document.paragraph(
-        'A ring is a seed; the dot is their mean, and the line one standard '
-        'deviation of the seeds on either side.',
-        'note',
-      ),
-    ]
-  )
+def seed_charts(comparison: Mapping[str, Any]) -> Iterator[Chart]:
+  """Yields every seed's accuracy under the headline attack, and clean."""
+  for label in (comparison.get('headline_attack'), 'clean'):
+    rows = []
+    for row, found in _found(comparison, label):
+      each = [100 * a for a in found.get('per_seed') or () if a is not None]
+      mean, spread = 100 * found['mean'], 100 * (found.get('spread') or 0)
+      ends = (mean - spread, mean + spread)
+      if len(each) < 2 or found.get('spread') is None:
+        ends = (None, None)
+      rows.append(Dots(row['method'], each, mean, *ends, _colour(label)))
+    if rows:
+      yield charts.dot_plot(_under(label), rows, 'accuracy (%)')
 
 
 def _under(label: str) -> str:
   return 'Clean images' if label == 'clean' else f'Under {label}'
 
 
-def _seed_dots(method: str, found: Mapping[str, Any], colour: str) -> Dots:
-  each = [100 * a for a in found.get('per_seed') or () if a is not None]
-  mean, spread = 100 * found['mean'], found.get('spread')
-  if len(each) < 2 or spread is None:
-    return Dots(method, each, mean, colour=colour)
-  spread *= 100
-  return Dots(method, each, mean, mean - spread, mean + spread, colour)
+def _colour(label: str) -> str:
+  return 'clean' if label == 'clean' else 'robust'
 
 
-def _parameters(comparison: Mapping[str, Any]) -> Markup | None:
+def _seeds(comparison: Mapping[str, Any]) -> Markup | None:
+  figures = [document.figure(chart) for chart in seed_charts(comparison)]
+  if not figures:
+    return None
+  note = (
+    'A ring is a seed; the dot is their mean, and the line one standard '
+    'deviation of the seeds on either side.'
+  )
+  return join([tag('div', figures, class_='charts'), document.note(note)])
+
+
+def parameters_chart(comparison: Mapping[str, Any]) -> Chart | None:
+  """Draws accuracy under the headline attack against learnable parameters."""
   headline = comparison.get('headline_attack')
   points = [
     (row['method'], row['trainable'], 100 * found['mean'])
-    for row in comparison['rows']
-    if (found := _found(row, headline)) and row.get('trainable')
+    for row, found in _found(comparison, headline)
+    if row.get('trainable')
   ]
-  if not points:
-    return None
-  chart = scatter.scatter(
-    f'Accuracy (%) under {headline}',
-    points,
-    f'Accuracy in % under {headline} against the learnable parameters',
-    'learnable parameters',
+  title = f'Accuracy (%) under {headline}'
+  return (
+    scatter.scatter(title, points, 'learnable parameters') if points else None
   )
+
+
+def _parameters(comparison: Mapping[str, Any]) -> Markup | None:
+  chart = parameters_chart(comparison)
   note = 'Means over the seeds; upper left is better.'
-  return document.figure(chart, note, single=True)
+  return document.figure(chart, note, single=True) if chart else None
 
 
 def _differences(comparison: Mapping[str, Any]) -> Markup | None:
   figures, table = [], [['method', 'less', 'attack', 'difference']]
   for reference in comparison.get('references') or ():
-    for label in _labels(comparison):
-      rows = _difference_rows(comparison, reference, label)
-      table += [[r.name, reference, label, _text(r)] for r in rows]
-      if rows and label in ('clean', comparison.get('headline_attack')):
-        chart = charts.dot_plot(
-          f'{_under(label)}, less {reference}',
-          rows,
-          f'Difference to {reference} in points, {label}',
-          f'points against {reference}',
-          'points',
-          zero=True,
-        )
+    for label in labels(comparison):
+      dots = []
+      for row in comparison['rows']:
+        mine = (row.get('difference') or {}).get(reference) or {}
+        found = mine.get(label) or {}
+        if row['method'] != reference and found.get('mean') is not None:
+          ends = (found.get(end) for end in ('mean', 'low', 'high'))
+          points = [None if end is None else 100 * end for end in ends]
+          dots.append(Dots(row['method'], (), *points, _colour(label)))
+          table.append([row['method'], reference, label, difference(found)])
+      if dots and label in ('clean', comparison.get('headline_attack')):
+        title = f'{_under(label)}, less {reference}'
+        words = f'points against {reference}'
+        chart = charts.dot_plot(title, dots, words, 'points', zero=True)
         figures.append(document.figure(chart))
   if len(table) == 1:
     return None
+  note = (
+    'Differences are of runs with the same seed, in percentage points; right '
+    'of 0 is better than the reference. An interval that holds 0 tells of no '
+    'difference.'
+  )
+  whole = document.table(table, 'Differences')
   return join(
     [
-      document.grid('charts', figures),
-      document.paragraph(
-        'Differences are of runs with the same seed, in percentage points; '
-        'right of 0 is better than the reference. An interval that holds 0 '
-        'tells of no difference.',
-        'note',
-      ),
-      document.details(
-        'All attacks, as a table', document.table(table, 'Differences')
-      ),
+      tag('div', figures, class_='charts'),
+      document.note(note),
+      document.details('All attacks, as a table', whole),
     ]
   )
 
 
-def _difference_rows(comparison, reference: str, label: str) -> list[Dots]:
-  rows = []
-  for row in comparison['rows']:
-    mine = (row.get('difference') or {}).get(reference) or {}
-    found = mine.get(label)
-    if row['method'] == reference or not found or found.get('mean') is None:
-      continue
-    low, high = (
-      None if found.get(end) is None else 100 * found[end]
-      for end in ('low', 'high')
-    )
-    colour = 'clean' if label == 'clean' else 'robust'
-    rows.append(Dots(row['method'], (), 100 * found['mean'], low, high, colour))
-  return rows
-
-
-def _text(row: Dots) -> str:
-  return tables.with_interval(row.middle, (row.low, row.high), '+.1f', 1)
-
-
 def _cost(comparison: Mapping[str, Any]) -> Markup:
-  table = [['method', 'adapter', 'steps', 'passes', 'time of a training']]
-  for row in comparison['rows']:
-    size, seconds = row.get('adapter_bytes'), row.get('seconds')
-    table.append(
-      [
-        row['method'],
-        '-' if size is None else f'{size / 1e6:.2f} MB',
-        _count(row.get('steps')),
-        _count(row.get('passes')),
-        '-' if seconds is None else duration(seconds),
-      ]
-    )
+  columns = ('method', 'on disk', 'steps', 'passes', 'time')
+  table = results_table(comparison, columns)
+  note = (
+    'A pass is one image once forward and back through the model, those of the '
+    'attack included; the time is that of a training.'
+  )
   return join(
-    [
-      document.table(table, 'Cost of each method'),
-      document.paragraph(
-        'A pass is one image once forward and back through the model, those '
-        'of the attack included.',
-        'note',
-      ),
-    ]
+    [document.table(table, 'Cost of each method'), document.note(note)]
   )
 
 
@@ -310,17 +279,6 @@ def _provenance(comparison: Mapping[str, Any]) -> Markup:
     ('threat model', f'{threat.get("norm")}, eps {threat.get("eps")}'),
     *document.flat(known),
   ]
-  if not config:
-    return document.facts(facts)
   whole = document.facts(document.flat(config))
-  return join(
-    [document.facts(facts), document.details('The whole configuration', whole)]
-  )
-
-
-def _count(value: float | None) -> str:
-  return '-' if value is None else f'{value:,.0f}'
-
-
-def _share(value: float | None) -> str:
-  return '-' if value is None else f'{100 * value:.2f} %'
+  folded = document.details('The whole configuration', whole)
+  return join([document.facts(facts), folded if config else None])

@@ -1,31 +1,25 @@
 """What pages are made of: sections, tables, cards, facts and figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from fulllora_jax.reports.drawing import charts, style
 from fulllora_jax.reports.drawing.charts import Chart
 from fulllora_jax.reports.drawing.markup import Markup, tag
 
-
-class Section(NamedTuple):
-  """A part of a page.
-
-  Attributes:
-    name: the name of its anchor, a plain word.
-    title: its heading.
-    content: what stands below the heading.
-  """
-
-  name: str
-  title: str
-  content: Markup
+_HEAD = Markup(
+  '<meta charset="utf-8">'
+  '<meta name="viewport" content="width=device-width, initial-scale=1">'
+  '<meta name="color-scheme" content="light dark">'
+  # An icon of nothing: a browser would ask a server for one.
+  '<link rel="icon" href="data:,">'
+)
 
 
 def document(
   title: str,
-  lead: Any,
-  sections: Iterable[Section],
+  lead: str,
+  sections: Iterable[tuple[str, str, Markup | None]],
   footer: str,
 ) -> str:
   """Returns a whole page.
@@ -33,78 +27,43 @@ def document(
   Args:
     title: the title of the page, and its heading.
     lead: what stands below the heading.
-    sections: the parts of the page, in order.
+    sections: in order, the name of each section's anchor, its heading and its
+      content; those without content are left out.
     footer: the last line.
   """
-  sections = list(sections)
-  contents = tag(
-    'nav',
-    tag(
-      'ul',
-      [
-        tag('li', tag('a', section.title, href=f'#{section.name}'))
-        for section in sections
-      ],
-    ),
-    aria_label='Contents',
-  )
-  head = tag(
-    'head',
-    tag('meta', charset='utf-8'),
-    tag(
-      'meta',
-      name='viewport',
-      content='width=device-width, initial-scale=1',
-    ),
-    tag('meta', name='color-scheme', content='light dark'),
-    tag('title', title),
-    tag('style', Markup(style.PAGE)),
-    # An icon of nothing: a browser would ask a server for one.
-    Markup('<link rel="icon" href="data:,">'),
-  )
+  links, parts = [], []
+  for name, heading, content in sections:
+    if content:
+      links.append(tag('li', tag('a', heading, href=f'#{name}')))
+      heading = tag('h2', heading, id=f'{name}-title')
+      labelled = {'id': name, 'aria_labelledby': f'{name}-title'}
+      parts.append(tag('section', heading, content, **labelled))
+  contents = tag('nav', tag('ul', links), aria_label='Contents')
+  sheet = tag('style', Markup(style.PAGE))
   body = tag(
     'body',
     tag('a', 'Skip to the results', href='#results', class_='skip'),
-    tag('header', tag('h1', title), lead, contents),
-    tag(
-      'main',
-      [
-        tag(
-          'section',
-          tag('h2', section.title, id=f'{section.name}-title'),
-          section.content,
-          id=section.name,
-          aria_labelledby=f'{section.name}-title',
-        )
-        for section in sections
-      ],
-    ),
+    tag('header', tag('h1', title), tag('p', lead), contents),
+    tag('main', parts),
     tag('footer', footer),
   )
+  head = tag('head', _HEAD, tag('title', title), sheet)
   return f'<!DOCTYPE html>\n{tag("html", head, body, lang="en")}\n'
 
 
-def paragraph(text: Any, kind: str | None = None) -> Markup:
-  """Returns a paragraph; `kind` is None, note or warning."""
-  return tag('p', text, class_=kind)
+def note(text: str) -> Markup:
+  """Returns a paragraph that explains what stands beside it."""
+  return tag('p', text, class_='note')
 
 
 def cards(facts: Iterable[tuple[str, str, str]]) -> Markup:
   """Returns a card for each of the main numbers: name, number, what it is."""
-  return tag(
-    'dl',
-    [
-      tag(
-        'div',
-        tag('dt', name),
-        tag('dd', number, class_='number'),
-        tag('dd', words, class_='small'),
-        class_='card',
-      )
-      for name, number, words in facts
-    ],
-    class_='cards',
-  )
+  made = []
+  for name, number, words in facts:
+    number = tag('dd', number, class_='number')
+    words = tag('dd', words, class_='small')
+    made.append(tag('div', tag('dt', name), number, words, class_='card'))
+  return tag('dl', made, class_='cards')
 
 
 def table(rows: Sequence[Sequence[Any]], caption: str) -> Markup:
@@ -114,51 +73,27 @@ def table(rows: Sequence[Sequence[Any]], caption: str) -> Markup:
     rows: the header first; the first cell of each row names it.
     caption: describes the table to readers who cannot see it.
   """
-  header, *body = rows
-  return tag(
-    'div',
-    tag(
-      'table',
-      tag(
-        'thead', tag('tr', [tag('th', cell, scope='col') for cell in header])
-      ),
-      tag(
-        'tbody',
-        [
-          tag(
-            'tr',
-            tag('th', row[0], scope='row'),
-            [tag('td', cell) for cell in row[1:]],
-          )
-          for row in body
-        ],
-      ),
-      aria_label=caption,
-    ),
-    class_='box',
-    tabindex='0',
-    role='region',
-    aria_label=caption,
-  )
+  header = tag('tr', [tag('th', cell, scope='col') for cell in rows[0]])
+  body = [
+    tag('tr', tag('th', name, scope='row'), [tag('td', cell) for cell in cells])
+    for name, *cells in rows[1:]
+  ]
+  inner = tag('table', tag('thead', header), tag('tbody', body))
+  box = {'class_': 'box', 'tabindex': '0', 'role': 'region'}
+  return tag('div', inner, **box, aria_label=caption)
 
 
 def facts(items: Iterable[tuple[str, Any]]) -> Markup:
   """Returns names and values; those that are None or empty are left out."""
-  return tag(
-    'table',
-    tag(
-      'tbody',
-      [
-        tag('tr', tag('th', name, scope='row'), tag('td', value))
-        for name, value in items
-        if value not in (None, '')
-      ],
-    ),
-    class_='facts',
-  )
+  rows = [
+    tag('tr', tag('th', name, scope='row'), tag('td', value))
+    for name, value in items
+    if value not in (None, '')
+  ]
+  return tag('table', tag('tbody', rows), class_='facts')
 
 
-def details(summary: str, *content: Any) -> Markup:
+def details(summary: str, content: Markup) -> Markup:
   """Returns a summary that opens and shows the content."""
   return tag('details', tag('summary', summary), content)
 
@@ -171,17 +106,12 @@ def figure(chart: Chart, note: str = '', single: bool = False) -> Markup:
     note: the words below it.
     single: whether no other figure stands beside it.
   """
-  drawn = tag(
-    'svg',
-    chart.content,
-    viewBox=f'0 0 {chart.width} {chart.height}',
-    role='img',
-    aria_label=chart.label,
-  )
+  box = f'0 0 {chart.width} {chart.height}'
+  alone = {'role': 'img', 'aria_label': chart.label}
   return tag(
     'figure',
     tag('h3', chart.title),
-    drawn,
+    tag('svg', chart.content, viewBox=box, **alone),
     legend(chart.series) if chart.series else None,
     tag('figcaption', note) if note else None,
     class_='single' if single else None,
@@ -190,28 +120,12 @@ def figure(chart: Chart, note: str = '', single: bool = False) -> Markup:
 
 def legend(series: Iterable[charts.Line | charts.Bars]) -> Markup:
   """Returns what the lines or bars of a chart are."""
-  return tag(
-    'ul',
-    [
-      tag(
-        'li',
-        tag(
-          'svg',
-          charts.swatch(entry),
-          viewBox='0 0 26 12',
-          aria_hidden='true',
-        ),
-        entry.name,
-      )
-      for entry in series
-    ],
-    class_='legend',
-  )
-
-
-def grid(kind: str, figures: Iterable[Any]) -> Markup:
-  """Returns figures side by side: `kind` is charts, columns or examples."""
-  return tag('div', figures, class_=kind)
+  hidden = {'viewBox': '0 0 26 12', 'aria_hidden': 'true'}
+  entries = [
+    tag('li', tag('svg', charts.swatch(entry), **hidden), entry.name)
+    for entry in series
+  ]
+  return tag('ul', entries, class_='legend')
 
 
 def flat(values: Mapping[str, Any], prefix: str = '') -> list[tuple[str, str]]:
@@ -221,13 +135,11 @@ def flat(values: Mapping[str, Any], prefix: str = '') -> list[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
       items += flat(value, f'{prefix}{key}.')
     else:
-      items.append((f'{prefix}{key}', 'not set' if value is None else value))
-  return [(name, _text(value)) for name, value in items]
+      items.append((f'{prefix}{key}', _text(value)))
+  return items
 
 
 def _text(value: Any) -> str:
   if isinstance(value, list | tuple):
     return ', '.join(map(str, value)) or '()'
-  if isinstance(value, Mapping):
-    return '{}'
-  return str(value) if value != '' else "''"
+  return 'not set' if value is None else str(value) or "''"

@@ -7,7 +7,7 @@ from typing import Any
 
 from fulllora_jax.reports.drawing import charts
 from fulllora_jax.reports.drawing.charts import Bars, Chart
-from fulllora_jax.reports.drawing.markup import Markup, join
+from fulllora_jax.reports.drawing.markup import Markup, join, tag
 from fulllora_jax.reports.page import document
 
 _KINDS = {
@@ -43,10 +43,9 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
   keys = [key for key in keys if key[0] in maps[0]]
   tops = _tops(maps, keys)
   figures = [
-    document.figure(_columns([m for m in maps if m['role'] == role], keys, top))
+    document.figure(_columns(role, maps, keys, top))
     for role, top in tops.items()
   ]
-  series = [Bars(words, [], colour) for _, words, colour in keys]
   rows = [['map', 'role', *(words for _, words, _ in keys)]]
   rows += [
     [m['path'], m['role'], *(_written(m[name]) for name, *_ in keys)]
@@ -55,35 +54,27 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
   note = text.format(
     images=found.get('num_images'), attack=found.get('attack') or 'nothing'
   )
+  series = [Bars(words, [], colour) for _, words, colour in keys]
+  below = 'The numbers below are of the blocks, in network order.'
   return join(
     [
-      document.paragraph(note, 'note'),
+      document.note(note),
       document.legend(series) if len(series) > 1 else None,
-      document.grid('columns', figures),
-      document.paragraph(
-        f'{_scales(tops)} The numbers below are of the blocks, in network '
-        'order.',
-        'note',
-      ),
+      tag('div', figures, class_='columns'),
+      document.note(f'{_scales(tops)} {below}'),
       document.details('The same as a table', document.table(rows, 'By map')),
     ]
   )
 
 
-def _columns(maps: Sequence[Mapping[str, Any]], keys, top: float) -> Chart:
-  names = _short([m['path'] for m in maps])
+def _columns(role: str, maps: Sequence[Mapping], keys, top: float) -> Chart:
+  maps = [m for m in maps if m['role'] == role]
   series = [
     Bars(words, [m[name] for m in maps], colour) for name, words, colour in keys
   ]
-  role = maps[0]['role']
-  return charts.columns(
-    role,
-    names,
-    series,
-    f'{role}: {" and ".join(s.name for s in series)}, map by map',
-    'block' if len(maps) > 1 else '',
-    top,
-  )
+  names = _short([m['path'] for m in maps])
+  x_title = 'block' if len(maps) > 1 else ''
+  return charts.columns(role, names, series, x_title, top)
 
 
 def _tops(maps: Sequence[Mapping[str, Any]], keys) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 from fulllora_jax.core import tables
 from fulllora_jax.reports import curves, results
 from fulllora_jax.reports.drawing import charts, images
-from fulllora_jax.reports.drawing.charts import Bars
+from fulllora_jax.reports.drawing.charts import Bars, Chart
 from fulllora_jax.reports.drawing.markup import Markup, join, limited, tag
 from fulllora_jax.reports.page import document
 
@@ -42,14 +42,7 @@ def radii(report: Mapping[str, Any]) -> Markup | None:
     'the clean accuracy. Steps grow with eps. A robust accuracy that does not '
     'fall to 0 at a large eps would be a sign of masked gradients.'
   )
-  return join(
-    [
-      document.figure(chart, note, single=True),
-      document.details(
-        'The same as a table', document.table([header, *table], 'By eps')
-      ),
-    ]
-  )
+  return _with_table(chart, note, [header, *table])
 
 
 def classes(report: Mapping[str, Any]) -> Markup | None:
@@ -81,24 +74,24 @@ def classes(report: Mapping[str, Any]) -> Markup | None:
   series = [Bars('clean', [row[2] for row in drawn], 'clean')]
   if worst['attack'] != 'clean':
     series.append(Bars(label, [row[3] for row in drawn], 'robust'))
+  names = [row[0] for row in drawn]
   chart = charts.bars(
-    'Accuracy (%) of each class',
-    [row[0] for row in drawn],
-    series,
-    f'Accuracy in % of each class, clean and under {label}',
-    'accuracy (%)',
+    'Accuracy (%) of each class', names, series, 'accuracy (%)'
   )
   table = [['class', 'n', *(part.name for part in series)]]
   table += [
     [name, str(n), *(f'{v:.1f}' for v in values[: len(series)])]
     for name, n, *values in rows
   ]
+  return _with_table(chart, note, table)
+
+
+def _with_table(chart: Chart, note: str, table: list[list[str]]) -> Markup:
+  whole = document.table(table, chart.title)
   return join(
     [
       document.figure(chart, note, single=True),
-      document.details(
-        'The same as a table', document.table(table, 'By class')
-      ),
+      document.details('The same as a table', whole),
     ]
   )
 
@@ -112,14 +105,13 @@ def extremes(
     report: as `report.write_report` takes it.
     examples: the extreme examples of `closer_look.inspect_run`.
   """
-  kinds = [
-    (title, examples[kind])
-    for kind, title in (('most', 'Most robust'), ('least', 'Least robust'))
-    if examples.get(kind)
-  ]
-  if not kinds:
-    return None
   labels = report.get('label_names') or ()
+  shown = []
+  for kind, title in (('most', 'Most robust'), ('least', 'Least robust')):
+    if found := [_example(e, labels) for e in examples.get(kind) or ()]:
+      shown += [tag('h3', title), tag('div', found, class_='examples')]
+  if not shown:
+    return None
   attack = (report.get('radii') or {}).get('attack', 'the attack')
   note = (
     f'Of the images above that best classifies, those that {attack} breaks '
@@ -127,18 +119,7 @@ def extremes(
     'the logits decides. The difference is magnified as stated; grey is no '
     'change.'
   )
-  return join(
-    [
-      document.paragraph(note, 'note'),
-      [
-        (
-          tag('h3', title),
-          document.grid('examples', [_example(e, labels) for e in shown]),
-        )
-        for title, shown in kinds
-      ],
-    ]
-  )
+  return join([document.note(note), shown])
 
 
 def _example(example: Mapping[str, Any], labels) -> Markup:

@@ -13,7 +13,6 @@ from fulllora_jax.core.files import as_path, os_errors, replace_file
 from fulllora_jax.reports import curves, facts, results
 from fulllora_jax.reports.drawing.markup import Markup, join, tag
 from fulllora_jax.reports.page import document, layers, robust
-from fulllora_jax.reports.page.document import Section
 
 NAME = 'report.html'
 
@@ -50,34 +49,19 @@ def run_page(
 ) -> str:
   """Returns the page; the arguments are those of `write_page`."""
   title = f'{report["config_name"]}: {report["method"]} on {report["dataset"]}'
-  version = (report.get('versions') or {}).get('fulllora_jax', '')
-  return document.document(
-    title,
-    document.paragraph(results.headline(report)),
-    _sections(report, history, extreme_examples or {}),
-    f'Made by fulllora_jax {version}. All numbers are in report.json.',
-  )
-
-
-def _sections(report, history, extreme_examples) -> Iterator[Section]:
-  found = (
+  method = (facts.model_facts(report), facts.training_facts(report))
+  examples = robust.extremes(report, extreme_examples or {})
+  sections = (
     ('results', 'Results', _results(report)),
     ('curves', 'Learning curves', _learning(report, history)),
     ('radii', 'Robust accuracy against eps', robust.radii(report)),
     ('classes', 'Class by class', robust.classes(report)),
-    (
-      'images',
-      'The most and the least robust images',
-      robust.extremes(report, extreme_examples),
-    ),
+    ('images', 'The most and the least robust images', examples),
     ('layers', layers.title(report), layers.influence(report)),
     (
       'method',
       'How it was trained and attacked',
-      join(
-        document.facts(found)
-        for found in (facts.model_facts(report), facts.training_facts(report))
-      ),
+      join(map(document.facts, method)),
     ),
     (
       'limits',
@@ -86,24 +70,23 @@ def _sections(report, history, extreme_examples) -> Iterator[Section]:
     ),
     ('provenance', 'Where it comes from', _provenance(report)),
   )
-  return (Section(*section) for section in found if section[2])
+  version = (report.get('versions') or {}).get('fulllora_jax', '')
+  footer = f'Made by fulllora_jax {version}. All numbers are in report.json.'
+  return document.document(title, results.headline(report), sections, footer)
 
 
-def _results(report: Mapping[str, Any]):
+def _results(report: Mapping[str, Any]) -> Markup:
   """Returns the headline numbers and the table behind them."""
   collapsed = facts.overfitting_note(report).replace('*', '')
+  caption = 'Accuracy of each weights under each attack'
+  note = 'Accuracy in % [95 % Wilson interval]; n is the number of images.'
+  note += facts.steps_note(report).replace('`', '')
   return join(
     [
-      document.paragraph(collapsed, 'warning') if collapsed else None,
+      tag('p', collapsed, class_='warning') if collapsed else None,
       document.cards(_headline_numbers(report)),
-      document.table(
-        results.table(report), 'Accuracy of each weights under each attack'
-      ),
-      document.paragraph(
-        'Accuracy in % [95 % Wilson interval]; n is the number of images.'
-        + facts.steps_note(report).replace('`', ''),
-        'note',
-      ),
+      document.table(results.table(report), caption),
+      document.note(note),
     ]
   )
 
@@ -145,8 +128,8 @@ def _learning(report: Mapping[str, Any], history) -> Markup | None:
   figures = [document.figure(c) for c in curves.learning(history, best)]
   if not figures:
     return None
-  note = document.paragraph(curves.learning_note(best), 'note')
-  return join([document.grid('charts', figures), note])
+  note = document.note(curves.learning_note(best))
+  return join([tag('div', figures, class_='charts'), note])
 
 
 def _provenance(report: Mapping[str, Any]) -> Markup:
@@ -154,9 +137,7 @@ def _provenance(report: Mapping[str, Any]) -> Markup:
   found = dict(facts.provenance_facts(report))
   for name in ('command', 'base'):
     found[name] = tag('code', found[name]) if found[name] else None
-  config = report.get('config')
-  whole = None
-  if config:
-    fields = document.facts(document.flat(config))
-    whole = document.details('The whole configuration', fields)
-  return join([document.facts(found.items()), whole])
+  whole = document.facts(document.flat(report.get('config') or {}))
+  folded = document.details('The whole configuration', whole)
+  shown = document.facts(found.items())
+  return join([shown, folded if report.get('config') else None])

@@ -39,7 +39,7 @@ def test_markup_is_escaped_once():
 
 def test_a_gap_breaks_the_line():
   line = Line('a', [(0, 1.0), (1, 2.0), (2, None), (3, 4.0)], 'clean')
-  drawn = charts.line_chart('a', [line], 'a', 'x').content
+  drawn = charts.line_chart('a', [line], 'x').content
   (path,) = re.findall(r' d="([^"]*)"', drawn)
   assert re.sub(r'[^ML]', '', path) == 'MLM'
 
@@ -49,25 +49,25 @@ def test_one_point_and_no_point_can_be_drawn():
     line = Line('a', points, 'clean', marked=True)
     for logarithmic in (False, True):
       drawn = charts.line_chart(
-        'a', [line], 'a', 'x', percent=False, logarithmic=logarithmic
+        'a', [line], 'x', percent=False, logarithmic=logarithmic
       )
       assert 'nan' not in drawn.content
   nothing = [Bars('b', [None], 'clean')]
-  assert charts.dot_plot('a', [Dots('a', (), None)], 'a', 'x').content
-  assert charts.columns('a', ['a'], nothing, 'a', 'x', 0.0).content
-  assert scatter.scatter('a', [], 'a', 'x').content
+  assert charts.dot_plot('a', [Dots('a', (), None)], 'x').content
+  assert charts.columns('a', ['a'], nothing, 'x', 0.0).content
+  assert scatter.scatter('a', [], 'x').content
 
 
 def test_bars_are_as_long_as_their_values():
   series = [Bars('a', [50.0, 100.0, None], 'clean')]
-  drawn = charts.bars('a', ['x', 'y', 'z'], series, 'a', 'x').content
+  drawn = charts.bars('a', ['x', 'y', 'z'], series, 'x').content
   half, whole = map(float, re.findall(r' width="([\d.]+)"', drawn))
   assert half == pytest.approx(whole / 2)
 
 
 def test_names_of_near_points_do_not_meet():
   points = [(f'method {i}', 1e6, 50.0 + i / 10) for i in range(4)]
-  drawn = scatter.scatter('a', points, 'a', 'x').content
+  drawn = scatter.scatter('a', points, 'x').content
   places = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>method', drawn)
   assert len(set(places)) == 4
 
