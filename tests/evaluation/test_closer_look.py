@@ -79,7 +79,7 @@ def tree(scale):
 
 
 def test_of_full_finetuning_the_change_of_each_kernel(monkeypatch):
-  monkeypatch.setattr(closer_look.sharding, 'replicated', lambda _: None)
+  monkeypatch.setattr(closer_look.mesh, 'replicated', lambda _: None)
   run = stand_in('full', ('base', 'best'), tree(0.0), tree(0.5))
   found = closer_look.inspect_run(run).numbers['influence']
   assert found['kind'] == 'weights'
