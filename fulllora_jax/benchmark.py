@@ -20,8 +20,6 @@ seconds training takes to a robust accuracy, by schedule of the inner attack
 (WORKDIR/road.md, .json, .svg); killed, it goes on with the same command.
 """
 
-import contextlib
-import json
 import os
 from collections.abc import Sequence
 
@@ -99,14 +97,26 @@ def main(argv: Sequence[str]) -> None:
   steps.check_devices()
   # What is timed is compiling, not reading what an earlier run compiled.
   jax.config.update('jax_compilation_cache_dir', None)
-  if given.to_robustness is None:
-    _time_steps(given, given.config)
-  else:
-    _race(given, given.config)
+  config = given.config
+  if given.to_robustness is not None:
+    _race(given, config)
+    return
+  from fulllora_jax.experiments.speed.time_steps import time_steps
+
+  time_steps(
+    config,
+    given.workdir or os.path.join('runs', f'benchmark-{config.name}'),
+    methods=given.methods,
+    rounds=given.rounds,
+    warmup=given.warmup,
+    num_classes=None if given.data == 'config' else given.num_classes,
+    torch_modes=given.torch_modes if given.compare else (),
+    attacks=given.attacks,
+    images=given.images,
+  )
 
 
 def _race(given, config) -> None:
-  """Races schedules; road.race prints and writes."""
   from fulllora_jax import data
   from fulllora_jax.experiments.race import schedules
 
@@ -126,41 +136,6 @@ def _race(given, config) -> None:
     final=given.final,
     num_test=given.test_images,
   )
-
-
-def _time_steps(given, config) -> None:
-  """Times steps and evaluations side by side."""
-  from fulllora_jax import data
-  from fulllora_jax.core import files
-  from fulllora_jax.experiments.speed import cases, evaluations, rivals, steps
-  from fulllora_jax.training import workdir as workdir_lib
-
-  workdir = files.absolute_path(
-    given.workdir or os.path.join('runs', f'benchmark-{config.name}')
-  )
-  with workdir_lib.writing(workdir):
-    files.make_writable(workdir)
-  if given.data == 'config':
-    dataset = data.open_dataset(config.data, config.seed)
-  else:
-    dataset = cases.random_dataset(config, given.num_classes, channels=3)
-  with contextlib.ExitStack() as stack:
-    running = {}
-    if given.compare:
-      running = rivals.start(stack, config, dataset, given.torch_modes)
-    compiled = steps.compile_cases(config, dataset, given.methods)
-    record = steps.measure(compiled, given.rounds, given.warmup, running)
-    text = steps.markdown(record)
-    if given.attacks:
-      record['evaluations'] = evaluations.measure(
-        compiled[config.method], given.attacks, given.images, running
-      )
-      text += '\n' + evaluations.markdown(record['evaluations'])
-  files.replace_file(
-    workdir / 'benchmark.json', json.dumps(record, indent=2).encode()
-  )
-  files.replace_file(workdir / 'benchmark.md', text.encode())
-  print(text)
 
 
 if __name__ == '__main__':

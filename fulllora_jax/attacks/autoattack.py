@@ -26,6 +26,7 @@ from fulllora_jax.attacks.ensemble import Member
 from fulllora_jax.attacks.progress import Outcome, Progress
 from fulllora_jax.attacks.threat import Threat
 from fulllora_jax.core import files
+from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.console import Pace, duration
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.distributed import processes
@@ -254,17 +255,16 @@ class _Run:
   def _batch(
     self, rows: np.ndarray, stages: np.ndarray
   ) -> dict[str, jax.Array]:
-    """Returns a batch of the one shape; filled rows repeat the first one."""
-    filled = self.size - len(rows)
-    padded = np.concatenate([rows, np.full(filled, rows[0])])
-    stages = np.concatenate([stages, np.full(filled, stages[0])])
+    """Returns a batch of the one shape."""
+    rows, mask = fill_up(rows, self.size)
+    stages, _ = fill_up(stages, self.size)
     return mesh_lib.put_whole_batch(
       {
-        'x': self.x[padded],
-        'labels': self.labels[padded],
-        'index': self.indices[padded],
+        'x': self.x[rows],
+        'labels': self.labels[rows],
+        'index': self.indices[rows],
         'stage': stages.astype(np.int32),
-        'mask': np.arange(self.size) < len(rows),
+        'mask': mask,
       },
       self.mesh,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.data.opening import Split
 from fulllora_jax.data.rng import generator
@@ -136,7 +137,8 @@ def eval_batches(
 
   Yields:
     {'image': uint8 [R, H, W, C], 'label': int32 [B], 'index': int32 [B] (in
-    the split), 'mask': bool [B]}; filled rows repeat the first example.
+    the split), 'mask': bool [B]}; filled rows repeat the first of the
+    batch.
 
   Raises:
     UserError: if batch_size is not positive.
@@ -150,9 +152,7 @@ def eval_batches(
 
   def batch(number):
     indices = chosen[number * batch_size : (number + 1) * batch_size]
-    mask = np.arange(batch_size) < len(indices)
-    filler = np.full(batch_size - len(indices), chosen[0])
-    indices = np.concatenate([indices, filler])
+    indices, mask = fill_up(indices, batch_size)
     return {
       'image': split.fetch(indices[rows]),
       'label': split.labels[indices],

@@ -3,20 +3,25 @@
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import WEIGHTS, ConfigDict
 from fulllora_jax.core.errors import UserError, check_positive, choose
-from fulllora_jax.evaluation.settings import evaluation_attacks, threat
+from fulllora_jax.evaluation.settings import Plan, evaluation_attacks
+
+
+def validate_plan(plan: Plan) -> None:
+  """Raises UserError where a plan cannot be carried out."""
+  ensembles = any(attack.version for attack in plan.all_attacks())
+  if ensembles and not plan.threat.eps:
+    raise UserError(
+      f'threat.eps {plan.eps}: leaves nothing to attack; that is the clean '
+      'accuracy'
+    )
+  check_positive('eval.batch_size', plan.batch_size)
+  step_size = parse_fraction(plan.step_size, 'eval.step_size')
+  check_positive('eval.step_size', step_size)
 
 
 def validate_evaluation(config: ConfigDict) -> None:
   """Checks `config.threat` and `config.eval`; raises UserError."""
-  ensembles = any(attack.version for attack in evaluation_attacks(config))
-  if ensembles and not threat(config).eps:
-    raise UserError(
-      f'threat.eps {config.threat.eps}: leaves nothing to attack; that is the '
-      'clean accuracy'
-    )
-  check_positive('eval.batch_size', config.eval.batch_size)
-  step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
-  check_positive('eval.step_size', step_size)
+  validate_plan(Plan.of(config))
   for factor in config.eval.radii:
     if not parse_fraction(factor, 'eval.radii') > 0:
       raise UserError(

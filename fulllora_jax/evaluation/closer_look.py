@@ -24,7 +24,7 @@ from fulllora_jax.core.console import say
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.distributed import mesh
 from fulllora_jax.evaluation import settings
-from fulllora_jax.evaluation.eps_sweep import Radii, broken_at, extremes
+from fulllora_jax.evaluation.eps_sweep import EpsSweep, broken_at, extremes
 from fulllora_jax.evaluation.finished_run import FinishedRun
 
 _EXAMPLES = 256  # attacked at every radius, at most
@@ -32,38 +32,33 @@ _INFLUENCE_EXAMPLES = 32
 _SHOWN = 4  # images, most and least robust
 
 
-class Inspection(NamedTuple):
+class CloserLook(NamedTuple):
   """What a closer look found.
 
   Attributes:
     numbers: for the report: 'radii' and 'influence', where they are known.
-    extreme_examples: the images, for the page: 'most' and 'least', lists of
-      dicts with label, clean, adversarial (float32 [H, W, C] in [0, 1]),
-      clean_prediction, prediction, eps (as text), broken and index. Empty
-      where nothing was attacked.
+    extreme_examples: the images, for the page: 'most' and 'least' robust, lists
+      of dicts with label, clean, adversarial (float32 [H, W, C] in [0, 1]),
+      clean_prediction, prediction, eps (as text), broken and index. Empty where
+      nothing was attacked.
   """
 
   numbers: dict[str, Any]
   extreme_examples: dict[str, list[dict[str, Any]]]
 
 
-def inspect_run(run: FinishedRun) -> Inspection:
-  """Takes a closer look; every process must take part."""
-  attack = _attack(run.config)
-  numbers: dict[str, Any] = {}
-  examples: dict[str, list[dict[str, Any]]] = {}
-  factors = radii_of(run.config)
-  tried = Radii(run.evaluator, run.dataset.test, attack) if attack else None
+def look_at(run: FinishedRun) -> CloserLook:
+  """Takes a closer look at a run; every process must take part."""
+  attack, factors = _attack(run), radii_of(run.config)
+  test, numbers, extreme = run.dataset.test, {}, {}
   count = min(_EXAMPLES, run.config.eval.num_examples or _EXAMPLES)
-  chosen = data.choose_examples(
-    len(run.dataset.test), count, run.evaluator.seed
-  )
-  if tried and factors:
-    numbers['radii'], examples = _radii(run, tried, chosen, factors)
-  found = _influence(run, tried, chosen[:_INFLUENCE_EXAMPLES])
-  if found:
+  chosen = data.choose_examples(len(test), count, run.evaluator.plan.seed)
+  sweep = EpsSweep(run.evaluator, test, attack) if attack else None
+  if sweep and factors:
+    numbers['radii'], extreme = _robustness(run, sweep, chosen, factors)
+  if found := _influence(run, sweep, chosen[:_INFLUENCE_EXAMPLES]):
     numbers['influence'] = found
-  return Inspection(numbers, examples)
+  return CloserLook(numbers, extreme)
 
 
 def radii_of(config) -> list[float]:
@@ -86,42 +81,42 @@ def radius_text(eps: str, factor: float) -> str:
   return f'{float(value):.3g}{slash}{below}'
 
 
-def _attack(config) -> Attack | None:
+def _attack(run: FinishedRun) -> Attack | None:
   """Returns the validation attack, or another of the config; None: none."""
-  validation = settings.evaluation_attack(config, config.eval.validation_attack)
-  others = settings.picture_attack(settings.evaluation_attacks(config))
+  plan = run.evaluator.plan
+  validation = plan.attack(run.config.eval.validation_attack)
+  others = settings.picture_attack(settings.evaluation_attacks(run.config))
   for attack in (validation, others):
-    if attack and attack.name != 'clean' and settings.threat(config).eps:
+    if attack and attack.name != 'clean' and plan.threat.eps:
       return attack
   return None
 
 
-def _radii(run: FinishedRun, tried: Radii, chosen, factors):
+def _robustness(run: FinishedRun, sweep: EpsSweep, chosen, factors):
   """Returns the records of every radius, and the extreme images of best."""
-  labels = run.dataset.test.labels[chosen]
-  eps = run.config.threat.eps
+  labels, eps = run.dataset.test.labels[chosen], run.evaluator.plan.eps
   records, outcomes = [], []
   for weights in (w for w in run.weights() if w != 'last'):
     _, variables = run.variables(weights)
-    outcomes = [tried.outcome(variables, chosen, f) for f in factors]
+    outcomes = [sweep.outcome(variables, chosen, f) for f in factors]
     right = outcomes[0].clean == labels
     records.append(_record(weights, 0.0, eps, right))
     for factor, outcome in zip(factors, outcomes, strict=True):
       robust = right & (outcome.attacked == labels)
       records.append(_record(weights, factor, eps, robust))
     say(
-      f'{weights:<5} {tried.attack.label} at {len(factors)} radii of '
+      f'{weights:<5} {sweep.attack.label} at {len(factors)} radii of '
       f'{len(chosen)} test images'
     )
   numbers = {
-    'attack': tried.attack.label,
+    'attack': sweep.attack.label,
     'split': 'test',
     'num_examples': len(chosen),
-    'seed': tried.evaluator.seed,
+    'seed': run.evaluator.plan.seed,
     'records': records,
   }
   # `best` is the last of them.
-  return numbers, _extreme_examples(run, tried, chosen, factors, outcomes)
+  return numbers, _extreme_examples(run, sweep, chosen, factors, outcomes)
 
 
 def _record(weights: str, factor: float, eps: str, robust) -> dict[str, Any]:
@@ -137,9 +132,7 @@ def _record(weights: str, factor: float, eps: str, robust) -> dict[str, Any]:
   }
 
 
-def _extreme_examples(
-  run: FinishedRun, tried: Radii, chosen, factors, outcomes
-):
+def _extreme_examples(run, sweep: EpsSweep, chosen, factors, outcomes):
   """Attacks the extreme images at the radius that breaks each, or the last."""
   _, best = run.variables('best')
   split = run.dataset.test
@@ -149,9 +142,9 @@ def _extreme_examples(
   places = np.concatenate([most, least])
   radius = np.clip(first, 0, len(factors) - 1)
   shown = {}
-  for number in sorted(set(radius[places].tolist())):
-    here = [int(p) for p in places if radius[p] == number]
-    x_adv = tried.adversarial(best, chosen[here], factors[number])
+  for number in np.unique(radius[places]):
+    here = places[radius[places] == number]
+    x_adv = sweep.adversarial(best, chosen[here], factors[number])
     x = split.fetch(chosen[here]).astype(np.float32) / 255
     for row, place in enumerate(here):
       shown[place] = {
@@ -161,20 +154,20 @@ def _extreme_examples(
         'adversarial': x_adv[row],
         'clean_prediction': int(outcomes[number].clean[place]),
         'prediction': int(outcomes[number].attacked[place]),
-        'eps': radius_text(run.config.threat.eps, factors[number]),
+        'eps': radius_text(run.evaluator.plan.eps, factors[number]),
         'broken': bool(first[place] < len(factors)),
       }
   return {
-    'most': [shown[int(place)] for place in most],
-    'least': [shown[int(place)] for place in least],
+    'most': [shown[place] for place in most],
+    'least': [shown[place] for place in least],
   }
 
 
-def _influence(run: FinishedRun, tried: Radii | None, chosen):
+def _influence(run: FinishedRun, sweep: EpsSweep | None, chosen):
   """Returns what the adapter, or full finetuning, changed; None: nothing."""
   _, variables = run.variables('best')
   if variables.get(COLLECTION):
-    return _branches(run, tried, chosen, variables)
+    return _branches(run, sweep, chosen, variables)
   whole = not methods.get(run.config.method).trains_less_than_all()
   if whole and 'base' in run.weights():
     _, base = run.variables('base')
@@ -182,15 +175,15 @@ def _influence(run: FinishedRun, tried: Radii | None, chosen):
   return None
 
 
-def _branches(run: FinishedRun, tried, chosen, variables) -> dict[str, Any]:
+def _branches(run: FinishedRun, sweep, chosen, variables) -> dict[str, Any]:
   adapted = run.load('best').model
   images = {'clean': run.dataset.test.fetch(chosen).astype(np.float32) / 255}
-  if tried:
-    images['adversarial'] = tried.adversarial(variables, chosen, 1.0)
+  if sweep:
+    images['adversarial'] = sweep.adversarial(variables, chosen, 1.0)
 
   @functools.partial(jax.jit, out_shardings=mesh.replicated(run.evaluator.mesh))
   def ratios(variables, x):
-    with jax.default_matmul_precision(run.evaluator.precision):
+    with jax.default_matmul_precision(run.evaluator.plan.precision):
       return influence.branch_ratios(adapted, variables, x)
 
   found = {
@@ -201,7 +194,7 @@ def _branches(run: FinishedRun, tried, chosen, variables) -> dict[str, Any]:
   return {
     'kind': 'branch',
     'num_images': len(chosen),
-    'attack': tried.attack.label if tried else None,
+    'attack': sweep.attack.label if sweep else None,
     'maps': [
       {'path': path, 'role': roles.get(target, target)}
       | {name: float(ratio[path]) for name, ratio in found.items()}

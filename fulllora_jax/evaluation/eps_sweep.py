@@ -24,8 +24,8 @@ class Outcome(NamedTuple):
 
   Attributes:
     clean: the class it is taken for without an attack.
-    attacked: likewise, under the attack.
-    margin: under the attack, the label's logit less the largest other.
+    attacked: the class it is taken for under the attack.
+    margin: under the attack, the label's logit less the largest other logit.
   """
 
   clean: np.ndarray
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
   margin: np.ndarray
 
 
-class Radii:
+class EpsSweep:
   """Attacks images at multiples of a threat's eps.
 
   Args:
@@ -72,32 +72,24 @@ class Radii:
 
   def _batches(self, variables, chosen, factor):
     """Yields (Outcome of the real rows, x_adv of all) of each batch."""
-    size, mesh = self.evaluator.batch_size, self.evaluator.mesh
-    mine = mesh_lib.local_rows(size)
-    factor = np.float32(factor)
-    for batch in data.eval_batches(self.split, size, chosen, mine):
-      ours = {'image': batch['image']}
-      ours |= {name: batch[name][mine] for name in ('label', 'index')}
-      outcome, x_adv = self._step(
-        variables, mesh_lib.put_batch(ours, mesh), factor
-      )
+    size = self.evaluator.batch_size
+    for batch, placed in self.evaluator.batches(self.split, chosen, size):
+      outcome, x_adv = self._step(variables, placed, np.float32(factor))
       outcome = jax.device_get(outcome)
       yield Outcome(*(part[batch['mask']] for part in outcome)), x_adv
 
   def _attack(self, variables, batch, factor) -> tuple[Outcome, jax.Array]:
     used = self.evaluator
-    attack = dataclasses.replace(
-      self.attack, step_size=self.attack.step_size * factor
-    )
+    step_size = self.attack.step_size * factor
+    attack = dataclasses.replace(self.attack, step_size=step_size)
 
     def logits_fn(images):
       return used.apply(variables, images)
 
-    with jax.default_matmul_precision(used.precision):
+    with jax.default_matmul_precision(used.plan.precision):
       x, labels = augment.to_unit(batch['image']), batch['label']
-      keys = used.keys(batch['index'])
       threat = used.threat.scaled(factor)
-      x_adv = attack(keys, logits_fn, x, labels, threat)
+      x_adv = attack(used.keys(batch['index']), logits_fn, x, labels, threat)
       clean, attacked = logits_fn(x), logits_fn(x_adv)
     margin = -losses.margin(attacked, labels)
     classes = (jnp.argmax(z, axis=-1) for z in (clean, attacked))
@@ -132,10 +124,11 @@ def extremes(
   Args:
     labels: [n].
     outcomes: at rising radii.
-    count: of each, at most.
+    count: at most so many of the most robust, and of the least.
 
   Returns:
-    int [at most count], most robust first; likewise, least robust first.
+    The most robust, the very most first, and the least robust, the very least
+    first; int [at most count] each.
   """
   first = broken_at(labels, outcomes)
   margins = np.stack([outcome.margin for outcome in outcomes])

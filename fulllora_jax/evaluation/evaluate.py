@@ -16,15 +16,11 @@ from fulllora_jax.evaluation.evaluations import (
   Evaluations,
   LogitsFunction,
   check_function,
-  common_report,
   load_function,
   next_name,
 )
-from fulllora_jax.evaluation.finished_run import (
-  SPLITS,
-  FinishedRun,
-  assemble_report,
-)
+from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
+from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.reports import attack_report, pictures, report
 
 
@@ -61,21 +57,16 @@ def evaluate_again(
   """
   for name in weights:
     choose('--weights', name, config_lib.WEIGHTS)
-  eps = _check(config, split, eps)
+  plan = Plan.of(config, seed=seed, precision=precision)
+  plans = _plans(config, plan, split, eps, scale_steps)
   checks.refuse_rand(config)
   workdir = absolute_path(workdir)
   pretrained.find_artefact(workdir)
-  run = FinishedRun(
-    config,
-    workdir,
-    data.open_dataset(config.data, config.seed),
-    precision,
-    seed,
-    next_name(workdir),
-  )
+  dataset = data.open_dataset(config.data, config.seed)
+  run = FinishedRun(config, workdir, dataset, plans[0], next_name(workdir))
   for name in weights:  # a run from scratch has no base
     choose('--weights', name, run.weights())
-  return _finish(run, weights or run.weights(), split, eps, scale_steps)
+  return _finish(run, plans, weights or run.weights(), split)
 
 
 def evaluate_function(
@@ -96,71 +87,60 @@ def evaluate_function(
       [B, K]; for autoattack-rand, of (images, key).
     config: `data`, `threat` and `eval` are used.
     workdir: the result goes to its `evaluations/`.
-    split: as the other arguments, as `evaluate_again` has it.
-    precision: likewise.
-    eps: likewise.
-    scale_steps: likewise.
-    seed: likewise.
+    split: train, validation or test.
+    precision: of matrix products, 'highest' or 'default'.
+    eps: radii to evaluate at, one after another; empty: config.threat.eps.
+    scale_steps: keeps the attacks' step size in proportion to eps.
+    seed: of the attacks and of the choice of examples.
 
   Raises:
     UserError: bad input, before anything is computed.
   """
-  eps = _check(config, split, eps)
+  plan = Plan.of(config, seed=seed, precision=precision)
+  plans = _plans(config, plan, split, eps, scale_steps)
   function = load_function(spec)
   workdir = absolute_path(workdir)
   dataset = data.open_dataset(config.data, config.seed)
-  check_function(function, config, dataset, split)
+  check_function(function, plans[0], dataset, split)
   run = LogitsFunction(
     config,
     dataset,
     spec,
     function,
+    plans[0],
     folder=workdir / 'evaluations',
     name=next_name(workdir),
-    precision=precision,
-    seed=seed,
   )
-  return _finish(run, run.weights(), split, eps, scale_steps)
+  return _finish(run, plans, run.weights(), split)
 
 
-def _check(config, split: str, eps: Sequence[str]) -> Sequence[str]:
-  """Returns the radii, after all of them are checked."""
+def _plans(
+  config, plan: Plan, split: str, eps: Sequence[str], scale_steps: bool
+) -> list[Plan]:
+  """Returns the plan of every radius, after all of them are checked."""
   choose('--split', split, SPLITS)
-  own = config.threat.eps
   for radius in eps:
-    config.threat.eps = radius
-    checks.validate_evaluation(config)
-  config.threat.eps = own
+    checks.validate_plan(plan.at(radius, scale_steps=False))
   checks.validate_evaluation(config)
-  return eps or (own,)
+  return [plan.at(radius, scale_steps=scale_steps) for radius in eps] or [plan]
 
 
 def _finish(
-  run: Evaluations,
-  weights: Sequence[str],
-  split: str,
-  eps: Sequence[str],
-  scale_steps: bool,
+  run: Evaluations, plans: Sequence[Plan], weights: Sequence[str], split: str
 ) -> dict[str, Any]:
   """Evaluates at every radius; prints the result and writes it."""
   started = time.monotonic()
-  evaluations = run.evaluate_radii(weights, split, eps, scale_steps)
-  seconds = {'evaluate': time.monotonic() - started}
-  if isinstance(run, FinishedRun):
-    result = assemble_report(run, evaluations, seconds)
-  else:
-    result = common_report(run, evaluations, seconds) | {'logits': run.spec}
-  if len(eps) > 1:
-    result['threat'] = {
-      'norm': run.evaluator.threat.norm,
-      'eps': ', '.join(eps),
-    }
+  evaluations = run.evaluate_under(plans, weights, split)
+  result = run.report(evaluations, {'evaluate': time.monotonic() - started})
+  if len(plans) > 1:
+    every = ', '.join(plan.eps for plan in plans)
+    result['threat'] = {'norm': plans[0].norm, 'eps': every}
   path = run.folder / f'{run.name}.json'
   replace_file(path, json.dumps(result, indent=2).encode())
   say(f'\n{report.summary_table(result)}')
   for section in attack_report.sections(result):
     say(f'\n{section}')
-  if len(eps) > 1:
+  if len(plans) > 1:
     picture = path.with_suffix('.svg')
     pictures.draw_eps_sweep(evaluations, picture)
     say(f'\ncurves: {picture}')

@@ -18,7 +18,6 @@ import numpy as np
 from fulllora_jax import config as config_lib
 from fulllora_jax import data
 from fulllora_jax.attacks import Attack, inputs
-from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.core import provenance
 from fulllora_jax.core.console import say, warn
 from fulllora_jax.core.errors import UserError
@@ -31,7 +30,8 @@ from fulllora_jax.core.files import (
   replace_arrays,
 )
 from fulllora_jax.distributed import mesh, processes
-from fulllora_jax.evaluation import evaluator, settings
+from fulllora_jax.evaluation.evaluator import Evaluator
+from fulllora_jax.evaluation.settings import Plan
 
 # Of a distance in float32, relative, and of pixels up to 1.
 _ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
@@ -41,13 +41,12 @@ class Evaluations:
   """One model, with one or more sets of weights; a subclass says which.
 
   Args:
-    config: its `threat` and `eval` say what to evaluate under.
+    config: its `model` and `mesh` are read; the plan says the rest.
     dataset: whose splits are attacked.
     apply: (variables, images [B, H, W, C]) -> logits [B, K].
+    plan: what to evaluate under.
     folder: adversarial images and the progress of ensembles go there.
-    name: of the result, which they bear.
-    precision: of matrix products.
-    seed: of the attacks and of the choice of examples.
+    name: of the result; the adversarial images bear it too.
   """
 
   def __init__(
@@ -55,21 +54,18 @@ class Evaluations:
     config,
     dataset: data.Dataset,
     apply: Callable,
+    plan: Plan,
     *,
     folder: Path,
     name: str,
-    precision: str,
-    seed: int,
   ):
     self.config, self.dataset = config, dataset
     self.folder, self.name = folder, name
     self.mesh = mesh.mesh_of(config)
+    self._apply = apply
     self._records: dict[tuple, dict[str, Any]] = {}
     self._progress: list[Path] = []
-    self._make_evaluator = lambda threat: evaluator.Evaluator(
-      apply, threat, self.mesh, config.eval.batch_size, seed, precision
-    )
-    self.evaluator = self._make_evaluator(settings.threat(config))
+    self.evaluator = Evaluator(apply, plan, self.mesh)
 
   def weights(self) -> tuple[str, ...]:
     """Returns the names of the weights there are."""
@@ -84,7 +80,7 @@ class Evaluations:
   ) -> dict[str, Any]:
     """Evaluates one set of weights; returns its record for the report."""
     identity, variables = self.variables(weights)
-    threat = self.evaluator.threat
+    plan, threat = self.evaluator.plan, self.evaluator.threat
     radius = None if attack.name == 'clean' else (threat.norm, threat.eps)
     key = (identity, attack, split, num_examples, radius)
     if key not in self._records:
@@ -108,12 +104,12 @@ class Evaluations:
       'steps': attack.steps,
       'step_size': attack.step_size,
       'restarts': attack.restarts,
-      'norm': threat.norm,
-      'eps': self.config.threat.eps,
+      'norm': plan.norm,
+      'eps': plan.eps,
       'eps_value': threat.eps,
       'dtype': self.config.model.dtype,
-      'matmul_precision': self.evaluator.precision,
-      'seed': self.evaluator.seed,
+      'matmul_precision': plan.precision,
+      'seed': plan.seed,
       **self._records[key],
     }
 
@@ -136,40 +132,58 @@ class Evaluations:
         )
     return records
 
-  def evaluate_radii(
-    self,
-    weights: Sequence[str],
-    split: str,
-    eps: Sequence[str],
-    scale_steps: bool,
+  def evaluate_under(
+    self, plans: Sequence[Plan], weights: Sequence[str], split: str
   ) -> list[dict[str, Any]]:
-    """Evaluates as the config says, at each radius, clean images once.
+    """Evaluates under plan after plan, clean images once.
 
     Args:
+      plans: which differ in their radius; the last one is kept.
       weights: to evaluate.
       split: of the data set.
-      eps: as the config writes it.
-      scale_steps: keeps the attacks' step size in proportion to eps.
     """
-    config, records = self.config, []
-    own, own_step = settings.threat(config).eps, config.eval.step_size
-    step = parse_fraction(own_step, 'eval.step_size')
-    for number, radius in enumerate(eps):
-      config.threat.eps = radius
-      threat = settings.threat(config)
-      if scale_steps and own > 0:
-        scaled = str(step * threat.eps / own)
-        config.eval.step_size = own_step if threat.eps == own else scaled
-      self.evaluator = self._make_evaluator(threat)
-      attacks = settings.evaluation_attacks(config)
-      if len(eps) > 1:
-        say(f'eps {radius}')
-      if number:
-        attacks = [attack for attack in attacks if attack.name != 'clean']
-      records += self.evaluate_all(
-        weights, attacks, split, config.eval.num_examples
-      )
+    records = []
+    for number, plan in enumerate(plans):
+      if plan != self.evaluator.plan:
+        self.evaluator = Evaluator(self._apply, plan, self.mesh)
+      if len(plans) > 1:
+        say(f'eps {plan.eps}')
+      attacks = [
+        attack
+        for attack in plan.all_attacks()
+        if not number or attack.name != 'clean'
+      ]
+      records += self.evaluate_all(weights, attacks, split, plan.num_examples)
     return records
+
+  def report(
+    self, evaluations: list[dict[str, Any]], seconds: dict[str, float]
+  ) -> dict[str, Any]:
+    """Returns what a result says, as JSON values.
+
+    Args:
+      evaluations: the records of what was evaluated.
+      seconds: what each part of the work took.
+    """
+    plan, threat = self.evaluator.plan, self.evaluator.threat
+    config = config_lib.copy(self.config)
+    config.threat.eps, config.eval.step_size = plan.eps, plan.step_size
+    return {
+      'dataset': self.dataset.name,
+      'threat': {
+        'norm': plan.norm,
+        'eps': plan.eps,
+        'eps_value': threat.eps,
+      },
+      'evaluations': evaluations,
+      'label_names': list(self.dataset.label_names),
+      'command': provenance.command(),
+      'versions': provenance.versions(),
+      'device': provenance.device(),
+      'seed': plan.seed,
+      'seconds': seconds,
+      'config': config_lib.as_plain(config),
+    }
 
   def forget_progress(self) -> None:
     """Removes what was kept in case of an interruption."""
@@ -182,9 +196,9 @@ class Evaluations:
 
   def _progress_dir(self, key: tuple) -> Path:
     """Returns the same place whenever the same evaluation is asked for."""
-    used = self.evaluator
-    computed_in = (self.config.model.dtype, used.precision)
-    key = (key, used.seed, computed_in, used.ensemble_batch_size)
+    plan = self.evaluator.plan
+    computed_in = (self.config.model.dtype, plan.precision)
+    key = (key, plan.seed, computed_in, self.evaluator.ensemble_batch_size)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     directory = self.folder / 'progress' / digest[:16]
     self._progress.append(directory)
@@ -199,10 +213,10 @@ class Evaluations:
       file; outside, how many are not in the ball or the box; mismatches, how
       many are now classified otherwise (None for a stochastic model).
     """
-    eps = self.config.threat.eps.replace('/', '_')
-    norm = self.evaluator.threat.norm
+    plan = self.evaluator.plan
     path = self.folder / (
-      f'{self.name}-{weights}-{attack.label}-{norm}-{eps}.npz'
+      f'{self.name}-{weights}-{attack.label}-{plan.norm}-'
+      f'{plan.eps.replace("/", "_")}.npz'
     )
     if processes.is_primary():
       make_directory(self.folder)
@@ -268,36 +282,45 @@ def load_function(spec: str) -> Callable:
 
 
 def check_function(
-  function: Callable, config, dataset: data.Dataset, split: str
+  function: Callable, plan: Plan, dataset: data.Dataset, split: str
 ) -> None:
   """Raises UserError unless the function fits the attacks and the labels.
 
-  It is called in the abstract, as each attack of `config.eval` will.
+  It is called in the abstract, as each attack of the plan will call it.
   """
   x = np.empty((1, *dataset.image_shape), np.float32)  # its shape alone counts
   labels = getattr(dataset, split).labels
-  for attack in settings.evaluation_attacks(config):
+  for attack in plan.all_attacks():
     stochastic = attack.version == 'rand'
-    inputs.num_classes(function, x, config.eval.batch_size, stochastic, labels)
+    inputs.num_classes(function, x, plan.batch_size, stochastic, labels)
 
 
 class LogitsFunction(Evaluations):
-  """A logits function that is not ours; `spec` names it."""
+  """A logits function of the user's; `spec` names it.
 
-  def __init__(self, config, dataset, spec: str, function: Callable, **kwargs):
+  Args: those of `Evaluations`, with `spec` and `function` in place of `apply`.
+  """
+
+  def __init__(
+    self, config, dataset, spec: str, function: Callable, plan: Plan, **kwargs
+  ):
     self.spec = spec
 
     def apply(variables, *args):
       del variables  # the function has its own
       return function(*args)
 
-    super().__init__(config, dataset, apply, **kwargs)
+    super().__init__(config, dataset, apply, plan, **kwargs)
 
   def weights(self) -> tuple[str, ...]:
     return ('model',)
 
   def variables(self, weights: str) -> tuple[tuple, Any]:
     return (weights, self.spec), {}
+
+  def report(self, *args) -> dict[str, Any]:
+    """Returns what a result says, as JSON values."""
+    return super().report(*args) | {'logits': self.spec}
 
 
 def next_name(workdir: Path) -> str:
@@ -311,28 +334,3 @@ def next_name(workdir: Path) -> str:
     ) from None
   taken = [int(p.stem) for p in folder.glob('*.json') if p.stem.isdecimal()]
   return f'{max(taken, default=0) + 1:03d}'
-
-
-def common_report(
-  run: Evaluations,
-  evaluations: list[dict[str, Any]],
-  seconds: dict[str, float],
-) -> dict[str, Any]:
-  """Returns what every result says, as JSON values."""
-  threat = run.evaluator.threat
-  return {
-    'dataset': run.dataset.name,
-    'threat': {
-      'norm': threat.norm,
-      'eps': run.config.threat.eps,
-      'eps_value': threat.eps,
-    },
-    'evaluations': evaluations,
-    'label_names': list(run.dataset.label_names),
-    'command': provenance.command(),
-    'versions': provenance.versions(),
-    'device': provenance.device(),
-    'seed': run.evaluator.seed,
-    'seconds': seconds,
-    'config': config_lib.as_plain(run.config),
-  }

@@ -6,7 +6,7 @@ that is classified correctly when clean can count as robust.
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from fulllora_jax import data
-from fulllora_jax.attacks import Attack, Cascade, Threat, autoattack, losses
+from fulllora_jax.attacks import Attack, Cascade, autoattack, losses
+from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.console import Progress, say
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.evaluation.settings import Plan
 
 # On a CPU the throughput is the same from here on, and small batches leave
 # fewer rows to fill up.
@@ -85,29 +87,18 @@ class Evaluator:
 
   Attributes:
     apply: (variables, images [B, H, W, C]) -> logits [B, K], deterministic.
-    threat: the ball attacks stay in.
+    plan: the threat, batch size, seed and precision. An example's draws follow
+      from the seed and its index, so they depend on neither the batch size nor
+      the devices.
     mesh: batches are sharded over it.
-    batch_size: rounded up to a multiple of the devices.
-    seed: of the random starts. An example's draws follow from its index, so
-      they depend on neither the batch size nor the devices.
-    precision: of matrix products ('highest', 'default', ...).
+    threat: the ball attacks stay in.
+    batch_size: the plan's, rounded up to a multiple of the devices.
   """
 
-  def __init__(
-    self,
-    apply: Callable[..., jax.Array],
-    threat: Threat,
-    mesh: Mesh,
-    batch_size: int,
-    seed: int,
-    precision: str = 'highest',
-  ):
+  def __init__(self, apply: Callable[..., jax.Array], plan: Plan, mesh: Mesh):
     self.apply = mesh_lib.fetching(apply, mesh)
-    self.threat = threat
-    self.mesh = mesh
-    self.batch_size = mesh_lib.round_up(batch_size, mesh)
-    self.seed = seed
-    self.precision = precision
+    self.plan, self.mesh, self.threat = plan, mesh, plan.threat
+    self.batch_size = mesh_lib.round_up(plan.batch_size, mesh)
     self._compiled: dict[Attack, Callable] = {}
 
   @property
@@ -142,7 +133,7 @@ class Evaluator:
       title: what to call it in progress lines; none where empty.
       progress_dir: where an ensemble keeps what it has finished.
     """
-    chosen = data.choose_examples(len(split), num_examples, self.seed)
+    chosen = data.choose_examples(len(split), num_examples, self.plan.seed)
     if attack.version:
       return self._ensemble(
         variables, split, attack, chosen, title, progress_dir
@@ -150,13 +141,9 @@ class Evaluator:
     step = self._step(attack)
     progress, rows, done = Progress(len(chosen)), [], 0
     size = self._batch_size_of(len(chosen))
-    mine = mesh_lib.local_rows(size)
-    for batch in data.eval_batches(split, size, chosen, mine):
-      mask, ours = batch['mask'], {'image': batch['image']}
-      ours |= {name: batch[name][mine] for name in ('label', 'index')}
-      clean, robust = jax.device_get(
-        step(variables, mesh_lib.put_batch(ours, self.mesh))
-      )
+    for batch, placed in self.batches(split, chosen, size):
+      mask = batch['mask']
+      clean, robust = jax.device_get(step(variables, placed))
       parts = batch['index'], batch['label'], clean, robust
       rows.append([part[mask] for part in parts])
       done += int(mask.sum())
@@ -166,6 +153,21 @@ class Evaluator:
     return Evaluation(
       *(np.concatenate(part) for part in zip(*rows, strict=True))
     )
+
+  def batches(
+    self, split: data.Split, chosen: np.ndarray, size: int
+  ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, jax.Array]]]:
+    """Yields the chosen examples in batches of one size.
+
+    Yields:
+      A batch of `data.eval_batches`, of whose images a process has its own
+      rows; and its images, labels and indices on the mesh.
+    """
+    mine = mesh_lib.local_rows(size)
+    for batch in data.eval_batches(split, size, chosen, mine):
+      ours = {name: batch[name][mine] for name in ('label', 'index')}
+      ours['image'] = batch['image']
+      yield batch, mesh_lib.put_batch(ours, self.mesh)
 
   def _ensemble(
     self, variables, split, attack: Attack, chosen, title, progress_dir
@@ -177,9 +179,8 @@ class Evaluator:
       ]
     )
     labels = split.labels[chosen]
-    stream = jax.random.fold_in(jax.random.key(self.seed), _EVALUATION_STREAM)
     result = autoattack(
-      stream,
+      self._stream(),
       Partial(self.apply, variables),
       x,
       labels,
@@ -188,7 +189,7 @@ class Evaluator:
       self.ensemble_batch_size,
       indices=chosen,
       progress_dir=progress_dir,
-      precision=self.precision,
+      precision=self.plan.precision,
       mesh=self.mesh,
       say=(lambda line: say(f'{title} {line}')) if title else None,
     )
@@ -199,14 +200,11 @@ class Evaluator:
 
   def predict(self, variables: Any, x: np.ndarray) -> np.ndarray:
     """Returns classes [n] of images float32 [n, H, W, C], in a fresh pass."""
-
     size, classes = self._batch_size_of(len(x)), []
     for first in range(0, len(x), size):
-      rows = x[first : first + size]
-      padded = np.concatenate([rows, np.repeat(x[:1], size - len(rows), 0)])
-      batch = mesh_lib.put_whole_batch({'x': padded}, self.mesh)
-      found = np.asarray(self._classify(variables, batch['x']))
-      classes.append(found[: len(rows)])
+      rows, mask = fill_up(x[first : first + size], size)
+      batch = mesh_lib.put_whole_batch({'x': rows}, self.mesh)
+      classes.append(np.asarray(self._classify(variables, batch['x']))[mask])
     return np.concatenate(classes)
 
   @functools.cached_property
@@ -214,7 +212,7 @@ class Evaluator:
     """Compiles (variables, x) -> classes, on every process."""
 
     def classify(variables, x):
-      with jax.default_matmul_precision(self.precision):
+      with jax.default_matmul_precision(self.plan.precision):
         return self._logits_fn(variables)(x).argmax(axis=-1)
 
     return jax.jit(classify, out_shardings=mesh_lib.replicated(self.mesh))
@@ -226,7 +224,7 @@ class Evaluator:
 
     @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
     def craft(variables, x, labels):
-      with jax.default_matmul_precision(self.precision):
+      with jax.default_matmul_precision(self.plan.precision):
         logits_fn = self._logits_fn(variables)
         keys = self.keys(jnp.arange(x.shape[0]))
         x_adv = attack(keys, logits_fn, x, labels, self.threat)
@@ -240,7 +238,7 @@ class Evaluator:
       rows = mesh_lib.batch_sharded(self.mesh)
 
       def step(variables, batch):
-        with jax.default_matmul_precision(self.precision):
+        with jax.default_matmul_precision(self.plan.precision):
           return self._correct(variables, batch, attack)
 
       self._compiled[attack] = jax.jit(
@@ -262,5 +260,10 @@ class Evaluator:
 
   def keys(self, indices: jax.Array) -> jax.Array:
     """Returns the PRNG keys [B] of examples, by their indices [B]."""
-    stream = jax.random.fold_in(jax.random.key(self.seed), _EVALUATION_STREAM)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(stream, indices)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+      self._stream(), indices
+    )
+
+  def _stream(self) -> jax.Array:
+    key = jax.random.key(self.plan.seed)
+    return jax.random.fold_in(key, _EVALUATION_STREAM)

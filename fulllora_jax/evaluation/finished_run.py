@@ -16,7 +16,8 @@ from fulllora_jax import data, models, pretrained
 from fulllora_jax.adapters import AdaptedModel, adapted, artefact
 from fulllora_jax.attacks import Attack
 from fulllora_jax.distributed import mesh
-from fulllora_jax.evaluation.evaluations import Evaluations, common_report
+from fulllora_jax.evaluation.evaluations import Evaluations
+from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.serving import classifier
 
 SPLITS = ('train', 'validation', 'test')
@@ -26,12 +27,10 @@ class FinishedRun(Evaluations):
   """The artefacts of a work directory, evaluated under one threat model.
 
   Args:
-    config: of the run; its `threat` and `eval` say what to evaluate under, its
-      `model.dtype` what to compute in.
+    config: of the run; its `model.dtype` says what to compute in.
     workdir: of the run.
     dataset: that `config.data` names.
-    precision: of matrix products, 'highest' or 'default'.
-    seed: of the attacks and of the choice of examples; None: the run's.
+    plan: what to evaluate under; None: what the config says.
     name: of the result, which its adversarial images bear.
   """
 
@@ -40,8 +39,7 @@ class FinishedRun(Evaluations):
     config,
     workdir: Path,
     dataset: data.Dataset,
-    precision: str = 'highest',
-    seed: int | None = None,
+    plan: Plan | None = None,
     name: str = 'report',
   ):
     self.workdir = workdir
@@ -55,10 +53,9 @@ class FinishedRun(Evaluations):
       config,
       dataset,
       model.apply,
+      plan or Plan.of(config),
       folder=workdir / 'evaluations',
       name=name,
-      precision=precision,
-      seed=config.seed if seed is None else seed,
     )
 
   def load(self, which: str) -> classifier.Published:
@@ -115,8 +112,8 @@ class FinishedRun(Evaluations):
       'labels': labels,
       'robust_predictions': predictions,
       'label_names': self.dataset.label_names,
-      'eps': self.config.threat.eps,
-      'norm': self.evaluator.threat.norm,
+      'eps': self.evaluator.plan.eps,
+      'norm': self.evaluator.plan.norm,
       'attack': attack.label,
     }
     if 'base' in self.weights():
@@ -125,6 +122,29 @@ class FinishedRun(Evaluations):
         base, clean, labels, attack
       )
     return shown
+
+  def report(
+    self, evaluations: list[dict[str, Any]], seconds: dict[str, float]
+  ) -> dict[str, Any]:
+    """Returns the report of the run, as report.json holds it."""
+    best = self.load('best')
+    last = self.load('last').metadata if 'last' in self.weights() else {}
+    return super().report(evaluations, seconds) | {
+      'config_name': self.config.name,
+      'method': self.config.method,
+      'parameters': best.metadata['parameters'],
+      'base_fingerprint': best.metadata['base_fingerprint'],
+      'body_fingerprint': artefact.body_fingerprint(
+        best.base_variables['params'],
+        models.linear_maps(self.config.model.name)['head'],
+      ),
+      'best_step': best.metadata['step'],
+      'best_validation': best.metadata['validation'],
+      'last_step': last.get('step'),
+      'adapter_bytes': artefact.size_on_disk(
+        pretrained.find_artefact(self.workdir, 'best')
+      ),
+    }
 
 
 def logits_functions(
@@ -158,29 +178,3 @@ def _computing_in(dtype: str, metadata: Mapping[str, Any]) -> AdaptedModel:
   config = config_lib.from_mapping(metadata['config'])
   config.model.dtype, config.model.attention = dtype, ''
   return adapted.build(config, metadata['num_classes']).model
-
-
-def assemble_report(
-  run: FinishedRun,
-  evaluations: list[dict[str, Any]],
-  seconds: dict[str, float],
-) -> dict[str, Any]:
-  """Returns the report of a run, as report.json holds it."""
-  metadata = run.load('best').metadata
-  last = run.load('last').metadata if 'last' in run.weights() else {}
-  return common_report(run, evaluations, seconds) | {
-    'config_name': run.config.name,
-    'method': run.config.method,
-    'parameters': metadata['parameters'],
-    'base_fingerprint': metadata['base_fingerprint'],
-    'body_fingerprint': artefact.body_fingerprint(
-      run.load('best').base_variables['params'],
-      models.linear_maps(run.config.model.name)['head'],
-    ),
-    'best_step': metadata['step'],
-    'best_validation': metadata['validation'],
-    'last_step': last.get('step'),
-    'adapter_bytes': artefact.size_on_disk(
-      pretrained.find_artefact(run.workdir, 'best')
-    ),
-  }

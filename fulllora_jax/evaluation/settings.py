@@ -1,27 +1,109 @@
 """The attacks and the threat model that a config names."""
 
-from fulllora_jax import attacks
+import dataclasses
+
+from fulllora_jax.attacks import Attack, Threat, parse
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import ConfigDict
 
 
-def threat(config: ConfigDict) -> attacks.Threat:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a model is evaluated under.
+
+  Attributes:
+    norm: of the threat: 'linf', 'l2' or 'l1'.
+    eps: the radius in [0, 1] pixels, as text: '8/255'.
+    attacks: the names of the attacks, such as 'pgd-20'.
+    step_size: of PGD, in [0, 1] pixels, as text.
+    restarts: random starts of PGD.
+    batch_size: images at once; rounded up to a multiple of the devices.
+    num_examples: how many images of the split; 0 for all.
+    seed: of the attacks, and of the choice of images.
+    precision: of matrix products: 'highest' or 'default'.
+  """
+
+  norm: str = 'linf'
+  eps: str = '8/255'
+  attacks: tuple[str, ...] = ()
+  step_size: str = '2/255'
+  restarts: int = 1
+  batch_size: int = 256
+  num_examples: int = 0
+  seed: int = 0
+  precision: str = 'highest'
+
+  @classmethod
+  def of(
+    cls,
+    config: ConfigDict,
+    *,
+    seed: int | None = None,
+    precision: str = 'highest',
+  ) -> 'Plan':
+    """Returns the plan of `config.threat` and `config.eval`.
+
+    Args:
+      config: config.py.
+      seed: in place of `config.seed`.
+      precision: of matrix products.
+    """
+    own = config.eval
+    return cls(
+      norm=config.threat.norm,
+      eps=config.threat.eps,
+      attacks=tuple(own.attacks),
+      step_size=own.step_size,
+      restarts=own.restarts,
+      batch_size=own.batch_size,
+      num_examples=own.num_examples,
+      seed=config.seed if seed is None else seed,
+      precision=precision,
+    )
+
+  @property
+  def threat(self) -> Threat:
+    """The norm and the radius."""
+    return Threat(norm=self.norm, eps=self.eps)
+
+  def attack(self, text: str) -> Attack:
+    """Returns the attack of a name, with this step size and these restarts."""
+    step_size = parse_fraction(self.step_size, 'eval.step_size')
+    return parse(text, self.threat, step_size, self.restarts)
+
+  def all_attacks(self) -> list[Attack]:
+    """Returns the attacks that `attacks` names."""
+    return [self.attack(text) for text in self.attacks]
+
+  def at(self, eps: str, *, scale_steps: bool = True) -> 'Plan':
+    """Returns the plan at another radius.
+
+    Args:
+      eps: as text.
+      scale_steps: keeps the step size in proportion to eps.
+
+    >>> Plan(eps='8/255', step_size='2/255').at('4/255').attack('pgd').step_size
+    0.00392156862745098
+    """
+    other = dataclasses.replace(self, eps=eps)
+    before, after = self.threat.eps, other.threat.eps
+    if not scale_steps or not before or before == after:
+      return other
+    step_size = parse_fraction(self.step_size, 'eval.step_size')
+    return dataclasses.replace(other, step_size=str(step_size * after / before))
+
+
+def threat(config: ConfigDict) -> Threat:
   """Returns the threat model of `config.threat`."""
-  return attacks.Threat(norm=config.threat.norm, eps=config.threat.eps)
+  return Threat(norm=config.threat.norm, eps=config.threat.eps)
 
 
-def evaluation_attacks(config: ConfigDict) -> list[attacks.Attack]:
+def evaluation_attacks(config: ConfigDict) -> list[Attack]:
   """Returns the attacks of `config.eval`."""
-  return [evaluation_attack(config, text) for text in config.eval.attacks]
+  return Plan.of(config).all_attacks()
 
 
-def picture_attack(chosen: list[attacks.Attack]) -> attacks.Attack | None:
+def picture_attack(chosen: list[Attack]) -> Attack | None:
   """Returns the attack that a report's picture shows: of most steps."""
   single = [attack for attack in chosen if not attack.version]
   return max(single, key=lambda attack: attack.steps, default=None)
-
-
-def evaluation_attack(config: ConfigDict, text: str) -> attacks.Attack:
-  """Returns one attack, with the step size and restarts of `config.eval`."""
-  step_size = parse_fraction(config.eval.step_size, 'eval.step_size')
-  return attacks.parse(text, threat(config), step_size, config.eval.restarts)

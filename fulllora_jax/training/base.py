@@ -1,10 +1,15 @@
-"""A published checkpoint as the base of a run.
+"""The base of a run, and the data; what a training starts from.
 
-It is fetched once and kept in the run's base/, at the run's image size, patch
-and classes, so that the run goes on, and is evaluated, without a network.
+A published checkpoint is fetched once and kept in the run's base/, at the run's
+image size, patch and classes, so that the run goes on, and is evaluated,
+without a network.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, pretrained
@@ -12,107 +17,178 @@ from fulllora_jax.adapters import adapted, artefact
 from fulllora_jax.core import trees
 from fulllora_jax.core.console import say
 from fulllora_jax.core.files import make_directory, replace_file
+from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import processes
-from fulllora_jax.training import publish
+from fulllora_jax.training.assemble import Assembly
+from fulllora_jax.training.publish import Origin, artefact_metadata
 
-# Of `config.model`: what a base was made with, that its arrays do not show.
-_SETTLED = (
+# Fields of `config.model` that the arrays of a base do not show.
+_UNSEEN = (
   'pool', 'class_token', 'swiglu', 'act', 'epsilon', 'mean', 'std',
 )  # fmt: skip
 
 
-def find(config, workdir: Path) -> pretrained.Opened | None:
-  """Opens `config.base.source`, and settles the model with what it is.
+def open_dataset(config) -> data.Dataset:
+  """Opens the data; every process reads its own copy of the same."""
+  if not processes.from_primary(data.is_ready, config.data):
+    # One prepares it; the others find it, or prepare it on their own disks.
+    if processes.is_primary():
+      data.open_dataset(config.data, config.seed)
+    processes.wait_for_all()
+  dataset = data.open_dataset(config.data, config.seed)
+  processes.check_same('data set', data.identity(dataset))
+  return dataset
+
+
+def open_base(config, workdir: Path) -> pretrained.Opened | None:
+  """Opens `config.base.source`, and configures the model as the base is.
 
   `config.model` gets what it leaves open: activation, epsilon, normalisation.
   To be called early: nothing else can fail for want of a network.
 
   Returns:
-    The checkpoint; None where base/ has it already, or the source is no
-    published one.
+    The published checkpoint; None where the source is none, or where base/ has
+    it already.
 
   Raises:
-    UserError: as `pretrained.load`.
+    UserError: the source is not there, damaged, or of another architecture.
   """
-  source, directory = config.base.source, _directory(workdir)
-  if source in ('train', 'scratch'):
-    return None
-  if pretrained.is_artefact(source):
-    _settle_as_run(config.model, source)
-    return None
-  if pretrained.is_artefact(directory):
-    metadata = pretrained.base_metadata(directory)
-    config.model = config_lib.from_mapping(metadata['config']).model
-    return None
-  opened = pretrained.open_checkpoint(source)
-  pretrained.configure(config.model, opened, explicit_patch=True)
-  return opened
+  source, kept = pretrained.resolve_base(config.base.source), _kept(workdir)
+  if source.kind == pretrained.RUN:
+    own = _model_config(source.artefact)
+    for field in _UNSEEN:
+      if config.model[field] in (None, '', ()):
+        config.model[field] = own[field]
+  elif source.kind == pretrained.PUBLISHED:
+    if not pretrained.is_artefact(kept):
+      opened = pretrained.open_checkpoint(source.source)
+      pretrained.configure(config.model, opened, explicit_patch=True)
+      return opened
+    config.model = _model_config(kept)
+  return None
 
 
-def keep(
-  opened: pretrained.Opened | None,
+def ensure_base(
   config,
   workdir: Path,
   dataset: data.Dataset,
-) -> Path:
-  """Brings a checkpoint to the run's shapes and keeps it in base/.
+  opened: pretrained.Opened | None,
+  train: Callable[[Any, Path, data.Dataset], Any],
+) -> Path | None:
+  """Makes the base of a run, where it is not there yet.
 
   Args:
-    opened: by `find`; None: base/ has it already.
-    config: settled by `find`.
-    workdir: of the run.
+    config: as `open_base` left it.
+    workdir: of the run; a base is made in its base/.
     dataset: says the images' shape and the classes.
+    opened: what `open_base` returned.
+    train: (config, workdir, dataset), trains a base that is to be trained here
+      and goes on where it was killed.
 
   Returns:
-    The base's artefact.
+    The artefact of the base; None where there is none.
+
+  Raises:
+    UserError: base, model and data do not fit.
+  """
+  source = pretrained.resolve_base(config.base.source)
+  if source.kind == pretrained.RUN:
+    return source.artefact
+  if source.kind == pretrained.PUBLISHED:
+    if opened is not None:
+      store_base(opened, config, workdir, dataset)
+    return _kept(workdir)
+  if source.kind == pretrained.SCRATCH or config.method == 'standard':
+    return None
+  # The adapter must fit: hours of training the base come first.
+  adapted.shapes(
+    adapted.build(config, dataset.num_classes), dataset.image_shape
+  )
+  directory = workdir / 'base'
+  say(f'base: {config.model.name} by method standard, in {directory}')
+  train(config_lib.base_config(config), directory, dataset)
+  say(f'\n{config.method}: adversarial finetuning')
+  return directory / 'best'
+
+
+def store_base(
+  opened: pretrained.Opened, config, workdir: Path, dataset: data.Dataset
+) -> None:
+  """Converts a published checkpoint to the run's shapes, and stores it.
+
+  Args:
+    opened: by `open_base`.
+    config: as `open_base` left it.
+    workdir: of the run; the checkpoint goes to its base/.
+    dataset: says the images' shape and the classes.
 
   Raises:
     UserError: it does not fit; images that are not square.
   """
-  directory = _directory(workdir)
-  if opened is None:
-    return directory
   params, report = pretrained.convert(
     config, opened, dataset.image_shape, dataset.num_classes
   )
   say(report.summary())
+  directory = _kept(workdir)
   if processes.is_primary():
     make_directory(directory.parent)
     table = f'{report.table()}\n'.encode()
     replace_file(directory.parent / 'load.md', table)
   processes.wait_for_all()
-  _save(config, directory, dataset, params, report)
-  return directory
-
-
-def _settle_as_run(model_config, source: str) -> None:
-  metadata = pretrained.base_metadata(source)
-  own = config_lib.from_mapping(metadata['config']).model
-  for field in _SETTLED:
-    if model_config[field] in (None, '', ()):
-      model_config[field] = own[field]
-
-
-def _directory(workdir: Path) -> Path:
-  return workdir / 'base' / 'best'
-
-
-def _save(config, directory: Path, dataset, params, report) -> None:
   own = config_lib.base_config(config)
-  built = adapted.build(own, dataset.num_classes)
-  variables = {'params': params}
-  metadata = publish.artefact_metadata(
+  mask = adapted.build(own, dataset.num_classes).mask({'params': params})
+  metadata = artefact_metadata(
     own,
     dataset,
-    trees.parameter_counts(variables, built.mask(variables)),
-    trees.fingerprint(variables),
+    trees.parameter_counts({'params': params}, mask),
+    trees.fingerprint({'params': params}),
     None,
     {'score': None, 'step': 0, 'attack': None},
   )
-  identity = dict(report.identity) | {
+  metadata['base_source'] = dict(report.identity) | {
     'layout': report.layout,
     'new_head': report.new_head,
   }
-  artefact.save_artefact(
-    directory, 0, variables, metadata | {'base_source': identity}
-  )
+  artefact.save_artefact(directory, 0, {'params': params}, metadata)
+
+
+def start(assembly: Assembly, base: Path | None) -> tuple[Tree, Origin]:
+  """Makes the variables that a training starts from.
+
+  Args:
+    assembly: the config put together; its seed draws what the base lacks.
+    base: the artefact of the base; None: from scratch.
+
+  Returns:
+    The variables, arrays of `assembly.shapes`, and where they come from.
+
+  Raises:
+    UserError: the base is damaged, or of another model.
+  """
+  built, shape = assembly.built, assembly.image_shape
+  key = jax.random.key(assembly.config.seed)
+  params_key, adapter_key = jax.random.split(key)
+  source = None
+  if base is None:
+    params = adapted.init_params(built, params_key, shape)
+  else:
+    params, metadata = pretrained.load_base(base)
+    if metadata['base'] is None:  # else it was tuned, and is no longer that
+      source = metadata.get('base_source')
+    expected = {'params': assembly.shapes['params']}
+    artefact.check_leaves(expected, {'params': params}, str(base))
+  variables = adapted.init_variables(built, adapter_key, params, shape)
+  _, frozen = trees.split(variables, assembly.mask)
+  fingerprint = artefact.base_fingerprint(params, frozen)
+  return variables, Origin(base, source, fingerprint)
+
+
+def _model_config(base: Path):
+  """Returns the `config.model` that an artefact was made with."""
+  metadata = pretrained.base_metadata(base)
+  return config_lib.from_mapping(metadata['config']).model
+
+
+def _kept(workdir: Path) -> Path:
+  """Returns where a run keeps the artefact of a published base."""
+  return workdir / 'base' / 'best'

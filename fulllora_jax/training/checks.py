@@ -13,7 +13,7 @@ from fulllora_jax.core.errors import (
   choose,
 )
 from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
-from fulllora_jax.evaluation.settings import evaluation_attack, threat
+from fulllora_jax.evaluation.settings import Plan, threat
 from fulllora_jax.training import objective_checks, optim
 from fulllora_jax.training.inner_attack import ATTACKS
 
@@ -36,7 +36,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     )
   validate_evaluation(config)
   refuse_rand(config)
-  validation = evaluation_attack(config, config.eval.validation_attack)
+  validation = Plan.of(config).attack(config.eval.validation_attack)
   if validation.version:
     raise UserError(
       f'eval.validation_attack {validation.label}: an ensemble takes too long '

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, pretrained
-from fulllora_jax.adapters import adapted
+from fulllora_jax import data
 from fulllora_jax.core import files, provenance
 from fulllora_jax.core.console import say, warn
 from fulllora_jax.distributed import processes
@@ -68,9 +67,11 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
     say(f'{workdir} holds a finished run of this config')
   else:
     config = config_lib.copy(config)
-    published = base_lib.find(config, workdir)
-    dataset = dataset or open_dataset(config)
-    base = ensure_base(config, workdir, dataset, published)
+    opened = base_lib.open_base(config, workdir)
+    dataset = dataset or base_lib.open_dataset(config)
+    base = base_lib.ensure_base(
+      config, workdir, dataset, opened, train=train_and_evaluate
+    )
     training = Training(config, workdir, dataset, base)
     training.run()
     result = _report(config, workdir, dataset, training)
@@ -85,40 +86,6 @@ def finished_report(workdir: Path) -> dict[str, Any] | None:
   return json.loads(files.read_file(workdir / 'report.json'))
 
 
-def open_dataset(config) -> data.Dataset:
-  """Opens the data; every process reads its own copy of the same."""
-  if not processes.from_primary(data.is_ready, config.data):
-    # One prepares it; the others find it, or prepare it on their own disks.
-    if processes.is_primary():
-      data.open_dataset(config.data, config.seed)
-    processes.wait_for_all()
-  dataset = data.open_dataset(config.data, config.seed)
-  processes.check_same('data set', data.identity(dataset))
-  return dataset
-
-
-def ensure_base(
-  config, workdir: Path, dataset: data.Dataset, published
-) -> Path | None:
-  """Returns the base's artefact: trained first, of a run, or published."""
-  source = config.base.source
-  if source == 'scratch' or (config.method == 'standard' and source == 'train'):
-    return None
-  if pretrained.is_artefact(source):
-    return pretrained.find_artefact(source)
-  if source != 'train':
-    return base_lib.keep(published, config, workdir, dataset)
-  # The adapter must fit: hours of training the base come first.
-  adapted.shapes(
-    adapted.build(config, dataset.num_classes), dataset.image_shape
-  )
-  directory = workdir / 'base'
-  say(f'base: {config.model.name} by method standard, in {directory}')
-  train_and_evaluate(config_lib.base_config(config), directory, dataset)
-  say(f'\n{config.method}: adversarial finetuning')
-  return directory / 'best'
-
-
 def _report(
   config,
   workdir: Path,
@@ -127,22 +94,16 @@ def _report(
 ) -> dict[str, Any]:
   """Evaluates the finished run and writes its report."""
   started = time.monotonic()
-  run = finished_run.FinishedRun(
-    config,
-    workdir,
-    dataset,
-  )
-  attacks = settings.evaluation_attacks(config)
+  plan = settings.Plan.of(config)
+  run = finished_run.FinishedRun(config, workdir, dataset, plan)
   asked = [w for w in run.weights() if w in config.eval.weights]
-  evaluations = run.evaluate_all(
-    asked or run.weights(), attacks, 'test', config.eval.num_examples
-  )
-  examples = run.examples(settings.picture_attack(attacks))
+  evaluations = run.evaluate_under([plan], asked or run.weights(), 'test')
+  examples = run.examples(settings.picture_attack(plan.all_attacks()))
   seconds = {
     'train': training.seconds,
     'evaluate': time.monotonic() - started,
   }
-  result = finished_run.assemble_report(run, evaluations, seconds)
+  result = run.report(evaluations, seconds)
   history = []
   result['passes'] = training.passes
   if processes.is_primary():
@@ -168,11 +129,11 @@ def _page(
   """
   found: dict[str, Any] = {}
   try:
-    examples: dict[str, Any] = {}
+    extreme: dict[str, Any] = {}
     if run.config.eval.closer_look:
-      found, examples = closer_look.inspect_run(run)
+      found, extreme = closer_look.look_at(run)
     if processes.is_primary():
-      path = page.write_page(run.workdir, result | found, history, examples)
+      path = page.write_page(run.workdir, result | found, history, extreme)
       say(f'page: {path}')
   except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
     warn(f'no report.html: {type(error).__name__}: {error}')

@@ -16,9 +16,10 @@ from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation import evaluator as evaluator_lib
+from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.experiments.scaling import collectives
-from fulllora_jax.training import algorithm, checks
-from fulllora_jax.training import state as state_lib
+from fulllora_jax.training import checks
+from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.train_step import compile_train_step
 
 SHARD_FROM = 64  # elements: nearly all of the tiny ViT
@@ -36,23 +37,18 @@ class Job:
   def __init__(self, config, fill, devices, fsdp):
     config = config.copy_and_resolve_references()
     config.model.remat = REMAT[devices, fsdp]
-    built = adapted.build(config, 4)
-    variables = fill(adapted.shapes(built, (8, 8, 3)))
-    mask = built.mask(variables)
-    self.apply = built.model.apply
+    config.mesh.shard_from = SHARD_FROM
     self.mesh = mesh_lib.make_mesh(jax.devices()[:devices], fsdp=fsdp)
-    self.trainable, frozen = trees.split(variables, mask)
-    self.frozen = mesh_lib.shard_frozen(
-      jax.device_get(frozen), self.mesh, SHARD_FROM
-    )
-    self.algorithm = algorithm.make_algorithm(config, built, mask, 40, 4)
-    self.step_fn = compile_train_step(self.algorithm, self.mesh)
+    job = assemble(config, 4, (8, 8, 3), self.mesh, steps=40)
+    variables = jax.device_get(fill(job.shapes))
+    self.apply = job.built.model.apply
+    self.begin = lambda: job.place(variables)[0]
+    _, self.frozen = job.place(variables)
+    self.step_fn = compile_train_step(job.algorithm, self.mesh)
 
   def run(self):
     """Returns the state after the steps."""
-    state = mesh_lib.replicate(
-      state_lib.create(self.trainable, self.algorithm.tx), self.mesh
-    )
+    state = self.begin()
     for _ in range(3):
       batch = mesh_lib.put_batch(BATCH, self.mesh)
       state, _ = self.step_fn(state, self.frozen, batch, jax.random.key(0))
@@ -147,9 +143,8 @@ def test_evaluation_counts_the_same(jobs, trained, digits):
     def apply(variables, images, job=job):  # digits are grey
       return job.apply(variables, jnp.repeat(images[:, :8, :8], 3, axis=-1))
 
-    evaluator = evaluator_lib.Evaluator(
-      apply, Threat('linf', 0.1), job.mesh, 24, seed=0
-    )
+    plan = Plan(eps='0.1', batch_size=24)
+    evaluator = evaluator_lib.Evaluator(apply, plan, job.mesh)
     variables = trees.merge(trained[shape].trainable, job.frozen)
     outcome = evaluator.evaluate(variables, split, parsed, 50)
     counts.add((int(outcome.clean.sum()), int(outcome.robust.sum())))

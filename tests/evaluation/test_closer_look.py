@@ -7,6 +7,7 @@ import pytest
 
 from fulllora_jax import config
 from fulllora_jax.evaluation import closer_look, finished_run
+from fulllora_jax.evaluation.settings import Plan
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def run(finished, small_config, digits, one_device):
 
 
 def test_a_finished_run(run, digits):
-  numbers, examples = closer_look.inspect_run(run)
+  numbers, extreme = closer_look.look_at(run)
   records = numbers['radii']['records']
   assert [(r['weights'], r['factor']) for r in records] == [
     (weights, factor) for weights in ('base', 'best') for factor in (0, 0.5, 1)
@@ -29,26 +30,26 @@ def test_a_finished_run(run, digits):
     'patch_embed', 'query', 'key', 'value', 'attn_out', 'fc1', 'fc2',
   ]  # fmt: skip
   assert all(m['clean'] > 0 and m['adversarial'] > 0 for m in maps)
-  assert len(examples['most']) == len(examples['least']) == 4
-  for example in examples['most'] + examples['least']:
+  assert len(extreme['most']) == len(extreme['least']) == 4
+  for example in extreme['most'] + extreme['least']:
     assert example['label'] == example['clean_prediction']
     assert example['label'] == digits.test.labels[example['index']]
     assert (example['prediction'] != example['label']) == example['broken']
     difference = np.abs(example['adversarial'] - example['clean']).max()
     assert 0 < difference <= float(example['eps']) + 1e-6
-  assert all(example['broken'] for example in examples['least'])
+  assert all(example['broken'] for example in extreme['least'])
 
 
 def test_without_radii_the_adapter_is_still_looked_at(run):
   run.config.eval.radii = ()
-  numbers, examples = closer_look.inspect_run(run)
-  assert set(numbers) == {'influence'} and examples == {}
+  numbers, extreme = closer_look.look_at(run)
+  assert set(numbers) == {'influence'} and extreme == {}
 
 
 def test_without_an_attack_clean_images_alone(run):
   run.config.eval.update(attacks=('clean',), validation_attack='clean')
-  numbers, examples = closer_look.inspect_run(run)
-  assert set(numbers) == {'influence'} and examples == {}
+  numbers, extreme = closer_look.look_at(run)
+  assert set(numbers) == {'influence'} and extreme == {}
   assert 'adversarial' not in numbers['influence']['maps'][0]
 
 
@@ -61,7 +62,7 @@ def stand_in(method, weights, base, best):
   run = types.SimpleNamespace(
     config=own,
     dataset=types.SimpleNamespace(test=test),
-    evaluator=types.SimpleNamespace(seed=0, mesh=None),
+    evaluator=types.SimpleNamespace(plan=Plan(), mesh=None),
     weights=lambda: weights,
     variables=lambda name: ((name,), trees[name]),
   )
@@ -81,7 +82,7 @@ def tree(scale):
 def test_of_full_finetuning_the_change_of_each_kernel(monkeypatch):
   monkeypatch.setattr(closer_look.mesh, 'replicated', lambda _: None)
   run = stand_in('full', ('base', 'best'), tree(0.0), tree(0.5))
-  found = closer_look.inspect_run(run).numbers['influence']
+  found = closer_look.look_at(run).numbers['influence']
   assert found['kind'] == 'weights'
   assert [(m['role'], m['change']) for m in found['maps']] == [
     ('patch_embed', 0.5), ('fc1', 0.5), ('fc1', 0.5), ('head', 0.5),
@@ -99,7 +100,7 @@ def test_of_full_finetuning_the_change_of_each_kernel(monkeypatch):
 )
 def test_other_methods_have_no_such_section(method, weights):
   run = stand_in(method, weights, tree(0.0), tree(0.5))
-  assert closer_look.inspect_run(run) == ({}, {})
+  assert closer_look.look_at(run) == ({}, {})
 
 
 def test_radii_are_written_as_eps_is():

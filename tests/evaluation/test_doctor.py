@@ -1,7 +1,7 @@
 """The doctor: each check finds the fault it is for, and a healthy model is ok.
 
-The patients are models of five blobs in 8 x 8 images: the logits are minus the
-squared distance to each class's mean, which no attack at eps 0.05 crosses.
+What is examined are models of five blobs in 8 x 8 images: the logits are minus
+the squared distance to each class's mean, which no attack at eps 0.05 crosses.
 """
 
 import functools
@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from fulllora_jax import doctor
 from fulllora_jax.attacks import Threat
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.evaluation import diagnosis
+from fulllora_jax.evaluation.diagnosis import examine as diagnosis
 
 COUNT, CLASSES = 48, 5
 RNG = np.random.default_rng(0)
@@ -34,20 +33,20 @@ def healthy(x):
   return -4.0 * jnp.square(away).sum(axis=(2, 3, 4))
 
 
-def patient(logits_fn, threat=THREAT, x=IMAGES, labels=LABELS, **kwargs):
-  return diagnosis.Patient(
+def examined(logits_fn, threat=THREAT, x=IMAGES, labels=LABELS, **kwargs):
+  return diagnosis.Examined(
     logits_fn, x, labels, threat, jax.random.key(0), **kwargs
   )
 
 
 def finding(check, *args, **kwargs):
-  found = diagnosis.CHECKS[check](patient(*args, **kwargs))
+  found = diagnosis.CHECKS[check](examined(*args, **kwargs))
   return found or diagnosis.Finding(check)
 
 
 @pytest.mark.parametrize('norm, eps', [('linf', 0.05), ('l2', 0.3)])
 def test_a_healthy_model_passes_every_check(norm, eps):
-  found = list(diagnosis.examine(patient(healthy, Threat(norm, eps))))
+  found = list(diagnosis.examine(examined(healthy, Threat(norm, eps))))
   assert [f.check for f in found] == ['finite logits', *diagnosis.CHECKS]
   assert [f for f in found if f.level != 'ok'] == []
 
@@ -189,7 +188,7 @@ def test_logits_that_are_no_numbers_end_the_examination():
   def broken(x):
     return healthy(x).at[3, 0].set(jnp.nan)
 
-  (found,) = diagnosis.examine(patient(broken))
+  (found,) = diagnosis.examine(examined(broken))
   assert (found.check, found.level) == ('finite logits', 'wrong')
   assert '1 of 48 images' in found.seen
 
@@ -235,13 +234,13 @@ def test_weights_may_be_arguments_of_the_program():
   def apply(means, x):
     return -jnp.square(x[:, None] - means[None]).sum(axis=(2, 3, 4))
 
-  found = list(diagnosis.examine(patient(Partial(apply, jnp.array(MEANS)))))
+  found = list(diagnosis.examine(examined(Partial(apply, jnp.array(MEANS)))))
   assert {f.level for f in found} == {'ok'}
 
 
 def test_the_doctor_does_not_know_l1():
   with pytest.raises(UserError, match='linf and l2 only'):
-    patient(healthy, Threat('l1', 2.0))
+    examined(healthy, Threat('l1', 2.0))
 
 
 def record(eps, right, **more):
@@ -273,13 +272,13 @@ def test_a_recorded_mismatch_is_wrong(fault):
 
 def test_a_finding_is_four_lines():
   found = diagnosis.Finding('check', 'wrong', 'this', 'because', 'that')
-  assert doctor.format_finding(found).splitlines() == [
+  assert found.text().splitlines() == [
     'wrong  check',
     '       seen: this',
     '       why:  because',
     '       do:   that',
   ]
-  assert doctor.format_finding(diagnosis.Finding('check')) == 'ok     check'
+  assert diagnosis.Finding('check').text() == 'ok     check'
 
 
 DOCTOR = ('-m', 'fulllora_jax.doctor')
@@ -321,7 +320,14 @@ def test_the_command_reads_recorded_results(
   monkeypatch.setattr(data, 'open_dataset', lambda *unused: digits)
   config = workdir.read_config(finished_copy)
   examine = functools.partial(
-    doctor.examine, config, str(finished_copy), 'best', None, 'test', 8, 0
+    diagnosis.examine_and_say,
+    config,
+    str(finished_copy),
+    'best',
+    None,
+    'test',
+    8,
+    0,
   )
   assert not examine()
   assert '1 of 2 checks found something wrong' in capsys.readouterr().out

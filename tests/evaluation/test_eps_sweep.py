@@ -8,12 +8,13 @@ from fulllora_jax import attacks, data
 from fulllora_jax.attacks import Threat
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.eps_sweep import (
+  EpsSweep,
   Outcome,
-  Radii,
   broken_at,
   extremes,
 )
 from fulllora_jax.evaluation.evaluator import Evaluator
+from fulllora_jax.evaluation.settings import Plan
 
 THREAT = Threat(norm='linf', eps=0.1)
 WEIGHTS = np.random.default_rng(0).normal(0, 1, (64, 10)).astype(np.float32)
@@ -25,11 +26,11 @@ def apply(variables, images):
 
 def tried(digits, devices=1, batch_size=16):
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-  evaluator = Evaluator(apply, THREAT, mesh, batch_size, 0)
+  evaluator = Evaluator(apply, Plan(eps='0.1', batch_size=batch_size), mesh)
   attack = attacks.parse('pgd-3', THREAT, 0.04)
   split = digits.test
   variables = jax.device_put(fitted(digits), mesh_lib.replicated(mesh))
-  return evaluator, Radii(evaluator, split, attack), attack, variables
+  return evaluator, EpsSweep(evaluator, split, attack), attack, variables
 
 
 def fitted(digits):
@@ -39,10 +40,10 @@ def fitted(digits):
 
 
 def test_at_eps_it_is_the_evaluation(digits):
-  evaluator, radii, attack, variables = tried(digits)
+  evaluator, sweep, attack, variables = tried(digits)
   expected = evaluator.evaluate(variables, digits.test, attack, 40)
   chosen = data.choose_examples(len(digits.test), 40, 0)
-  outcome = radii.outcome(variables, chosen, 1.0)
+  outcome = sweep.outcome(variables, chosen, 1.0)
   labels = digits.test.labels[chosen]
   np.testing.assert_array_equal(outcome.clean == labels, expected.clean)
   robust = (outcome.clean == labels) & (outcome.attacked == labels)
@@ -54,10 +55,10 @@ def test_at_eps_it_is_the_evaluation(digits):
 
 @pytest.mark.parametrize('devices, batch_size', [(1, 16), (8, 24)])
 def test_the_images_are_those_of_the_outcome(digits, devices, batch_size):
-  _, radii, _, variables = tried(digits, devices, batch_size)
+  _, sweep, _, variables = tried(digits, devices, batch_size)
   chosen = np.arange(3, 43)
-  outcome = radii.outcome(variables, chosen, 0.5)
-  x_adv = radii.adversarial(variables, chosen, 0.5)
+  outcome = sweep.outcome(variables, chosen, 0.5)
+  x_adv = sweep.adversarial(variables, chosen, 0.5)
   x = digits.test.fetch(chosen) / 255
   assert x_adv.shape == x.shape and x_adv.dtype == np.float32
   assert 0.04 < np.abs(x_adv - x).max() <= 0.05 + 1e-6
@@ -67,8 +68,8 @@ def test_the_images_are_those_of_the_outcome(digits, devices, batch_size):
 
 
 def test_a_radius_of_nothing_changes_nothing(digits):
-  _, radii, _, variables = tried(digits)
-  outcome = radii.outcome(variables, np.arange(20), 0.0)
+  _, sweep, _, variables = tried(digits)
+  outcome = sweep.outcome(variables, np.arange(20), 0.0)
   np.testing.assert_array_equal(outcome.clean, outcome.attacked)
 
 

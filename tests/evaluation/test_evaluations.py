@@ -187,7 +187,7 @@ def test_a_mismatch_is_said_with_the_result(linear, monkeypatch, capsys):
   members = (ensemble.member('square-20'),)
   monkeypatch.setitem(ensemble.VERSIONS, 'standard', members)
   monkeypatch.setattr(
-    evaluations.robustness.Evaluator,
+    evaluations.Evaluator,
     'predict',
     lambda self, variables, x: np.full(len(x), 11),
   )

@@ -8,6 +8,7 @@ import pytest
 from fulllora_jax import attacks, data
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.evaluator import Evaluator
+from fulllora_jax.evaluation.settings import Plan
 
 THREAT = attacks.Threat('linf', 0.1)
 CLEAN = attacks.parse('clean', THREAT, 0.05)
@@ -38,7 +39,9 @@ def weights(split):
 
 def evaluator(apply=linear, devices=1, batch_size=8, seed=0):
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-  return Evaluator(apply, THREAT, mesh, batch_size, seed)
+  return Evaluator(
+    apply, Plan(eps='0.1', batch_size=batch_size, seed=seed), mesh
+  )
 
 
 def evaluate(split, weights, attack=PGD, num_examples=0, **kwargs):

@@ -93,7 +93,7 @@ def test_finished_schedules_are_not_trained_again(
   def refuse(*args):
     raise AssertionError('trained again')
 
-  monkeypatch.setattr(schedules, 'Training', refuse)
+  monkeypatch.setattr(schedules, 'Stepper', refuse)
   again = schedules.race(race_config, digits, workdir, **OPTIONS)
   assert again['schedules'] == result['schedules']
   nearer = schedules.race(

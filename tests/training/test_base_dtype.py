@@ -71,8 +71,8 @@ def test_a_training_keeps_it_so(tmp_path):
     c.base.dtype, c.train.steps = dtype, 1
     dataset = random_dataset(c, num_classes=4, channels=3)
     run = loop.Training(c, tmp_path, dataset, None)
-    dtypes.append(run.frozen['params']['embedding']['kernel'].dtype)
-    fingerprints.add(run.fingerprint)
+    dtypes.append(run.stepper.frozen['params']['embedding']['kernel'].dtype)
+    fingerprints.add(run.stepper.origin.fingerprint)
   assert dtypes == [jnp.float32, jnp.bfloat16]
   assert len(fingerprints) == 1  # of the base as it was read
 

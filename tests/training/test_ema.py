@@ -128,15 +128,17 @@ def test_a_run_validates_and_publishes_it(
   base = pretrained.find_artefact(finished.workdir / 'base')
   training = Training(config, tmp_path, digits, base)
   validated = []
-  evaluate = training.evaluator.evaluate
+  evaluate = training.validation.evaluator.evaluate
 
   def noted(variables, *args):
-    validated.append(copy(trees.split(variables, _mask_of(training))[0]))
+    validated.append(
+      copy(trees.split(variables, training.stepper.assembly.mask)[0])
+    )
     return evaluate(variables, *args)
 
-  training.evaluator.evaluate = noted
+  training.validation.evaluator.evaluate = noted
   training.run()
-  average = trees.named_leaves(copy(training.state.ema))
+  average = trees.named_leaves(copy(training.stepper.state.ema))
   for which in ('best', 'last'):
     found, metadata = artefact.read_artefact(tmp_path / which)
     found = trees.named_leaves(found)
@@ -145,14 +147,8 @@ def test_a_run_validates_and_publishes_it(
       np.testing.assert_array_equal(found[path], leaf)
     assert metadata['ema_decay'] == 0.9
     json.dumps(metadata)
-  assert_same(validated[-1], copy(training.state.ema))
-  moved = trees.named_leaves(training.state.trainable)
+  assert_same(validated[-1], copy(training.stepper.state.ema))
+  moved = trees.named_leaves(training.stepper.state.trainable)
   assert any(not np.array_equal(moved[p], average[p]) for p in average)
   _, plain = artefact.read_artefact(finished.workdir / 'best')
   assert 'ema_decay' not in plain
-
-
-def _mask_of(training):
-  return training.built.mask(
-    trees.merge(training.state.trainable, training.frozen)
-  )

@@ -7,13 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from fulllora_jax.adapters import adapted
-from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh
 from fulllora_jax.experiments.scaling import collectives
-from fulllora_jax.training import algorithm, memory
-from fulllora_jax.training import state as state_lib
+from fulllora_jax.training import memory
+from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.train_step import compile_train_step
 
 MIB = 2**20
@@ -38,23 +36,14 @@ class Job:
   def __init__(self, config, fsdp):
     self.config = config.copy_and_resolve_references()
     self.config.mesh.update(fsdp=fsdp, shard_from=64)
-    built = adapted.build(self.config, 4)
-    variables = jax.tree.map(
-      lambda s: np.zeros(s.shape, s.dtype), adapted.shapes(built, (8, 8, 3))
-    )
-    mask = built.mask(variables)
-    trainable, frozen = trees.split(variables, mask)
-    self.mesh = mesh.make_mesh(fsdp=fsdp)
-    self.algorithm = algorithm.make_algorithm(self.config, built, mask, 40, 4)
-    self.state = mesh.replicate(
-      state_lib.create(trainable, self.algorithm.tx), self.mesh
-    )
-    self.frozen = mesh.shard_frozen(frozen, self.mesh, 64)
-    self.batch = mesh.put_batch(BATCH, self.mesh)
+    job = assemble(self.config, 4, (8, 8, 3), mesh.make_mesh(fsdp=fsdp), 40)
+    variables = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), job.shapes)
+    self.state, self.frozen = job.place(variables)
+    self.batch = mesh.put_batch(BATCH, job.mesh)
+    self.step_fn = compile_train_step(job.algorithm, job.mesh)
 
   def compiled(self):
-    step = compile_train_step(self.algorithm, self.mesh)
-    return step.lower(
+    return self.step_fn.lower(
       self.state, self.frozen, self.batch, jax.random.key(0)
     ).compile()
 

@@ -18,6 +18,7 @@ from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.training import checkpoints
 from fulllora_jax.training.loop import Training
 from fulllora_jax.training.metrics import read_metrics
+from fulllora_jax.training.stepper import Stepper
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def training(small_config, finished, tmp_path, digits, one_device, monkeypatch):
 
   All these trainings run the same two programs, compiled once.
   """
-  compile_step, step_of = Training.compile, Evaluator._step
+  compile_step, step_of = Stepper.compile, Evaluator._step
 
   def compile_once(*args):
     if 'train' not in _COMPILED:
@@ -124,7 +125,7 @@ def training(small_config, finished, tmp_path, digits, one_device, monkeypatch):
 
       return step
 
-    monkeypatch.setattr(Training, 'compile', compiled)
+    monkeypatch.setattr(Stepper, 'compile', compiled)
     Training(small_config, tmp_path, digits, base).run()
 
   run.workdir, run.config = tmp_path, small_config

@@ -129,7 +129,7 @@ def test_the_base_stays_bit_identical(
   small_config.train.steps = 3
   job = loop.Training(small_config, tmp_path, digits, base)
   job.run()
-  variables = trees.merge(job.state.trainable, job.frozen)
+  variables = trees.merge(job.stepper.state.trainable, job.stepper.frozen)
   params, metadata = pretrained.load_base(base)
   before, after = leaves({'params': params}), leaves(variables)
   frozen = [path for path in before if not path.startswith('params/head/')]
@@ -143,7 +143,7 @@ def test_the_base_stays_bit_identical(
 
 
 def names_that_learn(job):
-  return trees.named_leaves(job.state.trainable)
+  return trees.named_leaves(job.stepper.state.trainable)
 
 
 def snapshot(directory):
@@ -291,7 +291,7 @@ def test_training_that_diverges_stops_and_keeps_its_checkpoints(
   assert '\n' not in message
   again = loop.Training(small_config, tmp_path, digits, base)
   checkpoints = checkpoints_lib.TrainingCheckpoints(tmp_path / 'checkpoints', 3)
-  state, _ = checkpoints.restore(again.state)
+  state, _ = checkpoints.restore(again.stepper.state)
   checkpoints.close()
   assert int(state.step) == 1
   for path, leaf in leaves(state.trainable).items():
@@ -338,10 +338,10 @@ def test_one_device_and_eight_train_the_same_adapter(
   for count in (1, 8):
     on_devices(count, monkeypatch)
     job = loop.Training(small_config, tmp_path / f'on_{count}', digits, base)
-    start = leaves(job.state.trainable)
+    start = leaves(job.stepper.state.trainable)
     job.run()
-    assert job.mesh.size == count
-    trained.append(leaves(job.state.trainable))
+    assert job.stepper.assembly.mesh.size == count
+    trained.append(leaves(job.stepper.state.trainable))
   one, eight = trained
   for path, leaf in one.items():
     np.testing.assert_allclose(eight[path], leaf, rtol=1e-4, atol=1e-6)

@@ -7,14 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from fulllora_jax.adapters import adapted
 from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.core import trees
 from fulllora_jax.distributed import mesh as mesh_lib
-from fulllora_jax.training import algorithm as algorithm_lib
 from fulllora_jax.training import objectives
 from fulllora_jax.training import state as state_lib
+from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.train_step import (
   Algorithm,
   InnerAttack,
@@ -36,20 +35,14 @@ class Job:
   """A train step on the tiny ViT with random parameters."""
 
   def __init__(self, config, fill, devices=1, **changed):
-    built = adapted.build(config, 4)
-    variables = fill(adapted.shapes(built, (8, 8, 3)))
-    mask = built.mask(variables)
     self.mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-    self.algorithm = dataclasses.replace(
-      algorithm_lib.make_algorithm(config, built, mask, 40, 4), **changed
-    )
-    self.trainable, frozen = trees.split(variables, mask)
-    self.frozen = mesh_lib.replicate(frozen, self.mesh)
+    job = assemble(config, 4, (8, 8, 3), self.mesh, steps=40)
+    self.algorithm = dataclasses.replace(job.algorithm, **changed)
+    variables = fill(job.shapes)
+    self.trainable, _ = trees.split(variables, job.mask)
+    self.new_state = lambda: job.place(variables)[0]
+    _, self.frozen = job.place(variables)
     self.step_fn = compile_train_step(self.algorithm, self.mesh)
-
-  def new_state(self):
-    state = state_lib.create(self.trainable, self.algorithm.tx)
-    return mesh_lib.replicate(state, self.mesh)
 
   def step(self, state, root_key=ROOT_KEY):
     batch = mesh_lib.put_batch(BATCH, self.mesh)

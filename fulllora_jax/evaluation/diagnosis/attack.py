@@ -4,27 +4,28 @@ import jax
 import numpy as np
 
 from fulllora_jax.attacks import Threat, losses
-from fulllora_jax.evaluation.diagnosis.patient import Finding, Patient
+from fulllora_jax.evaluation.diagnosis.examined import (
+  Examined,
+  Finding,
+  note,
+  wrong,
+)
 
 
-def gradients(p: Patient) -> Finding | None:
-  """Zero gradients of the margin, or of the cross entropy alone."""
-  zero = {name: _zero_gradients(p, name) for name in ('margin', 'ce')}
+def gradients(model: Examined) -> Finding | None:
+  """The gradient of the margin, and of the cross entropy, must not be zero."""
+  zero = {name: _zero_gradients(model, name) for name in ('margin', 'ce')}
   if zero['margin'] > 0:
-    return Finding(
-      '',
-      'wrong',
-      f'{zero["margin"]} of {len(p.x)} images have no gradient of the margin '
-      'at a random point of their ball',
+    return wrong(
+      f'{zero["margin"]} of {len(model.x)} images have no gradient of the '
+      'margin at a random point of their ball',
       'gradient attacks stand still there, so robust accuracy is too high',
       'look for rounding, argmax, hard thresholds or stop_gradient; attack a '
       'smooth stand-in for them (BPDA), and look at the square attack',
     )
-  if p.several(zero['ce']):
-    return Finding(
-      '',
-      'note',
-      f'{zero["ce"]} of {len(p.x)} images have no gradient of the cross '
+  if model.beyond_chance(zero['ce']):
+    return note(
+      f'{zero["ce"]} of {len(model.x)} images have no gradient of the cross '
       'entropy, but one of the margin',
       'the softmax saturates: PGD and APGD on the cross entropy are weak here',
       'trust apgd-t, cw_linf and AutoAttack, not pgd or fgsm',
@@ -32,36 +33,36 @@ def gradients(p: Patient) -> Finding | None:
   return None
 
 
-def _zero_gradients(p: Patient, loss: str) -> int:
+def _zero_gradients(model: Examined, loss: str) -> int:
   def gradient(logits_fn, x, labels):
-    keys = jax.random.split(p.key, len(x))
+    keys = jax.random.split(model.key, len(x))
 
     def total(x):
       return losses.LOSSES[loss](logits_fn(x), labels).sum()
 
-    return jax.grad(total)(p.threat.random_start(keys, x))
+    return jax.grad(total)(model.threat.random_start(keys, x))
 
-  gradients = p.run(gradient, p.logits_fn, p.x, p.labels)
-  gradients = gradients.reshape(len(p.x), -1)
+  gradients = model.run(gradient, model.logits_fn, model.x, model.labels)
+  gradients = gradients.reshape(len(model.x), -1)
   return int((np.abs(gradients).sum(axis=1) == 0).sum())
 
 
-def noise(p: Patient) -> Finding | None:
+def noise(model: Examined) -> Finding | None:
   """A step along the gradient must do more than a random one as long."""
 
   def noisy(logits_fn, x):
-    keys = jax.random.split(p.key, len(x))
+    keys = jax.random.split(model.key, len(x))
     direction = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
-    step = p.threat.eps * p.threat.direction(direction)
-    return logits_fn(p.threat.project(x, x + step))
+    step = model.threat.eps * model.threat.direction(direction)
+    return logits_fn(model.threat.project(x, x + step))
 
-  by_noise = p.clean & p.right(p.run(noisy, p.logits_fn, p.x))
-  by_step = p.after_pgd(1, random_start=False)
-  if not p.several(int(by_step.sum()) - int(by_noise.sum())):
+  by_noise = model.clean & model.right(
+    model.run(noisy, model.logits_fn, model.x)
+  )
+  by_step = model.after_pgd(1, random_start=False)
+  if not model.beyond_chance(int(by_step.sum()) - int(by_noise.sum())):
     return None
-  return Finding(
-    '',
-    'wrong',
+  return wrong(
     f'random noise leaves {by_noise.mean():.1%} right, a gradient step of the '
     f'same size {by_step.mean():.1%}',
     'the gradient does not point where the loss grows',
@@ -69,28 +70,25 @@ def noise(p: Patient) -> Finding | None:
   )
 
 
-def steps(p: Patient) -> Finding | None:
-  few, many = p.after_pgd(10), p.after_pgd(50)
-  if not p.several(int(many.sum()) - int(few.sum())):
+def steps(model: Examined) -> Finding | None:
+  """Fifty steps of PGD must break no fewer images than ten."""
+  few, many = model.after_pgd(10), model.after_pgd(50)
+  if not model.beyond_chance(int(many.sum()) - int(few.sum())):
     return None
-  return Finding(
-    '',
-    'wrong',
+  return wrong(
     f'PGD-10 leaves {few.mean():.1%} right, PGD-50 {many.mean():.1%}',
     'more steps of the same size cannot make a working attack weaker',
     'look for gradients that mislead far from the image, or for noise',
   )
 
 
-def large_eps(p: Patient) -> Finding | None:
+def large_eps(model: Examined) -> Finding | None:
   """At half of the box every image can become the same grey."""
-  eps = 0.5 if p.threat.norm == 'linf' else 0.5 * p.x[0].size ** 0.5
-  left = p.after_pgd(50, Threat(p.threat.norm, eps))
-  if left.mean() <= 0.05 or not p.several(int(left.sum())):
+  eps = 0.5 if model.threat.norm == 'linf' else 0.5 * model.x[0].size ** 0.5
+  left = model.after_pgd(50, Threat(model.threat.norm, eps))
+  if left.mean() <= 0.05 or not model.beyond_chance(int(left.sum())):
     return None
-  return Finding(
-    '',
-    'wrong',
+  return wrong(
     f'at eps {eps:.3g}, where every image can be turned to grey, PGD-50 still '
     f'leaves {left.mean():.1%} right',
     'no model can be right there, so the attack fails, at every eps',
@@ -98,46 +96,41 @@ def large_eps(p: Patient) -> Finding | None:
   )
 
 
-def black_box(p: Patient) -> Finding | None:
-  dlr = ('apgd-dlr',) if p.classes > 2 else ()
-  white = p.after('apgd-ce', *dlr)
-  black = p.after('square-1000')
+def black_box(model: Examined) -> Finding | None:
+  """Square, which sees no gradient, must not break what APGD leaves."""
+  dlr = ('apgd-dlr',) if model.classes > 2 else ()
+  white = model.after('apgd-ce', *dlr)
+  black = model.after('square-1000')
   lost = int((white & ~black).sum())
-  if not p.several(lost):
+  if not model.beyond_chance(lost):
     return None
-  return Finding(
-    '',
-    'wrong',
+  return wrong(
     f'the square attack, which sees no gradient, breaks {lost} of '
-    f'{len(p.x)} images that APGD leaves right',
+    f'{len(model.x)} images that APGD leaves right',
     'a gradient attack knows more and must not find less: gradients mislead',
     'run square with more queries; design an attack for this model',
   )
 
 
-def precision(p: Patient) -> Finding | None:
-  """TF32 and bfloat16 matrix products, and a model in low precision."""
-  reference = p.after_pgd(20, logits_fn=p.exact_fn or p.logits_fn)
+def precision(model: Examined) -> Finding | None:
+  """Neither TF32 products nor a model in 16 bits may change the result."""
+  reference = model.after_pgd(20, logits_fn=model.exact_fn or model.logits_fn)
   tried = [('the default matmul precision', 'default')]
-  if p.exact_fn is not None:
+  if model.exact_fn is not None:
     tried.append(('the precision the model computes in', 'highest'))
   for name, matmul in tried:
-    found = p.after_pgd(20, precision=matmul)
+    found = model.after_pgd(20, precision=matmul)
     moved = abs(int(found.sum()) - int(reference.sum()))
-    if p.several(moved):
-      return Finding(
-        '',
-        'wrong',
+    if model.beyond_chance(moved):
+      return wrong(
         f'PGD-20 leaves {found.mean():.1%} right in {name}, '
         f'{reference.mean():.1%} in float32 of the highest precision',
         'rounding hides small changes from the attack, or from the model',
         'evaluate in float32 with precision highest, and say so',
       )
-  jaxpr = str(jax.make_jaxpr(p.logits_fn)(p.x[:1]))
-  if p.exact_fn is None and ('bf16[' in jaxpr or ':f16[' in jaxpr):
-    return Finding(
-      '',
-      'note',
+  jaxpr = str(jax.make_jaxpr(model.logits_fn)(model.x[:1]))
+  if model.exact_fn is None and ('bf16[' in jaxpr or ':f16[' in jaxpr):
+    return note(
       'the model computes in 16 bits',
       'rounding may hide small changes from the attack',
       'compare with the same weights in float32',

@@ -3,41 +3,48 @@
 import jax
 import numpy as np
 
-from fulllora_jax.evaluation.diagnosis.patient import Finding, Patient
+from fulllora_jax.evaluation.diagnosis.examined import (
+  Examined,
+  Finding,
+  note,
+  wrong,
+)
 
 
-def randomness(p: Patient) -> Finding | None:
-  """As the authors' check_randomized: five runs on the same images."""
-  keys = jax.random.split(p.key, 5)
+def randomness(model: Examined) -> Finding | None:
+  """Five runs on the same images must agree (check_randomized)."""
+  keys = jax.random.split(model.key, 5)
   runs = [
-    p.run(lambda f, *args: f(*args), p.raw_fn, p.x, *[key] * p.stochastic)
+    model.run(
+      lambda f, *args: f(*args),
+      model.raw_fn,
+      model.x,
+      *[key] * model.stochastic,
+    )
     for key in keys
   ]
   unit = [r / (np.linalg.norm(r, axis=1, keepdims=True) + 1e-10) for r in runs]
   apart = max(np.abs(r - unit[0]).max() for r in unit[1:])
-  accuracies = {int(p.right(r).sum()) for r in runs}
+  accuracies = {int(model.right(r).sum()) for r in runs}
   if apart <= 1e-4 and len(accuracies) == 1:
     return None
-  return Finding(
-    '',
-    'wrong',
+  return wrong(
     f'the same images gave other logits in another run (up to {apart:.1%} of '
-    f'their norm; right: {_range(accuracies)} of {len(p.x)})',
+    f'their norm; right: {_range(accuracies)} of {len(model.x)})',
     'an attack that follows one draw of the noise is weak against another',
     'switch off dropout and other noise, or, if it is the defence, evaluate '
     'with autoattack-rand and a function of (images, key)',
   )
 
 
-def batch(p: Patient) -> Finding | None:
-  order = np.random.default_rng(0).permutation(len(p.x))
+def batch(model: Examined) -> Finding | None:
+  """The logits of an image must not depend on the others of its batch."""
+  order = np.random.default_rng(0).permutation(len(model.x))
   half = order[: max(1, len(order) // 2)]
-  apart = np.abs(p.logits_of(p.x[half]) - p.logits[half]).max()
-  if apart <= 1e-3 * max(1.0, np.abs(p.logits).max()):
+  apart = np.abs(model.logits_of(model.x[half]) - model.logits[half]).max()
+  if apart <= 1e-3 * max(1.0, np.abs(model.logits).max()):
     return None
-  return Finding(
-    '',
-    'wrong',
+  return wrong(
     f'the logits of an image change by {apart:.3g} with the other images of '
     'its batch',
     'the attack then changes what one image is by changing another, and the '
@@ -46,17 +53,16 @@ def batch(p: Patient) -> Finding | None:
   )
 
 
-def probabilities(p: Patient) -> Finding | None:
-  logits = p.logits
+def probabilities(model: Examined) -> Finding | None:
+  """The outputs must be logits, not odds after a softmax."""
+  logits = model.logits
   if (
     logits.min() < -1e-5
     or logits.max() > 1 + 1e-5
     or np.abs(logits.sum(axis=1) - 1).max() > 1e-5
   ):
     return None
-  return Finding(
-    '',
-    'wrong',
+  return wrong(
     'every output is in [0, 1] and they sum to 1: probabilities',
     'the cross entropy takes a softmax of its own; on probabilities it is '
     'flat, and gradients underflow',
@@ -64,28 +70,28 @@ def probabilities(p: Patient) -> Finding | None:
   )
 
 
-def classes(p: Patient) -> Finding | None:
-  if p.classes >= 4:
+def classes(model: Examined) -> Finding | None:
+  """The targeted DLR loss needs four classes, the DLR loss three."""
+  if model.classes >= 4:
     return None
-  lost = 'targeted DLR' if p.classes == 3 else 'DLR and targeted DLR'
-  return Finding(
-    '',
-    'note',
-    f'there are {p.classes} classes',
+  lost = 'targeted DLR' if model.classes == 3 else 'DLR and targeted DLR'
+  return note(
+    f'there are {model.classes} classes',
     f'the {lost} cannot be computed, so AutoAttack runs without it',
     'say so beside the number; compare with such numbers only',
   )
 
 
-def clean_accuracy(p: Patient) -> Finding | None:
-  chance = max(np.bincount(p.labels).max() / len(p.labels), 1 / p.classes)
-  error = (chance * (1 - chance) / len(p.labels)) ** 0.5
-  if p.clean.mean() > chance + 2 * error:
+def clean_accuracy(model: Examined) -> Finding | None:
+  """The model must be right more often than the commonest class."""
+  chance = max(
+    np.bincount(model.labels).max() / len(model.labels), 1 / model.classes
+  )
+  error = (chance * (1 - chance) / len(model.labels)) ** 0.5
+  if model.clean.mean() > chance + 2 * error:
     return None
-  return Finding(
-    '',
-    'wrong',
-    f'clean accuracy is {p.clean.mean():.1%}; always saying the commonest '
+  return wrong(
+    f'clean accuracy is {model.clean.mean():.1%}; always saying the commonest '
     f'class gives {chance:.1%}',
     'a model that knows nothing has nothing to lose to an attack',
     'check labels, their order, the head and the weights that were loaded',
@@ -101,54 +107,46 @@ _SCALES = {
 }
 
 
-def normalisation(p: Patient) -> Finding | None:
-  if p.x.max() < 0.1:
-    return Finding(
-      '',
-      'wrong',
-      f'the brightest pixel of {len(p.x)} images is {p.x.max():.3g}',
+def normalisation(model: Examined) -> Finding | None:
+  """The model must do best on images in [0, 1]."""
+  if model.x.max() < 0.1:
+    return wrong(
+      f'the brightest pixel of {len(model.x)} images is {model.x.max():.3g}',
       'eps is in units of [0, 1] pixels; in such images it covers everything',
       'divide uint8 pixels by 255 once',
     )
   accuracies = {
-    name: p.right(p.logits_of(scale(p.x))).mean()
+    name: model.right(model.logits_of(scale(model.x))).mean()
     for name, scale in _SCALES.items()
   }
   best = max(accuracies, key=accuracies.get)
-  if accuracies[best] < p.clean.mean() + 0.1:
+  if accuracies[best] < model.clean.mean() + 0.1:
     return None
-  return Finding(
-    '',
-    'wrong',
-    f'clean accuracy is {p.clean.mean():.1%} on x in [0, 1], but '
+  return wrong(
+    f'clean accuracy is {model.clean.mean():.1%} on x in [0, 1], but '
     f'{accuracies[best]:.1%} on {best}',
     'the model expects images on another scale, so it is not itself here',
     'put the normalisation it was trained with into the logits function, once',
   )
 
 
-def eps(p: Patient) -> Finding | None:
-  eps, norm = p.threat.eps, p.threat.norm
+def eps(model: Examined) -> Finding | None:
+  """eps must be in units of [0, 1] pixels."""
+  eps, norm = model.threat.eps, model.threat.norm
   if norm == 'linf' and eps < 0.5 / 255:
-    return Finding(
-      '',
-      'wrong',
+    return wrong(
       f'eps is {eps:.3g}, less than half a grey level of 8 bits',
       'such a change disappears when the image is stored',
       f'give eps in [0, 1] pixels, once: {eps * 255:.3g} if that was meant',
     )
   if norm == 'linf' and eps > 32 / 255:
-    return Finding(
-      '',
-      'note',
+    return note(
       f'eps is {255 * eps:.3g}/255, above 32/255',
       'people see such changes, and may classify otherwise themselves',
       'check the unit: eps is in [0, 1] pixels',
     )
   if norm == 'linf' and 0.03 <= eps <= 0.032 and abs(eps - 8 / 255) > 1e-7:
-    return Finding(
-      '',
-      'note',
+    return note(
       f'eps is {eps:g}, not 8/255 = {8 / 255:.6f}',
       'published numbers use either, and they differ',
       'write 8/255 if that is meant',

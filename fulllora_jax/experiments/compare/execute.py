@@ -35,11 +35,10 @@ def prepare_base(config, workdir: Path) -> None:
     run_lib.train_and_evaluate(own, workdir / 'base')
     return
   with workdir_lib.exclusive(workdir):
-    published = base.find(config, workdir)
-    if published is None:
-      return  # it is there
-    dataset = data.open_dataset(config.data, config.seed)
-    base.keep(published, config, workdir, dataset)
+    opened = base.open_base(config, workdir)
+    if opened is not None:  # else it is there
+      dataset = data.open_dataset(config.data, config.seed)
+      base.store_base(opened, config, workdir, dataset)
 
 
 def carry_out(runs: Sequence[Run]) -> None:
@@ -60,7 +59,7 @@ def carry_out(runs: Sequence[Run]) -> None:
       left = f', about {duration(rate * (len(todo) - number))} left'
     say(f'\n=== {run.title}: run {number + 1} of {len(todo)}{left}')
     try:
-      dataset = dataset or run_lib.open_dataset(run.config)  # the same for all
+      dataset = dataset or base.open_dataset(run.config)  # the same for all
       run_lib.train_and_evaluate(run.config, run.workdir, dataset)
     except UserError as error:
       raise type(error)(f'{run.title}: {error}') from None

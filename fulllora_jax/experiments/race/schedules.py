@@ -22,16 +22,15 @@ from fulllora_jax.core import trees
 from fulllora_jax.core.console import Progress, say
 from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.core.files import read_file, replace_file
-from fulllora_jax.evaluation import settings
+from fulllora_jax.evaluation.evaluator import Evaluator
+from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.experiments import variants
 from fulllora_jax.experiments.race import results
 from fulllora_jax.training import algorithm, checks
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import run as run_lib
 from fulllora_jax.training import workdir as workdir_lib
-from fulllora_jax.training.loop import Training
-
-_IN_FLIGHT = 8  # steps, as in training/loop.py
+from fulllora_jax.training.stepper import Stepper
 
 
 class Schedule(NamedTuple):
@@ -125,7 +124,7 @@ def race(
   """
   _check(config, target, schedules, points)
   common = {
-    'attack': settings.evaluation_attack(config, attack).label,
+    'attack': Plan.of(config).attack(attack).label,
     'final': final,
     'num_validation': num_validation,
     'num_test': num_test,
@@ -137,7 +136,10 @@ def race(
     checks.validate(own, jax.device_count())
   with workdir_lib.exclusive(workdir):
     directory = workdir_lib.absolute_path(workdir)
-    base = _base(config, directory, dataset)
+    opened = base_lib.open_base(config, directory)
+    base = base_lib.ensure_base(
+      config, directory, dataset, opened, train=run_lib.train_and_evaluate
+    )
     laps = {}
     for number, (name, own) in enumerate(raced.items(), 1):
       title = f'{name} ({number}/{len(raced)})'
@@ -145,8 +147,7 @@ def race(
       key = {'config': config_lib.flat(own), **common}
       laps[name] = _finished(path, key)
       if laps[name] is None:
-        training = Training(own, directory / 'schedules', dataset, base)
-        lap = _Lap(training, common, title)
+        lap = _Lap(Stepper(own, dataset, base), common, title)
         laps[name] = lap.run() | {'final': lap.close(closing)}
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps({'key': key, 'lap': laps[name]}).encode())
@@ -222,7 +223,7 @@ def _check(config, target, schedules, points) -> None:
 
 def _final_attack(config, text: str) -> Attack:
   """Reads 'autoattack', 'pgd-100', or attacks of an ensemble joined by '+'."""
-  parts = [settings.evaluation_attack(config, t) for t in text.split('+')]
+  parts = [Plan.of(config).attack(t) for t in text.split('+')]
   if len(parts) == 1:
     return parts[0]
   alone = [part.label for part in parts if not isinstance(part.version, tuple)]
@@ -231,11 +232,6 @@ def _final_attack(config, text: str) -> Attack:
       f'final {text}: {alone[0]} cannot be joined with others; give it alone'
     )
   return Attack(text, 0, 0.0, 0, sum((part.version for part in parts), ()))
-
-
-def _base(config, directory: Path, dataset: data.Dataset) -> Path | None:
-  published = base_lib.find(config, directory)
-  return run_lib.ensure_base(config, directory, dataset, published)
 
 
 def _finished(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -269,67 +265,52 @@ def _result(config, target, common, laps) -> dict[str, Any]:
 class _Lap:
   """One schedule from the base to its end."""
 
-  def __init__(self, training: Training, common: Mapping[str, Any], title: str):
-    self.training, self.title = training, title
+  def __init__(self, stepper: Stepper, common: Mapping[str, Any], title: str):
+    self.stepper, self.title = stepper, title
     self.num_validation = common['num_validation']
     self.num_test = common['num_test']
-    config = training.config
-    self.attack = settings.evaluation_attack(config, common['attack'])
-    marks = np.linspace(0, training.total_steps, common['points'] + 1)
-    self.marks = sorted({round(mark) for mark in marks[1:]})
-    self.passes = self.seconds = self.seconds_compile = 0.0
+    plan, assembly = Plan.of(stepper.config), stepper.assembly
+    self.attack = plan.attack(common['attack'])
+    self.evaluator = Evaluator(assembly.built.model.apply, plan, assembly.mesh)
+    marks = np.linspace(0, stepper.total_steps, common['points'] + 1)
+    self.marks = {round(mark) for mark in marks[1:]}
+    self.passes = self.seconds = 0.0
 
   def run(self) -> dict[str, Any]:
     """Trains, and measures at every mark."""
-    training, done, step_fn = self.training, 0, None
-    config = training.config
-    batches = training.batches(0)
-    curve = [self._measure(0)]
-    progress = Progress(training.total_steps)
-    for mark in self.marks:
-      started, in_flight = time.monotonic(), []
-      for _ in range(mark - done):
-        batch = training.put(next(batches))
-        if step_fn is None:
-          step_fn = training.compile(batch)
-          self.seconds_compile = time.monotonic() - started
-          started = time.monotonic()
-        training.state, metrics = step_fn(
-          training.state, training.frozen, batch, training.root_key
-        )
-        in_flight.append(metrics['passes'])
-        if len(in_flight) == _IN_FLIGHT:
-          self._count(in_flight)
-      self._count(in_flight)
-      jax.block_until_ready(training.state)
-      self.seconds += time.monotonic() - started
-      done = mark
-      curve.append(self._measure(done))
-      rate = progress.update(done)
+    stepper, total = self.stepper, self.stepper.total_steps
+    batch_size = stepper.config.train.batch_size
+    curve, progress = [self._measure(0)], Progress(total)
+    began, spent = time.monotonic(), 0.0
+    for step, finished in stepper.steps():
+      if step in self.marks:
+        finished += stepper.wait()
+      self.passes += batch_size * sum(float(m['passes']) for _, m in finished)
+      if step not in self.marks:
+        continue
+      jax.block_until_ready(stepper.state)
+      spent += time.monotonic() - began
+      self.seconds = spent - stepper.compile_seconds
+      curve.append(self._measure(step))
+      rate = progress.update(step)
       say(
-        f'{self.title}: step {done}/{training.total_steps}, passes '
+        f'{self.title}: step {step}/{total}, passes '
         f'{self.passes:,.0f}, {self.attack.label} {curve[-1]["robust"]:.1%}'
         f'{", " if rate else ""}{rate}'
       )
-    batches.close()
+      began = time.monotonic()
     return {
-      'steps': training.total_steps,
-      'batch_size': config.train.batch_size,
+      'steps': total,
+      'batch_size': batch_size,
       'passes': self.passes,
       'seconds': self.seconds,
-      'seconds_compile': self.seconds_compile,
+      'seconds_compile': stepper.compile_seconds,
       'curve': curve,
     }
 
-  def _count(self, in_flight: list) -> None:
-    """Waits for the steps in flight, and adds up their passes."""
-    means = [float(mean) for mean in jax.device_get(in_flight)]
-    self.passes += self.training.config.train.batch_size * sum(means)
-    in_flight.clear()
-
   def _measure(self, step: int) -> dict[str, float]:
     clean, robust = self._evaluate(
-      self.training.dataset.validation, self.attack, self.num_validation
+      self.stepper.dataset.validation, self.attack, self.num_validation
     )
     return {
       'step': step,
@@ -343,16 +324,15 @@ class _Lap:
     """Attacks the finished model on test images."""
     if attack is None:
       return None
-    test = self.training.dataset.test
+    test = self.stepper.dataset.test
     clean, robust = self._evaluate(test, attack, self.num_test, self.title)
     kept = ('accuracy', 'interval', 'num_examples', 'examples')
     return {name: robust[name] for name in kept} | {'clean': clean}
 
   def _evaluate(self, split, attack, count, title='') -> tuple[float, dict]:
     """Returns the clean accuracy, and the record of the robust one."""
-    training = self.training
-    outcome = training.evaluator.evaluate(
-      trees.merge(training.state.trainable, training.frozen),
+    outcome = self.evaluator.evaluate(
+      trees.merge(self.stepper.state.trainable, self.stepper.frozen),
       split,
       attack,
       count,

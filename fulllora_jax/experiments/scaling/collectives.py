@@ -11,11 +11,9 @@ import re
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.adapters import adapted
 from fulllora_jax.core import trees
 from fulllora_jax.distributed import mesh as mesh_lib
-from fulllora_jax.training import algorithm as algorithm_lib
-from fulllora_jax.training import state as state_lib
+from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.train_step import compile_train_step
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
@@ -87,25 +85,21 @@ def trace_step(config, num_classes: int, images: int = 1) -> jax.stages.Traced:
   """Traces the train step of a config on all devices, without arrays.
 
   Args:
-    config: config.py; `mesh` and `data.image_size` are used too.
+    config: config.py.
     num_classes: K.
-    images: on each device.
+    images: how many of a batch each device has.
 
   Returns:
     The step: its `jaxpr`, and what `.lower().compile()` tells of it.
 
   Raises:
-    UserError: as `build.build`.
+    UserError: the model, or the adapter in it, cannot be built.
   """
   mesh = mesh_lib.make_mesh(fsdp=config.mesh.fsdp)
-  built = adapted.build(config, num_classes)
   side = config.data.image_size
-  variables = adapted.shapes(built, (side, side, 3))
-  mask = built.mask(variables)
-  trainable, frozen = trees.split(variables, mask)
-  algorithm = algorithm_lib.make_algorithm(config, built, mask, 10, num_classes)
-
-  begun = jax.eval_shape(lambda t: state_lib.create(t, algorithm.tx), trainable)
+  job = assemble(config, num_classes, (side, side, 3), mesh, steps=10)
+  trainable, frozen = trees.split(job.shapes, job.mask)
+  begun = jax.eval_shape(job.begin, trainable)
   frozen = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape,
@@ -122,5 +116,5 @@ def trace_step(config, num_classes: int, images: int = 1) -> jax.stages.Traced:
     'label': jax.ShapeDtypeStruct((rows,), jnp.int32),
   }
   key = jax.eval_shape(lambda: jax.random.key(0))
-  step = compile_train_step(algorithm, mesh)
+  step = compile_train_step(job.algorithm, mesh)
   return step.trace(begun, frozen, batch, key)

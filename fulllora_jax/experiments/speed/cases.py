@@ -7,7 +7,6 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,17 +14,16 @@ import numpy as np
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, models
-from fulllora_jax.adapters import adapted
 from fulllora_jax.core import trees
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh
 from fulllora_jax.experiments.scaling import costs, prediction
 from fulllora_jax.experiments.speed import flops
 from fulllora_jax.training import checks, memory, train_step
-from fulllora_jax.training.loop import Training
+from fulllora_jax.training.assemble import assemble
+from fulllora_jax.training.stepper import Stepper
 
 _EXAMPLES = 1024  # of random data, or two batches
-_WORKDIR = Path('benchmark')  # named by messages only; nothing is written
 
 
 def random_dataset(config, num_classes: int, channels: int) -> data.Dataset:
@@ -60,7 +58,7 @@ class Case:
 
   Attributes:
     name: in tables.
-    training: its model, state, data and algorithm; the base is random.
+    stepper: its model, state, data and algorithm; the base is random.
     batch: one batch, on the mesh.
     compiled: the step.
     compile_seconds: 'trace' (and lower) and 'compile', without any cache.
@@ -70,35 +68,32 @@ class Case:
   def __init__(self, name: str, config, dataset: data.Dataset):
     checks.validate(config, jax.device_count())
     self.name, self.config = name, config
-    self.training = training = Training(config, _WORKDIR, dataset, None)
-    with contextlib.closing(training.batches(0)) as batches:
-      self.batch = training.put(next(batches))
-    step = train_step.compile_train_step(training.algorithm, training.mesh)
-    arguments = self._arguments(training.state)
+    self.stepper = stepper = Stepper(config, dataset, None)
+    with contextlib.closing(stepper.batches(0)) as batches:
+      self.batch = stepper.put(next(batches))
+    assembly = stepper.assembly
+    step = train_step.compile_train_step(assembly.algorithm, assembly.mesh)
     began = time.perf_counter()
-    self.traced = step.trace(*arguments)
-    lowered = self.traced.lower()
+    lowered = step.trace(*self._arguments()).lower()
     traced = time.perf_counter()
-    self.compiled = lowered.compile()
+    stepper.step_fn = self.compiled = lowered.compile()
     self.compile_seconds = {
       'trace': traced - began,
       'compile': time.perf_counter() - traced,
     }
     self.plan = memory.measure(
-      self.compiled, training.state, training.frozen, self.batch, config
+      self.compiled, stepper.state, stepper.frozen, self.batch, config
     )
 
-  def _arguments(self, state):
-    training = self.training
-    return state, training.frozen, self.batch, training.root_key
+  def _arguments(self):
+    stepper = self.stepper
+    return stepper.state, stepper.frozen, self.batch, stepper.root_key
 
   def step(self) -> float:
     """Makes one step, to its end; returns its seconds."""
     began = time.perf_counter()
-    self.training.state, metrics = self.compiled(
-      *self._arguments(self.training.state)
-    )
-    jax.block_until_ready((self.training.state, metrics))
+    self.stepper.state, metrics = self.compiled(*self._arguments())
+    jax.block_until_ready((self.stepper.state, metrics))
     return time.perf_counter() - began
 
   def loop(self, steps: int) -> dict[str, float]:
@@ -111,18 +106,17 @@ class Case:
       steps that were made, seconds of the loop, and those of them that it
       waited for its input.
     """
-    training, waited, metrics = self.training, 0.0, None
-    steps = min(steps, training.total_steps)
-    began = previous = time.perf_counter()
-    for rows in itertools.islice(training.batches(0), steps):
-      self.batch = training.put(rows)
-      waited += time.perf_counter() - previous
-      training.state, now = self.compiled(*self._arguments(training.state))
-      jax.block_until_ready(metrics)  # of the step before: one runs ahead
-      metrics, previous = now, time.perf_counter()
-    jax.block_until_ready(metrics)
-    seconds = time.perf_counter() - began
-    return {'steps': steps, 'seconds': seconds, 'input_wait': waited}
+    stepper = self.stepper
+    steps = min(steps, stepper.total_steps)
+    began, before = time.perf_counter(), stepper.input_seconds
+    for _ in itertools.islice(stepper.steps(), steps):
+      pass
+    stepper.wait()
+    return {
+      'steps': steps,
+      'seconds': time.perf_counter() - began,
+      'input_wait': stepper.input_seconds - before,
+    }
 
   def flops(self) -> dict[str, float | None]:
     """Counts the FLOPs of a step of all devices, and the bytes of one.
@@ -135,13 +129,16 @@ class Case:
     """
     config = config_lib.copy(self.config)
     config.model.remat = 'none'
-    training = self.training
-    built = adapted.build(config, training.dataset.num_classes)
-    algorithm = dataclasses.replace(
-      training.algorithm, apply=built.model.apply, remat='none'
+    stepper = self.stepper
+    plain = assemble(
+      config,
+      stepper.dataset.num_classes,
+      stepper.dataset.image_shape,
+      stepper.assembly.mesh,
+      stepper.total_steps,
     )
-    step = train_step.compile_train_step(algorithm, training.mesh)
-    traced = step.trace(*self._arguments(training.state))
+    step = train_step.compile_train_step(plain.algorithm, plain.mesh)
+    traced = step.trace(*self._arguments())
     counted = flops.compiled(self.compiled)
     return {
       'model': flops.traced(traced.jaxpr),
@@ -151,7 +148,7 @@ class Case:
     }
 
   def _formula(self) -> int | None:
-    config, dataset = self.config, self.training.dataset
+    config, dataset = self.config, self.stepper.dataset
     if (
       config.method not in costs.METHODS
       or not re.fullmatch(r'(vit|deit)(_\w+)?', config.model.name)
@@ -181,25 +178,25 @@ class Parts:
   attack_costs: Mapping[str, float] = {}
 
   def __init__(self, case: Case):
-    training = case.training
-    self._case, self._mesh = case, training.mesh
+    stepper, assembly = case.stepper, case.stepper.assembly
+    self._case, self._mesh = case, assembly.mesh
     self._algorithm = dataclasses.replace(
-      training.algorithm,
-      apply=mesh.fetching(training.algorithm.apply, training.mesh),
+      assembly.algorithm,
+      apply=mesh.fetching(assembly.algorithm.apply, assembly.mesh),
     )
     rows = mesh.batch_sharded(self._mesh)
     augmented = jax.jit(self._augment, out_shardings=rows)
-    x, labels = augmented(case.batch, training.root_key)
-    self.runs = {'augment': _timed(augmented, case.batch, training.root_key)}
+    x, labels = augmented(case.batch, stepper.root_key)
+    self.runs = {'augment': _timed(augmented, case.batch, stepper.root_key)}
     if self._algorithm.attack is not None:
       # Its own copy: steps use the state up.
-      trainable = mesh.replicate(training.state.trainable, self._mesh)
-      variables = (trainable, training.frozen)
+      trainable = mesh.replicate(stepper.state.trainable, self._mesh)
+      variables = (trainable, stepper.frozen)
       forward = jax.jit(self._logits, out_shardings=rows)
       self.runs['forward'] = _timed(forward, *variables, x)
       whole = mesh.replicated(self._mesh)
       attack = jax.jit(self._attack, out_shardings=(rows, whole))
-      arguments = (*variables, x, labels, training.root_key)
+      arguments = (*variables, x, labels, stepper.root_key)
       attack = attack.lower(*arguments).compile()
       self.runs['attack'] = _timed(attack, *arguments)
       self._ascents = float(attack(*arguments)[1])
@@ -215,7 +212,7 @@ class Parts:
   def _attack(self, trainable, frozen, x, labels, key):
     keys = jax.random.split(key, x.shape[0])
     logits_fn = functools.partial(self._logits, trainable, frozen)
-    step = self._case.training.total_steps  # at full strength
+    step = self._case.stepper.total_steps  # at full strength
     return self._algorithm.attack(keys, logits_fn, x, labels, step)
 
   def breakdown(

@@ -7,7 +7,8 @@ from typing import Any
 from fulllora_jax.core import tables, trees
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.evaluation import settings
+from fulllora_jax.evaluation.evaluator import Evaluator
+from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.experiments.speed.cases import Case, relabelled
 
 _REPEATS = 3
@@ -33,20 +34,21 @@ def measure(
     repeat, and of ours the share that is robust.
 
   Raises:
-    UserError: as config.evaluation_attack; more images than there are.
+    UserError: an unknown attack; more images than there are.
   """
-  training = case.training
-  config, evaluator = case.config, training.evaluator
-  test = training.dataset.test
+  stepper, plan = case.stepper, Plan.of(case.config)
+  assembly = stepper.assembly
+  evaluator = Evaluator(assembly.built.model.apply, plan, assembly.mesh)
+  test = stepper.dataset.test
   if images > len(test):
     raise UserError(
       f'--images {images}: the test split has {len(test)}; give fewer'
     )
-  variables = trees.merge(training.state.trainable, training.frozen)
+  variables = trees.merge(stepper.state.trainable, stepper.frozen)
   split = relabelled(evaluator, variables, test, images)
   records = []
   for text in attacks:
-    attack = settings.evaluation_attack(config, text)
+    attack = plan.attack(text)
     say(f'evaluating {attack.label} on {images} images')
     mine, theirs = [], {name: [] for name in peers}
     for number in range(_REPEATS + 1):
@@ -59,7 +61,7 @@ def measure(
           theirs[name] += peer.attack(steps=attack.steps)
     robust = float(outcome.robust.mean())
     records.append(
-      _record(attack.label, config.method, mine) | {'robust': robust}
+      _record(attack.label, case.config.method, mine) | {'robust': robust}
     )
     records += [
       _record(attack.label, name, each) for name, each in theirs.items() if each

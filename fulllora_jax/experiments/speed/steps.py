@@ -107,7 +107,7 @@ def _peer_step(peer):
 
 def _peaks(config, case: Case) -> dict[str, float]:
   say('measuring the peak: large products, and reading memory')
-  mesh = case.training.mesh
+  mesh = case.stepper.assembly.mesh
   return {
     'flops': peak.matmul_flops(mesh, config.model.dtype),
     'bandwidth': peak.memory_bandwidth(mesh),
@@ -127,7 +127,7 @@ def _case_record(case: Case, seconds: float, peak_flops: float):
   flops = counted['model']
   return {
     'compile': case.compile_seconds,
-    'trainable': case.training.counts['trainable'],
+    'trainable': case.stepper.assembly.counts['trainable'],
     'flops': counted,
     'utilisation': flops and flops / seconds / peak_flops,
     'memory': case.plan.as_record(),
@@ -137,7 +137,7 @@ def _case_record(case: Case, seconds: float, peak_flops: float):
 
 def _peak_memory(case: Case) -> int | None:
   """Returns the most bytes in use on a device so far; None on CPU."""
-  device = case.training.mesh.devices.flat[0]
+  device = case.stepper.assembly.mesh.devices.flat[0]
   stats = device.memory_stats() if device.platform != 'cpu' else None
   return (stats or {}).get('peak_bytes_in_use')
 

@@ -103,7 +103,7 @@ def extremes(
 
   Args:
     report: as `report.write_report` takes it.
-    examples: the extreme examples of `closer_look.inspect_run`.
+    examples: the extreme examples of `closer_look.look_at`.
   """
   labels = report.get('label_names') or ()
   shown = []

@@ -28,9 +28,9 @@ def write_page(
   Args:
     workdir: an existing directory, or in a bucket (gs://).
     report: as `report.write_report` takes it; with 'radii' and 'influence' of
-      `closer_look.inspect_run`, where they are known.
+      `closer_look.look_at`, where they are known.
     history: the rows of metrics.jsonl; may be empty.
-    extreme_examples: those of `closer_look.inspect_run`; may be empty.
+    extreme_examples: those of `closer_look.look_at`; may be empty.
 
   Returns:
     The path of the page.

@@ -88,15 +88,15 @@ def test_remat_computes_twice_what_counts_once(case, dataset):
 
 
 def test_a_step_trains(case):
-  before = int(case.training.state.step)
+  before = int(case.stepper.state.step)
   assert case.step() > 0
-  assert int(case.training.state.step) == before + 1
+  assert int(case.stepper.state.step) == before + 1
 
 
 def test_the_loop_takes_new_batches(case):
-  before = int(case.training.state.step)
+  before = int(case.stepper.state.step)
   found = case.loop(3)
-  assert int(case.training.state.step) == before + 3
+  assert int(case.stepper.state.step) == before + 3
   assert 0 < found['input_wait'] < found['seconds']
 
 
@@ -197,7 +197,7 @@ def test_several_processes_are_refused(monkeypatch):
 def test_peak_is_of_all_devices_together(monkeypatch, case):
   monkeypatch.setattr(peak, '_SIDES', {'cpu': (8, 16)})
   monkeypatch.setattr(peak, '_best_seconds', lambda f, a, b: len(a))
-  mesh = case.training.mesh
+  mesh = case.stepper.assembly.mesh
   found = peak.matmul_flops(mesh, 'float32')
   assert found == 2 * mesh.size * 16**3 / mesh.size
 
@@ -211,7 +211,7 @@ def test_memory_is_read_and_written_in_place(monkeypatch, case):
     return 2.0
 
   monkeypatch.setattr(peak, '_best_seconds', seconds)
-  mesh = case.training.mesh
+  mesh = case.stepper.assembly.mesh
   assert peak.memory_bandwidth(mesh) == 2 * mesh.size * 2**12 / 2.0
   # New memory would be timed as page faults.
   assert made[0].is_deleted()

@@ -315,14 +315,19 @@ def test_a_run_writes_its_page(finished):
 class StandIn:
   """A finished run whose evaluations cost nothing."""
 
-  def __init__(self, config, workdir, dataset):
+  numbers = {}
+
+  def __init__(self, config, workdir, dataset, plan):
     self.workdir, self.config = workdir, config
 
   def weights(self):
     return ('base', 'best')
 
-  def evaluate_all(self, *unused):
+  def evaluate_under(self, *unused):
     return []
+
+  def report(self, *unused):
+    return self.numbers
 
   def examples(self, *unused):
     return None
@@ -331,7 +336,7 @@ class StandIn:
     pass
 
 
-@pytest.mark.parametrize('part', ['closer_look.inspect_run', 'page.write_page'])
+@pytest.mark.parametrize('part', ['closer_look.look_at', 'page.write_page'])
 def test_a_fault_in_the_page_loses_no_number(
   part, tmp_path, report, monkeypatch, capsys
 ):
@@ -344,8 +349,8 @@ def test_a_fault_in_the_page_loses_no_number(
     raise RuntimeError('out of memory')
 
   monkeypatch.setattr(run.finished_run, 'FinishedRun', StandIn)
-  monkeypatch.setattr(run.finished_run, 'assemble_report', lambda *_: report)
-  monkeypatch.setattr(run.closer_look, 'inspect_run', lambda _: (numbers, {}))
+  monkeypatch.setattr(StandIn, 'numbers', report)
+  monkeypatch.setattr(run.closer_look, 'look_at', lambda _: (numbers, {}))
   monkeypatch.setattr(f'fulllora_jax.training.run.{part}', fault)
   training = types.SimpleNamespace(seconds=1.0, passes=1.0)
   run._report(config.default(), tmp_path, None, training)

@@ -18,7 +18,7 @@ class Finding:
   """The outcome of one check.
 
   Attributes:
-    check: its name.
+    check: the name of the check; `examine` puts it in.
     level: 'ok'; 'note', which one should know; or 'wrong': do not believe the
       number.
     seen: what was seen.
@@ -32,8 +32,29 @@ class Finding:
   why: str = ''
   advice: str = ''
 
+  def text(self) -> str:
+    """Returns the lines that say it."""
+    lines = [f'{self.level:<5}  {self.check}']
+    if self.level != 'ok':
+      lines += [
+        f'       seen: {self.seen}',
+        f'       why:  {self.why}',
+        f'       do:   {self.advice}',
+      ]
+    return '\n'.join(lines)
 
-class Patient:
+
+def wrong(seen: str, why: str, advice: str) -> Finding:
+  """Returns a finding that says not to believe the number; see `Finding`."""
+  return Finding('', 'wrong', seen, why, advice)
+
+
+def note(seen: str, why: str, advice: str) -> Finding:
+  """Returns a finding that one should know of; see `Finding`."""
+  return Finding('', 'note', seen, why, advice)
+
+
+class Examined:
   """A model with some images, and how it does under simple attacks.
 
   Args:
@@ -61,7 +82,7 @@ class Patient:
     self.raw_fn = logits_fn
     # One draw of the noise, the same in every check.
     self.logits_fn = (
-      Partial(_with_key, logits_fn, key) if (self.stochastic) else logits_fn
+      Partial(_with_key, logits_fn, key) if self.stochastic else logits_fn
     )
 
   @functools.cached_property
@@ -144,8 +165,8 @@ class Patient:
     )
     return result.robust
 
-  def several(self, count: int) -> bool:
-    """Returns whether so many images are more than chance would make."""
+  def beyond_chance(self, count: int) -> bool:
+    """Whether so many images are more than chance would make."""
     return count >= max(2, 0.01 * len(self.x))
 
 

@@ -1,0 +1,165 @@
+"""Is a robust accuracy to be believed? Checks of the model and the attack.
+
+Most are those of AutoAttack's authors (github.com/fra31/auto-attack,
+flags_doc.md) and of Carlini et al., 2019 (arXiv 1902.06705, section 5): each
+looks for one way in which an evaluation is known to flatter.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fulllora_jax import data
+from fulllora_jax.config import WEIGHTS
+from fulllora_jax.core import files
+from fulllora_jax.core.errors import choose
+from fulllora_jax.evaluation import evaluations, finished_run, settings
+from fulllora_jax.evaluation.diagnosis import attack, model
+from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding
+
+CHECKS: dict[str, Callable[[Examined], Finding | None]] = {
+  'deterministic output': model.randomness,
+  'output independent of the batch': model.batch,
+  'logits, not probabilities': model.probabilities,
+  'enough classes': model.classes,
+  'clean accuracy above chance': model.clean_accuracy,
+  'images on the scale the model expects': model.normalisation,
+  'eps in its unit': model.eps,
+  'gradients that are not zero': attack.gradients,
+  'gradients beat noise': attack.noise,
+  'more steps are no weaker': attack.steps,
+  'nothing withstands a large eps': attack.large_eps,
+  'white box beats black box': attack.black_box,
+  'precision does not matter': attack.precision,
+}
+
+
+def examine(examined: Examined) -> Iterator[Finding]:
+  """Runs every check, yielding each finding as it comes.
+
+  A model with logits that are no numbers is not examined further.
+  """
+  wrong = ~np.isfinite(examined.logits).all(axis=1)
+  if wrong.any():
+    yield Finding(
+      'finite logits',
+      'wrong',
+      f'{wrong.sum()} of {len(wrong)} images have NaN or infinite logits',
+      'an attack cannot follow a gradient that is no number, and such an '
+      'image counts as misclassified',
+      'find the layer that overflows; try float32',
+    )
+    return
+  yield Finding('finite logits')
+  for name, check in CHECKS.items():
+    found = check(examined)
+    yield dataclasses.replace(found or Finding(name), check=name)
+
+
+def recorded(evaluations: Sequence[dict]) -> Finding:
+  """Looks for contradictions among results that were written down.
+
+  Args:
+    evaluations: the records of report.json and of evaluations/*.json.
+  """
+  name = 'recorded results agree'
+  for e in evaluations:
+    verified = e.get('verified') or {}
+    if verified.get('mismatches') or verified.get('outside'):
+      return Finding(
+        name,
+        'wrong',
+        f'of {verified["file"]}, {verified["mismatches"]} images are '
+        f'classified otherwise when looked at again, and '
+        f'{verified["outside"]} are outside the ball',
+        'the accuracy that was written down is not that of these images',
+        'evaluate again; compare precision and devices',
+      )
+  keys = ('weights', 'split', 'attack', 'steps', 'norm', 'examples')
+  for e in evaluations:
+    for other in evaluations:
+      same = all(e.get(k) == other.get(k) for k in keys)
+      if (
+        same and e['attack'] != 'clean' and e['eps_value'] < other['eps_value']
+      ):
+        gained = other['num_correct'] - e['num_correct']
+        if gained >= max(2, 0.01 * e['num_examples']):
+          return Finding(
+            name,
+            'wrong',
+            f'{e["attack"]} on {e["weights"]} leaves {e["accuracy"]:.1%} at '
+            f'eps {e["eps"]}, but {other["accuracy"]:.1%} at the larger '
+            f'{other["eps"]}',
+            'robust accuracy falls as eps grows; the attack fails at one',
+            'check its step size, or use autoattack, which has none',
+          )
+  return Finding(name)
+
+
+def examine_and_say(
+  config,
+  directory: str | None,
+  weights: str,
+  spec: str | None,
+  split: str,
+  num_examples: int,
+  seed: int,
+) -> bool:
+  """Prints every finding; returns whether nothing is wrong.
+
+  Args:
+    config: its `data` and `threat` are read.
+    directory: the work directory of a run; None without one.
+    weights: of the run: base, best or last.
+    spec: module:function, in place of the run.
+    split: whose images are looked at.
+    num_examples: how many; 0 for all.
+    seed: of the attacks and of the choice of images.
+
+  Raises:
+    UserError: bad input.
+  """
+  choose('--split', split, finished_run.SPLITS)
+  choose('--weights', weights, WEIGHTS)
+  threat = settings.threat(config)
+  workdir = None
+  if spec:
+    logits_fn, exact_fn = evaluations.load_function(spec), None
+  else:
+    workdir = files.absolute_path(directory)
+    logits_fn, exact_fn = finished_run.logits_functions(workdir, weights)
+  dataset = data.open_dataset(config.data, config.seed)
+  examples = getattr(dataset, split)
+  chosen = data.choose_examples(len(examples), num_examples, seed)
+  examined = Examined(
+    logits_fn,
+    examples.fetch(chosen).astype('float32') / 255,
+    examples.labels[chosen],
+    threat,
+    jax.random.key(seed),
+    exact_fn,
+  )
+  count = wrong = 0
+  for finding in _findings(examined, workdir):
+    print(finding.text(), flush=True)
+    count += 1
+    wrong += finding.level == 'wrong'
+  print(
+    f'\n{wrong} of {count} checks found something wrong, on {len(chosen)} '
+    f'{split} images at {threat.norm}, eps {config.threat.eps}'
+  )
+  return not wrong
+
+
+def _findings(examined: Examined, workdir: Path | None) -> Iterator[Finding]:
+  yield from examine(examined)
+  if workdir is not None:
+    records = []
+    for path in (workdir / 'report.json', *workdir.glob('evaluations/*.json')):
+      if path.exists():
+        records += json.loads(files.read_file(path))['evaluations']
+    yield recorded(records)

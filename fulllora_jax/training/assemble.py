@@ -1,0 +1,114 @@
+"""A config put together: the model, its method and Algorithm 1 on a mesh."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from jax.sharding import Mesh
+
+from fulllora_jax.adapters import adapted
+from fulllora_jax.adapters.adapted import Built
+from fulllora_jax.config import ConfigDict
+from fulllora_jax.core import trees
+from fulllora_jax.core.trees import Tree
+from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.training import algorithm as algorithm_lib
+from fulllora_jax.training import ema
+from fulllora_jax.training import state as state_lib
+from fulllora_jax.training.state import TrainState
+from fulllora_jax.training.train_step import Algorithm
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+  """Everything about a training that is known before its first array.
+
+  Attributes:
+    config: what was put together.
+    image_shape: (H, W, C).
+    built: the model with its branches, and the method that trains it.
+    shapes: the shape and dtype of every variable, as `jax.eval_shape` gives it.
+    mask: the tree of bools that says which variables learn.
+    algorithm: Algorithm 1.
+    mesh: the devices.
+  """
+
+  config: ConfigDict
+  image_shape: tuple[int, int, int]
+  built: Built
+  shapes: Tree
+  mask: Tree
+  algorithm: Algorithm
+  mesh: Mesh
+
+  @functools.cached_property
+  def counts(self) -> dict[str, Any]:
+    """The numbers of parameters (`trees.parameter_counts`)."""
+    return trees.parameter_counts(self.shapes, self.mask)
+
+  def begin(self, trainable: Tree, num_examples: int = 0) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      trainable: the variables that learn, as `trees.split` gives them.
+      num_examples: how many images there are to train on; attack.carry keeps a
+        delta of each.
+    """
+    attack = self.algorithm.attack
+    carries = attack is not None and attack.carry
+    return state_lib.create(
+      trainable,
+      self.algorithm.tx,
+      (num_examples, *self.image_shape) if carries else None,
+      ema.begin(trainable) if self.config.ema.decay else None,
+    )
+
+  def place(
+    self, variables: Tree, num_examples: int = 0
+  ) -> tuple[TrainState, Tree]:
+    """Puts variables on the mesh.
+
+    Args:
+      variables: arrays of `shapes`.
+      num_examples: see `begin`.
+
+    Returns:
+      The state before the first step, and the frozen leaves.
+    """
+    config = self.config
+    trainable, frozen = trees.split(variables, self.mask)
+    if config.base.dtype != 'float32':
+      frozen = trees.in_compute_dtype(
+        frozen, config.base.dtype, self.built.head
+      )
+    frozen = mesh_lib.shard_frozen(frozen, self.mesh, config.mesh.shard_from)
+    state = self.begin(trainable, num_examples)
+    return mesh_lib.replicate(state, self.mesh), frozen
+
+
+def assemble(
+  config: ConfigDict,
+  num_classes: int,
+  image_shape: tuple[int, int, int],
+  mesh: Mesh,
+  steps: int,
+) -> Assembly:
+  """Puts a config together, without computing or reading anything.
+
+  Args:
+    config: all of it but `base.source` and what only a loop needs.
+    num_classes: K.
+    image_shape: (H, W, C) of the images to train on.
+    mesh: the devices.
+    steps: the length of training.
+
+  Raises:
+    UserError: the model, or the adapter in it, cannot be built.
+  """
+  built = adapted.build(config, num_classes)
+  shapes = adapted.shapes(built, image_shape)
+  mask = built.mask(shapes)
+  algorithm = algorithm_lib.make_algorithm(
+    config, built, mask, steps, num_classes
+  )
+  return Assembly(config, image_shape, built, shapes, mask, algorithm, mesh)

@@ -1,0 +1,122 @@
+"""The train state on the mesh, and what moves it on, step by step."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fulllora_jax import data
+from fulllora_jax.distributed import mesh
+from fulllora_jax.training import algorithm, base, memory, train_step
+from fulllora_jax.training.assemble import assemble
+
+# JAX returns from a step before it is computed. On CPU, jax 0.10 deadlocks
+# above 32 collectives that nobody waited for.
+_RUN_AHEAD = 8
+
+
+class Stepper:
+  """The train state of one config, from its base or from scratch.
+
+  Args:
+    config: config.py.
+    dataset: its training images are stepped through.
+    base: the artefact of the base; None: from scratch.
+
+  Attributes:
+    assembly: the config put together.
+    origin: where the variables come from (base.Origin).
+    total_steps: the length of training.
+    state: the train state; every step replaces it.
+    frozen: the leaves that never change, on the mesh.
+    root_key: all random numbers of the training follow from it.
+    step_fn: the compiled train step; None until the first step.
+    compile_seconds: what compiling it took.
+    input_seconds: what the steps so far waited for their batches.
+  """
+
+  def __init__(self, config, dataset: data.Dataset, base_path: Path | None):
+    self.config, self.dataset = config, dataset
+    count = len(dataset.train)
+    self.total_steps = algorithm.total_steps(config, count)
+    self.assembly = assemble(
+      config,
+      dataset.num_classes,
+      dataset.image_shape,
+      mesh.mesh_of(config),
+      self.total_steps,
+    )
+    variables, self.origin = base.start(self.assembly, base_path)
+    self.state, self.frozen = self.assembly.place(variables, count)
+    self.root_key = mesh.put_key(
+      jax.random.key(config.seed), self.assembly.mesh
+    )
+    self.step_fn: Callable | None = None
+    self.compile_seconds = self.input_seconds = 0.0
+    self._in_flight: list[tuple[int, train_step.Metrics]] = []
+
+  def steps(
+    self, start: int = 0
+  ) -> Iterator[tuple[int, list[tuple[int, train_step.Metrics]]]]:
+    """Makes the steps that follow `start`, to the last one.
+
+    A step is yielded as soon as it is started, while JAX still computes it; at
+    most eight are in flight.
+
+    Yields:
+      The number of the step, from `start` + 1; and the numbers and metrics of
+      the steps that had to be waited for, empty where none had to.
+    """
+    with contextlib.closing(self.batches(start)) as batches:
+      for step in range(start + 1, self.total_steps + 1):
+        began = time.perf_counter()
+        batch = self.put(next(batches))
+        ready = time.perf_counter()
+        self.input_seconds += ready - began
+        if self.step_fn is None:
+          self.step_fn = self.compile(batch)
+          self.compile_seconds = time.perf_counter() - ready
+        self.state, metrics = self.step_fn(
+          self.state, self.frozen, batch, self.root_key
+        )
+        self._in_flight.append((step, metrics))
+        full = len(self._in_flight) == _RUN_AHEAD
+        yield step, self.wait() if full else []
+
+  def wait(self) -> list[tuple[int, train_step.Metrics]]:
+    """Waits for the steps in flight; returns their numbers and metrics."""
+    fetched = [(step, jax.device_get(m)) for step, m in self._in_flight]
+    self._in_flight.clear()
+    return fetched
+
+  def batches(self, start: int) -> Iterator[dict[str, Any]]:
+    """Yields this process's rows of each batch that follows a step."""
+    return data.train_batches(
+      self.dataset.train,
+      self.config.train.batch_size,
+      self.config.seed,
+      start,
+      self.total_steps,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def put(self, rows: dict[str, Any]) -> dict[str, jax.Array]:
+    """Puts the rows of all processes on the mesh, as a batch."""
+    if self.state.deltas is None:
+      rows = {name: rows[name] for name in ('image', 'label')}
+    return mesh.put_batch(rows, self.assembly.mesh)
+
+  def compile(self, batch: dict[str, jax.Array]) -> Callable:
+    """Compiles the train step; says what memory it takes, or that it can't."""
+    step_fn = train_step.compile_train_step(
+      self.assembly.algorithm, self.assembly.mesh
+    )
+    compiled = step_fn.lower(
+      self.state, self.frozen, batch, self.root_key
+    ).compile()
+    memory.check(compiled, self.state, self.frozen, batch, self.config)
+    return compiled
