@@ -22,7 +22,8 @@ def scatter(
   xs = [at for _, at, _ in points] or [1.0]
   low, high = charts.room([value for *_, value in points] or [0.0])
   x = Scale(min(xs) / 1.8, max(xs) * 1.8, 44, axes.WIDTH - 14, True)
-  y = Scale(low, high, 214, 10)
+  # Below the lowest point there is room for its name.
+  y = Scale(low - 0.06 * (high - low), high, 214, 10)
   taken = [(x(a) - 5, x(a) + 5, y(v) - 5, y(v) + 5) for _, a, v in points]
   content = [axes.y_axis(x, y, y.ticks()), axes.x_axis(x, y, None, x_title)]
   for place, (name, at, value) in enumerate(points):
@@ -57,7 +58,7 @@ def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
   free = [
     number
     for number, box in enumerate(boxes)
-    if box[0] > 40 and box[1] < axes.WIDTH and box[2] > 0 and box[3] < 219
+    if box[0] > 40 and box[1] < axes.WIDTH and box[2] > 0 and box[3] < 213
     if not any(
       box[0] < t[1] and t[0] < box[1] and box[2] < t[3] and t[2] < box[3]
       for t in taken
