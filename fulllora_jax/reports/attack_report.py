@@ -9,51 +9,42 @@ from fulllora_jax.reports import results
 
 
 def sections(report: Mapping[str, Any]) -> Iterator[str]:
-  """Yields the text of each AutoAttack, for the terminal.
-
-  Args:
-    report: as report.json holds it.
-  """
-  for evaluation in report['evaluations']:
-    if evaluation['attack'].startswith('autoattack'):
-      found = cascade(evaluation), per_class(evaluation, report['label_names'])
-      yield '\n'.join(
-        [
-          headline(evaluation),
-          *(f'  {line}' for table in found for line in tables.aligned(table)),
-          *remarks(evaluation),
-        ]
-      )
+  """Yields the text of each AutoAttack of a report.json, for the terminal."""
+  for title, found, lines in _autoattacks(report):
+    rows = [f'  {row}' for table in found for row in tables.aligned(table)]
+    yield '\n'.join([title, *rows, *lines])
 
 
 def markdown(report: Mapping[str, Any]) -> Iterator[str]:
   """Yields the same text as blocks of Markdown."""
+  for title, found, lines in _autoattacks(report):
+    yield f'### {title}'
+    yield from map(tables.markdown, found)
+    yield '\n'.join(f'- {line}' for line in lines)
+
+
+def _autoattacks(report: Mapping[str, Any]):
+  """Yields the headline, the two tables and the remarks of each AutoAttack."""
   for evaluation in report['evaluations']:
     if evaluation['attack'].startswith('autoattack'):
-      yield f'### {headline(evaluation)}'
-      yield tables.markdown(cascade(evaluation))
-      yield tables.markdown(per_class(evaluation, report['label_names']))
-      if lines := list(remarks(evaluation)):
-        yield '\n'.join(f'- {line}' for line in lines)
+      found = cascade(evaluation), per_class(evaluation, report['label_names'])
+      yield headline(evaluation), found, remarks(evaluation)
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:
-  """Returns the one number, what it is of, and its interval.
+  """Returns the one number, what it was measured on, and its interval.
 
-  An ensemble of all of AutoAttack's is called by that name; the worst case is
-  over its attacks, image by image.
+  An ensemble of all of AutoAttack's attacks is called by that name; the worst
+  case is taken over its attacks, image by image.
   """
   name = evaluation['attack']
   if name.startswith('autoattack'):
     name = f'AutoAttack{name.removeprefix("autoattack")} (worst case)'
-  accuracy = tables.with_interval(
-    evaluation['accuracy'], evaluation['interval']
-  )
+  low, high = (f'{100 * end:.1f}' for end in evaluation['interval'])
   return (
-    f'{name}, {evaluation["weights"]}: {accuracy.replace(" ", " % ", 1)} of '
-    f'{evaluation["num_examples"]} '
-    f'{evaluation["split"]} images; {evaluation["norm"]}, eps '
-    f'{evaluation["eps"]}'
+    f'{name}, {evaluation["weights"]}: {results.percent(evaluation)} '
+    f'[{low}, {high}] of {evaluation["num_examples"]} {evaluation["split"]} '
+    f'images; {evaluation["norm"]}, eps {evaluation["eps"]}'
   )
 
 

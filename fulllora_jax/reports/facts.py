@@ -7,15 +7,9 @@ from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.core.console import duration
 from fulllora_jax.reports import results
 
-# Part and field, and the value that is not worth a line.
-_OFF = (
-  ('objective', 'label_smoothing', 0.0),
-  ('attack', 'ard', 0.0),
-  ('attack', 'prm', 0.0),
-  ('awp', 'gamma', 0.0),
-  ('awp', 'warmup', 0.0),
-  ('ema', 'decay', 0.0),
-)
+# Fields that are off at 0, and then not worth a line.
+_OFF_AT_0 = ('objective.label_smoothing', 'attack.ard', 'attack.prm')
+_OFF_AT_0 += ('awp.gamma', 'awp.warmup', 'ema.decay')
 
 
 def facts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -24,19 +18,18 @@ def facts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   Args:
     config: as report.json has it; one from before these fields yields none.
   """
-  objective = config.get('objective') or {}
-  if objective.get('name', 'pgd_at') != 'pgd_at':
-    yield 'objective.name', objective['name']
-    yield 'objective.beta', objective.get('beta')
-  for part, field, off in _OFF:
-    value = (config.get(part) or {}).get(field, off)
-    if value != off:
-      yield f'{part}.{field}', value
+  objective = _field(config, 'objective.name')
+  if objective not in (None, 'pgd_at'):
+    yield 'objective.name', objective
+    yield 'objective.beta', _field(config, 'objective.beta')
+  for name in _OFF_AT_0:
+    if value := _field(config, name):
+      yield name, value
 
 
 def weights_note(config: Mapping[str, Any]) -> str:
   """Says that the weights are averages; returns '' where they are not."""
-  decay = (config.get('ema') or {}).get('decay')
+  decay = _field(config, 'ema.decay')
   if not decay:
     return ''
   return (
@@ -105,13 +98,8 @@ def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
       names += ['attack.loss']
     if _field(config, 'attack.name') in (None, 'pgd'):  # else they are unused
       names += ['attack.steps', 'attack.step_size', 'attack.carry']
-  names += [
-    'optimizer.name',
-    'optimizer.learning_rate',
-    'optimizer.weight_decay',
-    'schedule.name',
-    'train.batch_size',
-  ]
+  names += [f'optimizer.{n}' for n in ('name', 'learning_rate', 'weight_decay')]
+  names += ['schedule.name', 'train.batch_size']
   yield 'method', report['method']
   for name in names:
     yield name, _field(config, name)
