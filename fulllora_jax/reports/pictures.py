@@ -81,42 +81,43 @@ def draw_examples(examples: Mapping[str, Any], path: str | os.PathLike) -> None:
   Raises:
     UserError: there is no image, or the shapes are not those above.
   """
+  clean, adversarial = _checked(examples)
+  difference, scale = images.difference(clean, adversarial)
+  height = _CELL * clean.shape[1] / clean.shape[2]
+  norm = curves.NORMS.get(examples.get('norm'), '')
+  words_at = _TOP + 2 * height + _GAP
+  rows = (
+    (clean, _TOP, 'clean', ''),
+    (
+      adversarial,
+      _TOP + height + _GAP,
+      'adversarial',
+      f'{norm} ≤ {examples.get("eps", "?")}',
+    ),
+    (difference, words_at + _BELOW, 'difference', f'×{scale:.3g} on grey'),
+  )
+  parts = []
+  for row, top, name, remark in rows:
+    middle = top + height / 2
+    parts.append(axes.text(_LEFT - 8, middle, name, 'end', 'strong'))
+    parts.append(axes.text(_LEFT - 8, middle + 18, remark, 'end'))
+    parts += [_image(image, i, top, height) for i, image in enumerate(row)]
+  for column in range(len(clean)):
+    parts += _words(examples, column, words_at)
+  width = _LEFT + len(clean) * (_CELL + _GAP) - _GAP
+  label = 'Images, the same attacked, and the difference'
+  picture.save(path, parts, width, words_at + _BELOW + height, label)
+
+
+def _checked(examples: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the images to draw, clean and adversarial."""
   clean = np.asarray(examples['clean'], np.float32)
   adversarial = np.asarray(examples['adversarial'], np.float32)
   if clean.ndim != 4 or clean.shape[-1] not in (1, 3) or not len(clean):
     raise UserError(f'examples are [n, H, W, 1 or 3], not {clean.shape}')
   if adversarial.shape != clean.shape:
     raise UserError(f'examples differ: {clean.shape}, {adversarial.shape}')
-  clean, adversarial = clean[:_MAX_COLUMNS], adversarial[:_MAX_COLUMNS]
-  difference, scale = images.difference(clean, adversarial)
-  height = _CELL * clean.shape[1] / clean.shape[2]
-  norm = curves.NORMS.get(examples.get('norm'), '')
-  rows = (
-    (_TOP, clean, 'clean', ''),
-    (
-      _TOP + height + _GAP,
-      adversarial,
-      'adversarial',
-      f'{norm} ≤ {examples.get("eps", "?")}',
-    ),
-    (
-      _TOP + 2 * height + _GAP + _BELOW,
-      difference,
-      'difference',
-      f'×{scale:.3g} on grey',
-    ),
-  )
-  parts = []
-  for top, row, name, remark in rows:
-    middle = top + height / 2
-    parts.append(axes.text(_LEFT - 8, middle, name, 'end', 'strong'))
-    parts.append(axes.text(_LEFT - 8, middle + 18, remark, 'end'))
-    parts += [_image(image, i, top, height) for i, image in enumerate(row)]
-  for column in range(len(clean)):
-    parts += _words(examples, column, _TOP + 2 * height + _GAP)
-  width = _LEFT + len(clean) * (_CELL + _GAP) - _GAP
-  label = 'Images, the same attacked, and the difference'
-  picture.save(path, parts, width, _TOP + 3 * height + _GAP + _BELOW, label)
+  return clean[:_MAX_COLUMNS], adversarial[:_MAX_COLUMNS]
 
 
 def _left(column: int) -> float:
@@ -144,18 +145,11 @@ def _words(
   middle = _left(column) + _CELL / 2
   title = limited(results.class_name(names, label), 17)
   yield axes.text(middle, 14, title, look='strong')
-  for key, title in (
-    ('base_predictions', 'base'),
-    ('robust_predictions', 'adapted'),
-  ):
-    if examples.get(key) is not None:
-      prediction = int(examples[key][column])
-      right = prediction == label
+  for key, model in (('base', 'base'), ('robust', 'adapted')):
+    predictions = examples.get(f'{key}_predictions')
+    if predictions is not None:
+      prediction = int(predictions[column])
+      sign, look = ('✓', 'good') if prediction == label else ('✗', 'bad')
       name = limited(results.class_name(names, prediction), 9)
-      below += 16
-      yield axes.text(
-        middle,
-        round(below, 2),
-        f'{"✓" if right else "✗"} {title}: {name}',
-        look='small good' if right else 'small bad',
-      )
+      words, below = f'{sign} {model}: {name}', round(below + 16, 2)
+      yield axes.text(middle, below, words, look=f'small {look}')

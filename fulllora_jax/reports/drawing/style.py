@@ -110,18 +110,13 @@ nav ul {
 }
 .cards, .charts, .columns, .examples {
   display: grid; gap: 16px; margin: 12px 0 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--w)), 1fr));
 }
+.charts { --w: 400px; }
+.columns { --w: 160px; }
+.examples { --w: 235px; }
 .cards {
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 160px), 1fr));
-}
-.charts {
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
-}
-.columns {
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 160px), 1fr));
-}
-.examples {
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 235px), 1fr));
 }
 .card { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
 .card dt { color: var(--soft); font-size: 14px; }
