@@ -6,6 +6,7 @@ al., 2022, arXiv 2205.14135). Either way the softmax is float32.
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from fulllora_jax.core.errors import UserError, choose
 
 IMPLEMENTATIONS = ('xla', 'cudnn')
-_CAPABILITY = 8.0  # of the GPU, at least (Ampere)
+_CAPABILITY = 8.0  # least compute capability of a GPU (Ampere)
 
 
 def function(choice: str, dtype: jnp.dtype, head_dim: int) -> Callable:
@@ -23,8 +24,8 @@ def function(choice: str, dtype: jnp.dtype, head_dim: int) -> Callable:
 
   Args:
     choice: 'xla', 'cudnn', or '' for cuDNN where it can and XLA elsewhere.
-    dtype: of the computation.
-    head_dim: d.
+    dtype: dtype of the computation.
+    head_dim: width of a head, d.
 
   Raises:
     UserError: another choice, or cudnn where it cannot.
@@ -37,12 +38,17 @@ def function(choice: str, dtype: jnp.dtype, head_dim: int) -> Callable:
     raise UserError(
       f'model.attention cudnn: {obstacle}; leave it empty for what is possible'
     )
-  return functools.partial(
-    _attend, implementation='xla' if choice == 'xla' or obstacle else 'cudnn'
-  )
+  plain = choice == 'xla' or obstacle is not None
+  return functools.partial(_attend, implementation='xla' if plain else 'cudnn')
 
 
-def _attend(query, key, value, *, implementation: str) -> jax.Array:
+def _attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  implementation: Literal['xla', 'cudnn'],
+) -> jax.Array:
   return jax.nn.dot_product_attention(
     query, key, value, implementation=implementation
   )

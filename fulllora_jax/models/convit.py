@@ -6,7 +6,6 @@ The class token joins after those blocks. Images are float32 [B, H, W, C] in
 [0, 1]; normalisation is the first line.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,13 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.models.layers import (
   IMAGENET_MEAN,
   IMAGENET_STD,
+  Computation,
+  Mlp,
   activation,
+  build,
+  check_width,
+  logits,
+  normalise,
   patch_embedding,
   resolve,
   run_block,
@@ -37,8 +42,8 @@ LINEAR_MAPS = {
   'fc2': r'block_\d+/mlp/fc2',
   'head': r'head',
 }
-# Likewise of other modules. No 'block': the local ones have a position for
-# each token, and take no others.
+# Roles of other modules. No 'block': the local ones have a position for each
+# token, and take no others.
 MODULES = {'mlp': r'block_\d+/mlp'}
 
 SIZE_FIELDS = ('width', 'depth', 'num_heads', 'local_layers')
@@ -81,7 +86,8 @@ def relative_positions(rows: int, columns: int) -> np.ndarray:
 def _identity(key, shape, dtype=jnp.float32):
   """A GPSA block starts by copying what a head looks at, as a filter does."""
   del key
-  return jnp.eye(*shape, dtype=dtype)
+  rows, columns = shape
+  return jnp.eye(rows, columns, dtype=dtype)
 
 
 def _local(key, shape, dtype=jnp.float32):
@@ -103,11 +109,11 @@ class Attention(nn.Module):
 
   Attributes:
     num_heads: H; divides the width.
-    dtype: of the computation; softmax and gate compute in float32.
+    how: how it computes; softmax and gate compute in float32.
   """
 
   num_heads: int
-  dtype: jnp.dtype
+  how: Computation
 
   @nn.compact
   def __call__(
@@ -127,20 +133,15 @@ class Attention(nn.Module):
     weights = nn.softmax(scores.astype(jnp.float32))
     if positions is not None:
       weights = self._gated(weights, positions)
-    out = jnp.einsum('bhqk,bkhd->bqhd', weights.astype(self.dtype), value)
-    return nn.Dense(
-      x.shape[-1], dtype=self.dtype, kernel_init=_normal, name='out'
-    )(out.reshape(queries.shape))
+    weights = weights.astype(self.how.dtype)
+    out = jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+    return self.how.dense(x.shape[-1], 'out')(out.reshape(queries.shape))
 
   def _heads(self, name: str, x: jax.Array, initial=_normal) -> jax.Array:
     """Computes [B, N, H, width / H]."""
-    x = nn.Dense(
-      x.shape[-1],
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=initial,
-      name=name,
-    )(x)
+    x = self.how.dense(x.shape[-1], name, use_bias=False, kernel_init=initial)(
+      x
+    )
     return x.reshape(*x.shape[:2], self.num_heads, -1)
 
   def _gated(self, weights: jax.Array, positions: jax.Array) -> jax.Array:
@@ -155,55 +156,33 @@ class Attention(nn.Module):
     return mixed / mixed.sum(axis=-1, keepdims=True)
 
 
-class Mlp(nn.Module):
-  """Two dense layers with an activation between them."""
-
-  mlp_dim: int
-  act: str
-  dropout: float
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    dense = dict(dtype=self.dtype, kernel_init=_normal)
-    hidden = nn.Dense(self.mlp_dim, **dense, name='fc1')(x)
-    hidden = activation(self.act)(hidden)
-    hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
-    out = nn.Dense(x.shape[-1], **dense, name='fc2')(hidden)
-    return nn.Dropout(self.dropout)(out, deterministic=not train)
-
-
 class Block(nn.Module):
   """Pre-norm attention and MLP, each with a residual connection.
 
   Attributes:
+    num_heads: attention heads.
+    mlp_dim: hidden width of the MLP.
+    how: how all the parts compute.
     token_only: computes the first token alone, from all of them.
   """
 
   num_heads: int
   mlp_dim: int
-  act: str
-  epsilon: float
-  dropout: float
-  dtype: jnp.dtype
+  how: Computation
   token_only: bool
 
   @nn.compact
   def __call__(
     self, x: jax.Array, positions: jax.Array | None, *, train: bool
   ) -> jax.Array:
-    norm = dict(epsilon=self.epsilon, dtype=self.dtype)
-    y = nn.LayerNorm(**norm, name='norm1')(x)
+    """Maps tokens [B, N, width] to [B, N, width], or [B, 1, width]."""
+    y = self.how.norm('norm1')(x)
     queries = slice(1 if self.token_only else None)
     x = x[:, queries]
-    y = Attention(self.num_heads, self.dtype, name='attention')(
-      y[:, queries], y, positions
-    )
-    x = x + nn.Dropout(self.dropout)(y, deterministic=not train)
-    y = nn.LayerNorm(**norm, name='norm2')(x)
-    return x + Mlp(
-      self.mlp_dim, self.act, self.dropout, self.dtype, name='mlp'
-    )(y, train=train)
+    attention = Attention(self.num_heads, self.how, name='attention')
+    x = x + self.how.drop(attention(y[:, queries], y, positions), train)
+    y = self.how.norm('norm2')(x)
+    return x + Mlp(self.mlp_dim, self.how, name='mlp')(y, train=train)
 
 
 class ConViT(nn.Module):
@@ -218,13 +197,13 @@ class ConViT(nn.Module):
     mlp_dim: hidden width of each MLP.
     local_layers: blocks of gated positional self-attention, in 0..depth - 1;
       the class token joins after them.
-    act: of the MLPs (layers.py).
-    epsilon: of the norms.
+    act: activation of the MLPs, a key of layers.ACTIVATIONS.
+    epsilon: added to the variance in every norm.
     dropout: rate in [0, 1), active only with train=True.
-    mean: per-channel mean of pixels in [0, 1], or one value for all.
-    std: likewise, the standard deviation.
-    dtype: of the computation; logits are always float32.
-    remat: what the backward pass recomputes (layers.py).
+    mean: mean of each channel of pixels in [0, 1], or one value for all.
+    std: standard deviation of each channel, or one value for all.
+    dtype: dtype of the computation; logits are always float32.
+    remat: what the backward pass recomputes: 'none' or a key of layers.REMAT.
   """
 
   num_classes: int
@@ -249,30 +228,32 @@ class ConViT(nn.Module):
     Raises:
       UserError: a side of the images is not a multiple of the patch.
     """
-    x = (images - jnp.array(self.mean)) / jnp.array(self.std)
     self._check_sides(*images.shape[1:3])
-    x = patch_embedding(self.width, self.patch_size, self.dtype)(
-      x.astype(self.dtype)
-    )
+    how = Computation(
+      self.act, self.epsilon, self.dropout, self.dtype, _normal,
+      remat=self.remat,
+    )  # fmt: skip
+    x = normalise(images, self.mean, self.std, self.dtype)
+    x = patch_embedding(self.width, self.patch_size, self.dtype)(x)
     positions = jnp.asarray(relative_positions(*x.shape[1:3]))
     x = x.reshape(x.shape[0], -1, self.width)
     embedding = self.param('pos_embedding', _normal, (1, *x.shape[1:]))
-    x = x + embedding.astype(self.dtype)
-    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    x = how.drop(x + embedding.astype(self.dtype), train)
     cls = self.param('cls', _normal, (1, 1, self.width)).astype(self.dtype)
     for i in range(self.depth):
       if i == self.local_layers:
         cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)
       seen = positions if i < self.local_layers else None
-      x = run_block(self._block(i), self.remat, x, seen, train=train)
-    x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
-    return nn.Dense(
-      self.num_classes,
-      dtype=jnp.float32,
-      kernel_init=nn.initializers.zeros,
-      name='head',
-    )(x[:, 0].astype(jnp.float32))
+      block = Block(
+        self.num_heads,
+        self.mlp_dim,
+        how,
+        token_only=i == self.depth - 1,  # nothing else of it would be read
+        name=f'block_{i}',
+      )
+      x = run_block(block, self.remat, x, seen, train=train)
+    return logits(self.num_classes, how.norm('norm')(x)[:, 0])
 
   def _check_sides(self, height: int, width: int) -> None:
     if height % self.patch_size or width % self.patch_size:
@@ -281,18 +262,6 @@ class ConViT(nn.Module):
         f'{self.patch_size}: make data.image_size a multiple of '
         'model.patch_size'
       )
-
-  def _block(self, i: int) -> Block:
-    return Block(
-      self.num_heads,
-      self.mlp_dim,
-      self.act,
-      self.epsilon,
-      self.dropout,
-      self.dtype,
-      token_only=i == self.depth - 1,  # nothing else of it would be read
-      name=f'block_{i}',
-    )
 
 
 def create(model, num_classes: int) -> ConViT:
@@ -312,19 +281,12 @@ def create(model, num_classes: int) -> ConViT:
   settings = resolve(model, NAMES, needed)
   _check(model.name, settings)
   settings.setdefault('mlp_dim', 4 * settings['width'])
-  known = {field.name for field in dataclasses.fields(ConViT)}
-  chosen = {k: v for k, v in settings.items() if k in known}
-  chosen['mean'], chosen['std'] = tuple(chosen['mean']), tuple(chosen['std'])
-  chosen['dtype'] = jnp.dtype(model.dtype)
-  return ConViT(num_classes=num_classes, **chosen)
+  return build(ConViT, settings, num_classes)
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
-  width, depth, num_heads, local_layers = (settings[f] for f in SIZE_FIELDS)
-  if width % num_heads:
-    raise UserError(
-      f'model.width {width} is not a multiple of model.num_heads {num_heads}'
-    )
+  check_width(settings)
+  depth, local_layers = settings['depth'], settings['local_layers']
   if not 0 <= local_layers < depth:
     raise UserError(
       f'model.local_layers {local_layers} is not in 0..{depth - 1}: the class '

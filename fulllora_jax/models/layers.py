@@ -1,7 +1,8 @@
-"""What every family of models shares: activations, remat, names' settings."""
+"""What every family of models shares: layers, remat, the settings of a name."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from flax import linen as nn
 
 from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.distributed import mesh
+
+_Model = TypeVar('_Model', bound=nn.Module)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -38,6 +41,74 @@ REMAT: Mapping[str, Callable[..., bool] | None] = {
 }
 
 
+class Computation(NamedTuple):
+  """How all the parts of a model compute.
+
+  Attributes:
+    act: name of the MLPs' activation.
+    epsilon: added to the variance in every norm.
+    dropout: rate in [0, 1), active only with train=True.
+    dtype: dtype of the computation.
+    kernel_init: draws the kernels of the linear maps.
+    bias_init: draws the biases of the MLPs.
+    remat: what every block recomputes in the backward pass: 'none' or a key of
+      REMAT.
+  """
+
+  act: str
+  epsilon: float
+  dropout: float
+  dtype: jnp.dtype
+  kernel_init: Callable[..., jax.Array]
+  bias_init: Callable[..., jax.Array] = nn.initializers.zeros
+  remat: str = 'none'
+
+  def norm(self, name: str) -> nn.LayerNorm:
+    """Returns a LayerNorm of that name."""
+    return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
+
+  def dense(self, features: int, name: str, **changed: Any) -> nn.Dense:
+    """Returns a linear map of that name; `changed` are fields of nn.Dense."""
+    fields = dict(dtype=self.dtype, kernel_init=self.kernel_init) | changed
+    return nn.Dense(features, name=name, **fields)
+
+  def drop(self, x: jax.Array, train: bool) -> jax.Array:
+    """Applies dropout, within a module's call."""
+    return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+
+class Mlp(nn.Module):
+  """Two dense layers with an activation between them.
+
+  Attributes:
+    mlp_dim: width between the layers.
+    how: how it computes.
+    names: names of the two layers.
+    swiglu: the first layer makes a gate and a value (Shazeer, 2020, arXiv
+      2002.05202), each mlp_dim wide.
+  """
+
+  mlp_dim: int
+  how: Computation
+  names: tuple[str, str] = ('fc1', 'fc2')
+  swiglu: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps x [..., d] to [..., d]."""
+    dense, bias_init = self.how.dense, self.how.bias_init
+    width = self.mlp_dim * (2 if self.swiglu else 1)
+    hidden = dense(width, self.names[0], bias_init=bias_init)(x)
+    if self.swiglu:
+      gate, value = jnp.split(hidden, 2, axis=-1)
+      hidden = nn.silu(gate) * value
+    else:
+      hidden = activation(self.how.act)(hidden)
+    hidden = self.how.drop(hidden, train)
+    out = dense(x.shape[-1], self.names[1], bias_init=bias_init)(hidden)
+    return self.how.drop(out, train)
+
+
 def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
   """Calls a block, and recomputes its activations in the backward pass.
 
@@ -49,9 +120,10 @@ def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
   Args:
     block: the module.
     remat: 'none' or a key of REMAT.
-    x: what a gradient is taken of, beside the block's variables.
-    *args: what else the block is called with.
-    **kwargs: likewise, e.g. train.
+    x: the first argument of the block; the gradient with respect to it and to
+      the block's variables is recomputed.
+    *args: the other arguments of the block.
+    **kwargs: its arguments by keyword, e.g. train.
 
   Returns:
     block(x, *args, **kwargs).
@@ -92,6 +164,55 @@ def patch_embedding(
     dtype=dtype,
     name='embedding',
   )
+
+
+def normalise(
+  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype
+) -> jax.Array:
+  """Returns (images - mean) / std in a model's dtype.
+
+  Args:
+    images: float32 [B, H, W, C] in [0, 1].
+    mean: mean of each channel, or one value for all.
+    std: standard deviation of each channel, or one value for all.
+    dtype: dtype of the result.
+  """
+  return ((images - jnp.array(mean)) / jnp.array(std)).astype(dtype)
+
+
+def logits(num_classes: int, x: jax.Array, name: str = 'head') -> jax.Array:
+  """Applies the head to x [B, d]: float32, and zero when it is fresh."""
+  return nn.Dense(
+    num_classes,
+    dtype=jnp.float32,
+    kernel_init=nn.initializers.zeros,
+    name=name,
+  )(x.astype(jnp.float32))
+
+
+def check_width(settings: Mapping[str, Any]) -> None:
+  """Raises UserError where the heads do not divide the width."""
+  width, num_heads = settings['width'], settings['num_heads']
+  if width % num_heads:
+    raise UserError(
+      f'model.width {width} is not a multiple of model.num_heads {num_heads}'
+    )
+
+
+def build(
+  kind: type[_Model], settings: Mapping[str, Any], num_classes: int
+) -> _Model:
+  """Makes a linen module of those settings that are fields of it."""
+  fields = {
+    field.name: settings[field.name]
+    for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    if field.name in settings and field.name != 'name'
+  }
+  for name, value in fields.items():
+    if isinstance(value, list | tuple):
+      fields[name] = tuple(value)
+  fields['dtype'] = jnp.dtype(settings['dtype'])
+  return kind(num_classes=num_classes, **fields)
 
 
 def resolve(

@@ -7,9 +7,6 @@ that do not divide it), the computation is that of timm. Images are float32
 [B, H, W, C] in [0, 1]; normalisation is the first line.
 """
 
-import dataclasses
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +27,7 @@ LINEAR_MAPS = {
   'downsample': r'.*/downsample/reduction',
   'head': r'head',
 }
-# Likewise of other modules. No 'block': they take a grid of tokens alone.
+# Roles of other modules. No 'block': they take a grid of tokens alone.
 MODULES = {'mlp': r'.*/mlp'}
 
 FIELDS = ('width', 'depths', 'heads', 'window')
@@ -62,41 +59,18 @@ _MASKED = -100.0  # added to the score of a pair that the shift brought together
 _INIT = nn.initializers.truncated_normal(0.02)
 
 
-class Computation(NamedTuple):
-  """How all the parts of a model compute.
+class WindowAttention(nn.Module):
+  """Self-attention within windows, with a bias for each relative position.
 
   Attributes:
-    act: activation of the MLPs.
-    epsilon: of the norms.
-    dropout: rate in [0, 1), active only with train=True.
-    dtype: of the computation.
-    remat: of every block (layers.py).
+    heads: attention heads.
+    window: height and width of a window in tokens.
+    how: how all the parts compute.
   """
-
-  act: str
-  epsilon: float
-  dropout: float
-  dtype: jnp.dtype
-  remat: str = 'none'
-
-  def dense(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
-    return nn.Dense(
-      features, use_bias, dtype=self.dtype, kernel_init=_INIT, name=name
-    )
-
-  def norm(self, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
-
-  def drop(self, x: jax.Array, train: bool) -> jax.Array:
-    return nn.Dropout(self.dropout)(x, deterministic=not train)
-
-
-class WindowAttention(nn.Module):
-  """Self-attention within windows, with a bias for each relative position."""
 
   heads: int
   window: tuple[int, int]
-  how: Computation
+  how: layers.Computation
 
   @nn.compact
   def __call__(
@@ -126,19 +100,6 @@ class WindowAttention(nn.Module):
     return table[relative_positions(self.window)].transpose(2, 0, 1)
 
 
-class Mlp(nn.Module):
-  """Two dense layers with an activation between them."""
-
-  how: Computation
-
-  @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    width = x.shape[-1]
-    hidden = self.how.dense(_MLP_RATIO * width, 'fc1')(x)
-    hidden = self.how.drop(layers.activation(self.how.act)(hidden), train)
-    return self.how.drop(self.how.dense(width, 'fc2')(hidden), train)
-
-
 class Block(nn.Module):
   """Pre-norm window attention and MLP, each with a residual connection.
 
@@ -146,44 +107,45 @@ class Block(nn.Module):
     heads: attention heads.
     window: side of a window in tokens; clamped to the grid.
     shifted: moves the windows by half a window where the grid has several.
-    how: all the parts compute.
+    how: how all the parts compute.
   """
 
   heads: int
   window: int
   shifted: bool
-  how: Computation
+  how: layers.Computation
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps a grid of tokens [B, H, W, d] to another."""
     x = x + self._attention(self.how.norm('attention_norm')(x), train)
     y = self.how.norm('mlp_norm')(x)
-    return x + Mlp(self.how, name='mlp')(y, train=train)
+    mlp = layers.Mlp(_MLP_RATIO * x.shape[-1], self.how, name='mlp')
+    return x + mlp(y, train=train)
 
   def _attention(self, x: jax.Array, train: bool) -> jax.Array:
-    grid = x.shape[1:3]
-    window = tuple(min(side, self.window) for side in grid)
-    shift = tuple(
-      side // 2 if self.shifted and side < length else 0
-      for side, length in zip(window, grid, strict=True)
+    height, width = x.shape[1:3]
+    window = min(height, self.window), min(width, self.window)
+    shift = (
+      window[0] // 2 if self.shifted and window[0] < height else 0,
+      window[1] // 2 if self.shifted and window[1] < width else 0,
     )
     x = jnp.roll(x, [-s for s in shift], (1, 2))
     # timm pads after the shift; tokens of padding are attended to.
-    padding = [-n % side for n, side in zip(grid, window, strict=True)]
-    x = jnp.pad(x, [(0, 0), (0, padding[0]), (0, padding[1]), (0, 0)])
-    padded = x.shape[1:3]
+    bottom, right = -height % window[0], -width % window[1]
+    x = jnp.pad(x, [(0, 0), (0, bottom), (0, right), (0, 0)])
+    padded = height + bottom, width + right
     mask = shift_mask(padded, window, shift) if any(shift) else None
     attention = WindowAttention(self.heads, window, self.how, name='attention')
     x = attention(_to_windows(x, window), mask, train=train)
-    x = _from_windows(x, window, padded)[:, : grid[0], : grid[1]]
+    x = _from_windows(x, window, padded)[:, :height, :width]
     return jnp.roll(x, shift, (1, 2))
 
 
 class PatchMerging(nn.Module):
   """Joins 2x2 tokens, column by column, into one of twice the width."""
 
-  how: Computation
+  how: layers.Computation
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -204,14 +166,14 @@ class Stage(nn.Module):
     merges: ends with a PatchMerging, as all stages but the last do.
     heads: attention heads.
     window: side of a window in tokens; clamped to the grid.
-    how: all the parts compute.
+    how: how all the parts compute.
   """
 
   depth: int
   merges: bool
   heads: int
   window: int
-  how: Computation
+  how: layers.Computation
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -233,13 +195,13 @@ class SwinTransformer(nn.Module):
     heads: attention heads of each stage; they divide its width.
     patch_size: side of a patch in pixels.
     window: side of a window in tokens; clamped to the grid of a stage.
-    act: 'gelu' (exact), 'gelu_tanh' or 'quick_gelu'.
-    epsilon: of the norms.
+    act: activation of the MLPs, a key of layers.ACTIVATIONS.
+    epsilon: added to the variance in every norm.
     dropout: rate in [0, 1), active only with train=True.
-    mean: per-channel mean of pixels in [0, 1], or one value for all.
-    std: likewise, the standard deviation.
-    dtype: of the computation; logits are always float32.
-    remat: what the backward pass recomputes (layers.py).
+    mean: mean of each channel of pixels in [0, 1], or one value for all.
+    std: standard deviation of each channel, or one value for all.
+    dtype: dtype of the computation; logits are always float32.
+    remat: what the backward pass recomputes: 'none' or a key of layers.REMAT.
   """
 
   num_classes: int
@@ -265,13 +227,11 @@ class SwinTransformer(nn.Module):
         window is larger than the first stage's grid.
     """
     self._check_sides(images.shape[1:3])
-    how = Computation(
-      self.act, self.epsilon, self.dropout, self.dtype, self.remat
+    how = layers.Computation(
+      self.act, self.epsilon, self.dropout, self.dtype, _INIT, remat=self.remat
     )
-    x = (images - jnp.array(self.mean)) / jnp.array(self.std)
-    x = layers.patch_embedding(self.width, self.patch_size, self.dtype)(
-      x.astype(self.dtype)
-    )
+    x = layers.normalise(images, self.mean, self.std, self.dtype)
+    x = layers.patch_embedding(self.width, self.patch_size, self.dtype)(x)
     x = how.drop(how.norm('embedding_norm')(x), train)
     stages = zip(self.depths, self.heads, strict=True)
     for i, (depth, heads) in enumerate(stages):
@@ -279,14 +239,8 @@ class SwinTransformer(nn.Module):
       x = Stage(depth, merges, heads, self.window, how, name=f'stage_{i}')(
         x, train=train
       )
-    x = how.norm('norm')(x)
-    pooled = x.astype(jnp.float32).mean((1, 2))
-    return nn.Dense(
-      self.num_classes,
-      dtype=jnp.float32,
-      kernel_init=nn.initializers.zeros,
-      name='head',
-    )(pooled)
+    pooled = how.norm('norm')(x).astype(jnp.float32).mean((1, 2))
+    return layers.logits(self.num_classes, pooled)
 
   def _check_sides(self, sides: tuple[int, ...]) -> None:
     unit = self.patch_size * 2 ** (len(self.depths) - 1)
@@ -325,12 +279,7 @@ def create(model, num_classes: int) -> SwinTransformer:
     raise UserError(f'model.window {s["window"]}: it must be at least 1')
   layers.activation(s['act'])
   _check_heads(s['width'], tuple(s['depths']), tuple(s['heads']))
-  known = {field.name for field in dataclasses.fields(SwinTransformer)}
-  chosen = {k: v for k, v in s.items() if k in known}
-  for field in ('depths', 'heads', 'mean', 'std'):
-    chosen[field] = tuple(s[field])
-  chosen['dtype'] = jnp.dtype(s['dtype'])
-  return SwinTransformer(num_classes=num_classes, **chosen)
+  return layers.build(SwinTransformer, s, num_classes)
 
 
 def _check_heads(
@@ -368,8 +317,8 @@ def shift_mask(
   the grid do not see each other. The grid is a multiple of the window.
   """
   rows, columns = (
-    np.digitize(np.arange(length), [length - side, length - moved])
-    for length, side, moved in zip(grid, window, shift, strict=True)
+    np.digitize(np.arange(length), [length - side, length - by])
+    for length, side, by in zip(grid, window, shift, strict=True)
   )
   regions = (3 * rows[:, None] + columns)[None, :, :, None]
   regions = _to_windows(regions, window)[0, :, :, 0]

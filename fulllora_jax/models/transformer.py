@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fulllora_jax.models.layers import activation, run_block
+from fulllora_jax.models.layers import Computation, Mlp, run_block
+
+_MLP_NAMES = ('Dense_0', 'Dense_1')
 
 
 class PositionEmbedding(nn.Module):
@@ -15,61 +17,30 @@ class PositionEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps tokens [B, N, d] to [B, N, d]."""
     embedding = self.param(
       'pos_embedding', nn.initializers.normal(0.02), (1, *tokens.shape[1:])
     )
     return tokens + embedding.astype(tokens.dtype)
 
 
-class MlpBlock(nn.Module):
-  """Two dense layers with an activation between them.
-
-  Attributes:
-    swiglu: the first layer makes a gate and a value (Shazeer, 2020, arXiv
-      2002.05202), each mlp_dim wide.
-  """
-
-  mlp_dim: int
-  act: str
-  dropout: float
-  dtype: jnp.dtype
-  swiglu: bool = False
-
-  @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    dense = dict(
-      dtype=self.dtype,
-      kernel_init=nn.initializers.xavier_uniform(),
-      bias_init=nn.initializers.normal(1e-6),
-    )
-    width = self.mlp_dim * (2 if self.swiglu else 1)
-    hidden = nn.Dense(width, **dense, name='Dense_0')(x)
-    if self.swiglu:
-      gate, value = jnp.split(hidden, 2, axis=-1)
-      hidden = nn.silu(gate) * value
-    else:
-      hidden = activation(self.act)(hidden)
-    hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
-    out = nn.Dense(x.shape[-1], **dense, name='Dense_1')(hidden)
-    return nn.Dropout(self.dropout)(out, deterministic=not train)
-
-
 class EncoderBlock(nn.Module):
   """Pre-norm attention and MLP, each with a residual connection.
 
   Attributes:
-    first: computes so many first tokens alone, from all of them; None: all.
+    num_heads: attention heads.
+    mlp_dim: hidden width of the MLP.
+    how: how all the parts compute.
+    attend: attention of query, key and value (attention.py).
     layer_scale: scales each branch by a learned vector (Touvron et al., 2021,
       arXiv 2103.17239).
-    attend: of attention.py.
+    swiglu: whether the MLP is gated.
+    first: computes so many first tokens alone, from all of them; None: all.
   """
 
   num_heads: int
   mlp_dim: int
-  act: str
-  epsilon: float
-  dropout: float
-  dtype: jnp.dtype
+  how: Computation
   attend: Callable[..., jax.Array]
   layer_scale: bool = False
   swiglu: bool = False
@@ -77,29 +48,20 @@ class EncoderBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    y = layer_norm(self.epsilon, self.dtype, 'LayerNorm_0')(x)
+    """Maps tokens [B, N, d] to [B, N, d], or [B, first, d]."""
+    y = self.how.norm('LayerNorm_0')(x)
     queries = y
     if self.first is not None:
       x, queries = x[:, : self.first], y[:, : self.first]
-    y = nn.MultiHeadDotProductAttention(
-      num_heads=self.num_heads,
-      dtype=self.dtype,
-      kernel_init=nn.initializers.xavier_uniform(),
-      attention_fn=self.attend,
-      name='MultiHeadDotProductAttention_1',
+    y = attention(
+      self.num_heads, self.how, self.attend, 'MultiHeadDotProductAttention_1'
     )(queries, y)
-    y = nn.Dropout(self.dropout)(y, deterministic=not train)
-    x = x + self._scaled('ls1', y)
-    y = layer_norm(self.epsilon, self.dtype, 'LayerNorm_2')(x)
-    y = MlpBlock(
-      self.mlp_dim,
-      self.act,
-      self.dropout,
-      self.dtype,
-      self.swiglu,
-      name='MlpBlock_3',
-    )(y, train=train)
-    return x + self._scaled('ls2', y)
+    x = x + self._scaled('ls1', self.how.drop(y, train))
+    y = self.how.norm('LayerNorm_2')(x)
+    mlp = Mlp(
+      self.mlp_dim, self.how, _MLP_NAMES, self.swiglu, name='MlpBlock_3'
+    )
+    return x + self._scaled('ls2', mlp(y, train=train))
 
   def _scaled(self, name: str, y: jax.Array) -> jax.Array:
     if not self.layer_scale:
@@ -108,31 +70,47 @@ class EncoderBlock(nn.Module):
     return y * self.param(name, initial, (y.shape[-1],)).astype(y.dtype)
 
 
+def attention(
+  num_heads: int,
+  how: Computation,
+  attend: Callable[..., jax.Array],
+  name: str,
+) -> nn.MultiHeadDotProductAttention:
+  """Returns multi-head attention of that name."""
+  return nn.MultiHeadDotProductAttention(
+    num_heads=num_heads,
+    dtype=how.dtype,
+    kernel_init=how.kernel_init,
+    attention_fn=attend,
+    name=name,
+  )
+
+
 class MAPHead(nn.Module):
-  """Attention pooling by one learned query (Zhai et al., 2022, 2106.04560)."""
+  """Attention pooling by one learned query (Zhai et al., 2022, 2106.04560).
+
+  Attributes:
+    num_heads: attention heads.
+    mlp_dim: hidden width of the MLP.
+    how: how all the parts compute.
+    attend: attention of query, key and value (attention.py).
+  """
 
   num_heads: int
   mlp_dim: int
-  act: str
-  epsilon: float
-  dtype: jnp.dtype
+  how: Computation
   attend: Callable[..., jax.Array]
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps tokens [B, N, d] to [B, d]."""
-    initial = nn.initializers.xavier_uniform()
-    probe = self.param('probe', initial, (1, 1, x.shape[-1]))
+    probe = self.param('probe', self.how.kernel_init, (1, 1, x.shape[-1]))
     probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
-    x = nn.MultiHeadDotProductAttention(
-      num_heads=self.num_heads,
-      dtype=self.dtype,
-      kernel_init=initial,
-      attention_fn=self.attend,
-      name='MultiHeadDotProductAttention_0',
+    x = attention(
+      self.num_heads, self.how, self.attend, 'MultiHeadDotProductAttention_0'
     )(probe, x)
-    y = layer_norm(self.epsilon, self.dtype, 'LayerNorm_0')(x)
-    mlp = MlpBlock(self.mlp_dim, self.act, 0.0, self.dtype, name='MlpBlock_0')
+    y = self.how.norm('LayerNorm_0')(x)
+    mlp = Mlp(self.mlp_dim, self.how, _MLP_NAMES, name='MlpBlock_0')
     return (x + mlp(y, train=False))[:, 0]
 
 
@@ -140,29 +118,31 @@ class Encoder(nn.Module):
   """Position embedding, the blocks, and the last norm.
 
   Attributes:
-    block: keyword arguments of every block.
+    depth: number of blocks.
+    block: arguments of every EncoderBlock but for `how`.
+    how: how all the parts compute.
+    prefix: number of tokens before the patches.
     registers: tokens that are put behind the `prefix` ones, without position.
+    pre_norm: whether there is a norm before the blocks.
     first: returns so many first tokens alone, [B, first, width]; the last
       block then leaves out what would never be read. None: all.
     final_norm: False where the norm comes after the pooling.
-    remat: of every block (layers.py).
   """
 
   depth: int
   block: Mapping[str, Any]
+  how: Computation
   prefix: int
   registers: int
   pre_norm: bool
   first: int | None
   final_norm: bool
-  remat: str = 'none'
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
-    block = dict(self.block)
-    epsilon, dtype = block['epsilon'], block['dtype']
+    """Maps tokens [B, N, width] to those that the pooling may read."""
     x = PositionEmbedding(name='posembed_input')(tokens)
-    x = nn.Dropout(block['dropout'])(x, deterministic=not train)
+    x = self.how.drop(x, train)
     if self.registers:
       shape = (1, self.registers, x.shape[-1])
       registers = self.param('registers', nn.initializers.normal(0.02), shape)
@@ -170,16 +150,13 @@ class Encoder(nn.Module):
       parts = [x[:, : self.prefix], registers, x[:, self.prefix :]]
       x = jnp.concatenate(parts, axis=1)
     if self.pre_norm:
-      x = layer_norm(epsilon, dtype, 'pre_norm')(x)
+      x = self.how.norm('pre_norm')(x)
     for i in range(self.depth):
       first = self.first if i == self.depth - 1 else None
-      each = EncoderBlock(**block, first=first, name=f'encoderblock_{i}')
-      x = run_block(each, self.remat, x, train=train)
+      block = EncoderBlock(
+        how=self.how, first=first, name=f'encoderblock_{i}', **self.block
+      )
+      x = run_block(block, self.how.remat, x, train=train)
     if self.final_norm:
-      x = layer_norm(epsilon, dtype, 'encoder_norm')(x)
+      x = self.how.norm('encoder_norm')(x)
     return x
-
-
-def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-  """Returns a LayerNorm of that name."""
-  return nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)

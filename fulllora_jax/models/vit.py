@@ -8,7 +8,6 @@ and SigLIP (2303.15343). Parameter paths are those of the AugReg checkpoints
 Images are float32 [B, H, W, C] in [0, 1]; normalisation is the first line.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,11 +20,16 @@ from fulllora_jax.models import attention
 from fulllora_jax.models.layers import (
   IMAGENET_MEAN,
   IMAGENET_STD,
+  Computation,
   activation,
+  build,
+  check_width,
+  logits,
+  normalise,
   patch_embedding,
   resolve,
 )
-from fulllora_jax.models.transformer import Encoder, MAPHead, layer_norm
+from fulllora_jax.models.transformer import Encoder, MAPHead
 
 # Roles of the linear maps, as regular expressions of module paths. With
 # attention pooling its own maps have the same roles.
@@ -40,7 +44,7 @@ LINEAR_MAPS = {
   'fc2': r'.*/MlpBlock_[03]/Dense_1',
   'head': r'head(_dist)?',
 }
-# Likewise of other modules. The blocks take any number of tokens.
+# Roles of other modules. The blocks take any number of tokens.
 MODULES = {
   'mlp': r'.*/MlpBlock_[03]',
   'block': r'Transformer/encoderblock_\d+',
@@ -112,11 +116,7 @@ def create(model, num_classes: int) -> nn.Module:
       divide, a pool that the model has no token for, or as attention.function.
   """
   settings = resolve(model, NAMES, SIZE_FIELDS)
-  if settings['width'] % settings['num_heads']:
-    raise UserError(
-      f'model.width {settings["width"]} is not a multiple of model.num_heads '
-      f'{settings["num_heads"]}'
-    )
+  check_width(settings)
   if settings['pool'] not in POOLS:
     raise UserError(
       f'model.pool: unknown {settings["pool"]!r}; known: {", ".join(POOLS)}'
@@ -129,13 +129,10 @@ def create(model, num_classes: int) -> nn.Module:
       'give mean, mean_norm or map'
     )
   activation(settings['act'])
-  known = {field.name for field in dataclasses.fields(VisionTransformer)}
-  chosen = {k: v for k, v in settings.items() if k in known}
-  chosen['mean'], chosen['std'] = tuple(chosen['mean']), tuple(chosen['std'])
-  chosen['dtype'] = jnp.dtype(model.dtype)
-  head_dim = settings['width'] // settings['num_heads']
-  attention.function(settings.get('attention', ''), chosen['dtype'], head_dim)
-  return VisionTransformer(num_classes=num_classes, **chosen)
+  made = build(VisionTransformer, settings, num_classes)
+  head_dim = made.width // made.num_heads
+  attention.function(made.attention, made.dtype, head_dim)  # may refuse
+  return made
 
 
 class VisionTransformer(nn.Module):
@@ -151,20 +148,20 @@ class VisionTransformer(nn.Module):
     pool: 'token' (the class token), 'mean' (of the patches), 'mean_norm' (the
       last norm comes after the mean, not before it), 'token_mean' (both,
       beside each other) or 'map' (attention pooling).
-    act: of the MLPs (layers.py).
-    epsilon: of the norms.
+    act: activation of the MLPs, a key of layers.ACTIVATIONS.
+    epsilon: added to the variance in every norm.
     class_token: whether there is one.
     dist_token: a second token and head, averaged with the first (DeiT).
-    registers: tokens that nothing reads.
+    registers: number of tokens that nothing reads.
     pre_norm: a norm before the blocks, and no bias at the patches (CLIP).
-    layer_scale: of each block.
-    swiglu: gated MLPs.
+    layer_scale: whether learned vectors scale the branches of each block.
+    swiglu: whether the MLPs are gated.
     dropout: rate in [0, 1), active only with train=True.
-    mean: per-channel mean of pixels in [0, 1], or one value for all.
-    std: likewise, the standard deviation.
-    dtype: of the computation; logits are always float32.
-    remat: what the backward pass recomputes (layers.py).
-    attention: '' for the fastest here, or a name of attention.py.
+    mean: mean of each channel of pixels in [0, 1], or one value for all.
+    std: standard deviation of each channel, or one value for all.
+    dtype: dtype of the computation; logits are always float32.
+    remat: what the backward pass recomputes: 'none' or a key of layers.REMAT.
+    attention: '' for the fastest here, or one of attention.IMPLEMENTATIONS.
   """
 
   num_classes: int
@@ -192,35 +189,43 @@ class VisionTransformer(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps images [B, H, W, C] in [0, 1] to logits [B, K], float32."""
-    x = (images - jnp.array(self.mean)) / jnp.array(self.std)
-    tokens = self._tokens(x.astype(self.dtype))
+    x = normalise(images, self.mean, self.std, self.dtype)
+    tokens = self._tokens(x)
     prefix = self.class_token + self.dist_token
     tokens = Encoder(
       depth=self.depth,
       block=dict(
         num_heads=self.num_heads,
         mlp_dim=self.mlp_dim,
-        act=self.act,
-        epsilon=self.epsilon,
-        dropout=self.dropout,
-        dtype=self.dtype,
         attend=self._attend(),
         layer_scale=self.layer_scale,
         swiglu=self.swiglu,
       ),
+      how=self._how(),
       prefix=prefix,
       registers=self.registers,
       pre_norm=self.pre_norm,
       first=prefix if self.pool == 'token' else None,
       final_norm=self.pool != 'mean_norm',
-      remat=self.remat,
       name='Transformer',
     )(tokens, train=train)
     pooled = self._pooled(tokens, tokens[:, prefix + self.registers :])
-    logits = self._head('head', pooled)
+    result = logits(self.num_classes, pooled)
     if self.dist_token:
-      logits = (logits + self._head('head_dist', tokens[:, 1])) / 2
-    return logits
+      other = logits(self.num_classes, tokens[:, 1], 'head_dist')
+      result = (result + other) / 2
+    return result
+
+  def _how(self) -> Computation:
+    return Computation(
+      self.act,
+      self.epsilon,
+      self.dropout,
+      self.dtype,
+      kernel_init=nn.initializers.xavier_uniform(),
+      bias_init=nn.initializers.normal(1e-6),
+      remat=self.remat,
+    )
 
   def _tokens(self, x: jax.Array) -> jax.Array:
     """Embeds patches [B, N, width]; class and distillation token in front."""
@@ -250,23 +255,13 @@ class VisionTransformer(nn.Module):
       return MAPHead(
         self.num_heads,
         self.mlp_dim,
-        self.act,
-        self.epsilon,
-        self.dtype,
+        self._how(),
         self._attend(),
         name='MAPHead_0',
       )(patches)
     mean = patches.mean(axis=1)
     if self.pool == 'mean_norm':
-      return layer_norm(self.epsilon, self.dtype, 'fc_norm')(mean)
+      return self._how().norm('fc_norm')(mean)
     if self.pool == 'token_mean':
       return jnp.concatenate([tokens[:, 0], mean], axis=1)
     return mean
-
-  def _head(self, name: str, pooled: jax.Array) -> jax.Array:
-    return nn.Dense(
-      self.num_classes,
-      dtype=jnp.float32,
-      kernel_init=nn.initializers.zeros,
-      name=name,
-    )(pooled.astype(jnp.float32))

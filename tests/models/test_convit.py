@@ -12,7 +12,7 @@ from fulllora_jax.adapters import COLLECTION, LNLoRA, attach
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import convit
-from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
+from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD, Computation
 from fulllora_jax.pretrained.convit import LAYOUTS
 
 LAYOUT = LAYOUTS[0]
@@ -20,6 +20,7 @@ GOLDEN = fake_checkpoint.read('convit-timm')
 SHAPES = {key: tuple(shape) for key, shape in GOLDEN['shapes'].items()}
 IMAGES = fake_checkpoint.images(GOLDEN['image_size'])
 KEY = jax.random.key(0)
+HOW = Computation('gelu', 1e-6, 0.0, jnp.float32, convit._normal)
 PUBLISHED = {  # parameters with 1000 classes, as timm counts them
   'convit_ti': 5_710_512,
   'convit_s': 27_777_322,
@@ -259,7 +260,7 @@ def test_a_field_overrides_the_name():
 def attend(positions, **changed):
   """Runs a fresh gated attention of 9 heads, one dimension each."""
   x = jax.random.normal(KEY, (1, positions.shape[0], 9))
-  attention = convit.Attention(num_heads=9, dtype=jnp.dtype('float32'))
+  attention = convit.Attention(num_heads=9, how=HOW)
   params = jax.jit(attention.init)(KEY, x, x, positions)['params'] | changed
   params['out'] = {'kernel': jnp.eye(9), 'bias': jnp.zeros(9)}
   y = jax.jit(attention.apply)({'params': params}, x, x, positions)

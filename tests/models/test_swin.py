@@ -13,7 +13,7 @@ from fulllora_jax import config
 from fulllora_jax.adapters import LNLoRA, attach
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.models import swin
+from fulllora_jax.models import layers, swin
 from fulllora_jax.pretrained.swin import LAYOUTS
 from tests.golden import fake_checkpoint
 
@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 PATCH = 'patch_embed.proj.weight'
 TABLE = 'layers.0.blocks.0.attn.relative_position_bias_table'
 MLP = 'layers.0.blocks.0.mlp.fc1.weight'
-HOW = swin.Computation('gelu', 1e-5, 0.0, jnp.float32)
+HOW = layers.Computation('gelu', 1e-5, 0.0, jnp.float32, swin._INIT)
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 LIKE_PUBLISHED = {'act': 'gelu', 'epsilon': 1e-5, **IMAGENET}
 PUBLISHED = {  # parameters with 1000 classes, as timm counts them
