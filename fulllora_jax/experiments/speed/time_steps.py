@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fulllora_jax import data
 from fulllora_jax.core import files
-from fulllora_jax.experiments.speed import cases, evaluations, rivals, steps
+from fulllora_jax.experiments.speed import cases, evaluations, steps
+from fulllora_jax.experiments.speed.torch import peer
 from fulllora_jax.training import workdir as workdir_lib
 
 
@@ -48,7 +49,7 @@ def time_steps(
   with contextlib.ExitStack() as stack:
     running = {}
     if torch_modes:
-      running = rivals.start(stack, config, dataset, torch_modes)
+      running = peer.start(stack, config, dataset, torch_modes)
     compiled = steps.compile_cases(config, dataset, methods)
     record = steps.measure(compiled, rounds, warmup, running)
     text = steps.markdown(record)

@@ -18,17 +18,21 @@ SPEC = peer_lib.Spec(
 FACTS = dict(
   compile_seconds=1.5, trainable=7, versions={}, device='cpu', threads=1
 )
-SAY = 'def say(**reply): print(json.dumps(reply), flush=True)\n'
+HEAD = f"""
+import os, signal, sys, time
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv[1]))
+FACTS = {FACTS}
+"""
 
 
 @pytest.fixture
 def stand_in(tmp_path):
-  """Makes a peer of a Python script that may call `say` and read stdin."""
+  """Makes a peer of a Python script that has `pipe`, the way to it."""
 
   def make(script):
     file = tmp_path / 'worker.py'
-    head = f'import json, os, signal, sys, time\n{SAY}FACTS = {FACTS}\n'
-    file.write_text(head + textwrap.dedent(script))
+    file.write_text(HEAD + textwrap.dedent(script))
     return peer_lib.TorchPeer(SPEC, command=(sys.executable, str(file)))
 
   return make
@@ -55,22 +59,25 @@ def ended(pid):
 
 def test_requests_and_answers(stand_in):
   peer = stand_in("""
-    spec = json.loads(input())
-    say(answer=FACTS | {'trainable': spec['batch_size']})
-    for line in sys.stdin:
-      say(answer=[line.strip()])
+    pipe.send(FACTS | {'trainable': pipe.recv().batch_size})
+    while True:
+      pipe.send([pipe.recv()])
   """)
   with peer:
     assert (peer.trainable, peer.compile_seconds) == (4, 1.5)
-    assert peer.run(steps=2) == ['["run", {"steps": 2}]']
+    assert peer.run(steps=2) == [('run', {'steps': 2})]
     assert peer.attack(20, repeats=3) == [
-      '["run_attack", {"steps": 20, "repeats": 3}]'
+      ('run_attack', {'steps': 20, 'repeats': 3})
     ]
-    assert peer.peak_memory == ['["peak_memory", {}]']
+    assert peer.peak_memory == [('peak_memory', {})]
 
 
 def test_an_error_is_one_of_the_user(stand_in):
-  peer = stand_in("input(); say(error='no such GPU')")
+  peer = stand_in("""
+    from fulllora_jax.core.errors import UserError
+    pipe.recv()
+    pipe.send(UserError('no such GPU'))
+  """)
   refused('no such GPU', peer.__enter__)
 
 
@@ -88,29 +95,28 @@ def test_an_error_is_one_of_the_user(stand_in):
   ],
 )
 def test_the_last_words_of_the_dead(stand_in, end, words):
-  refused(words, stand_in(f'input(); {end}').__enter__)
-  peer = stand_in(f'input(); say(answer=FACTS); input(); {end}')
+  refused(words, stand_in(f'pipe.recv(); {end}').__enter__)
+  peer = stand_in(f'pipe.recv(); pipe.send(FACTS); pipe.recv(); {end}')
   with peer:
     refused(words, peer.run, 1)
 
 
 def test_much_on_stderr_stops_nobody(stand_in):
   peer = stand_in("""
-    input()
+    pipe.recv()
     print('x' * 2**20, file=sys.stderr)
-    say(answer=FACTS)
+    pipe.send(FACTS)
   """)
   with peer:
     assert peer.device == 'cpu'
 
 
-def test_who_does_not_end_is_ended_with_its_children(stand_in, monkeypatch):
-  monkeypatch.setattr(peer_lib, '_PATIENCE', 0.5)
+def test_who_does_not_end_is_ended_with_its_children(stand_in):
   peer = stand_in("""
     import subprocess
-    input()
+    pipe.recv()
     child = subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL)
-    say(answer=FACTS | {'threads': [os.getpid(), child.pid]})
+    pipe.send(FACTS | {'threads': [os.getpid(), child.pid]})
     time.sleep(60)
   """)
   with peer:
@@ -118,17 +124,17 @@ def test_who_does_not_end_is_ended_with_its_children(stand_in, monkeypatch):
     begin = time.monotonic()
   assert time.monotonic() - begin < 10
   assert all(map(ended, pids))
-  peer.close()  # once more does no harm
 
 
 def test_a_failed_start_leaves_nothing(stand_in, tmp_path, monkeypatch):
   monkeypatch.setattr(peer_lib.tempfile, 'tempdir', str(tmp_path))
   peer = stand_in("""
-    input()
-    say(error=f"{os.getpid()} {os.environ['TORCHINDUCTOR_CACHE_DIR']}")
+    from fulllora_jax.core.errors import UserError
+    pipe.recv()
+    cache = os.environ['TORCHINDUCTOR_CACHE_DIR']
+    pipe.send(UserError(f'{os.getpid()} {cache}'))
     time.sleep(60)
   """)
-  monkeypatch.setattr(peer_lib, '_PATIENCE', 0.5)
   with pytest.raises(UserError) as caught:
     peer.__enter__()
   pid, cache = str(caught.value).split()
@@ -149,10 +155,13 @@ def test_pytorch_is_missing(tmp_path, monkeypatch):
 def test_the_process_has_no_jax_and_ends_with_its_parent(run_python):
   done = run_python(
     '-c',
-    'import sys; sys.modules["jax"] = None; sys.modules["torch"] = None; '
-    'import io; sys.stdin = io.StringIO(""); '
-    'from fulllora_jax.experiments.speed import torch_worker; '
-    'torch_worker.main(); print("never")',
+    'import multiprocessing, os, sys; '
+    'sys.modules["jax"] = None; sys.modules["torch"] = None; '
+    'os.dup2(os.open(os.devnull, os.O_RDONLY), 0); '
+    'ours, theirs = multiprocessing.Pipe(); '
+    'sys.argv[1:] = [str(theirs.fileno())]; '
+    'from fulllora_jax.experiments.speed.torch import worker; '
+    'worker.main(); print("never")',
   )
   assert (done.returncode, done.stdout) == (0, ''), done.stderr
 

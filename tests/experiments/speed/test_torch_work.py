@@ -1,7 +1,6 @@
 """What the PyTorch peer does: the same step as ours."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -115,13 +114,13 @@ def test_the_attack_is_ours(traced):
     step_size=2 / 255,
     random_start=False,
   )
-  ascend = step_lib.ascend_traced if traced else step_lib.ascend
+  gradient = step_lib.traced_gradient if traced else step_lib.gradient
 
   def model(images):
     return images.flatten(1) @ torch.tensor(weights)
 
   found = step_lib.pgd(
-    lambda *args: ascend(model, *args),
+    lambda *args: step_lib.ascend(gradient, model, *args),
     torch.tensor(x.transpose(0, 3, 1, 2)),
     torch.tensor(labels),
     eps=8 / 255,
@@ -156,17 +155,17 @@ def test_torch_compile_gets_one_graph():
   """Dynamo alone, which needs no compiler."""
   work = work_of()
   x, labels = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
-  arguments = (x, labels, x - 0.1, x + 0.1, torch.tensor(0.05))
-  for function in (step_lib.ascend_traced, work_lib._loss):
-    given = arguments if function is step_lib.ascend_traced else (x, labels)
+  arguments = (work.model, x, labels, x - 0.1, x + 0.1, torch.tensor(0.05))
+  for function, given in (
+    (step_lib.ascend, (step_lib.traced_gradient, *arguments)),
+    (work_lib._loss, (work.model, x, labels)),
+  ):
     graph = torch.compile(function, fullgraph=True, backend='eager')
-    found, wanted = graph(work.model, *given), function(work.model, *given)
-    torch.testing.assert_close(found, wanted)
-  eager = step_lib.ascend(work.model, *arguments)
+    torch.testing.assert_close(graph(*given), function(*given))
+  eager = step_lib.ascend(step_lib.gradient, *arguments)
   assert not eager.equal(x)
-  torch.testing.assert_close(
-    step_lib.ascend_traced(work.model, *arguments), eager
-  )
+  traced = step_lib.ascend(step_lib.traced_gradient, *arguments)
+  torch.testing.assert_close(traced, eager)
 
 
 def test_augment_crops_and_flips():
@@ -258,7 +257,6 @@ def test_the_process():
     assert len(speeds) == 2 and min(speeds) > 0
     assert 2**25 < peer.peak_memory < 2**35
     # In the midst of something long, it still ends with its stdin.
-    process = peer._process
-    process.stdin.write(json.dumps(['run', {'steps': 10**9}]) + '\n')
-    process.stdin.flush()
-  assert process.returncode == 0
+    peer._pipe.send(('run', {'steps': 10**9}))
+    peer._process.stdin.close()
+    assert peer._process.wait(60) == 0

@@ -30,88 +30,49 @@ _CHOICES = {
 class Spec:
   """One model, its training step, and how PyTorch is to run it.
 
-  Attributes:
-    image_size: pixels; images are square.
-    channels: of an image.
-    patch_size: pixels.
-    width: token dimension.
-    depth: number of blocks.
-    num_heads: of each block.
-    mlp_dim: hidden width of each MLP.
-    num_classes: K.
-    batch_size: images of a step.
-    pool: 'token', 'mean', or 'mean_norm' (the last norm after the mean).
-    act: of the MLPs, 'gelu' or 'gelu_tanh'.
-    epsilon: of the norms.
-    mean: per-channel mean of pixels in [0, 1], or one value for all.
-    std: likewise.
-    method: 'lora' (peft's, beside `targets`), 'full' or 'linear'.
-    targets: names of timm's modules, of TARGETS or 'head'.
-    rank: of the branches.
-    alpha: the branches are scaled by alpha / rank.
-    train_head: whether method lora trains the head in full.
-    eps: Linf radius in [0, 1] pixels.
-    attack_steps: of the training step's PGD; 0 trains on clean images.
-    step_size: of PGD, in [0, 1] pixels.
-    eval_step_size: likewise, of the evaluation's.
-    random_start: whether the training step's PGD starts at a random point.
-    crop_padding: pixels of zeros before the random crop; 0: no crop.
-    flip: whether to mirror images with probability 1/2.
-    optimizer: 'sgd' or 'adamw'.
-    learning_rate: constant.
-    momentum: of SGD.
-    betas: of AdamW.
-    weight_decay: added to the gradient by SGD, decoupled by AdamW.
-    clip: global norm of the gradient; 0: off.
-    log_every: steps between forward passes on clean images.
-    dtype: of the model's computation; the attack's state is float32.
-    mode: 'eager' or one of COMPILE_MODES.
-    device: 'cpu' or 'cuda'.
-    threads: of the CPU; 0: PyTorch's choice.
-    seed: of the weights, the images and the attack.
-
   Raises:
     UserError: a field that is none of its choices, or a number too small.
   """
 
-  image_size: int
-  channels: int
-  patch_size: int
-  width: int
-  depth: int
-  num_heads: int
-  mlp_dim: int
+  image_size: int  # pixels; images are square
+  channels: int  # of an image
+  patch_size: int  # pixels
+  width: int  # numbers of a token
+  depth: int  # number of blocks
+  num_heads: int  # of each block
+  mlp_dim: int  # hidden width of each MLP
   num_classes: int
-  batch_size: int
-  pool: str = 'token'
-  act: str = 'gelu_tanh'
-  epsilon: float = 1e-6
+  batch_size: int  # images of a training step
+  pool: str = 'token'  # or 'mean', or 'mean_norm': the last norm after the mean
+  act: str = 'gelu_tanh'  # activation of the MLPs, or 'gelu'
+  epsilon: float = 1e-6  # of the norms
+  # Mean and deviation of pixels in [0, 1]: by channel, or one value for all.
   mean: tuple[float, ...] = (0.5,)
   std: tuple[float, ...] = (0.5,)
-  method: str = 'lora'
-  targets: tuple[str, ...] = TARGETS
-  rank: int = 16
-  alpha: float = 16.0
-  train_head: bool = True
-  eps: float = 8 / 255
-  attack_steps: int = 10
-  step_size: float = 2 / 255
-  eval_step_size: float = 2 / 255
-  random_start: bool = True
-  crop_padding: int = 4
-  flip: bool = True
-  optimizer: str = 'sgd'
-  learning_rate: float = 0.1
-  momentum: float = 0.9
-  betas: tuple[float, float] = (0.9, 0.999)
-  weight_decay: float = 1e-4
-  clip: float = 1.0
-  log_every: int = 50
-  dtype: str = 'float32'
-  mode: str = 'eager'
-  device: str = 'cpu'
-  threads: int = 0
-  seed: int = 0
+  method: str = 'lora'  # peft's, beside `targets`; or 'full' or 'linear'
+  targets: tuple[str, ...] = TARGETS  # timm's names: of TARGETS, or 'head'
+  rank: int = 16  # of the branches
+  alpha: float = 16.0  # the branches are scaled by alpha / rank
+  train_head: bool = True  # whether method lora trains the head in full
+  eps: float = 8 / 255  # Linf radius of the attacks, in [0, 1] pixels
+  attack_steps: int = 10  # of the training step's PGD; 0: on clean images
+  step_size: float = 2 / 255  # of the training step's PGD, in [0, 1] pixels
+  eval_step_size: float = 2 / 255  # of the evaluation's PGD, in [0, 1] pixels
+  random_start: bool = True  # whether the training step's PGD has one
+  crop_padding: int = 4  # pixels of zeros before the random crop; 0: no crop
+  flip: bool = True  # whether to mirror images with probability 1/2
+  optimizer: str = 'sgd'  # or 'adamw'
+  learning_rate: float = 0.1  # constant
+  momentum: float = 0.9  # of SGD
+  betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+  weight_decay: float = 1e-4  # SGD adds it to the gradient, AdamW decouples it
+  clip: float = 1.0  # global norm of the gradient; 0: off
+  log_every: int = 50  # steps between forward passes on clean images
+  dtype: str = 'float32'  # the model computes in it; the attack in float32
+  mode: str = 'eager'  # or one of COMPILE_MODES
+  device: str = 'cpu'  # or 'cuda'
+  threads: int = 0  # of the CPU; 0: PyTorch's choice
+  seed: int = 0  # of the weights, the images and the attack
 
   def __post_init__(self):
     for field, known in _CHOICES.items():

@@ -130,57 +130,53 @@ def augment(
   return images.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def ascend(
-  model: Callable[[Tensor], Tensor],
-  x_adv: Tensor,
-  labels: Tensor,
-  low: Tensor,
-  high: Tensor,
-  step_size: float,
+def gradient(
+  model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
 ) -> Tensor:
-  """One step of PGD, eager: the images' gradient alone is computed.
+  """Returns the gradient of the summed loss in the images alone, eager.
 
-  The engine of autograd leaves out what only parameters would need; images
-  are all that it is asked for.
-
-  Args:
-    model: images [B, C, H, W] to logits [B, K].
-    x_adv: float32 [B, C, H, W].
-    labels: int64 [B].
-    low: the least value of each pixel, in the ball and the box.
-    high: the largest.
-    step_size: in [0, 1] pixels.
-
-  Returns:
-    The next x_adv.
+  The engine of autograd leaves out what only parameters would need.
   """
-  x_adv = x_adv.detach().requires_grad_(True)
-  loss = F.cross_entropy(model(x_adv), labels, reduction='sum')
-  (gradient,) = torch.autograd.grad(loss, x_adv)
-  return _step(x_adv.detach(), gradient, low, high, step_size)
+  images = images.detach().requires_grad_(True)
+  loss = F.cross_entropy(model(images), labels, reduction='sum')
+  return torch.autograd.grad(loss, images)[0]
 
 
-def ascend_traced(
-  model: Callable[[Tensor], Tensor],
-  x_adv: Tensor,
-  labels: Tensor,
-  low: Tensor,
-  high: Tensor,
-  step_size: float,
+def traced_gradient(
+  model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
 ) -> Tensor:
-  """`ascend` as torch.compile takes it, as one graph, forward and backward."""
+  """`gradient` as torch.compile takes it: one graph, forward and backward."""
 
   def total_loss(images):
     return F.cross_entropy(model(images), labels, reduction='sum')
 
   # Outside of torch.func.grad nothing is recorded, inside only the images.
   with torch.no_grad():
-    gradient = torch.func.grad(total_loss)(x_adv)
-    return _step(x_adv, gradient, low, high, step_size)
+    return torch.func.grad(total_loss)(images)
 
 
-def _step(x_adv, gradient, low, high, step_size):
-  return torch.clamp(x_adv + step_size * gradient.sign(), low, high)
+def ascend(
+  gradient: Callable[..., Tensor],
+  model: Callable[[Tensor], Tensor],
+  x_adv: Tensor,
+  labels: Tensor,
+  low: Tensor,
+  high: Tensor,
+  step_size: float,
+) -> Tensor:
+  """Makes one step of PGD; returns the next x_adv.
+
+  Args:
+    gradient: `gradient` or `traced_gradient`.
+    model: images [B, C, H, W] to logits [B, K].
+    x_adv: float32 [B, C, H, W].
+    labels: int64 [B].
+    low: the least value of each pixel, in the ball and the box.
+    high: the largest value of each pixel.
+    step_size: in [0, 1] pixels.
+  """
+  uphill = gradient(model, x_adv, labels).sign()
+  return torch.clamp(x_adv + step_size * uphill, low, high)
 
 
 def pgd(
@@ -192,7 +188,17 @@ def pgd(
   step_size: float,
   generator: torch.Generator | None,
 ) -> Tensor:
-  """Linf PGD (attacks/pgd.py); `ascend` makes a step, None starts at x."""
+  """Attacks by PGD in an Linf ball, as attacks/pgd.py does.
+
+  Args:
+    ascend: of `ascend`, with its gradient and its model given already.
+    x: float32 [B, C, H, W].
+    labels: int64 [B].
+    eps: radius in [0, 1] pixels.
+    steps: how many ascents.
+    step_size: in [0, 1] pixels.
+    generator: of the random start; None starts at x.
+  """
   low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
   x_adv = x
   if generator is not None:
@@ -215,17 +221,14 @@ class Update:
     self._masters = parameters
     if spec.dtype != 'float32':
       self._masters = [nn.Parameter(p.detach().float()) for p in parameters]
-    settings = dict(
+    shared = dict(
       lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True
     )
     if spec.optimizer == 'sgd':
-      self._optimizer = torch.optim.SGD(
-        self._masters, momentum=spec.momentum, **settings
-      )
+      optimizer = functools.partial(torch.optim.SGD, momentum=spec.momentum)
     else:
-      self._optimizer = torch.optim.AdamW(
-        self._masters, betas=spec.betas, **settings
-      )
+      optimizer = functools.partial(torch.optim.AdamW, betas=spec.betas)
+    self._optimizer = optimizer(self._masters, **shared)
 
   def __call__(self) -> None:
     """Uses up the parameters' gradients."""

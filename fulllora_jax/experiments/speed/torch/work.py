@@ -4,6 +4,7 @@ Imports no JAX.
 """
 
 import functools
+import itertools
 import resource
 import sys
 import time
@@ -36,10 +37,6 @@ class Work:
   torch.compile does not leave out by itself. max-autotune gave nothing more,
   and in eager mode torch.func.grad nothing over torch.autograd.grad. bfloat16
   weights took 0.103 in eager mode where autocast took 0.120 and float32 0.124.
-
-  Attributes:
-    spec: what was asked for.
-    model: the classifier.
   """
 
   def __init__(self, spec: Spec):
@@ -48,14 +45,15 @@ class Work:
     Raises:
       UserError: CUDA is asked for and not there.
     """
-    if spec.device == 'cuda' and not torch.cuda.is_available():
+    self._cuda = spec.device == 'cuda'
+    if self._cuda and not torch.cuda.is_available():
       raise UserError(
         f'torch peer: device cuda: PyTorch {torch.__version__} finds no GPU '
         'here; install a build for CUDA, or compare on the CPU'
       )
     if spec.threads:
       torch.set_num_threads(spec.threads)
-    if spec.device == 'cuda':
+    if self._cuda:
       torch.set_float32_matmul_precision('high')  # TF32, as JAX has it there
       torch.backends.cudnn.benchmark = True
     torch.manual_seed(spec.seed)
@@ -63,18 +61,18 @@ class Work:
     self.model = step.build(spec)
     self._generator = torch.Generator(spec.device).manual_seed(spec.seed)
     self._update = step.Update(step.trainable(self.model), spec)
-    self._batches = _random_batches(spec)
-    self._steps = 0
+    self._batches = itertools.cycle(_random_batches(spec))
+    self._steps, self._compile_seconds = 0, 0.0
     mode = COMPILE_MODES.get(spec.mode)
-    ascend = step.ascend_traced if mode else step.ascend
-    self._ascend = functools.partial(_compiled(ascend, mode), self.model)
+    gradient = step.traced_gradient if mode else step.gradient
+    self._ascend = functools.partial(
+      _compiled(step.ascend, mode), gradient, self.model
+    )
     self._loss = functools.partial(_compiled(_loss, mode), self.model)
     self._logits = functools.partial(_compiled(_logits, mode), self.model)
 
-  def warm_up(self) -> float:
-    """Compiles by running everything; returns the seconds that it took.
-
-    The first step itself is in them.
+  def warm_up(self) -> None:
+    """Compiles by running everything, and keeps the seconds that it took.
 
     Raises:
       UserError: torch.compile does not work here.
@@ -90,24 +88,24 @@ class Work:
     except Exception as error:
       if self.spec.mode == 'eager':
         raise
+      reason = (str(error).strip() or type(error).__name__).splitlines()[0]
       raise UserError(
-        f'torch peer: torch.compile does not work here ({_first_line(error)}); '
+        f'torch peer: torch.compile does not work here ({reason.strip()}); '
         'install a C++ compiler (and Triton for a GPU), or compare with mode '
         'eager'
       ) from error
-    if self.spec.device == 'cuda':
+    if self._cuda:
       torch.cuda.reset_peak_memory_stats()
-    return time.perf_counter() - begin
+    self._compile_seconds = time.perf_counter() - begin
 
   def train_step(self, *, log: bool) -> dict[str, Tensor]:
-    """Makes one step; returns scalars of it, on the device.
+    """Makes one step; returns its scalars, on the device.
 
     Args:
       log: whether clean images are scored too.
     """
-    images, labels = self._batch()
     spec = self.spec
-    x = step.augment(images, spec.crop_padding, spec.flip, self._generator)
+    x, labels = self._batch(spec.crop_padding, spec.flip)
     x_adv = x
     if spec.attack_steps:
       x_adv = self._attacked(
@@ -123,8 +121,7 @@ class Work:
 
   def attack(self, steps: int) -> Tensor:
     """Attacks a batch as an evaluation does; returns the robust accuracy."""
-    images, labels = self._batch()
-    x = step.augment(images, 0, False, self._generator)
+    x, labels = self._batch()
     x_adv = self._attacked(x, labels, steps, self.spec.eval_step_size, True)
     return _score(self._logits(x_adv), labels)
 
@@ -145,28 +142,29 @@ class Work:
     ]
 
   def peak_memory(self) -> int:
-    """Returns bytes: of the GPU since the warm-up, or the process's own."""
-    if self.spec.device == 'cuda':
+    """Returns bytes: of the GPU since the warm-up, or of the whole process."""
+    if self._cuda:
       return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == 'darwin' else 1024)
 
   def facts(self) -> dict[str, Any]:
-    """Returns the count of what learns, the versions and the device's name."""
-    device = self.spec.device
+    """Returns the attributes of a TorchPeer, by name."""
     return {
+      'compile_seconds': self._compile_seconds,
       'trainable': sum(p.numel() for p in step.trainable(self.model)),
-      'versions': {
-        name: metadata.version(name) for name in ('torch', 'timm', 'peft')
-      },
-      'device': (torch.cuda.get_device_name() if device == 'cuda' else device),
+      'versions': {n: metadata.version(n) for n in ('torch', 'timm', 'peft')},
+      'device': torch.cuda.get_device_name() if self._cuda else 'cpu',
       'threads': torch.get_num_threads(),
     }
 
-  def _batch(self) -> tuple[Tensor, Tensor]:
-    batch = self._batches[0]
-    self._batches.append(self._batches.pop(0))
-    return tuple(t.to(self.spec.device, non_blocking=True) for t in batch)
+  def _batch(self, padding: int = 0, flip: bool = False):
+    """Returns the next batch: augmented [B, C, H, W], and labels [B]."""
+    images, labels = (
+      each.to(self.spec.device, non_blocking=True)
+      for each in next(self._batches)
+    )
+    return step.augment(images, padding, flip, self._generator), labels
 
   def _attacked(self, x, labels, steps, step_size, random_start) -> Tensor:
     return step.pgd(
@@ -188,7 +186,7 @@ class Work:
     return time.perf_counter() - begin
 
   def _synchronize(self) -> None:
-    if self.spec.device == 'cuda':
+    if self._cuda:
       torch.cuda.synchronize()
 
 
@@ -237,8 +235,3 @@ def _logits(model, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _score(logits: Tensor, labels: Tensor) -> Tensor:
   return (logits.argmax(-1) == labels).float().mean()
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0].strip()
