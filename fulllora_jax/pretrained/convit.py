@@ -16,17 +16,15 @@ from fulllora_jax.pretrained.layout import (
   Shapes,
   conv,
   count,
-  linear,
-  linear_halves,
-  linear_thirds,
+  dense,
+  fused,
+  norm,
+  shape_of,
+  unused,
 )
 
 _GATE = 'blocks.0.attn.gating_param'
-_ATTENTION = r'block_\1/attention/'
-
-
-def _recognises(shapes: Shapes) -> bool:
-  return _GATE in shapes
+_ATTENTION = r'block_\1/attention'
 
 
 def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
@@ -36,13 +34,13 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     UserError: an array that every ConViT of ours has is missing, its patches
       are no square grid, or it does not read its class token.
   """
-  width, _, patch_size, _ = _shape(shapes, 'patch_embed.proj.weight', 4)
+  width, _, patch_size, _ = shape_of(shapes, 'patch_embed.proj.weight', 4)
   size = {
     'width': width,
     'depth': count(shapes, r'blocks\.(\d+)\..*'),
-    'num_heads': _shape(shapes, _GATE, 1)[0],
+    'num_heads': shape_of(shapes, _GATE, 1)[0],
     'local_layers': count(shapes, r'blocks\.(\d+)\.attn\.gating_param'),
-    'mlp_dim': _shape(shapes, 'blocks.0.mlp.fc1.weight', 2)[0],
+    'mlp_dim': shape_of(shapes, 'blocks.0.mlp.fc1.weight', 2)[0],
   }
   pool = config.get('global_pool', 'token')
   if pool != 'token':
@@ -59,17 +57,6 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   return Architecture(name, fields, _image_size(shapes, patch_size), head[0])
 
 
-def _shape(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
-  shape = shapes.get(key)
-  if shape is None or len(shape) != ndim:
-    raise UserError(
-      f'the checkpoint is a ConViT by its {_GATE}, but its {key} is '
-      + ('missing' if shape is None else f'of shape {tuple(shape)}')
-      + '; give a checkpoint of timm or of the authors as it was published'
-    )
-  return tuple(shape)
-
-
 def _name(size: Mapping[str, int]) -> str:
   """Returns the published name of these sizes, or 'convit'."""
   for name, settings in convit.NAMES.items():
@@ -83,7 +70,7 @@ def _name(size: Mapping[str, int]) -> str:
 
 
 def _image_size(shapes: Shapes, patch_size: int) -> int:
-  patches = _shape(shapes, 'pos_embed', 3)[1]
+  patches = shape_of(shapes, 'pos_embed', 3)[1]
   side = math.isqrt(patches)
   if side**2 != patches:
     raise UserError(
@@ -94,45 +81,25 @@ def _image_size(shapes: Shapes, patch_size: int) -> int:
 
 
 _RULES = (
-  Rule(r'cls_token', 'cls'),
-  Rule(r'pos_embed', 'pos_embedding'),
-  Rule(r'patch_embed\.proj\.weight', 'embedding/kernel', conv),
-  Rule(r'patch_embed\.proj\.bias', 'embedding/bias'),
-  Rule(r'blocks\.(\d+)\.norm([12])\.weight', r'block_\1/norm\2/scale'),
-  Rule(r'blocks\.(\d+)\.norm([12])\.bias', r'block_\1/norm\2/bias'),
-  Rule(
-    r'blocks\.(\d+)\.attn\.qk\.weight',
-    (f'{_ATTENTION}query/kernel', f'{_ATTENTION}key/kernel'),
-    linear_halves,
-  ),
-  Rule(r'blocks\.(\d+)\.attn\.v\.weight', f'{_ATTENTION}value/kernel', linear),
-  Rule(
-    r'blocks\.(\d+)\.attn\.qkv\.weight',
-    tuple(f'{_ATTENTION}{name}/kernel' for name in ('query', 'key', 'value')),
-    linear_thirds,
-  ),
-  Rule(r'blocks\.(\d+)\.attn\.proj\.weight', f'{_ATTENTION}out/kernel', linear),
-  Rule(r'blocks\.(\d+)\.attn\.proj\.bias', f'{_ATTENTION}out/bias'),
-  Rule(
-    r'blocks\.(\d+)\.attn\.pos_proj\.weight',
-    f'{_ATTENTION}pos_proj/kernel',
-    linear,
-  ),
-  Rule(r'blocks\.(\d+)\.attn\.pos_proj\.bias', f'{_ATTENTION}pos_proj/bias'),
-  Rule(r'blocks\.(\d+)\.attn\.gating_param', f'{_ATTENTION}gating_param'),
-  Rule(
+  Rule('cls_token', 'cls'),
+  Rule('pos_embed', 'pos_embedding'),
+  *dense(r'patch_embed\.proj', 'embedding', conv),
+  *norm(r'blocks\.(\d+)\.norm([12])', r'block_\1/norm\2'),
+  *fused(r'blocks\.(\d+)\.attn\.qk', _ATTENTION, ('query', 'key')),
+  *dense(r'blocks\.(\d+)\.attn\.v', f'{_ATTENTION}/value'),
+  *fused(r'blocks\.(\d+)\.attn\.qkv', _ATTENTION),
+  *dense(r'blocks\.(\d+)\.attn\.proj', f'{_ATTENTION}/out'),
+  *dense(r'blocks\.(\d+)\.attn\.pos_proj', f'{_ATTENTION}/pos_proj'),
+  Rule(r'blocks\.(\d+)\.attn\.gating_param', f'{_ATTENTION}/gating_param'),
+  unused(
     r'blocks\.\d+\.attn\.rel_indices',
-    (),
-    why='relative positions, which follow from the grid',
+    'relative positions, which follow from the grid',
   ),
-  Rule(
-    r'blocks\.(\d+)\.mlp\.(fc[12])\.weight', r'block_\1/mlp/\2/kernel', linear
-  ),
-  Rule(r'blocks\.(\d+)\.mlp\.(fc[12])\.bias', r'block_\1/mlp/\2/bias'),
-  Rule(r'norm\.weight', 'norm/scale'),
-  Rule(r'norm\.bias', 'norm/bias'),
-  Rule(r'head\.weight', 'head/kernel', linear),
-  Rule(r'head\.bias', 'head/bias'),
+  *dense(r'blocks\.(\d+)\.mlp\.(fc[12])', r'block_\1/mlp/\2'),
+  *norm('norm', 'norm'),
+  *dense('head', 'head'),
 )
 
-LAYOUTS = (Layout('timm convit', _recognises, _describe, _RULES),)
+LAYOUTS = (
+  Layout('timm convit', lambda shapes: _GATE in shapes, _describe, _RULES),
+)

@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import resize
-from fulllora_jax.pretrained.layout import Layout, Rule
+from fulllora_jax.pretrained.layout import Opened, Rule
 from fulllora_jax.pretrained.load_report import (
   LOADED,
   NEW,
@@ -22,14 +22,30 @@ _SHOWN = 4  # keys of a list in a message
 
 
 class Filler:
-  """Takes every array of a checkpoint to its leaf."""
+  """Takes every array of a checkpoint to its leaf.
 
-  def __init__(self, opened, model, leaves, label_map, patch_resize):
-    self.opened, self.model, self.leaves = opened, model, leaves
+  Args:
+    opened: the checkpoint.
+    model: the linen module that is filled.
+    leaves: path -> shape, of the module's `params`.
+    label_map: row of the checkpoint's head for each class, -1 for a new one;
+      empty: the head as it is.
+    patch_resize: how the patch kernel is resized, of `resize.PATCH_RESIZES`.
+  """
+
+  def __init__(
+    self,
+    opened: Opened,
+    model,
+    leaves: Mapping[str, tuple[int, ...]],
+    label_map: tuple[int, ...],
+    patch_resize: str,
+  ):
+    self.opened, self.leaves = opened, leaves
+    self.source = opened.identity['source']
     self.label_map, self.patch_resize = label_map, patch_resize
-    self.prefix = int(getattr(model, 'class_token', False)) + int(
-      getattr(model, 'dist_token', False)
-    )
+    tokens = ('class_token', 'dist_token')
+    self.prefix = sum(bool(getattr(model, token, False)) for token in tokens)
 
   def fill(self) -> tuple[dict[str, np.ndarray], list[Row]]:
     """Returns path -> array, and the account of it.
@@ -49,7 +65,7 @@ class Filler:
     lost = [path for path in sent if path not in self.leaves]
     if missing or lost:
       raise UserError(
-        f'{self.opened.identity["source"]} does not fit '
+        f'{self.source} does not fit '
         f'{self.opened.architecture.name}: no array for {some(missing)}; no '
         f'place for {some(lost)}'
       )
@@ -66,7 +82,7 @@ class Filler:
     """Applies the layout's rules to every key."""
     sent, unused, unknown = {}, [], []
     for key, shape in self.opened.shapes.items():
-      rule, match = _rule(self.opened.layout, key)
+      rule, match = self.opened.layout.rule(key)
       if rule is None:
         unknown.append(key)
       elif rule.to == ():
@@ -80,7 +96,7 @@ class Filler:
     if unknown:
       free = [path for path in self.leaves if path not in sent]
       raise UserError(
-        f'{self.opened.identity["source"]} is no plain '
+        f'{self.source} is no plain '
         f'{self.opened.layout.name}: nothing is known of its keys '
         f'{some(unknown)}; leaves of {self.opened.architecture.name} without '
         f'an array: {some(free)}'
@@ -89,12 +105,12 @@ class Filler:
 
   def _turned(self, rule: Rule, key: str):
     """Applies a rule, which may need a number of axes or a divisible one."""
-    array = _float(self.opened.tensors[key])
+    array = np.asarray(self.opened.tensors[key]).astype(np.float32, copy=False)
     try:
       return rule.how(array)
     except (ValueError, IndexError):
       raise UserError(
-        f'{self.opened.identity["source"]}: {key} has shape '
+        f'{self.source}: {key} has shape '
         f'{list(array.shape)}, which is none of a {self.opened.layout.name}; '
         'give the checkpoint as it was published'
       ) from None
@@ -104,38 +120,34 @@ class Filler:
     heads = {}
     if self.label_map and 'head/bias' not in sent:
       raise UserError(
-        f'base.label_map: {self.opened.identity["source"]} has no head to take '
+        f'base.label_map: {self.source} has no head to take '
         'rows from; leave it empty'
       )
     for path, shape in self.leaves.items():
       if not _HEAD.match(path):
         continue
       stored = sent.get(path)
+      why = 'the checkpoint has no head'
       if stored is not None:
-        self._check_head(path, shape, stored)
-      if stored is not None and self.label_map:
-        heads[path] = self._mapped(path, stored)
-      elif stored is not None and stored.shape == shape:
-        heads[path] = stored, Row(LOADED, path, shape, stored.shape)
-      else:
-        why = 'the checkpoint has no head'
-        if stored is not None:
-          why = f'the checkpoint has {stored.shape[-1]} classes'
-          note = f'a head of {stored.shape[-1]} classes'
-          unused.append(Row(UNUSED, path, stored.shape, stored.shape, note))
-        zeros = np.zeros(shape, np.float32)
-        heads[path] = zeros, Row(NEW, path, shape, (), f'zeros; {why}')
+        own = (*shape[:-1], self.opened.architecture.num_classes)
+        if stored.shape != own:  # damaged, whatever becomes of it
+          raise self._misfit(path, own, stored)
+        if self.label_map:
+          heads[path] = self._mapped(path, stored)
+          continue
+        if stored.shape == shape:
+          heads[path] = stored, Row(LOADED, path, shape, stored.shape)
+          continue
+        why = f'the checkpoint has {stored.shape[-1]} classes'
+        note = f'a head of {stored.shape[-1]} classes'
+        unused.append(Row(UNUSED, path, stored.shape, stored.shape, note))
+      zeros = np.zeros(shape, np.float32)
+      heads[path] = zeros, Row(NEW, path, shape, (), f'zeros; {why}')
     return heads
-
-  def _check_head(self, path, shape, stored):
-    """Refuses a head that is damaged, whatever becomes of it."""
-    own = (*shape[:-1], self.opened.architecture.num_classes)
-    if stored.shape != own:
-      raise self._misfit(path, own, stored)
 
   def _misfit(self, path, shape, stored) -> UserError:
     return UserError(
-      f'{self.opened.identity["source"]}: {path} has shape '
+      f'{self.source}: {path} has shape '
       f'{list(stored.shape)}, and {self.opened.architecture.name} needs '
       f'{list(shape)}; give the checkpoint as it was published'
     )
@@ -194,13 +206,6 @@ class Filler:
     return stored, ', '.join(notes)
 
 
-def _rule(layout: Layout, key: str) -> tuple[Rule | None, re.Match | None]:
-  for rule in layout.rules:
-    if match := re.fullmatch(rule.key, key):
-      return rule, match
-  return None, None
-
-
 def _merged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
   """Returns the shapes in which heads and their widths are one axis."""
   if len(shape) < 2:
@@ -210,10 +215,6 @@ def _merged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     (shape[0], math.prod(shape[1:])),
     (math.prod(shape[:-1]), shape[-1]),
   )
-
-
-def _float(array: np.ndarray) -> np.ndarray:
-  return np.asarray(array).astype(np.float32, copy=False)
 
 
 def some(keys: Sequence[str]) -> str:

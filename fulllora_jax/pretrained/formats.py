@@ -49,10 +49,10 @@ class Checkpoint(NamedTuple):
   """The arrays of one or several files.
 
   Attributes:
-    tensors: key -> array of the type that is stored (float16, bfloat16,
-      float32, float64, ...). Each look-up reads the file, and raises UserError
-      where it is damaged or holds pickled objects.
-    shapes: key -> shape, of the same keys in the same order.
+    tensors: key -> array of the stored type (float16, bfloat16, float32,
+      float64, ...). Each look-up reads the file, and raises UserError where it
+      is damaged or holds pickled objects.
+    shapes: key -> shape, with the same keys in the same order.
     format: 'npz' or 'safetensors'.
   """
 
@@ -75,7 +75,7 @@ class _Lazy(Mapping):
     return self._load(self._paths[key], key)
 
   def __contains__(self, key: object) -> bool:
-    return key in self._paths  # the one of Mapping would read the array
+    return key in self._paths  # Mapping's own would read the array
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._paths)
@@ -133,8 +133,8 @@ def choose(source: str, names: Collection[str]) -> str:
   model.safetensors, or its index, or the only .safetensors or .npz there is.
 
   Args:
-    source: of the names, for messages.
-    names: of files; those with a / in them are of folders inside.
+    source: where the files are, for messages.
+    names: names of files; those with a / in them are in folders inside.
 
   Raises:
     UserError: there is none, or several.
@@ -200,8 +200,8 @@ def pickle_error(what: str, name: str) -> UserError:
   """Returns the refusal of a pickle.
 
   Args:
-    what: as the user gave it.
-    name: of the file, for the recipe.
+    what: the file in the user's words.
+    name: name of the file, for the recipe.
   """
   return UserError(
     f'{what}: a pickle, which may run code when it is opened; convert it once, '

@@ -1,11 +1,12 @@
-"""What a published checkpoint's names say, and where its arrays go.
+"""What a published checkpoint's keys say, and where its arrays go.
 
-A `Layout` is one way of writing one family of models: it recognises itself by
-the checkpoint's keys, reads the architecture off keys, shapes and the config
-beside the file, and has a rule for every key. No rule, no load: a key that
-nothing knows is an error, never skipped in silence.
+A `Layout` is one way of writing one family of models: it recognises a
+checkpoint by its keys, reads the architecture off keys, shapes and the config
+beside the file, and has a rule for every key. A key that no rule knows is an
+error, never skipped in silence.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,15 +18,23 @@ from fulllora_jax.core.errors import UserError
 # Key -> shape, of every array in a checkpoint.
 Shapes = Mapping[str, tuple[int, ...]]
 
+QKV = ('query', 'key', 'value')
+_TRANSFORMERS_ACTS = {
+  'gelu': 'gelu',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'gelu_new': 'gelu_tanh',
+  'quick_gelu': 'quick_gelu',
+}
+
 
 class Architecture(NamedTuple):
   """A model of the registry, as a checkpoint has it.
 
   Attributes:
-    name: of the registry (models/__init__.py), e.g. 'vit_b'.
-    fields: of `config.model`, where the checkpoint settles them: patch_size,
-      act, epsilon, mean, std, ...
-    image_size: in pixels, that it was trained at.
+    name: in the registry (models/__init__.py), e.g. 'vit_b'.
+    fields: the fields of `config.model` that the checkpoint decides:
+      patch_size, act, epsilon, mean, std, ...
+    image_size: side of the images that it was trained at, in pixels.
     num_classes: rows of its head; 0 without one.
   """
 
@@ -44,7 +53,7 @@ class Rule(NamedTuple):
       that `how` returns. A string is one path; an empty tuple leaves the key
       out, for the reason in `why`.
     how: turns the array into ours.
-    why: of a key that is left out, e.g. 'the text tower'.
+    why: the reason to leave a key out, e.g. 'the text tower'.
   """
 
   key: str
@@ -55,26 +64,58 @@ class Rule(NamedTuple):
   why: str = ''
 
 
-class Layout(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Layout:
   """One way of writing one family.
 
   Attributes:
     name: as a message would have it, e.g. 'timm vit'.
-    recognises: of the shapes of a checkpoint; at most one layout says yes.
-    describe: (shapes, config) -> architecture; config is the config.json
-      beside the file, {} without one. Raises UserError where no model of the
-      registry is like that.
+    looks_like: (shapes) -> whether a checkpoint is written like that; at most
+      one layout says yes.
+    read: (shapes, config) -> architecture; see `describe`.
     rules: the first whose key matches counts.
+    prefix: regular expression of the start that keys may have, which rules and
+      functions do not see.
   """
 
   name: str
-  recognises: Callable[[Shapes], bool]
-  describe: Callable[[Shapes, Mapping[str, Any]], Architecture]
+  looks_like: Callable[[Shapes], bool]
+  read: Callable[[Shapes, Mapping[str, Any]], Architecture]
   rules: tuple[Rule, ...]
+  prefix: str = ''
+
+  def recognises(self, shapes: Shapes) -> bool:
+    """Returns whether a checkpoint with these keys is written like that."""
+    return self.looks_like(self._plain(shapes))
+
+  def describe(self, shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
+    """Reads the architecture of a checkpoint that is written like that.
+
+    Args:
+      shapes: key -> shape, of every array.
+      config: the config.json beside the file, {} without one.
+
+    Raises:
+      UserError: no model of the registry is like that.
+    """
+    return self.read(self._plain(shapes), config)
+
+  def rule(self, key: str) -> tuple[Rule | None, re.Match | None]:
+    """Returns the rule of a key, and the match of its regular expression."""
+    for rule in self.rules:
+      if match := re.fullmatch(rule.key, self._without_prefix(key)):
+        return rule, match
+    return None, None
+
+  def _plain(self, shapes: Shapes) -> Shapes:
+    return {self._without_prefix(key): shape for key, shape in shapes.items()}
+
+  def _without_prefix(self, key: str) -> str:
+    return re.sub(f'^(?:{self.prefix})', '', key)
 
 
 class Opened(NamedTuple):
-  """A checkpoint of which the architecture is known.
+  """A checkpoint whose architecture is known.
 
   Attributes:
     tensors: key -> array, as stored.
@@ -85,17 +126,10 @@ class Opened(NamedTuple):
   """
 
   tensors: Mapping[str, np.ndarray]
-  shapes: Mapping[str, tuple[int, ...]]
+  shapes: Shapes
   layout: Layout
   architecture: Architecture
   identity: Mapping[str, Any]
-
-
-def normalisation(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads mean and std of transformers, where config has its preprocessor."""
-  own = config.get('preprocessor', {})
-  found = {'mean': own.get('image_mean'), 'std': own.get('image_std')}
-  return {k: tuple(v) for k, v in found.items() if v}
 
 
 def linear(weight: np.ndarray) -> np.ndarray:
@@ -108,72 +142,117 @@ def conv(weight: np.ndarray) -> np.ndarray:
   return weight.transpose(2, 3, 1, 0)
 
 
-def thirds(array: np.ndarray) -> tuple[np.ndarray, ...]:
-  """Splits a bias [3 d] of query, key and value."""
-  return tuple(np.split(array, 3))
-
-
-def linear_thirds(weight: np.ndarray) -> tuple[np.ndarray, ...]:
-  """Splits a PyTorch kernel [3 d, in] of query, key and value; ours [in, d]."""
-  return tuple(part.T for part in np.split(weight, 3))
-
-
-def halves(array: np.ndarray) -> tuple[np.ndarray, ...]:
-  """Splits a bias [2 d]."""
-  return tuple(np.split(array, 2))
-
-
-def linear_halves(weight: np.ndarray) -> tuple[np.ndarray, ...]:
-  """Splits a PyTorch kernel [2 d, in]; ours [in, d]."""
-  return tuple(part.T for part in np.split(weight, 2))
+def one_token(array: np.ndarray) -> np.ndarray:
+  """Brings a token, or tokens, of any rank to [1, n, d]."""
+  return array.reshape(1, -1, array.shape[-1])
 
 
 def norm(key: str, to: str) -> tuple[Rule, Rule]:
-  """Rules of a PyTorch LayerNorm."""
-  return Rule(rf'{key}\.weight', f'{to}/scale'), Rule(
-    rf'{key}\.bias', f'{to}/bias'
+  """Returns the rules of a PyTorch LayerNorm."""
+  return (
+    Rule(rf'{key}\.weight', f'{to}/scale'),
+    Rule(rf'{key}\.bias', f'{to}/bias'),
   )
 
 
-def dense(key: str, to: str) -> tuple[Rule, Rule]:
-  """Rules of a PyTorch Linear."""
-  return Rule(rf'{key}\.weight', f'{to}/kernel', linear), Rule(
-    rf'{key}\.bias', f'{to}/bias'
+def dense(key: str, to: str, how: Callable = linear) -> tuple[Rule, Rule]:
+  """Returns the rules of a PyTorch Linear, or with `conv` of a Conv2d."""
+  return (
+    Rule(rf'{key}\.weight', f'{to}/kernel', how),
+    Rule(rf'{key}\.bias', f'{to}/bias'),
   )
+
+
+def fused(
+  key: str, to: str, parts: tuple[str, ...] = QKV, separator: str = r'\.'
+) -> tuple[Rule, Rule]:
+  """Returns the rules of one PyTorch Linear that is several maps of ours.
+
+  Args:
+    key: regular expression of its name.
+    to: path of the module that holds our maps.
+    parts: names of our maps, in the order of the Linear's rows.
+    separator: regular expression between its name and weight or bias.
+  """
+
+  def split(array: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(part.T for part in np.split(array, len(parts)))
+
+  return tuple(
+    Rule(
+      f'{key}{separator}{theirs}',
+      tuple(f'{to}/{part}/{ours}' for part in parts),
+      split,
+    )
+    for theirs, ours in (('weight', 'kernel'), ('bias', 'bias'))
+  )
+
+
+def unused(key: str, why: str) -> Rule:
+  """Returns the rule of keys that are left out."""
+  return Rule(key, (), why=why)
+
+
+def find(shapes: Shapes, key: str) -> tuple[int, ...]:
+  """Returns the shape of the first key that matches; () without one."""
+  return next((s for k, s in shapes.items() if re.fullmatch(key, k)), ())
 
 
 def shape_of(
-  shapes: Shapes, pattern: str, ndim: int, what: str
+  shapes: Shapes, key: str, ndim: int, what: str = ''
 ) -> tuple[int, ...]:
   """Returns the shape of the first key that matches.
 
   Args:
-    shapes: of the checkpoint.
-    pattern: regular expression of the whole key.
-    ndim: axes that it must have.
-    what: it is, for the message.
+    shapes: every key of the checkpoint, with its shape.
+    key: regular expression of the whole key.
+    ndim: number of axes that it must have.
+    what: name of the array in a message; '' for the key.
 
   Raises:
     UserError: there is none, or it has other axes.
   """
-  for key, shape in shapes.items():
-    if re.fullmatch(pattern, key):
+  for found, shape in shapes.items():
+    if re.fullmatch(key, found):
       if len(shape) != ndim:
         raise UserError(
-          f'{key} has shape {list(shape)}, and {ndim} axes are needed; give '
+          f'{found} has shape {list(shape)}, and {ndim} axes are needed; give '
           'the checkpoint as it was published'
         )
       return tuple(shape)
   raise UserError(
-    f'it has no {what}; give the whole checkpoint as it was published'
+    f'its {what or key} is missing; give the whole checkpoint as it was '
+    'published'
   )
 
 
-def count(shapes: Shapes, pattern: str) -> int:
+def count(shapes: Shapes, key: str) -> int:
   """Returns how many different first groups the matching keys have.
 
   >>> count({'blocks.0.w': (1,), 'blocks.1.w': (1,)}, r'blocks\\.(\\d+)\\..*')
   2
   """
-  matches = (re.fullmatch(pattern, key) for key in shapes)
+  matches = (re.fullmatch(key, found) for found in shapes)
   return len({match.group(1) for match in matches if match})
+
+
+def normalisation(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads mean and std of transformers, where config has its preprocessor."""
+  own = config.get('preprocessor', {})
+  found = {'mean': own.get('image_mean'), 'std': own.get('image_std')}
+  return {k: tuple(v) for k, v in found.items() if v}
+
+
+def hidden_act(config: Mapping[str, Any]) -> str | None:
+  """Reads the activation of transformers; None where config has none.
+
+  Raises:
+    UserError: our models have no such activation.
+  """
+  act = config.get('hidden_act')
+  if act is not None and act not in _TRANSFORMERS_ACTS:
+    raise UserError(
+      f'its config.json has hidden_act {act!r}; known: '
+      + ', '.join(_TRANSFORMERS_ACTS)
+    )
+  return _TRANSFORMERS_ACTS.get(act)

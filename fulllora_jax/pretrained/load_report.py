@@ -15,10 +15,10 @@ class Row(NamedTuple):
 
   Attributes:
     action: loaded, resized, new or unused.
-    name: path of our leaf; of an unused array its key in the checkpoint, or
+    name: path of our leaf; for an unused array its key in the checkpoint, or
       the path it would have (a head of other classes).
-    shape: of our leaf; of an unused array its own.
-    stored: its shape in the checkpoint, in our order of axes; () for a new one.
+    shape: shape of our leaf, or of the unused array.
+    stored: shape in the checkpoint, in our order of axes; () for a new leaf.
     note: how it was resized, or why it is new or unused.
   """
 
@@ -34,15 +34,15 @@ class LoadReport:
   """The exact account of one load.
 
   Attributes:
-    name: of the registry, e.g. 'vit_b'.
+    name: the model's name in the registry, e.g. 'vit_b'.
     layout: how the checkpoint writes it, e.g. 'timm ViT'.
     identity: source, revision and SHA-256 of the weights.
-    image_size: in pixels, that the model now takes.
-    patch_size: in pixels.
-    mean: of the normalisation in the model's first line; std likewise.
-    std: see mean.
+    image_size: side of the images that the model now takes, in pixels.
+    patch_size: side of a patch in pixels.
+    mean: mean of the normalisation in the model's first line.
+    std: standard deviation of that normalisation.
     model: the fields of `config.model` that make the model.
-    rows: one for each leaf, and for each array that is not used.
+    rows: one row for each leaf, and for each array that is not used.
   """
 
   name: str

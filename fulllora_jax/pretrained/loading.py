@@ -1,8 +1,9 @@
 """Published checkpoints into our models: exactly, or not at all.
 
-open_checkpoint   where the weights are, which layout they have, which model
-                  they are
-load              the model, its variables, and an account of every leaf
+open_checkpoint   finds the weights, their layout, and which model they are
+configure         puts into a config what the checkpoint decides
+convert           brings every array to its leaf, at the config's sizes
+load              does all of it, for a model without a config
 """
 
 import contextlib
@@ -53,8 +54,8 @@ def open_checkpoint(source: str | Path) -> Opened:
   """Finds a checkpoint and recognises it; reads no weights yet.
 
   Args:
-    source: a file or folder, hf-hub:owner/name[@revision], or an URL with
-      #sha256=... (sources.py).
+    source: a file or folder, hf-hub:owner/name[@revision], an URL with
+      #sha256=... (sources.py), or a run of ours.
 
   Raises:
     UserError: it is not there or damaged, or no layout recognises it.
@@ -62,21 +63,15 @@ def open_checkpoint(source: str | Path) -> Opened:
   if resolve_base(source).kind == RUN:
     return _open_artefact(as_path(source))
   fetched = sources.fetch(str(source))
-  checkpoint = formats.read(fetched.files)
+  tensors, shapes, _ = formats.read(fetched.files)
   for layout in LAYOUTS:
-    if layout.recognises(checkpoint.shapes):
+    if layout.recognises(shapes):
       with _naming(source):
-        described = _describe(layout, checkpoint.shapes, fetched.config)
-      return Opened(
-        checkpoint.tensors,
-        checkpoint.shapes,
-        layout,
-        described,
-        fetched.identity,
-      )
+        described = _describe(layout, shapes, fetched.config)
+      return Opened(tensors, shapes, layout, described, fetched.identity)
   raise UserError(
     f'base.source: {source} holds no model that is known here; its first keys '
-    f'are {some(sorted(checkpoint.shapes))}; known layouts: '
+    f'are {some(sorted(shapes))}; known layouts: '
     + ', '.join(layout.name for layout in LAYOUTS)
   )
 
@@ -137,14 +132,15 @@ def load(
   """Loads a published checkpoint.
 
   Args:
-    source: as `open_checkpoint`.
-    name: of the registry, checked against the checkpoint; None: as found.
-    image_size: in pixels; None: what it was trained at.
-    patch_size: in pixels; None: its own.
+    source: what `open_checkpoint` opens.
+    name: name in the registry, checked against the checkpoint; None: the name
+      that the checkpoint has there.
+    image_size: side of the images in pixels; None: that of its training.
+    patch_size: side of a patch in pixels; None: its own.
     num_classes: K; None: rows of its head. Another number than that makes a
       new head, of zeros.
-    channels: of the images, 3 or 1.
-    window: of a Swin, in tokens; None: its own.
+    channels: channels of the images, 3 or 1.
+    window: side of a Swin's window in tokens; None: its own.
     label_map: row of the checkpoint's head for each class, -1 for a new one.
     patch_resize: 'sum', 'flexi' or 'interpolate' (resize.py).
 
@@ -155,30 +151,28 @@ def load(
     report: what became of every leaf.
 
   Raises:
-    UserError: as `open_checkpoint`; another architecture than `name`; sizes
-      that do not fit; any key without a place or leaf without an array.
+    UserError: `open_checkpoint` refuses the source; the checkpoint is of
+      another architecture than `name`; sizes do not fit; a key has no place or
+      a leaf no array.
   """
   if name:
     models.family(name)  # a wrong name is said before a download
   opened = open_checkpoint(source)
-  model_config = _config_of(opened.architecture)
-  if name:
-    model_config = config_lib.default().model
-    model_config.name = name
+  model_config = config_lib.default().model
+  model_config.name = name or opened.architecture.name
   if patch_size:
     model_config.patch_size = patch_size
   if window:
     model_config.window = window
   configure(model_config, opened, explicit_patch=bool(patch_size))
   with _naming(source):
-    return build_and_fill(
+    return _fill(
       opened,
       model_config,
-      image_size=image_size or opened.architecture.image_size,
-      channels=channels,
-      num_classes=num_classes or len(label_map) or _own_classes(opened),
-      label_map=label_map,
-      patch_resize=patch_resize,
+      (image_size or opened.architecture.image_size, channels),
+      num_classes or len(label_map) or _own_classes(opened),
+      label_map,
+      patch_resize,
     )
 
 
@@ -197,19 +191,19 @@ def convert(
   image_shape: tuple[int, int, int],
   num_classes: int,
 ) -> tuple[dict[str, Any], LoadReport]:
-  """Loads an opened checkpoint into the model of `config`.
+  """Brings an opened checkpoint to the model of `config`.
 
   Args:
-    config: its `model` is configured in place; `base` says how to resize.
-    opened: by `open_checkpoint`.
-    image_shape: (H, W, C).
+    config: its `model` is configured in place; its `base` says how to resize.
+    opened: the checkpoint, by `open_checkpoint`.
+    image_shape: shape of the images, (H, W, C).
     num_classes: K.
 
   Returns:
     The parameters, and the report of the load.
 
   Raises:
-    UserError: as `load`; images that are not square.
+    UserError: `load` would refuse it; the images are not square.
   """
   height, width, channels = image_shape
   if height != width:
@@ -219,25 +213,24 @@ def convert(
     )
   configure(config.model, opened, explicit_patch=True)
   with _naming(opened.identity['source']):
-    _, variables, report = build_and_fill(
+    _, variables, report = _fill(
       opened,
       config.model,
-      image_size=height,
-      channels=channels,
-      num_classes=num_classes,
-      label_map=tuple(config.base.label_map),
-      patch_resize=config.base.patch_resize,
+      (height, channels),
+      num_classes,
+      config.base.label_map,
+      config.base.patch_resize,
     )
   return variables['params'], report
 
 
 def configure(model_config, opened: Opened, *, explicit_patch: bool) -> None:
-  """Puts into `config.model` what the checkpoint settles, in place.
+  """Puts into `config.model` what the checkpoint decides, in place.
 
   Args:
     model_config: the `model` part of a config; its name says what is wanted.
     opened: the checkpoint.
-    explicit_patch: keeps model_config.patch_size, and resizes to it.
+    explicit_patch: whether to keep model_config.patch_size.
 
   Raises:
     UserError: the checkpoint is of another architecture.
@@ -269,17 +262,28 @@ def configure(model_config, opened: Opened, *, explicit_patch: bool) -> None:
       setattr(model_config, field, value)
 
 
-def build_and_fill(
+def _fill(
   opened: Opened,
   model_config,
-  *,
-  image_size: int,
-  channels: int,
+  image: tuple[int, int],
   num_classes: int,
-  label_map: Sequence[int] = (),
-  patch_resize: str = 'sum',
+  label_map: Sequence[int],
+  patch_resize: str,
 ) -> tuple[nn.Module, dict[str, Any], LoadReport]:
-  """Builds the model of a configured model and fills it; see `load`."""
+  """Builds a configured model and fills it.
+
+  Args:
+    opened: the checkpoint.
+    model_config: the `model` part of a config, configured.
+    image: side of the images in pixels, and their channels.
+    num_classes: K.
+    label_map: row of the checkpoint's head for each class; empty: its own.
+    patch_resize: how the patch kernel is resized.
+
+  Returns:
+    What `load` returns.
+  """
+  image_size, channels = image
   _check_sizes(opened, model_config, image_size, num_classes, label_map)
   mean, std = models.normalisation(model_config)
   if channels != 1 and len(mean) not in (1, channels):
@@ -288,14 +292,11 @@ def build_and_fill(
       f'{len(mean)}; give images of {len(mean)} channels, or of 1'
     )
   model = models.create(model_config, num_classes)
-  image = jax.ShapeDtypeStruct(
-    (1, image_size, image_size, channels), jnp.float32
-  )
-  shapes = jax.eval_shape(model.init, jax.random.key(0), image)['params']
-  leaves = {
-    path: leaf.shape
-    for path, leaf in traverse_util.flatten_dict(shapes, sep='/').items()
-  }
+  shape = (1, image_size, image_size, channels)
+  images = jax.ShapeDtypeStruct(shape, jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+  flat = traverse_util.flatten_dict(shapes, sep='/')
+  leaves = {path: leaf.shape for path, leaf in flat.items()}
   filler = Filler(opened, model, leaves, tuple(label_map), patch_resize)
   params, rows = filler.fill()
   report = LoadReport(
@@ -340,15 +341,14 @@ def _open_artefact(path: Path) -> Opened:
     for field, value in saved.to_dict().items()
     if field not in ('name', 'dropout', 'dtype') and value not in (None, '', ())
   }
+  described = Architecture(
+    saved.name, fields, metadata['image_shape'][0], metadata['num_classes']
+  )
   layout = Layout(
-    'fulllora_jax run', lambda _: True, lambda *_: None, (Rule(r'(.*)', r'\1'),)
+    'fulllora_jax run',
+    lambda _: True,
+    lambda *_: described,
+    (Rule(r'(.*)', r'\1'),),
   )
-  return Opened(
-    tensors,
-    shapes,
-    layout,
-    Architecture(
-      saved.name, fields, metadata['image_shape'][0], metadata['num_classes']
-    ),
-    {'source': str(path), 'revision': None, 'files': {}},
-  )
+  identity = {'source': str(path), 'revision': None, 'files': {}}
+  return Opened(tensors, shapes, layout, described, identity)

@@ -36,8 +36,8 @@ def position_embedding(
   Args:
     old: [1, prefix + n, d], the patches' rows one after the other.
     grid: (h, w) to make, in patches.
-    prefix: tokens before the patches (class, distillation, register), >= 0;
-      their embeddings are kept as they are.
+    prefix: number of tokens before the patches (class, distillation,
+      register), whose embeddings are kept as they are.
     old_grid: (h, w) of the n patches; None for a square.
 
   Returns:
@@ -76,7 +76,7 @@ def patch_kernel(kernel: np.ndarray, size: int, how: str) -> np.ndarray:
   Args:
     kernel: [ph, pw, C, d].
     size: side of the new patch in pixels.
-    how: of PATCH_RESIZES.
+    how: one of PATCH_RESIZES.
 
   Returns:
     [size, size, C, d].
@@ -110,7 +110,7 @@ def input_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
   Args:
     kernel: [ph, pw, C, d], C 3 (colour) or 1 (grey).
-    channels: to make, n.
+    channels: the number to make, n.
 
   Returns:
     [ph, pw, n, d].
@@ -144,7 +144,7 @@ def relative_position_table(old: np.ndarray, side: int) -> np.ndarray:
 
   Args:
     old: [(2 w - 1)^2, heads] for windows of w x w patches.
-    side: 2 w - 1 of the new window.
+    side: 2 w - 1 for the new window.
 
   Returns:
     [side^2, heads].

@@ -25,13 +25,13 @@ class Fetched(NamedTuple):
   """Files of weights on this machine, and what they are.
 
   Attributes:
-    files: for `formats.read`: one file of weights, or an index followed by its
-      shards, in order.
+    files: one file of weights, or an index followed by its shards, in order;
+      `formats.read` reads them.
     config: the config.json beside them, with the preprocessor_config.json as
       its 'preprocessor'; {} where there is none.
-    identity: of JSON types: 'source' as it was given, a path made absolute;
-      'revision', the commit on the hub, or None; 'files', name -> SHA-256 in
-      hex of every file above and of the JSON files beside them.
+    identity: what can be written as JSON of them: 'source', the user's words,
+      a path made absolute; 'revision', the commit on the hub, or None; 'files',
+      name -> SHA-256 in hex of the files and of the JSON files beside them.
   """
 
   files: tuple[Path, ...]
@@ -81,23 +81,19 @@ def _read_beside(main: Path) -> tuple[dict[str, Any], list[Path]]:
   config, found = {}, []
   for name in ('config.json', PREPROCESSOR):
     path = main.with_name(name)
-    if path.exists():
-      found.append(path)
-      read = _read_config(path)
-      config |= {'preprocessor': read} if name == PREPROCESSOR else read
+    if not path.exists():
+      continue
+    found.append(path)
+    try:
+      read = json.loads(path.read_bytes())
+      if not isinstance(read, dict):
+        raise ValueError('not a JSON object')
+    except (OSError, ValueError) as error:
+      raise UserError(
+        f'{path}: cannot be read ({error}); mend it or remove it'
+      ) from None
+    config |= {'preprocessor': read} if name == PREPROCESSOR else read
   return config, found
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-  try:
-    config = json.loads(path.read_bytes())
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f'{path}: cannot be read ({error}); mend it or remove it'
-    ) from None
-  if not isinstance(config, dict):
-    raise UserError(f'{path}: not a JSON object; mend it or remove it')
-  return config
 
 
 def _from_path(source: str) -> Path:

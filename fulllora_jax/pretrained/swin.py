@@ -5,6 +5,7 @@ the end of a stage, as we do, later ones at the start of the next: the key
 `layers.1.downsample...` means another map in each, so they are two layouts.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -14,88 +15,57 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from fulllora_jax.models.swin import NAMES
 from fulllora_jax.pretrained.layout import (
+  QKV,
   Architecture,
   Layout,
   Rule,
   Shapes,
   conv,
+  dense,
+  find,
+  fused,
+  hidden_act,
   linear,
-  linear_thirds,
+  norm,
   normalisation,
-  thirds,
+  unused,
 )
 
 _TIMM_BLOCK = r'layers\.(\d+)\.blocks\.(\d+)\.'
 _TIMM_TABLE = _TIMM_BLOCK + r'attn\.relative_position_bias_table'
 _TIMM_PATCH = 'patch_embed.proj.weight'
 _TIMM_HIDDEN = 'layers.0.blocks.0.mlp.fc1.weight'
-_HF = r'(?:swin\.)?'
-_HF_BLOCK = _HF + r'encoder\.layers\.(\d+)\.blocks\.(\d+)\.'
+_HF_BLOCK = r'encoder\.layers\.(\d+)\.blocks\.(\d+)\.'
 _HF_TABLE = _HF_BLOCK + r'attention\.self\.relative_position_bias_table'
 _HF_PATCH = 'embeddings.patch_embeddings.projection.weight'
 _HF_HIDDEN = 'encoder.layers.0.blocks.0.intermediate.dense.weight'
 _BLOCK = r'stage_\1/block_\2/'
 # Every stage halves the grid: a ninth would need images of 1024 pixels.
 _MOST_STAGES = 8
-_ACTS = {
-  'gelu': 'gelu',
-  'gelu_new': 'gelu_tanh',
-  'gelu_pytorch_tanh': 'gelu_tanh',
-  'quick_gelu': 'quick_gelu',
-}
-
-
-def _dense(key: str, to: str) -> tuple[Rule, ...]:
-  return (
-    Rule(key + r'\.weight', f'{to}/kernel', linear),
-    Rule(key + r'\.bias', f'{to}/bias'),
-  )
-
-
-def _norm(key: str, to: str) -> tuple[Rule, ...]:
-  return (
-    Rule(key + r'\.weight', f'{to}/scale'),
-    Rule(key + r'\.bias', f'{to}/bias'),
-  )
-
-
-def _patches(key: str) -> tuple[Rule, ...]:
-  return (
-    Rule(key + r'\.weight', 'embedding/kernel', conv),
-    Rule(key + r'\.bias', 'embedding/bias'),
-  )
 
 
 def _downsample(key: str, stage: str) -> tuple[Rule, ...]:
   to = f'stage_{stage}/downsample'
   return (
-    *_norm(key + r'\.norm', f'{to}/norm'),
-    Rule(key + r'\.reduction\.weight', f'{to}/reduction/kernel', linear),
+    *norm(rf'{key}\.norm', f'{to}/norm'),
+    Rule(rf'{key}\.reduction\.weight', f'{to}/reduction/kernel', linear),
   )
 
 
-def _qkv(leaf: str) -> tuple[str, ...]:
-  names = ('query', 'key', 'value')
-  return tuple(f'{_BLOCK}attention/{name}/{leaf}' for name in names)
-
-
 _TIMM_RULES = (
-  *_patches(r'patch_embed\.proj'),
-  *_norm(r'patch_embed\.norm', 'embedding_norm'),
-  *_norm(_TIMM_BLOCK + 'norm1', _BLOCK + 'attention_norm'),
+  *dense(r'patch_embed\.proj', 'embedding', conv),
+  *norm(r'patch_embed\.norm', 'embedding_norm'),
+  *norm(_TIMM_BLOCK + 'norm1', _BLOCK + 'attention_norm'),
   Rule(_TIMM_TABLE, _BLOCK + 'attention/relative_position_bias_table'),
-  Rule(_TIMM_BLOCK + r'attn\.qkv\.weight', _qkv('kernel'), linear_thirds),
-  Rule(_TIMM_BLOCK + r'attn\.qkv\.bias', _qkv('bias'), thirds),
-  *_dense(_TIMM_BLOCK + r'attn\.proj', _BLOCK + 'attention/out'),
-  *_norm(_TIMM_BLOCK + 'norm2', _BLOCK + 'mlp_norm'),
-  *_dense(_TIMM_BLOCK + r'mlp\.fc1', _BLOCK + 'mlp/fc1'),
-  *_dense(_TIMM_BLOCK + r'mlp\.fc2', _BLOCK + 'mlp/fc2'),
-  *_norm('norm', 'norm'),
-  *_dense(r'head(?:\.fc)?', 'head'),
-  Rule(
+  *fused(_TIMM_BLOCK + r'attn\.qkv', _BLOCK + 'attention'),
+  *dense(_TIMM_BLOCK + r'attn\.proj', _BLOCK + 'attention/out'),
+  *norm(_TIMM_BLOCK + 'norm2', _BLOCK + 'mlp_norm'),
+  *dense(_TIMM_BLOCK + r'mlp\.(fc[12])', _BLOCK + r'mlp/\3'),
+  *norm('norm', 'norm'),
+  *dense(r'head(?:\.fc)?', 'head'),
+  unused(
     _TIMM_BLOCK + r'(?:attn\.relative_position_index|attn_mask)',
-    (),
-    why='follows from the window and the image size',
+    'follows from the window and the image size',
   ),
 )
 _TIMM_LATE = tuple(
@@ -106,62 +76,42 @@ _TIMM_LATE = tuple(
 _TIMM_EARLY = _downsample(r'layers\.(\d+)\.downsample', r'\1')
 
 _HF_RULES = (
-  *_patches(_HF + r'embeddings\.patch_embeddings\.projection'),
-  *_norm(_HF + r'embeddings\.norm', 'embedding_norm'),
-  *_norm(_HF_BLOCK + 'layernorm_before', _BLOCK + 'attention_norm'),
+  *dense(r'embeddings\.patch_embeddings\.projection', 'embedding', conv),
+  *norm(r'embeddings\.norm', 'embedding_norm'),
+  *norm(_HF_BLOCK + 'layernorm_before', _BLOCK + 'attention_norm'),
   Rule(_HF_TABLE, _BLOCK + 'attention/relative_position_bias_table'),
-  *(
-    rule
-    for name in ('query', 'key', 'value')
-    for rule in _dense(
-      _HF_BLOCK + rf'attention\.self\.{name}', f'{_BLOCK}attention/{name}'
-    )
+  *dense(
+    _HF_BLOCK + rf'attention\.self\.({"|".join(QKV)})', _BLOCK + r'attention/\3'
   ),
-  *_dense(_HF_BLOCK + r'attention\.output\.dense', _BLOCK + 'attention/out'),
-  *_norm(_HF_BLOCK + 'layernorm_after', _BLOCK + 'mlp_norm'),
-  *_dense(_HF_BLOCK + r'intermediate\.dense', _BLOCK + 'mlp/fc1'),
-  *_dense(_HF_BLOCK + r'output\.dense', _BLOCK + 'mlp/fc2'),
-  *_downsample(_HF + r'encoder\.layers\.(\d+)\.downsample', r'\1'),
-  *_norm(_HF + 'layernorm', 'norm'),
-  *_dense('classifier', 'head'),
-  Rule(
+  *dense(_HF_BLOCK + r'attention\.output\.dense', _BLOCK + 'attention/out'),
+  *norm(_HF_BLOCK + 'layernorm_after', _BLOCK + 'mlp_norm'),
+  *dense(_HF_BLOCK + r'intermediate\.dense', _BLOCK + 'mlp/fc1'),
+  *dense(_HF_BLOCK + r'output\.dense', _BLOCK + 'mlp/fc2'),
+  *_downsample(r'encoder\.layers\.(\d+)\.downsample', r'\1'),
+  *norm('layernorm', 'norm'),
+  *dense('classifier', 'head'),
+  unused(
     _HF_BLOCK + r'attention\.self\.relative_position_index',
-    (),
-    why='follows from the window',
+    'follows from the window',
   ),
-  Rule(
-    _HF + r'embeddings\.mask_token|decoder\..*',
-    (),
-    why='of masked image modelling',
-  ),
+  unused(r'embeddings\.mask_token|decoder\..*', 'of masked image modelling'),
 )
 
 
 def _recognises(shapes: Shapes, table: str, patch: str, hidden: str) -> bool:
   """Looks for the bias tables, and for what a description reads."""
   return (
-    any(re.fullmatch(table, key) for key in shapes)
+    bool(find(shapes, table))
     and len(shapes.get(patch, ())) == 4  # 5 in a model of videos
     and hidden in shapes
   )
 
 
-def _recognises_timm(shapes: Shapes) -> bool:
-  return _recognises(shapes, _TIMM_TABLE, _TIMM_PATCH, _TIMM_HIDDEN)
-
-
-def _merges_early(shapes: Shapes) -> bool:
-  return 'layers.0.downsample.reduction.weight' in shapes
-
-
-def _prefix(shapes: Shapes) -> str:
-  """Returns what a model with a head has before the keys of a bare one."""
-  return 'swin.' if f'swin.{_HF_PATCH}' in shapes else ''
-
-
-def _recognises_transformers(shapes: Shapes) -> bool:
-  prefix = _prefix(shapes)
-  return _recognises(shapes, _HF_TABLE, prefix + _HF_PATCH, prefix + _HF_HIDDEN)
+def _is_timm(shapes: Shapes, *, early: bool) -> bool:
+  merges_early = 'layers.0.downsample.reduction.weight' in shapes
+  return merges_early == early and _recognises(
+    shapes, _TIMM_TABLE, _TIMM_PATCH, _TIMM_HIDDEN
+  )
 
 
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
@@ -186,22 +136,15 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
 def _describe_transformers(
   shapes: Shapes, config: Mapping[str, Any]
 ) -> Architecture:
-  act = config.get('hidden_act', 'gelu')
-  if act not in _ACTS:
-    raise UserError(
-      f'its config.json has hidden_act {act!r}; a Swin here has one '
-      f'of: {", ".join(_ACTS)}'
-    )
-  prefix = _prefix(shapes)
   return _describe(
     shapes,
     _HF_TABLE,
     config.get('window_size'),
     _side(config.get('image_size')),
-    patch=shapes[prefix + _HF_PATCH],
-    hidden=shapes[prefix + _HF_HIDDEN][0],
+    patch=shapes[_HF_PATCH],
+    hidden=shapes[_HF_HIDDEN][0],
     num_classes=shapes.get('classifier.weight', (0,))[0],
-    act=_ACTS[act],
+    act=hidden_act(config) or 'gelu',
     epsilon=config.get('layer_norm_eps', 1e-5),
     **({'mean': IMAGENET_MEAN, 'std': IMAGENET_STD} | normalisation(config)),
   )
@@ -226,15 +169,15 @@ def _describe(
   """Puts together what both ways of writing have in common.
 
   Args:
-    shapes: of the checkpoint.
+    shapes: shapes of the checkpoint, without the layout's prefix.
     table: regular expression of the bias tables' keys: stage, block.
-    window: of config.json; without one number there, the largest that a table
-      is for.
-    image_size: of config.json; None: what the tables are for.
+    window: the window in config.json; without one number there, the largest
+      that a table is for.
+    image_size: the side in config.json; None: that of the tables.
     patch: shape of the embedding's kernel, [width, C, H, W].
     hidden: width of the first MLP.
     num_classes: rows of the head.
-    **fields: of `config.model`.
+    **fields: the other fields of `config.model`.
   """
   width, _, patch_size, _ = patch
   if hidden != 4 * width:
@@ -283,9 +226,9 @@ def _grid(windows: tuple[int, ...], window: int, grid: int | None) -> int:
   """Returns the side of the first stage's grid, in tokens.
 
   Args:
-    windows: of each stage, as its table has it: clamped to the stage's grid,
+    windows: window of each stage, by its table: clamped to the stage's grid,
       or never clamped.
-    window: of the model, not clamped.
+    window: window of the model, not clamped.
     grid: the side, where the image size is known. If not, a clamped stage
       tells it, and else the last stage is one window, as in all the published
       sizes.
@@ -309,20 +252,21 @@ def _grid(windows: tuple[int, ...], window: int, grid: int | None) -> int:
 LAYOUTS = (
   Layout(
     'timm swin',
-    lambda shapes: _recognises_timm(shapes) and not _merges_early(shapes),
+    functools.partial(_is_timm, early=False),
     _describe_timm,
     (*_TIMM_RULES, *_TIMM_LATE),
   ),
   Layout(
     'timm swin, before 0.9',
-    lambda shapes: _recognises_timm(shapes) and _merges_early(shapes),
+    functools.partial(_is_timm, early=True),
     _describe_timm,
     (*_TIMM_RULES, *_TIMM_EARLY),
   ),
   Layout(
     'transformers swin',
-    _recognises_transformers,
+    lambda shapes: _recognises(shapes, _HF_TABLE, _HF_PATCH, _HF_HIDDEN),
     _describe_transformers,
     _HF_RULES,
+    r'swin\.',
   ),
 )

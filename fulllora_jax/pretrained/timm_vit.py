@@ -1,7 +1,6 @@
 """timm's `vit_*` and `deit_*`: the plain ViT, DeiT, DINOv2, CLIP and SigLIP."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +12,9 @@ from fulllora_jax.pretrained.layout import (
   conv,
   count,
   dense,
-  halves,
-  linear_halves,
+  fused,
   norm,
+  one_token,
   shape_of,
 )
 from fulllora_jax.pretrained.vit import (
@@ -26,10 +25,7 @@ from fulllora_jax.pretrained.vit import (
   MLP,
   POSITIONS,
   architecture,
-  fused,
-  one_token,
   side,
-  three,
 )
 
 
@@ -40,7 +36,7 @@ def _is_timm(shapes: Shapes) -> bool:
   ) and 'blocks.0.attn.gating_param' not in shapes
 
 
-def _timm_family(shapes: Shapes, config: Mapping[str, Any]) -> str:
+def _family(shapes: Shapes, config: Mapping[str, Any]) -> str:
   architecture = config.get('architecture', '')
   if 'dist_token' in shapes:
     return 'deit_distilled'
@@ -55,7 +51,7 @@ def _timm_family(shapes: Shapes, config: Mapping[str, Any]) -> str:
   return 'deit' if architecture.startswith('deit') else 'vit'
 
 
-def _timm_pool(shapes: Shapes, config: Mapping[str, Any]) -> str | None:
+def _pool(shapes: Shapes, config: Mapping[str, Any]) -> str | None:
   if 'attn_pool.latent' in shapes:
     return 'map'
   if 'fc_norm.weight' in shapes:
@@ -65,33 +61,31 @@ def _timm_pool(shapes: Shapes, config: Mapping[str, Any]) -> str | None:
   return 'mean' if is_mean else None
 
 
-def _timm_act(config: Mapping[str, Any]) -> str | None:
+def _act(config: Mapping[str, Any], family: str) -> str | None:
   """timm's default is the exact GELU, whatever the model was trained with."""
   act = config.get('model_args', {}).get('act_layer')
-  if not config.get('architecture'):
-    return act
-  quick = 'quickgelu' in config['architecture']
-  return act or ('quick_gelu' if quick else 'gelu')
+  if not act and config.get('architecture'):
+    return 'quick_gelu' if 'quickgelu' in config['architecture'] else 'gelu'
+  return act or (None if family == 'clip' else 'gelu')
 
 
-def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
-  width, _, patch, _ = _shape(shapes, 'patch_embed.proj.weight', 4)
-  family = _timm_family(shapes, config)
+def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
+  width, _, patch, _ = shape_of(shapes, 'patch_embed.proj.weight', 4)
+  family = _family(shapes, config)
   prefix = ('cls_token' in shapes) + ('dist_token' in shapes)
-  positions = _shape(shapes, 'pos_embed', 3)[1]
-  if _without_prefix(positions, prefix):
-    prefix = 0
-  hidden, swiglu = _shape(shapes, 'blocks.0.mlp.fc1.weight', 2)[0], False
-  if hidden == 2 * _shape(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]:
-    hidden, swiglu = hidden // 2, True
+  positions = shape_of(shapes, 'pos_embed', 3)[1]
+  if math.isqrt(positions) ** 2 == positions:
+    prefix = 0  # class and other tokens have no position
+  hidden = shape_of(shapes, 'blocks.0.mlp.fc1.weight', 2)[0]
+  swiglu = hidden == 2 * shape_of(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]
   published = config.get('pretrained_cfg', config)
-  pool = _timm_pool(shapes, config)
+  pool = _pool(shapes, config)
   beside = pool in ('mean', 'mean_norm') and 'cls_token' in shapes
   fields = {
     'pool': pool,
     'class_token': True if beside else None,
     'swiglu': swiglu or None,
-    'act': None if swiglu else _timm_act(config) or _family_act(family),
+    'act': None if swiglu else _act(config, family),
     'mean': published.get('mean'),
     'std': published.get('std'),
   }
@@ -99,7 +93,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     family,
     width=width,
     depth=count(shapes, r'blocks\.(\d+)\..*'),
-    mlp_dim=hidden,
+    mlp_dim=hidden // 2 if swiglu else hidden,
     patch_size=patch,
     grid=side(positions, prefix),
     num_classes=shapes.get('head.weight', (0,))[0],
@@ -110,58 +104,30 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   )
 
 
-def _shape(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
-  return shape_of(shapes, re.escape(key), ndim, key)
-
-
-def _family_act(family: str) -> str | None:
-  return None if family == 'clip' else 'gelu'
-
-
-def _without_prefix(positions: int, prefix: int) -> bool:
-  """Whether the position embedding leaves out class and other tokens."""
-  return prefix > 0 and math.isqrt(positions) ** 2 == positions
-
-
-_TIMM = Layout(
-  'timm ViT',
-  _is_timm,
-  _describe_timm,
-  (
-    Rule(r'cls_token', 'cls', one_token),
-    Rule(r'dist_token', 'dist', one_token),
-    Rule(r'reg_token', 'Transformer/registers', one_token),
-    Rule(r'pos_embed', POSITIONS, one_token),
-    Rule(r'patch_embed\.proj\.weight', 'embedding/kernel', conv),
-    Rule(r'patch_embed\.proj\.bias', 'embedding/bias'),
-    *norm(r'norm_pre', 'Transformer/pre_norm'),
-    *norm(r'blocks\.(\d+)\.norm1', f'{BLOCK}/LayerNorm_0'),
-    *fused(r'blocks\.(\d+)\.attn\.qkv', three(ATTENTION)),
-    *dense(r'blocks\.(\d+)\.attn\.proj', f'{ATTENTION}/out'),
-    Rule(r'blocks\.(\d+)\.(ls[12])\.gamma', rf'{BLOCK}/\2'),
-    *norm(r'blocks\.(\d+)\.norm2', f'{BLOCK}/LayerNorm_2'),
-    *dense(r'blocks\.(\d+)\.mlp\.fc1', f'{MLP}/Dense_0'),
-    *dense(r'blocks\.(\d+)\.mlp\.fc2', f'{MLP}/Dense_1'),
-    *norm(r'norm', 'Transformer/encoder_norm'),
-    *norm(r'fc_norm', 'fc_norm'),
-    Rule(r'attn_pool\.latent', f'{MAP}/probe', one_token),
-    *dense(r'attn_pool\.q', f'{MAP_ATTENTION}/query'),
-    Rule(
-      r'attn_pool\.kv\.weight',
-      (f'{MAP_ATTENTION}/key/kernel', f'{MAP_ATTENTION}/value/kernel'),
-      linear_halves,
-    ),
-    Rule(
-      r'attn_pool\.kv\.bias',
-      (f'{MAP_ATTENTION}/key/bias', f'{MAP_ATTENTION}/value/bias'),
-      halves,
-    ),
-    *dense(r'attn_pool\.proj', f'{MAP_ATTENTION}/out'),
-    *norm(r'attn_pool\.norm', f'{MAP}/LayerNorm_0'),
-    *dense(r'attn_pool\.mlp\.fc1', f'{MAP}/MlpBlock_0/Dense_0'),
-    *dense(r'attn_pool\.mlp\.fc2', f'{MAP}/MlpBlock_0/Dense_1'),
-    *dense(r'(head|head_dist)', r'\1'),
-  ),
+_RULES = (
+  Rule('cls_token', 'cls', one_token),
+  Rule('dist_token', 'dist', one_token),
+  Rule('reg_token', 'Transformer/registers', one_token),
+  Rule('pos_embed', POSITIONS, one_token),
+  *dense(r'patch_embed\.proj', 'embedding', conv),
+  *norm('norm_pre', 'Transformer/pre_norm'),
+  *norm(r'blocks\.(\d+)\.norm1', f'{BLOCK}/LayerNorm_0'),
+  *fused(r'blocks\.(\d+)\.attn\.qkv', ATTENTION),
+  *dense(r'blocks\.(\d+)\.attn\.proj', f'{ATTENTION}/out'),
+  Rule(r'blocks\.(\d+)\.(ls[12])\.gamma', rf'{BLOCK}/\2'),
+  *norm(r'blocks\.(\d+)\.norm2', f'{BLOCK}/LayerNorm_2'),
+  *dense(r'blocks\.(\d+)\.mlp\.fc1', f'{MLP}/Dense_0'),
+  *dense(r'blocks\.(\d+)\.mlp\.fc2', f'{MLP}/Dense_1'),
+  *norm('norm', 'Transformer/encoder_norm'),
+  *norm('fc_norm', 'fc_norm'),
+  Rule(r'attn_pool\.latent', f'{MAP}/probe', one_token),
+  *dense(r'attn_pool\.q', f'{MAP_ATTENTION}/query'),
+  *fused(r'attn_pool\.kv', MAP_ATTENTION, ('key', 'value')),
+  *dense(r'attn_pool\.proj', f'{MAP_ATTENTION}/out'),
+  *norm(r'attn_pool\.norm', f'{MAP}/LayerNorm_0'),
+  *dense(r'attn_pool\.mlp\.fc1', f'{MAP}/MlpBlock_0/Dense_0'),
+  *dense(r'attn_pool\.mlp\.fc2', f'{MAP}/MlpBlock_0/Dense_1'),
+  *dense('(head|head_dist)', r'\1'),
 )
 
-LAYOUTS = (_TIMM,)
+LAYOUTS = (Layout('timm ViT', _is_timm, _describe, _RULES),)

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pooch
+import requests
 from filelock import FileLock
 
 from fulllora_jax.core.console import Progress, say
@@ -27,17 +29,13 @@ _CHUNK = 2**14  # bytes; of a piece that is cut off, nothing is kept
 
 def from_url(source: str) -> Path:
   """Returns the downloaded file, in our cache."""
-  # Here, because few runs download anything.
-  import pooch
-
   url, sha256 = _parse_url(source)
   name = re.sub(r'[^\w.-]', '_', unquote(urlsplit(url).path.split('/')[-1]))
   if name.endswith(formats.PICKLES):
     raise formats.pickle_error(source, name)
   target = cache_folder() / f'{sha256[:16]}-{name}'
-  download = functools.partial(
-    _download, source, target.with_name(f'{target.name}.part')
-  )
+  part = target.with_name(f'{target.name}.part')
+  download = functools.partial(_download, source, part)
   pooch.get_logger().setLevel('ERROR')
   try:
     if target.exists() and hash_file(target) == sha256:
@@ -82,13 +80,11 @@ def _download(source: str, part: Path, url: str, output: str, _) -> None:
   Tries again for as long as a try brings something.
 
   Args:
-    source: what the user asked for, for messages.
+    source: the user's words, for messages.
     part: where the beginning of the file is kept, whatever happens.
-    url: of the file.
+    url: address of the file.
     output: where pooch wants the whole file.
   """
-  import requests
-
   while True:
     before = part.stat().st_size if part.exists() else 0
     try:
@@ -118,59 +114,51 @@ def _download(source: str, part: Path, url: str, output: str, _) -> None:
 
 def _transfer(source: str, url: str, part: Path, have: int) -> None:
   """Asks once for what is missing, and appends it to the part."""
-  import pooch
-
   headers = {'User-Agent': 'fulllora_jax', 'Accept-Encoding': 'identity'}
   if have:
     headers['Range'] = f'bytes={have}-'
+  bar = _Bar(part, have)
+
+  def begin(response, **unused) -> None:
+    if response.status_code == 200:  # the server sends all of it again
+      bar.done = 0
+      file.truncate(0)
+    if response.ok:
+      length = int(response.headers.get('Content-Length') or 0)
+      check_space(source, part.parent, length)
+
+  download = pooch.HTTPDownloader(
+    bar, _CHUNK, timeout=TIMEOUT, headers=headers, hooks={'response': begin}
+  )
   with part.open('ab') as file:
-    progress = _Progress(part.stem, have)
-
-    def begin(response, **unused) -> None:
-      if response.status_code == 200:  # the server sends all of it again
-        progress.have = 0
-        file.truncate(0)
-      if response.ok:
-        length = int(response.headers.get('Content-Length') or 0)
-        check_space(source, part.parent, length)
-
-    pooch.HTTPDownloader(
-      progress,
-      _CHUNK,
-      timeout=TIMEOUT,
-      headers=headers,
-      hooks={'response': begin},
-    )(url, file, None)
+    download(url, file, None)
     os.fsync(file.fileno())
 
 
-class _Progress:
-  """What pooch tells of a download's progress; a line now and then.
+class _Bar:
+  """What pooch tells of its progress, as a line of the console now and then.
 
   Attributes:
-    have: bytes that were there before.
+    done: bytes of the file that are there.
     total: bytes to come, which pooch sets; 0 where the server does not say.
   """
 
-  def __init__(self, name: str, have: int):
-    self.have, self.total = have, 0
-    self._name, self._done, self._rate = name, 0, None
+  def __init__(self, part: Path, done: int):
+    self.done, self.total = done, 0
+    self._name, self._progress = part.stem, None
 
   def update(self, size: int) -> None:
     """Counts a piece of the file."""
-    whole = (self.have + self.total) / 1e6
-    if self._rate is None:
-      self._rate = Progress(whole)
-      self._rate.update(self.have / 1e6)
-    self._done = min(self._done + size, self.total)
-    if self.total and self._rate.due():
-      done = (self.have + self._done) / 1e6
-      say(
-        f'{self._name}: {done:.0f} of {whole:.0f} MB, {self._rate.update(done)}'
-      )
+    if not self._progress:
+      self._progress = Progress((self.done + self.total) / 1e6)
+      self._progress.update(self.done / 1e6)
+    self.done += size
+    whole, done = self._progress.total, self.done / 1e6
+    if self.total and done < whole and self._progress.due():
+      rate = self._progress.update(done)
+      say(f'{self._name}: {done:.0f} of {whole:.0f} MB, {rate}')
 
   def reset(self) -> None:
-    """Is called at the end, before all of the file is counted once more."""
+    """Does nothing: pooch calls this and `close` at the end."""
 
-  def close(self) -> None:
-    """Is called last."""
+  close = reset

@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import vit
 from fulllora_jax.pretrained.layout import (
@@ -20,9 +18,8 @@ from fulllora_jax.pretrained.layout import (
   Rule,
   Shapes,
   count,
-  linear_thirds,
   shape_of,
-  thirds,
+  unused,
 )
 
 BLOCK = r'Transformer/encoderblock_\1'
@@ -33,28 +30,6 @@ MAP_ATTENTION = f'{MAP}/MultiHeadDotProductAttention_0'
 POSITIONS = 'Transformer/posembed_input/pos_embedding'
 # Of the published sizes; SigLIP's so400m and DINOv2's giant are among them.
 _HEADS = {size[0]: size[2] for size in vit.SIZES.values()}
-
-
-def fused(key: str, to: tuple[str, ...], separator: str = r'\.') -> tuple:
-  """Rules of one Linear for query, key and value."""
-  return (
-    Rule(
-      rf'{key}{separator}weight',
-      tuple(f'{t}/kernel' for t in to),
-      linear_thirds,
-    ),
-    Rule(rf'{key}{separator}bias', tuple(f'{t}/bias' for t in to), thirds),
-  )
-
-
-def three(attention: str) -> tuple[str, ...]:
-  """Returns the paths of query, key and value."""
-  return tuple(f'{attention}/{part}' for part in ('query', 'key', 'value'))
-
-
-def one_token(array: np.ndarray) -> np.ndarray:
-  """Brings a token, or tokens, of any rank to [1, n, d]."""
-  return array.reshape(1, -1, array.shape[-1])
 
 
 def architecture(
@@ -96,7 +71,15 @@ def architecture(
 
 
 def side(positions: int, prefix: int) -> int:
-  """Returns the side of the grid of patches; UserError if it is no square."""
+  """Returns the side of the grid of patches.
+
+  Args:
+    positions: number of position embeddings.
+    prefix: how many of them are for tokens without a place.
+
+  Raises:
+    UserError: the patches make no square.
+  """
   side = math.isqrt(positions - prefix)
   if side * side != positions - prefix:
     raise UserError(
@@ -107,21 +90,18 @@ def side(positions: int, prefix: int) -> int:
   return side
 
 
-def _is_augreg(shapes: Shapes) -> bool:
-  return POSITIONS in shapes and 'embedding/kernel' in shapes
-
-
 def _has_pre_logits(shapes: Shapes) -> bool:
   return 'pre_logits/kernel' in shapes
 
 
+def _is_augreg(shapes: Shapes) -> bool:
+  return POSITIONS in shapes and 'embedding/kernel' in shapes
+
+
 def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
-  patch, _, _, width = shape_of(
-    shapes, 'embedding/kernel', 4, 'embedding/kernel'
-  )
-  first = 'Transformer/encoderblock_0/'
-  query = f'{first}MultiHeadDotProductAttention_1/query/kernel'
-  hidden = f'{first}MlpBlock_3/Dense_0/bias'
+  patch, _, _, width = shape_of(shapes, 'embedding/kernel', 4)
+  first = 'Transformer/encoderblock_0'
+  query = f'{first}/MultiHeadDotProductAttention_1/query/kernel'
   has_token = 'cls' in shapes
   # A new head goes without the layer that the first ViTs have before it.
   head = (0,) if _has_pre_logits(shapes) else shapes.get('head/bias', (0,))
@@ -129,29 +109,29 @@ def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     'vit',
     width=width,
     depth=count(shapes, r'Transformer/encoderblock_(\d+)/.*'),
-    mlp_dim=shape_of(shapes, hidden, 1, hidden)[0],
+    mlp_dim=shape_of(shapes, f'{first}/MlpBlock_3/Dense_0/bias', 1)[0],
     patch_size=patch,
-    grid=side(shape_of(shapes, POSITIONS, 3, POSITIONS)[1], has_token),
+    grid=side(shape_of(shapes, POSITIONS, 3)[1], has_token),
     num_classes=math.prod(head[:1]),
-    num_heads=shape_of(shapes, query, 3, query)[1],
+    num_heads=shape_of(shapes, query, 3)[1],
     fields={'pool': None if has_token else 'mean'},
   )
 
 
-_AUGREG = Layout(
-  'AugReg ViT',
-  lambda shapes: _is_augreg(shapes) and not _has_pre_logits(shapes),
-  _describe_augreg,
-  (Rule(r'(cls|(embedding|Transformer|head)/.*)', r'\1'),),
-)
-_PRE_LOGITS = Layout(
-  'AugReg ViT with pre_logits',
-  lambda shapes: _is_augreg(shapes) and _has_pre_logits(shapes),
-  _describe_augreg,
-  (
-    Rule(r'(pre_logits|head)/.*', (), why='a head of two layers'),
-    Rule(r'(cls|(embedding|Transformer)/.*)', r'\1'),
+LAYOUTS = (
+  Layout(
+    'AugReg ViT',
+    lambda shapes: _is_augreg(shapes) and not _has_pre_logits(shapes),
+    _describe_augreg,
+    (Rule(r'(cls|(embedding|Transformer|head)/.*)', r'\1'),),
+  ),
+  Layout(
+    'AugReg ViT with pre_logits',
+    lambda shapes: _is_augreg(shapes) and _has_pre_logits(shapes),
+    _describe_augreg,
+    (
+      unused(r'(pre_logits|head)/.*', 'a head of two layers'),
+      Rule(r'(cls|(embedding|Transformer)/.*)', r'\1'),
+    ),
   ),
 )
-
-LAYOUTS = (_AUGREG, _PRE_LOGITS)

@@ -50,8 +50,7 @@ def converted(arrays):
   """Applies the layout's rules; returns path -> array and the keys left out."""
   params, left_out = {}, []
   for key, array in arrays.items():
-    matches = ((r, re.fullmatch(r.key, key)) for r in LAYOUT.rules)
-    rule, match = next((r, m) for r, m in matches if m)
+    rule, match = LAYOUT.rule(key)
     parts = rule.how(array)
     to = (rule.to,) if isinstance(rule.to, str) else rule.to
     if not to:
@@ -205,7 +204,7 @@ def test_a_stored_buffer_of_positions_is_left_out():
     (
       {'patch_embed.proj.weight': (24, 192)},
       'token',
-      r'its patch_embed.proj.weight is of shape \(24, 192\); give',
+      r'patch_embed.proj.weight has shape \[24, 192\], and 4 axes .*; give',
     ),
     ({'pos_embed': (1, 15, 24)}, 'token', 'has 15 positions, which are no sq'),
     ({}, 'avg', "global_pool 'avg'; a ConViT is read with 'token' only"),

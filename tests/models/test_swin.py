@@ -65,11 +65,10 @@ def described(shapes, conf=None):
 
 def converted(arrays):
   """Applies the rules; returns path -> array, and why keys are left out."""
-  rules = layout_of({k: a.shape for k, a in arrays.items()}).rules
+  layout = layout_of({k: a.shape for k, a in arrays.items()})
   params, left_out = {}, {}
   for key, array in arrays.items():
-    matches = ((rule, re.fullmatch(rule.key, key)) for rule in rules)
-    rule, match = next((rule, match) for rule, match in matches if match)
+    rule, match = layout.rule(key)
     to, parts = rule.to, rule.how(array)
     if not to:
       left_out[key] = rule.why
