@@ -8,7 +8,13 @@ from etils import epath
 from filelock import FileLock
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import as_path, bounded, make_writable, os_errors
+from fulllora_jax.core.files import (
+  as_path,
+  bounded,
+  is_remote,
+  make_writable,
+  os_errors,
+)
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.downloads import (
   cache_folder,
@@ -31,19 +37,16 @@ def from_bucket(source: str) -> Path:
   place = as_path(source)
   try:
     main = bounded(lambda: _main(source, place), place)
-  except OSError as error:
-    raise UserError(f'{source}: cannot be read ({error.strerror})') from None
-  if main is None:
-    raise UserError(f'{source}: no such file or folder in that bucket')
-  digest = hashlib.sha256(os.fspath(main).encode()).hexdigest()[:16]
-  folder = cache_folder() / digest
-  try:
+    if main is None:
+      raise UserError(f'{source}: no such file or folder in that bucket')
+    digest = hashlib.sha256(os.fspath(main).encode()).hexdigest()[:16]
+    folder = cache_folder() / digest
     make_writable(folder)
     # Several processes, of one run, may want the same file at once.
     with FileLock(f'{folder}.lock'):
       return _copy_all(source, main, folder)
   except OSError as error:
-    if error.filename and str(error.filename).startswith('gs://'):
+    if is_remote(error.filename or ''):
       raise UserError(f'{source}: cannot be read ({error.strerror})') from None
     raise disk_error(source, error) from None
 

@@ -65,16 +65,21 @@ class Filler:
     lost = [path for path in sent if path not in self.leaves]
     if missing or lost:
       raise UserError(
-        f'{self.source} does not fit '
-        f'{self.opened.architecture.name}: no array for {some(missing)}; no '
-        f'place for {some(lost)}'
+        f'{self.source} does not fit {self.opened.architecture.name}: no array '
+        f'for {some(missing)}; no place for {some(lost)}'
       )
-    heads = self._heads(sent, unused)
+    if self.label_map and not has_head:
+      raise UserError(
+        f'base.label_map: {self.source} has no head to take rows from; leave '
+        'it empty'
+      )
     for path, shape in self.leaves.items():
-      if path in heads:
-        params[path], row = heads[path]
+      if _HEAD.match(path):
+        array, row, *left = self._head(path, shape, sent.get(path))
+        unused.extend(left)
       else:
-        params[path], row = self._fit(path, shape, sent[path])
+        array, row = self._fit(path, shape, sent[path])
+      params[path] = array
       rows.append(row)
     return params, rows + unused
 
@@ -88,18 +93,17 @@ class Filler:
       elif rule.to == ():
         unused.append(Row(UNUSED, key, tuple(shape), tuple(shape), rule.why))
       else:
-        arrays = self._turned(rule, key)
-        paths = (rule.to,) if isinstance(rule.to, str) else rule.to
-        arrays = (arrays,) if isinstance(rule.to, str) else arrays
+        paths, arrays = rule.to, self._turned(rule, key)
+        if isinstance(paths, str):
+          paths, arrays = (paths,), (arrays,)
         for path, array in zip(paths, arrays, strict=True):
           sent[match.expand(path)] = array
     if unknown:
       free = [path for path in self.leaves if path not in sent]
       raise UserError(
-        f'{self.source} is no plain '
-        f'{self.opened.layout.name}: nothing is known of its keys '
-        f'{some(unknown)}; leaves of {self.opened.architecture.name} without '
-        f'an array: {some(free)}'
+        f'{self.source} is no plain {self.opened.layout.name}: nothing is '
+        f'known of its keys {some(unknown)}; leaves of '
+        f'{self.opened.architecture.name} without an array: {some(free)}'
       )
     return sent, unused
 
@@ -110,57 +114,44 @@ class Filler:
       return rule.how(array)
     except (ValueError, IndexError):
       raise UserError(
-        f'{self.source}: {key} has shape '
-        f'{list(array.shape)}, which is none of a {self.opened.layout.name}; '
-        'give the checkpoint as it was published'
+        f'{self.source}: {key} has shape {list(array.shape)}, which is none '
+        f'of a {self.opened.layout.name}; give the checkpoint as it was '
+        'published'
       ) from None
 
-  def _heads(self, sent, unused) -> dict[str, tuple[np.ndarray, Row]]:
-    """Keeps the head's rows, maps them, or makes new ones of zeros."""
-    heads = {}
-    if self.label_map and 'head/bias' not in sent:
-      raise UserError(
-        f'base.label_map: {self.source} has no head to take '
-        'rows from; leave it empty'
-      )
-    for path, shape in self.leaves.items():
-      if not _HEAD.match(path):
-        continue
-      stored = sent.get(path)
-      why = 'the checkpoint has no head'
-      if stored is not None:
-        own = (*shape[:-1], self.opened.architecture.num_classes)
-        if stored.shape != own:  # damaged, whatever becomes of it
-          raise self._misfit(path, own, stored)
-        if self.label_map:
-          heads[path] = self._mapped(path, stored)
-          continue
-        if stored.shape == shape:
-          heads[path] = stored, Row(LOADED, path, shape, stored.shape)
-          continue
-        why = f'the checkpoint has {stored.shape[-1]} classes'
-        note = f'a head of {stored.shape[-1]} classes'
-        unused.append(Row(UNUSED, path, stored.shape, stored.shape, note))
-      zeros = np.zeros(shape, np.float32)
-      heads[path] = zeros, Row(NEW, path, shape, (), f'zeros; {why}')
-    return heads
+  def _head(self, path: str, shape, stored) -> tuple[np.ndarray | Row, ...]:
+    """Keeps the head's rows, maps them, or makes new ones of zeros.
+
+    Returns:
+      The array and its row; then a row for stored ones that are not used.
+    """
+    zeros = np.zeros(shape, np.float32)
+    if stored is None:
+      why = 'zeros; the checkpoint has no head'
+      return zeros, Row(NEW, path, shape, (), why)
+    own = (*shape[:-1], self.opened.architecture.num_classes)
+    if stored.shape != own:  # damaged, whatever becomes of it
+      raise self._misfit(path, own, stored)
+    if self.label_map:
+      array = resize.head_rows(stored, self.label_map)
+      kept = sum(row >= 0 for row in self.label_map)
+      note = f'{kept} rows of the checkpoint, {len(self.label_map) - kept} zero'
+      return array, Row(RESIZED, path, array.shape, stored.shape, note)
+    if stored.shape == shape:
+      return stored, Row(LOADED, path, shape, stored.shape)
+    classes = f'{stored.shape[-1]} classes'
+    return (
+      zeros,
+      Row(NEW, path, shape, (), f'zeros; the checkpoint has {classes}'),
+      Row(UNUSED, path, stored.shape, stored.shape, f'a head of {classes}'),
+    )
 
   def _misfit(self, path, shape, stored) -> UserError:
     return UserError(
-      f'{self.source}: {path} has shape '
-      f'{list(stored.shape)}, and {self.opened.architecture.name} needs '
-      f'{list(shape)}; give the checkpoint as it was published'
+      f'{self.source}: {path} has shape {list(stored.shape)}, and '
+      f'{self.opened.architecture.name} needs {list(shape)}; give the '
+      'checkpoint as it was published'
     )
-
-  def _mapped(self, path, stored):
-    kernel = stored if stored.ndim == 2 else stored[None]
-    rows, _ = resize.head_rows(
-      kernel, np.zeros(kernel.shape[1], np.float32), self.label_map
-    )
-    rows = rows if stored.ndim == 2 else rows[0]
-    kept = sum(row >= 0 for row in self.label_map)
-    note = f'{kept} rows of the checkpoint, {len(self.label_map) - kept} zero'
-    return rows, Row(RESIZED, path, rows.shape, stored.shape, note)
 
   def _fit(self, path: str, shape, stored) -> tuple[np.ndarray, Row]:
     """Brings one array to its leaf's shape."""

@@ -175,25 +175,24 @@ def recognise(path: Path) -> str:
       head = file.read(256)
   except OSError as error:
     raise UserError(f'{path}: cannot be read ({error.strerror})') from None
-  if not head:
-    raise UserError(f'{path}: the file is empty; download it again')
   if head.startswith(b'PK'):
     return _recognise_zip(path, head)
   if head[8:9] == b'{':  # after 8 bytes with the length of the header
     return 'safetensors'
-  if head[:1] == b'\x80' and head[1:2] in b'\2\3\4\5':
+  if re.match(rb'\x80[\x02-\x05]', head) or _OLD_PICKLE.match(head):
     raise pickle_error(str(path), path.name)
-  if _OLD_PICKLE.match(head):
-    raise pickle_error(str(path), path.name)
-  if head.startswith(b'version https://git-lfs'):
-    raise UserError(
-      f'{path}: a Git LFS pointer, not the weights; run git lfs pull there, '
-      'or download the file itself'
-    )
-  raise UserError(
-    f'{path}: neither .npz nor safetensors (it begins with {head[:12]!r}); '
-    'give a file of one of these formats, whole'
+  why = (
+    f'neither .npz nor safetensors (it begins with {head[:12]!r}); give a file '
+    'of one of these formats, whole'
   )
+  if not head:
+    why = 'the file is empty; download it again'
+  elif head.startswith(b'version https://git-lfs'):
+    why = (
+      'a Git LFS pointer, not the weights; run git lfs pull there, or download '
+      'the file itself'
+    )
+  raise UserError(f'{path}: {why}')
 
 
 def pickle_error(what: str, name: str) -> UserError:

@@ -166,36 +166,30 @@ def relative_position_table(old: np.ndarray, side: int) -> np.ndarray:
   return _apply([matrix, matrix], table).reshape(-1, heads)
 
 
-def head_rows(
-  kernel: np.ndarray, bias: np.ndarray, label_map: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-  """Makes a head of other classes from those of the checkpoint's.
+def head_rows(head: np.ndarray, label_map: Sequence[int]) -> np.ndarray:
+  """Makes a head of other classes from the classes of the checkpoint's.
 
   Args:
-    kernel: [d, K].
-    bias: [K].
+    head: kernel [d, K] or bias [K].
     label_map: for each of n new classes, which of the K it is; -1 for none of
       them, whose weights are zero as those of a new head.
 
   Returns:
-    (kernel [d, n], bias [n]).
+    [d, n] or [n].
 
   Raises:
     UserError: an entry is neither -1 nor one of 0 ... K - 1.
   """
-  known = len(bias)
+  known = head.shape[-1]
   wrong = [entry for entry in label_map if not -1 <= entry < known]
   if wrong:
     raise UserError(
       f'label map: no class {wrong[0]} in the head of the checkpoint, which '
       f'has 0 to {known - 1}; -1 stands for a class that it does not have'
     )
-  rows = np.asarray(label_map, int)
   # A last class of zeros, which is what the index -1 then means.
-  return (
-    np.pad(kernel, ((0, 0), (0, 1)))[:, rows],
-    np.pad(bias, (0, 1))[rows],
-  )
+  last = np.zeros((*head.shape[:-1], 1), head.dtype)
+  return np.concatenate([head, last], -1)[..., np.asarray(label_map, int)]
 
 
 def _old_grid(

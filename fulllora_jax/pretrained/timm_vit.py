@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fulllora_jax.pretrained import vit
 from fulllora_jax.pretrained.layout import (
   Architecture,
   Layout,
@@ -16,16 +17,6 @@ from fulllora_jax.pretrained.layout import (
   norm,
   one_token,
   shape_of,
-)
-from fulllora_jax.pretrained.vit import (
-  ATTENTION,
-  BLOCK,
-  MAP,
-  MAP_ATTENTION,
-  MLP,
-  POSITIONS,
-  architecture,
-  side,
 )
 
 
@@ -89,13 +80,13 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     'mean': published.get('mean'),
     'std': published.get('std'),
   }
-  return architecture(
+  return vit.architecture(
     family,
     width=width,
     depth=count(shapes, r'blocks\.(\d+)\..*'),
     mlp_dim=hidden // 2 if swiglu else hidden,
     patch_size=patch,
-    grid=side(positions, prefix),
+    grid=vit.side(positions, prefix),
     num_classes=shapes.get('head.weight', (0,))[0],
     num_heads=config.get('model_args', {}).get('num_heads'),
     fields={
@@ -108,25 +99,25 @@ _RULES = (
   Rule('cls_token', 'cls', one_token),
   Rule('dist_token', 'dist', one_token),
   Rule('reg_token', 'Transformer/registers', one_token),
-  Rule('pos_embed', POSITIONS, one_token),
+  Rule('pos_embed', vit.POSITIONS, one_token),
   *dense(r'patch_embed\.proj', 'embedding', conv),
   *norm('norm_pre', 'Transformer/pre_norm'),
-  *norm(r'blocks\.(\d+)\.norm1', f'{BLOCK}/LayerNorm_0'),
-  *fused(r'blocks\.(\d+)\.attn\.qkv', ATTENTION),
-  *dense(r'blocks\.(\d+)\.attn\.proj', f'{ATTENTION}/out'),
-  Rule(r'blocks\.(\d+)\.(ls[12])\.gamma', rf'{BLOCK}/\2'),
-  *norm(r'blocks\.(\d+)\.norm2', f'{BLOCK}/LayerNorm_2'),
-  *dense(r'blocks\.(\d+)\.mlp\.fc1', f'{MLP}/Dense_0'),
-  *dense(r'blocks\.(\d+)\.mlp\.fc2', f'{MLP}/Dense_1'),
+  *norm(r'blocks\.(\d+)\.norm1', f'{vit.BLOCK}/LayerNorm_0'),
+  *fused(r'blocks\.(\d+)\.attn\.qkv', vit.ATTENTION),
+  *dense(r'blocks\.(\d+)\.attn\.proj', f'{vit.ATTENTION}/out'),
+  Rule(r'blocks\.(\d+)\.(ls[12])\.gamma', rf'{vit.BLOCK}/\2'),
+  *norm(r'blocks\.(\d+)\.norm2', f'{vit.BLOCK}/LayerNorm_2'),
+  *dense(r'blocks\.(\d+)\.mlp\.fc1', f'{vit.MLP}/Dense_0'),
+  *dense(r'blocks\.(\d+)\.mlp\.fc2', f'{vit.MLP}/Dense_1'),
   *norm('norm', 'Transformer/encoder_norm'),
   *norm('fc_norm', 'fc_norm'),
-  Rule(r'attn_pool\.latent', f'{MAP}/probe', one_token),
-  *dense(r'attn_pool\.q', f'{MAP_ATTENTION}/query'),
-  *fused(r'attn_pool\.kv', MAP_ATTENTION, ('key', 'value')),
-  *dense(r'attn_pool\.proj', f'{MAP_ATTENTION}/out'),
-  *norm(r'attn_pool\.norm', f'{MAP}/LayerNorm_0'),
-  *dense(r'attn_pool\.mlp\.fc1', f'{MAP}/MlpBlock_0/Dense_0'),
-  *dense(r'attn_pool\.mlp\.fc2', f'{MAP}/MlpBlock_0/Dense_1'),
+  Rule(r'attn_pool\.latent', f'{vit.MAP}/probe', one_token),
+  *dense(r'attn_pool\.q', f'{vit.MAP_ATTENTION}/query'),
+  *fused(r'attn_pool\.kv', vit.MAP_ATTENTION, ('key', 'value')),
+  *dense(r'attn_pool\.proj', f'{vit.MAP_ATTENTION}/out'),
+  *norm(r'attn_pool\.norm', f'{vit.MAP}/LayerNorm_0'),
+  *dense(r'attn_pool\.mlp\.fc1', f'{vit.MAP}/MlpBlock_0/Dense_0'),
+  *dense(r'attn_pool\.mlp\.fc2', f'{vit.MAP}/MlpBlock_0/Dense_1'),
   *dense('(head|head_dist)', r'\1'),
 )
 

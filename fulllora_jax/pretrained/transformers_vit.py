@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulllora_jax.core.errors import UserError
+from fulllora_jax.pretrained import vit
 from fulllora_jax.pretrained.layout import (
   QKV,
   Architecture,
@@ -21,16 +22,6 @@ from fulllora_jax.pretrained.layout import (
   one_token,
   shape_of,
   unused,
-)
-from fulllora_jax.pretrained.vit import (
-  ATTENTION,
-  BLOCK,
-  MAP,
-  MAP_ATTENTION,
-  MLP,
-  POSITIONS,
-  architecture,
-  side,
 )
 
 _LAYER = r'encoder\.layer\.(\d+)'
@@ -68,18 +59,18 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     shapes,
     rf'{_LAYER}\.(intermediate\.dense|mlp\.fc1)\.bias',
     1,
-    'bias of the first MLP',
+    'bias of the first vit.MLP',
   )
   head = find(shapes, r'(cls_)?classifier\.weight')
   family = _family(shapes, config, bool(head))
   positions = shape_of(shapes, 'embeddings.position_embeddings', 3)[1]
-  return architecture(
+  return vit.architecture(
     family,
     width=patch[0],
     depth=count(shapes, rf'{_LAYER}\..*'),
     mlp_dim=hidden[0] // 2 if swiglu else hidden[0],
     patch_size=patch[-1],
-    grid=side(positions, 1 + ('embeddings.distillation_token' in shapes)),
+    grid=vit.side(positions, 1 + ('embeddings.distillation_token' in shapes)),
     num_classes=head[0] if head else 0,
     num_heads=config.get('num_attention_heads'),
     fields={
@@ -97,21 +88,23 @@ _RULES = (
   Rule(r'embeddings\.distillation_token', 'dist', one_token),
   Rule(r'embeddings\.register_tokens', 'Transformer/registers', one_token),
   unused(r'embeddings\.mask_token', 'for masked pretraining only'),
-  Rule(r'embeddings\.position_embeddings', POSITIONS, one_token),
+  Rule(r'embeddings\.position_embeddings', vit.POSITIONS, one_token),
   *dense(r'embeddings\.patch_embeddings\.projection', 'embedding', conv),
-  *norm(rf'{_LAYER}\.(?:layernorm_before|norm1)', f'{BLOCK}/LayerNorm_0'),
+  *norm(rf'{_LAYER}\.(?:layernorm_before|norm1)', f'{vit.BLOCK}/LayerNorm_0'),
   *dense(
-    rf'{_LAYER}\.attention\.attention\.(query|key|value)', rf'{ATTENTION}/\2'
+    rf'{_LAYER}\.attention\.attention\.(query|key|value)',
+    rf'{vit.ATTENTION}/\2',
   ),
-  *dense(rf'{_LAYER}\.attention\.output\.dense', f'{ATTENTION}/out'),
-  Rule(rf'{_LAYER}\.layer_scale([12])\.lambda1', rf'{BLOCK}/ls\2'),
-  *norm(rf'{_LAYER}\.(?:layernorm_after|norm2)', f'{BLOCK}/LayerNorm_2'),
+  *dense(rf'{_LAYER}\.attention\.output\.dense', f'{vit.ATTENTION}/out'),
+  Rule(rf'{_LAYER}\.layer_scale([12])\.lambda1', rf'{vit.BLOCK}/ls\2'),
+  *norm(rf'{_LAYER}\.(?:layernorm_after|norm2)', f'{vit.BLOCK}/LayerNorm_2'),
   *dense(
     rf'{_LAYER}\.(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)',
-    f'{MLP}/Dense_0',
+    f'{vit.MLP}/Dense_0',
   ),
   *dense(
-    rf'{_LAYER}\.(?:output\.dense|mlp\.fc2|mlp\.weights_out)', f'{MLP}/Dense_1'
+    rf'{_LAYER}\.(?:output\.dense|mlp\.fc2|mlp\.weights_out)',
+    f'{vit.MLP}/Dense_1',
   ),
   *norm('layernorm', 'Transformer/encoder_norm'),
   unused(r'pooler\..*', 'a pooler that no classifier reads'),
@@ -135,13 +128,13 @@ def _describe_tower(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
       'pooling; CLIP has the one and SigLIP the other'
     )
   own = config.get('vision_config', config)
-  return architecture(
+  return vit.architecture(
     'clip' if is_clip else 'siglip',
     width=patch[0],
     depth=count(shapes, rf'{_TOWER_LAYER}\..*'),
     mlp_dim=hidden[0],
     patch_size=patch[-1],
-    grid=side(positions[0], is_clip),
+    grid=vit.side(positions[0], is_clip),
     num_classes=0,
     num_heads=own.get('num_attention_heads'),
     fields={'act': hidden_act(own), 'epsilon': own.get('layer_norm_eps')}
@@ -158,28 +151,28 @@ _TOWER_RULES = (
   unused(r'classifier\..*', 'reads the mean token, which was not pretrained'),
   unused(r'.*\.position_ids', 'counts 0, 1, 2, ...'),
   Rule(r'embeddings\.class_embedding', 'cls', one_token),
-  Rule(r'embeddings\.position_embedding\.weight', POSITIONS, one_token),
+  Rule(r'embeddings\.position_embedding\.weight', vit.POSITIONS, one_token),
   *dense(r'embeddings\.patch_embedding', 'embedding', conv),
   *norm('pre_layrnorm', 'Transformer/pre_norm'),
-  *norm(rf'{_TOWER_LAYER}\.layer_norm1', f'{BLOCK}/LayerNorm_0'),
+  *norm(rf'{_TOWER_LAYER}\.layer_norm1', f'{vit.BLOCK}/LayerNorm_0'),
   *(
     rule
     for part in QKV
     for rule in dense(
-      rf'{_TOWER_LAYER}\.self_attn\.{part[0]}_proj', f'{ATTENTION}/{part}'
+      rf'{_TOWER_LAYER}\.self_attn\.{part[0]}_proj', f'{vit.ATTENTION}/{part}'
     )
   ),
-  *dense(rf'{_TOWER_LAYER}\.self_attn\.out_proj', f'{ATTENTION}/out'),
-  *norm(rf'{_TOWER_LAYER}\.layer_norm2', f'{BLOCK}/LayerNorm_2'),
-  *dense(rf'{_TOWER_LAYER}\.mlp\.fc1', f'{MLP}/Dense_0'),
-  *dense(rf'{_TOWER_LAYER}\.mlp\.fc2', f'{MLP}/Dense_1'),
+  *dense(rf'{_TOWER_LAYER}\.self_attn\.out_proj', f'{vit.ATTENTION}/out'),
+  *norm(rf'{_TOWER_LAYER}\.layer_norm2', f'{vit.BLOCK}/LayerNorm_2'),
+  *dense(rf'{_TOWER_LAYER}\.mlp\.fc1', f'{vit.MLP}/Dense_0'),
+  *dense(rf'{_TOWER_LAYER}\.mlp\.fc2', f'{vit.MLP}/Dense_1'),
   *norm('post_layernorm', 'Transformer/encoder_norm'),
-  Rule(r'head\.probe', f'{MAP}/probe', one_token),
-  *fused(r'head\.attention\.in_proj', MAP_ATTENTION, separator='_'),
-  *dense(r'head\.attention\.out_proj', f'{MAP_ATTENTION}/out'),
-  *norm(r'head\.layernorm', f'{MAP}/LayerNorm_0'),
-  *dense(r'head\.mlp\.fc1', f'{MAP}/MlpBlock_0/Dense_0'),
-  *dense(r'head\.mlp\.fc2', f'{MAP}/MlpBlock_0/Dense_1'),
+  Rule(r'head\.probe', f'{vit.MAP}/probe', one_token),
+  *fused(r'head\.attention\.in_proj', vit.MAP_ATTENTION, separator='_'),
+  *dense(r'head\.attention\.out_proj', f'{vit.MAP_ATTENTION}/out'),
+  *norm(r'head\.layernorm', f'{vit.MAP}/LayerNorm_0'),
+  *dense(r'head\.mlp\.fc1', f'{vit.MAP}/MlpBlock_0/Dense_0'),
+  *dense(r'head\.mlp\.fc2', f'{vit.MAP}/MlpBlock_0/Dense_1'),
 )
 
 LAYOUTS = (

@@ -153,7 +153,9 @@ def test_table_of_no_window(rows):
 
 def test_head_rows():
   kernel, bias = normal(4, 3), normal(3)
-  new_kernel, new_bias = resize.head_rows(kernel, bias, (2, -1, 0, 2))
+  new_kernel, new_bias = (
+    resize.head_rows(head, (2, -1, 0, 2)) for head in (kernel, bias)
+  )
   zero = np.zeros(4, np.float32)
   expected = [kernel[:, 2], zero, kernel[:, 0], kernel[:, 2]]
   np.testing.assert_array_equal(new_kernel, np.stack(expected, axis=1))
@@ -164,7 +166,7 @@ def test_head_rows():
 @pytest.mark.parametrize('wrong', [3, -2])
 def test_no_such_row(wrong):
   with pytest.raises(UserError, match=f'no class {wrong} .* has 0 to 2;'):
-    resize.head_rows(normal(4, 3), normal(3), (0, wrong))
+    resize.head_rows(normal(4, 3), (0, wrong))
 
 
 def fit(size, dtype):
