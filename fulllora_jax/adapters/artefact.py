@@ -217,15 +217,6 @@ def _look_in(path: Path, which: str) -> Path | None:
   return None
 
 
-def is_artefact(path: str | Path) -> bool:
-  """Returns whether a run of ours, or what it published, is there."""
-  try:
-    find_artefact(path)
-  except UserError:
-    return False
-  return True
-
-
 def load_base(path: str | Path) -> tuple[Tree, dict[str, Any]]:
   """Reads the base's `params` as numpy arrays, and the metadata.
 

@@ -3,7 +3,6 @@
 from fulllora_jax.adapters.artefact import (
   base_metadata,
   find_artefact,
-  is_artefact,
   load_base,
 )
 from fulllora_jax.pretrained.base import (
@@ -35,7 +34,6 @@ __all__ = [
   'configure',
   'convert',
   'find_artefact',
-  'is_artefact',
   'load',
   'load_base',
   'open_checkpoint',

@@ -60,7 +60,7 @@ def open_base(config, workdir: Path) -> pretrained.Opened | None:
       if config.model[field] in (None, '', ()):
         config.model[field] = own[field]
   elif source.kind == pretrained.PUBLISHED:
-    if not pretrained.is_artefact(kept):
+    if pretrained.resolve_base(kept).kind != pretrained.RUN:
       opened = pretrained.open_checkpoint(source.source)
       pretrained.configure(config.model, opened, explicit_patch=True)
       return opened

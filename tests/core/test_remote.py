@@ -286,7 +286,8 @@ def test_the_artefact_of_a_run(bucket):
   for path in (RUN, f'{RUN}/best'):
     assert str(pretrained.find_artefact(path)) == f'{RUN}/best'
   assert 'holds no last/' in refused(pretrained.find_artefact, RUN, 'last')
-  assert not pretrained.is_artefact('gs://bucket/nothing')
+  nothing = pretrained.resolve_base('gs://bucket/nothing')
+  assert nothing.kind == pretrained.PUBLISHED
   bucket.refuse(NO_NETWORK)
   assert f'{RUN} cannot be read: no network' in refused(
     pretrained.find_artefact, RUN
@@ -342,4 +343,4 @@ def test_an_exported_file_that_is_not_there(bucket, read):
 
 def test_a_slow_answer_is_waited_for(bucket, monkeypatch):
   monkeypatch.setattr(bucket, '_ask', lambda: time.sleep(0.05))
-  assert not pretrained.is_artefact(RUN)
+  assert pretrained.resolve_base(RUN).kind == pretrained.PUBLISHED
