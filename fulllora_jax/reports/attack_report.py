@@ -52,15 +52,10 @@ def cascade(evaluation: Mapping[str, Any]) -> list[list[str]]:
   """Returns a table: each attack, what it left robust, broke and took."""
   rows = [['after', 'robust', 'broken by it', 'time']]
   for step in evaluation['cascade']:
-    first = step['attack'] == 'clean'
-    rows.append(
-      [
-        step['attack'],
-        f'{100 * step["accuracy"]:.1f} %',
-        f'{step["broken"]}' + (' (misclassified)' if first else ''),
-        '' if first else duration(step['seconds']),
-      ]
-    )
+    broken, taken = f'{step["broken"]}', duration(step['seconds'])
+    if step['attack'] == 'clean':
+      broken, taken = f'{broken} (misclassified)', ''
+    rows.append([step['attack'], results.percent(step), broken, taken])
   return rows
 
 
@@ -68,15 +63,10 @@ def per_class(evaluation: Mapping[str, Any], names) -> list[list[str]]:
   """Returns a table: clean and robust accuracy of each class."""
   rows = [['class', 'n', 'clean', 'robust']]
   for row in evaluation['per_class']:
-    label, total = row['label'], row['num_examples']
-    rows.append(
-      [
-        results.class_name(names, label),
-        str(total),
-        f'{100 * row["clean"] / total:.1f} %',
-        f'{100 * row["num_correct"] / total:.1f} %',
-      ]
-    )
+    name, total = results.class_name(names, row['label']), row['num_examples']
+    counts = (row['clean'], row['num_correct'])
+    shares = [f'{100 * count / total:.1f} %' for count in counts]
+    rows.append([name, str(total), *shares])
   return rows
 
 
