@@ -262,6 +262,7 @@ def wait_for_batches(directory, process, count=3, seconds=120):
     time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_after_kill_9_it_goes_on_to_the_same_result(tmp_path, uninterrupted):
   kept, file = tmp_path / 'progress', tmp_path / 'result.npz'
   with start(kept, file, 0.3) as process:

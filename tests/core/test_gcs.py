@@ -80,6 +80,7 @@ def read(server, name):
   return server.objects['bucket', f'run/{name}'][0]
 
 
+@pytest.mark.slow
 def test_all_of_a_run_is_there(finished, server):
   report = json.loads(read(server, 'report.json'))
   assert report['last_step'] == 4
@@ -93,6 +94,7 @@ def test_all_of_a_run_is_there(finished, server):
   assert 'run/.lock' not in names
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_found(finished, server, main):
   before = read(server, 'report.md')
   again = main()

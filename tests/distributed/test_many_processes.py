@@ -149,6 +149,7 @@ def assert_same_run(workdir, expected):
       assert one[key] == pytest.approx(other[key], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'count, devices, fsdp', [(1, 8, 4), (2, 2, 2), (4, 1, 1)]
 )
@@ -167,6 +168,7 @@ def test_any_shape_gives_the_same_run(
     assert 'step' not in other and 'report' not in other
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_all_and_one_alone_goes_on(start, alone, tmp_path):
   run = tmp_path / 'run'
   pod = start(run, 2, 1, CLEAN)
@@ -183,6 +185,7 @@ def test_sigterm_to_one_stops_all_and_one_alone_goes_on(start, alone, tmp_path):
   assert_same_run(run, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_the_death_of_one_stops_the_other_by_name(start, tmp_path, victim):
   pod = start(tmp_path / 'run', 2, 1, '--config.train.steps=2000')
@@ -215,6 +218,7 @@ def test_different_configs_stop_all_by_the_field(start, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_published_base_is_kept_once_for_all(start, tmp_path):
   golden = fake_checkpoint.read('vit-timm-plain')
   folder = tmp_path / 'checkpoint'

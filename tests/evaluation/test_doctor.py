@@ -4,7 +4,6 @@ What is examined are models of five blobs in 8 x 8 images: the logits are minus
 the squared distance to each class's mean, which no attack at eps 0.05 crosses.
 """
 
-import functools
 import json
 
 import jax
@@ -284,6 +283,7 @@ def test_a_finding_is_four_lines():
 DOCTOR = ('-m', 'fulllora_jax.doctor')
 
 
+@pytest.mark.slow
 def test_the_command_examines_a_run(run_python, finished_copy):
   """The run is a tiny one: hardly trained, it may well be ill."""
   done = run_python(
@@ -307,32 +307,19 @@ LEVELS = ('ok', 'note', 'wrong')
 
 
 def test_the_command_reads_recorded_results(
-  finished_copy, monkeypatch, capsys, digits, one_device
+  run_here, finished_copy, monkeypatch
 ):
-  from fulllora_jax import data
-  from fulllora_jax.training import workdir
-
   (finished_copy / 'evaluations').mkdir(exist_ok=True)
   bad = {'evaluations': [record(0.2, 60), record(0.1, 50)]}
   path = finished_copy / 'evaluations' / '001.json'
   path.write_text(json.dumps(bad))
   monkeypatch.setattr(diagnosis, 'CHECKS', {})
-  monkeypatch.setattr(data, 'open_dataset', lambda *unused: digits)
-  config = workdir.read_config(finished_copy)
-  examine = functools.partial(
-    diagnosis.examine_and_say,
-    config,
-    str(finished_copy),
-    'best',
-    None,
-    'test',
-    8,
-    0,
-  )
-  assert not examine()
-  assert '1 of 2 checks found something wrong' in capsys.readouterr().out
+  command = (*DOCTOR, f'--workdir={finished_copy}', '--num_examples=8')
+  done = run_here(*command)
+  assert done.returncode == 1
+  assert '1 of 2 checks found something wrong' in done.stdout
   path.unlink()
-  assert examine()
+  assert run_here(*command).returncode == 0
 
 
 def test_the_command_examines_a_function(

@@ -284,6 +284,7 @@ def test_another_evaluation_neither_takes_up_nor_removes_progress(
   assert not (linear.folder / 'progress').exists()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_autoattack_it_goes_on(
   linear, linear_digits, digits_dir, tmp_path
 ):

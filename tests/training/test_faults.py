@@ -21,6 +21,7 @@ from PIL import Image
 from test_resume import assert_same_training
 
 pytest_plugins = ('forked_runs',)
+pytestmark = pytest.mark.slow
 
 linux = pytest.mark.skipif(
   not hasattr(resource, 'prlimit'), reason='limits of a running process'

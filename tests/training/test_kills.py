@@ -4,12 +4,14 @@ import random
 import signal
 import time
 
+import pytest
 from test_faults import newest_step
 from test_resume import assert_same_training
 
 from fulllora_jax.training.metrics import read_metrics
 
 pytest_plugins = ('forked_runs',)
+pytestmark = pytest.mark.slow
 
 KILLS = 20
 STEPS = (

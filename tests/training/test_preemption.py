@@ -38,6 +38,7 @@ def test_the_notice_is_deaf_in_another_thread():
   assert heard == [False]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(
   finished, tmp_path, small_command, run_python
 ):

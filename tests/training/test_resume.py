@@ -59,6 +59,7 @@ def kill_when(condition, command):
   return error
 
 
+@pytest.mark.slow
 def test_kill_9_again_and_again(finished, tmp_path, small_command, run_python):
   run = tmp_path / 'run'
   command = (*small_command, f'--workdir={run}')

@@ -251,6 +251,7 @@ def test_the_command_writes_what_it_prints(tmp_path, run_python):
   assert record['evaluations'][0]['attack'] == 'pgd-2'
 
 
+@pytest.mark.slow
 def test_the_command_races(tmp_path, run_python, digits_dir):
   done = run_python(
     '-m', 'fulllora_jax.benchmark', f'--config={CONFIG}',
