@@ -103,17 +103,8 @@ def main(argv: Sequence[str]) -> None:
     return
   from fulllora_jax.experiments.speed.time_steps import time_steps
 
-  time_steps(
-    config,
-    given.workdir or os.path.join('runs', f'benchmark-{config.name}'),
-    methods=given.methods,
-    rounds=given.rounds,
-    warmup=given.warmup,
-    num_classes=None if given.data == 'config' else given.num_classes,
-    torch_modes=given.torch_modes if given.compare else (),
-    attacks=given.attacks,
-    images=given.images,
-  )
+  workdir = given.workdir or os.path.join('runs', f'benchmark-{config.name}')
+  time_steps(config, workdir, given)
 
 
 def _race(given, config) -> None:

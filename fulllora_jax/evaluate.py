@@ -73,8 +73,7 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags into a config, then evaluates."""
   del argv
   given = flags.FLAGS
-  from fulllora_jax import command
-  from fulllora_jax.evaluation import evaluate
+  from fulllora_jax.evaluation.evaluate import evaluate_again
   from fulllora_jax.training import workdir
 
   command.use_every_core()
@@ -103,27 +102,17 @@ def main(argv: Sequence[str]) -> None:
   ):
     if flag is not None:
       config[part][field] = flag
-  common = dict(eps=given.eps, scale_steps=given.step_size is None)
-  if given.logits:
-    evaluate.evaluate_function(
-      given.logits,
-      config,
-      given.workdir,
-      given.split,
-      given.precision,
-      seed=given.seed or 0,
-      **common,
-    )
-  else:
-    evaluate.evaluate_again(
-      config,
-      given.workdir,
-      given.weights,
-      given.split,
-      given.precision,
-      seed=given.seed,
-      **common,
-    )
+  evaluate_again(
+    config,
+    given.workdir,
+    given.weights,
+    given.split,
+    given.precision,
+    logits=given.logits,
+    eps=given.eps,
+    scale_steps=given.step_size is None,
+    seed=given.seed,
+  )
 
 
 if __name__ == '__main__':

@@ -27,27 +27,31 @@ from fulllora_jax.reports import attack_report, pictures, report
 def evaluate_again(
   config,
   workdir: str | os.PathLike,
-  weights: Sequence[str],
-  split: str,
-  precision: str,
+  weights: Sequence[str] = (),
+  split: str = 'test',
+  precision: str = 'highest',
   *,
+  logits: str | None = None,
   eps: Sequence[str] = (),
   scale_steps: bool = True,
   seed: int | None = None,
 ) -> dict[str, Any]:
-  """Evaluates a finished run as `config.eval` and `config.threat` now say.
+  """Evaluates a finished run, or a function, as the config now says.
 
-  Prints the table and writes the result to the run's `evaluations/`.
+  Prints the table and writes the result to the `evaluations/` of `workdir`.
 
   Args:
-    config: the run's, with what is asked for now put in.
-    workdir: of the run.
+    config: the run's, with what is asked for now put in; of a function, its
+      `data`, `threat` and `eval` are read.
+    workdir: of the run; of a function, where the result goes.
     weights: of base, best, last; empty for all there are.
     split: train, validation or test.
     precision: of matrix products, 'highest' or 'default'.
+    logits: in place of a run, 'module:function' of images float32 [B, H, W, C]
+      in [0, 1] to logits [B, K]; for autoattack-rand, of (images, key).
     eps: radii to evaluate at, one after another; empty: config.threat.eps.
     scale_steps: keeps the attacks' step size in proportion to eps.
-    seed: of the attacks and of the choice of examples; None: the run's.
+    seed: of the attacks and of the choice of images; None: the config's.
 
   Returns:
     The result, with the keys of report.json.
@@ -57,72 +61,38 @@ def evaluate_again(
   """
   for name in weights:
     choose('--weights', name, config_lib.WEIGHTS)
+  choose('--split', split, SPLITS)
   plan = Plan.of(config, seed=seed, precision=precision)
-  plans = _plans(config, plan, split, eps, scale_steps)
-  checks.refuse_rand(config)
-  workdir = absolute_path(workdir)
-  pretrained.find_artefact(workdir)
-  dataset = data.open_dataset(config.data, config.seed)
-  run = FinishedRun(config, workdir, dataset, plans[0], next_name(workdir))
+  for radius in eps:
+    checks.validate_plan(plan.at(radius, scale_steps=False))
+  checks.validate_evaluation(config)
+  plans = [plan.at(radius, scale_steps=scale_steps) for radius in eps] or [plan]
+  path = absolute_path(workdir)
+  if logits:
+    run = _function(logits, config, path, plans[0], split)
+  else:
+    checks.refuse_rand(config)
+    pretrained.find_artefact(path)
+    dataset = data.open_dataset(config.data, config.seed)
+    run = FinishedRun(config, path, dataset, plans[0], next_name(path))
   for name in weights:  # a run from scratch has no base
     choose('--weights', name, run.weights())
   return _finish(run, plans, weights or run.weights(), split)
 
 
-def evaluate_function(
-  spec: str,
-  config,
-  workdir: str | os.PathLike,
-  split: str,
-  precision: str,
-  *,
-  eps: Sequence[str] = (),
-  scale_steps: bool = True,
-  seed: int = 0,
-) -> dict[str, Any]:
-  """Evaluates a logits function of the user's; the result goes to `workdir`.
-
-  Args:
-    spec: 'module:function' of images float32 [B, H, W, C] in [0, 1] to logits
-      [B, K]; for autoattack-rand, of (images, key).
-    config: `data`, `threat` and `eval` are used.
-    workdir: the result goes to its `evaluations/`.
-    split: train, validation or test.
-    precision: of matrix products, 'highest' or 'default'.
-    eps: radii to evaluate at, one after another; empty: config.threat.eps.
-    scale_steps: keeps the attacks' step size in proportion to eps.
-    seed: of the attacks and of the choice of examples.
-
-  Raises:
-    UserError: bad input, before anything is computed.
-  """
-  plan = Plan.of(config, seed=seed, precision=precision)
-  plans = _plans(config, plan, split, eps, scale_steps)
+def _function(spec: str, config, path, plan: Plan, split: str) -> Evaluations:
   function = load_function(spec)
-  workdir = absolute_path(workdir)
   dataset = data.open_dataset(config.data, config.seed)
-  check_function(function, plans[0], dataset, split)
-  run = LogitsFunction(
+  check_function(function, plan, dataset, split)
+  return LogitsFunction(
     config,
     dataset,
     spec,
     function,
-    plans[0],
-    folder=workdir / 'evaluations',
-    name=next_name(workdir),
+    plan,
+    folder=path / 'evaluations',
+    name=next_name(path),
   )
-  return _finish(run, plans, run.weights(), split)
-
-
-def _plans(
-  config, plan: Plan, split: str, eps: Sequence[str], scale_steps: bool
-) -> list[Plan]:
-  """Returns the plan of every radius, after all of them are checked."""
-  choose('--split', split, SPLITS)
-  for radius in eps:
-    checks.validate_plan(plan.at(radius, scale_steps=False))
-  checks.validate_evaluation(config)
-  return [plan.at(radius, scale_steps=scale_steps) for radius in eps] or [plan]
 
 
 def _finish(

@@ -1,13 +1,13 @@
 """The attacks and the threat model that a config names."""
 
-import dataclasses
+from dataclasses import dataclass, fields, replace
 
 from fulllora_jax.attacks import Attack, Threat, parse
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import ConfigDict
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
   """What a model is evaluated under.
 
@@ -35,31 +35,13 @@ class Plan:
 
   @classmethod
   def of(
-    cls,
-    config: ConfigDict,
-    *,
-    seed: int | None = None,
-    precision: str = 'highest',
+    cls, config: ConfigDict, seed: int | None = None, precision: str = 'highest'
   ) -> 'Plan':
-    """Returns the plan of `config.threat` and `config.eval`.
-
-    Args:
-      config: config.py.
-      seed: in place of `config.seed`.
-      precision: of matrix products.
-    """
-    own = config.eval
-    return cls(
-      norm=config.threat.norm,
-      eps=config.threat.eps,
-      attacks=tuple(own.attacks),
-      step_size=own.step_size,
-      restarts=own.restarts,
-      batch_size=own.batch_size,
-      num_examples=own.num_examples,
-      seed=config.seed if seed is None else seed,
-      precision=precision,
-    )
+    """Returns the plan of a config; `seed` is in place of `config.seed`."""
+    given = config.threat.to_dict() | config.eval.to_dict()
+    given['seed'] = config.seed if seed is None else seed
+    given['precision'] = precision
+    return cls(**{field.name: given[field.name] for field in fields(cls)})
 
   @property
   def threat(self) -> Threat:
@@ -85,12 +67,12 @@ class Plan:
     >>> Plan(eps='8/255', step_size='2/255').at('4/255').attack('pgd').step_size
     0.00392156862745098
     """
-    other = dataclasses.replace(self, eps=eps)
+    other = replace(self, eps=eps)
     before, after = self.threat.eps, other.threat.eps
     if not scale_steps or not before or before == after:
       return other
     step_size = parse_fraction(self.step_size, 'eval.step_size')
-    return dataclasses.replace(other, step_size=str(step_size * after / before))
+    return replace(other, step_size=str(step_size * after / before))
 
 
 def threat(config: ConfigDict) -> Threat:

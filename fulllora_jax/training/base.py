@@ -20,7 +20,7 @@ from fulllora_jax.core.files import make_directory, replace_file
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import processes
 from fulllora_jax.training.assemble import Assembly
-from fulllora_jax.training.publish import Origin, artefact_metadata
+from fulllora_jax.training.publish import Origin, publish
 
 # Fields of `config.model` that the arrays of a base do not show.
 _UNSEEN = (
@@ -136,20 +136,22 @@ def store_base(
     replace_file(directory.parent / 'load.md', table)
   processes.wait_for_all()
   own = config_lib.base_config(config)
-  mask = adapted.build(own, dataset.num_classes).mask({'params': params})
-  metadata = artefact_metadata(
-    own,
-    dataset,
-    trees.parameter_counts({'params': params}, mask),
-    trees.fingerprint({'params': params}),
-    None,
-    {'score': None, 'step': 0, 'attack': None},
-  )
-  metadata['base_source'] = dict(report.identity) | {
+  variables = {'params': params}
+  mask = adapted.build(own, dataset.num_classes).mask(variables)
+  identity = dict(report.identity) | {
     'layout': report.layout,
     'new_head': report.new_head,
   }
-  artefact.save_artefact(directory, 0, {'params': params}, metadata)
+  publish(
+    directory,
+    0,
+    variables,
+    config=own,
+    dataset=dataset,
+    parameters=trees.parameter_counts(variables, mask),
+    origin=Origin(None, identity, trees.fingerprint(variables)),
+    validation={'score': None, 'step': 0, 'attack': None},
+  )
 
 
 def start(assembly: Assembly, base: Path | None) -> tuple[Tree, Origin]:

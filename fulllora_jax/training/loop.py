@@ -19,7 +19,7 @@ from fulllora_jax.distributed.preemption import Notice
 from fulllora_jax.training import ema, memory
 from fulllora_jax.training.checkpoints import TrainingCheckpoints
 from fulllora_jax.training.metrics import MetricWriter
-from fulllora_jax.training.publish import Publisher
+from fulllora_jax.training.publish import publish
 from fulllora_jax.training.stepper import Stepper
 from fulllora_jax.training.validate import Validation
 
@@ -42,7 +42,6 @@ class Training:
   Attributes:
     stepper: holds the train state, and makes the steps.
     validation: scores the state, and keeps the best score.
-    publisher: writes `best` and `last`.
     skipped: how many steps had a loss or a gradient that was not finite.
     passes: how often an image went forward and back through the model.
     seconds: what the training took so far, killed runs included.
@@ -54,11 +53,7 @@ class Training:
     _warn_of_many_deltas(config, dataset)
     self.config, self.workdir = config, workdir
     self.stepper = Stepper(config, dataset, base)
-    assembly = self.stepper.assembly
-    self.validation = Validation(assembly, dataset.validation)
-    self.publisher = Publisher(
-      config, workdir, dataset, assembly.counts, self.stepper.origin
-    )
+    self.validation = Validation(self.stepper.assembly, dataset.validation)
     self.skipped, self.passes, self.seconds = 0, 0.0, 0.0
     self._identity = data.identity(dataset)
     self._writer: MetricWriter | None = None
@@ -218,15 +213,23 @@ class Training:
   def _validate(self, step: int) -> None:
     """Scores the held-out split; publishes the state as `best` if it is."""
     published = ema.published(self.stepper.state)
-    found = self.validation(step, trees.merge(published, self.stepper.frozen))
-    self._write(step, 'validation', found.scores)
-    if found.is_best:
+    variables = trees.merge(published, self.stepper.frozen)
+    scores, text = self.validation(step, variables)
+    self._write(step, 'validation', scores)
+    if self.validation.best['step'] == step:
       self._publish('best', step)
-    say(found.text)
+    say(text)
 
   def _publish(self, which: str, step: int) -> None:
-    self.publisher.publish(
-      which, step, ema.published(self.stepper.state), self.validation.best
+    publish(
+      self.workdir / which,
+      step,
+      ema.published(self.stepper.state),
+      config=self.config,
+      dataset=self.stepper.dataset,
+      parameters=self.stepper.assembly.counts,
+      origin=self.stepper.origin,
+      validation=self.validation.best,
     )
 
 

@@ -47,14 +47,15 @@ class Memory:
     device: its kind, e.g. 'NVIDIA H200'.
     base: the frozen leaves, or the part of them that the device holds.
     adapter: the leaves that learn.
-    optimizer: their state, the step count, the deltas of attack.carry, the ema.
+    optimizer: the optimizer's state, the step count, the deltas of
+      attack.carry, the moving average.
     batch: uint8 images and labels.
     activations: whatever the step keeps until it is done with it; None where
       the backend does not tell.
     program: code, padding of the arguments, and outputs that do not take the
-      place of a donated argument; None likewise.
+      place of a donated argument; None where the backend does not tell.
     limit: what the device has; None where that is not known.
-    split: `mesh.fsdp` -> `base` with it, for the larger ones that can be.
+    split: what `base` would be with a larger `mesh.fsdp`, by that number.
   """
 
   device: str
@@ -94,15 +95,6 @@ class Memory:
     ]
     return '\n'.join(tables.aligned(shown, right=[1]))
 
-  def advice(self, config) -> list[str]:
-    """Returns what to change for less, what costs least first.
-
-    Each is a field and its value, with the total it would give where that can
-    be computed: of those that fit the smallest change, or the largest there
-    is. Halving what is computed at once about halves the activations.
-    """
-    return _advice(config, self)
-
 
 def measure(
   compiled: jax.stages.Compiled,
@@ -114,11 +106,11 @@ def measure(
   """Counts what a compiled train step needs of each device.
 
   Args:
-    compiled: train_step.compile_train_step(...).lower(...).compile().
+    compiled: of train_step.compile_train_step(...).
     state: before the step, on the mesh.
     frozen: the frozen leaves, on the mesh.
     batch: global arrays.
-    config: of the run; mesh.shard_from is read.
+    config: its `mesh.shard_from` is read.
   """
   device = _device(state)
   base, adapter = per_device(frozen), per_device(state.trainable)
@@ -150,8 +142,10 @@ def check(
   On CPU, where memory can be swapped out, it warns and goes on. Process 0
   alone prints.
 
+  Args: those of `measure`.
+
   Raises:
-    UserError: on another device, with what to change.
+    UserError: the step does not fit another device, with what to change.
   """
   memory = measure(compiled, state, frozen, batch, config)
   first = jax.process_index() == 0
@@ -167,9 +161,9 @@ def check(
 
 
 def explain(error: Exception, config) -> UserError | None:
-  """Makes one line of XLA's running out of memory; None of other errors.
+  """Makes one line of XLA's running out of memory; None of another error.
 
-  TPUs find it out while compiling, GPUs also while running.
+  A TPU finds it out while compiling, a GPU also while running.
   """
   text = ' '.join(str(error).split())
   if not re.search(r'RESOURCE_EXHAUSTED.*out of memory', text, re.IGNORECASE):
@@ -180,7 +174,7 @@ def explain(error: Exception, config) -> UserError | None:
   found = f' ({sizes.group(0)})' if sizes else ''
   return UserError(
     f'the train step does not fit the memory of a device{found}'
-    + _one_of(_advice(config, None))
+    + _one_of(advice(config))
   )
 
 
@@ -286,18 +280,28 @@ def _too_much(memory: Memory, config) -> str:
   return (
     f'the train step needs {readable(memory.total)} on each device, and a '
     f'{memory.device} has {readable(memory.limit)} ({parts})'
-    + _one_of(memory.advice(config))
+    + _one_of(advice(config, memory))
   )
 
 
-def _one_of(advice: list[str]) -> str:
-  if not advice:
+def _one_of(changes: list[str]) -> str:
+  if not changes:
     return '; use more or larger devices, or a smaller model'
-  return f'; set {", or ".join(advice)}'
+  return f'; set {", or ".join(changes)}'
 
 
-def _advice(config, memory: Memory | None) -> list[str]:
-  """Returns what `Memory.advice` does; without a memory, without numbers."""
+def advice(config, memory: Memory | None = None) -> list[str]:
+  """Returns what to change for less memory, what costs least first.
+
+  Each is a field and its value: of those that fit the smallest change, or the
+  largest there is. Halving what is computed at once about halves the
+  activations.
+
+  Args:
+    config: config.py.
+    memory: what the step needs; with it each change has the total it would
+      give, where that can be computed.
+  """
   devices = jax.device_count()
   train, remat = config.train, config.model.remat
   # A base that is trained first has a recipe of its own.
@@ -306,42 +310,43 @@ def _advice(config, memory: Memory | None) -> list[str]:
     where = 'train (base.train of a base that is trained first)'
   rows = train.batch_size // (train.accumulate * devices)
   splits = {
-    m: _scaled(memory, 'activations', 1 / m)
+    m: _with_activations(memory, 1 / m)
     for m in range(2, rows + 1)
     if rows % m == 0
   }
-  advice = []
+  changes = []
   if splits:
     times, total = _least(splits, memory)
-    advice.append(f'{where}.accumulate={train.accumulate * times}{total}')
+    changes.append(f'{where}.accumulate={train.accumulate * times}{total}')
   # Without remat a step keeps what it fetches, and a split base saves nothing.
   also = ' with model.remat=dots' if remat == 'none' else ''
   if also:
-    advice.append('model.remat=dots')
+    changes.append('model.remat=dots')
   if memory and memory.split:
     rest = memory.total - memory.base
     fsdp, total = _least(
       {k: rest + base for k, base in memory.split.items()}, memory
     )
-    advice.append(f'mesh.fsdp={fsdp}{also}{total}')
+    changes.append(f'mesh.fsdp={fsdp}{also}{total}')
   if not memory and config.mesh.fsdp < devices:
-    advice.append(f'mesh.fsdp={devices}{also}')
+    changes.append(f'mesh.fsdp={devices}{also}')
   if remat != 'blocks':
-    advice.append('model.remat=blocks (least memory, a third more compute)')
+    changes.append('model.remat=blocks (least memory, a third more compute)')
   smaller = {m: size for m, size in splits.items() if train.batch_size % m == 0}
   if smaller:
     times, total = _least(smaller, memory)
-    advice.append(
+    changes.append(
       f'{where}.batch_size={train.batch_size // times}{total}, which trains '
       'differently'
     )
-  return advice
+  return changes
 
 
-def _scaled(memory: Memory | None, part: str, factor: float) -> int:
+def _with_activations(memory: Memory | None, factor: float) -> int:
+  """Returns the total with the activations times `factor`."""
   if memory is None:
     return 0
-  size = getattr(memory, part) or 0
+  size = memory.activations or 0
   return memory.total - size + round(size * factor)
 
 

@@ -7,15 +7,12 @@ One line of metrics.jsonl is one measurement:
 A value that is not finite is written as null, since JSON has no NaN.
 """
 
-import contextlib
 import importlib.util
 import json
 import math
 import os
-import queue
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +23,6 @@ from fulllora_jax.core.console import say, warn
 from fulllora_jax.core.errors import UserError
 
 _CLOSE_SECONDS = 10.0  # TensorFlow alone takes two or three to import
-_QUEUE_LINES = 100_000  # bounds the memory spent on a writer that hangs
 _REWRITE_SECONDS = 30.0  # an object in a bucket is written whole each time
 
 
@@ -64,7 +60,7 @@ class MetricWriter:
     self._last_step = {row.get('kind'): row['step'] for row in rows}
     self._events = None
     if tensorboard and _tensorboard_is_installed():
-      self._events = _EventProcess(directory / 'tensorboard', rows)
+      self._events = _EventProcess(directory)
 
   def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
     """Writes one line, unless the file already has this step of this kind.
@@ -80,8 +76,6 @@ class MetricWriter:
     values = {name: finite(value) for name, value in scalars.items()}
     line = json.dumps({'step': int(step), 'kind': kind, **values}) + '\n'
     self._file.write(line)
-    if self._events:
-      self._events.send(line)
 
   def flush(self) -> None:
     """Returns once the lines so far are where a restart will find them."""
@@ -220,15 +214,15 @@ def _tensorboard_is_installed() -> bool:
 
 
 class _EventProcess:
-  """The process `python -m fulllora_jax.training.tensorboard`, fed by a thread.
+  """The process `python -m fulllora_jax.training.tensorboard`.
 
-  The thread is there so that a full pipe never holds up training. When this
-  process dies, however it does, the pipe closes and the other one ends.
+  It reads metrics.jsonl, and ends when its pipe closes: at `close`, or when
+  this process dies, however it does.
   """
 
-  def __init__(self, logdir: Path, rows: list[dict[str, Any]]):
-    # Rebuilt from metrics.jsonl, or steps repeated after a resume would be
-    # there twice.
+  def __init__(self, workdir: Path):
+    logdir = workdir / 'tensorboard'
+    # Steps repeated after a resume would be there twice.
     with files.os_errors(logdir):
       for old in list(logdir.glob('events.out.tfevents.*')):
         old.unlink()
@@ -238,58 +232,24 @@ class _EventProcess:
       'TF_CPP_MIN_LOG_LEVEL': '3',
     }
     self._process = subprocess.Popen(
-      [sys.executable, '-m', 'fulllora_jax.training.tensorboard', str(logdir)],
+      [sys.executable, '-m', 'fulllora_jax.training.tensorboard', str(workdir)],
       stdin=subprocess.PIPE,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
       env=os.environ | quiet,
-      cwd=Path(__file__).parents[1],  # the code that this process runs
+      cwd=Path(__file__).parents[2],  # the code that this process runs
       start_new_session=True,  # Ctrl-C is for the run; this ends with it
     )
-    self._warned = False
-    self._lines = queue.Queue(_QUEUE_LINES)
-    self._thread = threading.Thread(target=self._feed, daemon=True)
-    self._thread.start()
-    for row in rows:
-      self.send(json.dumps(row) + '\n')
-
-  def send(self, line: str) -> None:
-    """Passes one line of JSON on; drops it when the process is dead."""
-    # A hung process loses its newest lines, which metrics.jsonl still has.
-    if self._thread.is_alive() and not self._lines.full():
-      self._lines.put_nowait(line)
 
   def close(self) -> None:
-    """Ends the process once it has written all it was sent, or by force."""
-    deadline = time.monotonic() + _CLOSE_SECONDS
-    if self._thread.is_alive():
-      with contextlib.suppress(queue.Full):
-        self._lines.put(None, timeout=_CLOSE_SECONDS)
-    self._thread.join(max(deadline - time.monotonic(), 0.0))
+    """Ends the process once it has written all lines, or by force."""
+    self._process.stdin.close()
     try:
-      status = self._process.wait(max(deadline - time.monotonic(), 0.1))
+      status = self._process.wait(_CLOSE_SECONDS)
     except subprocess.TimeoutExpired:
       self._process.kill()
       status = self._process.wait()
     if status != 0:
-      self._warn_once()
-    self._thread.join(1.0)  # a write to the killed process fails at once
-    with contextlib.suppress(OSError):
-      self._process.stdin.close()
-
-  def _feed(self) -> None:
-    """Moves lines from the queue to the process until None or its death."""
-    try:
-      while (line := self._lines.get()) is not None:
-        self._process.stdin.write(line.encode())
-        self._process.stdin.flush()
-      self._process.stdin.close()
-    except OSError:  # BrokenPipeError
-      self._warn_once()
-
-  def _warn_once(self) -> None:
-    if not self._warned:
-      self._warned = True
       warn(
         'TensorBoard files lack steps, their writer failed; see metrics.jsonl'
       )

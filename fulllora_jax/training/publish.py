@@ -1,6 +1,5 @@
 """Publishing an adapter: its leaves, and what there is to know of them."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,69 +26,33 @@ class Origin(NamedTuple):
   fingerprint: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Publisher:
-  """Writes the artefacts of one run.
-
-  Attributes:
-    config: the run's.
-    workdir: the artefacts are its subdirectories.
-    dataset: what the run trains on.
-    parameters: their counts (core/trees.py).
-    origin: where the variables come from.
-  """
-
-  config: config_lib.ConfigDict
-  workdir: Path
-  dataset: data.Dataset
-  parameters: dict[str, Any]
-  origin: Origin
-
-  def publish(
-    self, which: str, step: int, leaves: Tree, validation: dict[str, Any]
-  ) -> None:
-    """Writes leaves and their metadata to `best` or `last`.
-
-    Args:
-      which: the name of the subdirectory.
-      step: how many steps the leaves have learnt.
-      leaves: without the frozen ones.
-      validation: the score that chose `best`, its attack and step.
-    """
-    directory, base = self.workdir / which, self.origin.base
-    metadata = artefact_metadata(
-      self.config,
-      self.dataset,
-      self.parameters,
-      self.origin.fingerprint,
-      files.relative(base, directory) if base else None,
-      validation,
-    )
-    metadata['base_source'] = self.origin.source
-    artefact.save_artefact(directory, step, leaves, metadata)
-
-
-def artefact_metadata(
+def publish(
+  directory: Path,
+  step: int,
+  leaves: Tree,
+  *,
   config,
   dataset: data.Dataset,
   parameters: dict[str, Any],
-  fingerprint: str,
-  base: str | None,
+  origin: Origin,
   validation: dict[str, Any],
-) -> dict[str, Any]:
-  """Returns the metadata that an adapter is published with.
+) -> None:
+  """Writes an artefact: leaves and their metadata.
 
   Args:
-    config: what it was trained with.
-    dataset: what it was trained on.
+    directory: a `best` or a `last`.
+    step: how many steps the leaves have learnt.
+    leaves: without the frozen ones.
+    config: what they were trained with.
+    dataset: what they were trained on.
     parameters: their counts (core/trees.py).
-    fingerprint: of the base (`artefact.base_fingerprint`).
-    base: the base's artefact, relative to this one; None: from scratch.
+    origin: what they began from.
     validation: the score that chose `best`, its attack and step.
   """
   threat = settings.threat(config)
   mean, std = models.normalisation(config.model)
-  return {
+  base = origin.base
+  metadata = {
     'config_name': config.name,
     'method': config.method,
     'dataset': dataset.name,
@@ -103,10 +66,14 @@ def artefact_metadata(
     },
     'normalisation': {'mean': list(mean), 'std': list(std)},
     'parameters': parameters,
-    'base_fingerprint': fingerprint,
-    'base': base,
+    'base_fingerprint': origin.fingerprint,
+    'base': files.relative(base, directory) if base else None,
     'validation': validation,
     'versions': provenance.versions(),
     'device': provenance.device(),
     'config': config_lib.as_plain(config),
-  } | ({'ema_decay': config.ema.decay} if config.ema.decay else {})
+  }
+  if config.ema.decay:
+    metadata['ema_decay'] = config.ema.decay
+  metadata['base_source'] = origin.source
+  artefact.save_artefact(directory, step, leaves, metadata)

@@ -1,6 +1,6 @@
 """Scoring the weights on held-out images while they train."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from fulllora_jax import data
 from fulllora_jax.core.trees import Tree
@@ -8,20 +8,6 @@ from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.training import overfitting
 from fulllora_jax.training.assemble import Assembly
-
-
-class Validated(NamedTuple):
-  """The outcome of one validation.
-
-  Attributes:
-    scores: what to write to metrics.jsonl.
-    is_best: whether no earlier validation scored as high.
-    text: what to say.
-  """
-
-  scores: dict[str, float]
-  is_best: bool
-  text: str
 
 
 class Validation:
@@ -46,8 +32,14 @@ class Validation:
     if trained_with is not None and self._attack.name != 'clean':
       self.alarm = overfitting.Alarm(trained_with.label)
 
-  def __call__(self, step: int, variables: Tree) -> Validated:
-    """Scores variables that are on the mesh."""
+  def __call__(
+    self, step: int, variables: Tree
+  ) -> tuple[dict[str, float], str]:
+    """Scores variables that are on the mesh; `best` has this step if they are.
+
+    Returns:
+      The scores, for metrics.jsonl, and what to say of them.
+    """
     outcome = self.evaluator.evaluate(
       variables, self._split, self._attack, self._count
     )
@@ -59,11 +51,10 @@ class Validation:
       text += f', {label} {score:.1%}'
     if self.alarm is not None:
       scores |= self.alarm.validated(step, label, score, self.best['score'])
-    is_best = score > self.best['score']
-    if is_best:
+    if score > self.best['score']:
       self.best = {'score': score, 'step': step, 'attack': label}
       text += ' (best)'
-    return Validated(scores, is_best, text)
+    return scores, text
 
   def notes(self) -> dict[str, Any]:
     """Returns what a checkpoint must keep, as JSON values."""

@@ -50,13 +50,13 @@ def claim(workdir: str | os.PathLike, config) -> Path:
   """Makes the directory, or takes it up again for the same config.
 
   Returns:
-    Its absolute path.
+    The absolute path of the directory.
 
   Raises:
     UserError: it cannot be written, or holds a run with another config (the
       message names what differs).
   """
-  path = _path(workdir)
+  path = absolute_path(workdir)
   processes.from_primary(_claim, path, config)
   _check_shared(path)
   return path
@@ -103,7 +103,7 @@ def exclusive(workdir: str | os.PathLike) -> Iterator[None]:
   Raises:
     UserError: it cannot be written, or another process trains in it.
   """
-  path = _path(workdir)
+  path = absolute_path(workdir)
   with contextlib.ExitStack() as held:
 
     def acquire() -> None:
@@ -113,10 +113,6 @@ def exclusive(workdir: str | os.PathLike) -> Iterator[None]:
 
     processes.from_primary(acquire)  # it holds the lock for all of them
     yield
-
-
-def _path(workdir: str | os.PathLike) -> Path:
-  return absolute_path(workdir)
 
 
 @contextlib.contextmanager
@@ -136,7 +132,7 @@ def read_config(workdir: str | os.PathLike):
   Raises:
     UserError: there is no run, or its config cannot be read.
   """
-  path = absolute_path(workdir) / 'config.json'
+  path = absoluteabsolute_path(workdir) / 'config.json'
   try:
     values = json.loads(bounded(lambda: read_file(path), path))
   except FileNotFoundError:
@@ -150,11 +146,11 @@ def read_config(workdir: str | os.PathLike):
 
 
 def config_without_run(data_name: str | None, image_size: int | None):
-  """Returns the config that evaluates a model that is no run of ours.
+  """Returns the config to evaluate a model with that is no run of ours.
 
   Args:
-    data_name: as config.data.name.
-    image_size: in pixels.
+    data_name: the images, as `config.data.name` writes it.
+    image_size: their side in pixels.
 
   Raises:
     UserError: one of them is missing.

@@ -164,7 +164,7 @@ def test_advice_with_its_numbers(config):
   c = config.copy_and_resolve_references()
   c.train.batch_size = 64
   found = sized(split={2: 4 * MIB, 8: MIB})
-  assert found.advice(c) == [
+  assert memory.advice(c, found) == [
     'train.accumulate=2 (about 42.0 MiB)',
     'model.remat=dots',
     'mesh.fsdp=8 with model.remat=dots (about 67.0 MiB)',
@@ -172,25 +172,25 @@ def test_advice_with_its_numbers(config):
     'train.batch_size=32 (about 42.0 MiB), which trains differently',
   ]
   c.model.remat = 'dots'
-  assert found.advice(c)[1] == 'mesh.fsdp=8 (about 67.0 MiB)'
-  tight = sized(limit=20 * MIB).advice(c)
+  assert memory.advice(c, found)[1] == 'mesh.fsdp=8 (about 67.0 MiB)'
+  tight = memory.advice(c, sized(limit=20 * MIB))
   assert tight[0] == 'train.accumulate=8 (about 18.0 MiB)'
 
 
 def test_only_what_applies_is_advised(config):
   c = config.copy_and_resolve_references()
   c.train.batch_size, c.model.remat = 8, 'dots'  # one row for each device
-  assert sized().advice(c) == [
+  assert memory.advice(c, sized()) == [
     'model.remat=blocks (least memory, a third more compute)'
   ]
   c.model.remat = 'blocks'
-  assert sized().advice(c) == []
+  assert memory.advice(c, sized()) == []
 
 
 def test_a_base_that_is_trained_first_has_its_own_fields(config):
   c = config.copy_and_resolve_references()
   c.method, c.base.source = 'standard', 'scratch'
-  (first, *_) = sized().advice(c)
+  (first, *_) = memory.advice(c, sized())
   assert first.startswith('train (base.train of a base that is trained first)')
 
 

@@ -131,10 +131,11 @@ class StandIn:
 
 _COPY = """
 import pathlib, sys
-logdir = pathlib.Path(sys.argv[1])
-logdir.mkdir(exist_ok=True)
-with (logdir / 'lines').open('a') as file:
-  for line in sys.stdin:
+from fulllora_jax.training.tensorboard import whole_lines
+workdir = pathlib.Path(sys.argv[1])
+(workdir / 'tensorboard').mkdir(exist_ok=True)
+with (workdir / 'tensorboard' / 'lines').open('ab') as file:
+  for line in whole_lines(workdir / 'metrics.jsonl', sys.stdin):
     file.write(line)
 """
 
@@ -180,10 +181,9 @@ def test_event_process_that_fails_at_once(tmp_path, monkeypatch, capsys):
 def test_hung_event_process_does_not_hold_up(tmp_path, monkeypatch, capsys):
   stand_in = StandIn(monkeypatch, 'import time; time.sleep(600)')
   monkeypatch.setattr(metrics, '_CLOSE_SECONDS', 0.2)
-  monkeypatch.setattr(metrics, '_QUEUE_LINES', 10)
   start = time.monotonic()
   with MetricWriter(tmp_path, tensorboard=True, start_step=0) as writer:
-    for step in range(1, 2000):  # more than a pipe holds
+    for step in range(1, 2000):
       writer.write(step, 'train', {f'metric_{i}': 1.0 for i in range(8)})
   assert time.monotonic() - start < 5
   assert stand_in.processes[0].poll() is not None

@@ -102,20 +102,20 @@ def recorded(evaluations: Sequence[dict]) -> Finding:
 
 def examine_and_say(
   config,
-  directory: str | None,
-  weights: str,
-  spec: str | None,
-  split: str,
-  num_examples: int,
-  seed: int,
+  workdir: str | None,
+  weights: str = 'best',
+  logits: str | None = None,
+  split: str = 'test',
+  num_examples: int = 128,
+  seed: int = 0,
 ) -> bool:
   """Prints every finding; returns whether nothing is wrong.
 
   Args:
     config: its `data` and `threat` are read.
-    directory: the work directory of a run; None without one.
+    workdir: of a run; None without one.
     weights: of the run: base, best or last.
-    spec: module:function, in place of the run.
+    logits: module:function, in place of the run.
     split: whose images are looked at.
     num_examples: how many; 0 for all.
     seed: of the attacks and of the choice of images.
@@ -126,12 +126,11 @@ def examine_and_say(
   choose('--split', split, finished_run.SPLITS)
   choose('--weights', weights, WEIGHTS)
   threat = settings.threat(config)
-  workdir = None
-  if spec:
-    logits_fn, exact_fn = evaluations.load_function(spec), None
+  path = None if logits else files.absolute_path(workdir)
+  if logits:
+    logits_fn, exact_fn = evaluations.load_function(logits), None
   else:
-    workdir = files.absolute_path(directory)
-    logits_fn, exact_fn = finished_run.logits_functions(workdir, weights)
+    logits_fn, exact_fn = finished_run.logits_functions(path, weights)
   dataset = data.open_dataset(config.data, config.seed)
   examples = getattr(dataset, split)
   chosen = data.choose_examples(len(examples), num_examples, seed)
@@ -144,7 +143,7 @@ def examine_and_say(
     exact_fn,
   )
   count = wrong = 0
-  for finding in _findings(examined, workdir):
+  for finding in _findings(examined, path):
     print(finding.text(), flush=True)
     count += 1
     wrong += finding.level == 'wrong'

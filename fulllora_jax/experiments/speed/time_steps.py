@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
 
 from fulllora_jax import data
 from fulllora_jax.core import files
@@ -11,30 +10,13 @@ from fulllora_jax.experiments.speed.torch import peer
 from fulllora_jax.training import workdir as workdir_lib
 
 
-def time_steps(
-  config,
-  workdir: str,
-  *,
-  methods: Sequence[str],
-  rounds: int,
-  warmup: int,
-  num_classes: int | None,
-  torch_modes: Sequence[str],
-  attacks: Sequence[str],
-  images: int,
-) -> None:
+def time_steps(config, workdir: str, given) -> None:
   """Times what is asked for; prints the tables, and writes them.
 
   Args:
     config: config.py.
     workdir: benchmark.json and benchmark.md go there.
-    methods: other methods to time beside the config's.
-    rounds: timed steps of each.
-    warmup: steps before them.
-    num_classes: of random images; None: the data of the config.
-    torch_modes: how PyTorch does the same work: 'eager', 'compile'.
-    attacks: evaluations to time, such as 'pgd-20'.
-    images: that the evaluations are timed on.
+    given: the other flags of the command, fulllora_jax/benchmark.py.
 
   Raises:
     UserError: bad input; a directory that cannot be written.
@@ -42,20 +24,20 @@ def time_steps(
   path = files.absolute_path(workdir)
   with workdir_lib.writing(path):
     files.make_writable(path)
-  if num_classes is None:
+  if given.data == 'config':
     dataset = data.open_dataset(config.data, config.seed)
   else:
-    dataset = cases.random_dataset(config, num_classes, channels=3)
+    dataset = cases.random_dataset(config, given.num_classes, channels=3)
   with contextlib.ExitStack() as stack:
     running = {}
-    if torch_modes:
-      running = peer.start(stack, config, dataset, torch_modes)
-    compiled = steps.compile_cases(config, dataset, methods)
-    record = steps.measure(compiled, rounds, warmup, running)
+    if given.compare:
+      running = peer.start(stack, config, dataset, given.torch_modes)
+    compiled = steps.compile_cases(config, dataset, given.methods)
+    record = steps.measure(compiled, given.rounds, given.warmup, running)
     text = steps.markdown(record)
-    if attacks:
+    if given.attacks:
       record['evaluations'] = evaluations.measure(
-        compiled[config.method], attacks, images, running
+        compiled[config.method], given.attacks, given.images, running
       )
       text += '\n' + evaluations.markdown(record['evaluations'])
   numbers = json.dumps(record, indent=2)
