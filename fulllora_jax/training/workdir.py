@@ -132,7 +132,7 @@ def read_config(workdir: str | os.PathLike):
   Raises:
     UserError: there is no run, or its config cannot be read.
   """
-  path = absoluteabsolute_path(workdir) / 'config.json'
+  path = absolute_path(workdir) / 'config.json'
   try:
     values = json.loads(bounded(lambda: read_file(path), path))
   except FileNotFoundError:
