@@ -15,8 +15,6 @@ from fulllora_jax.evaluation import checks
 from fulllora_jax.evaluation.evaluations import (
   Evaluations,
   LogitsFunction,
-  check_function,
-  load_function,
   next_name,
 )
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
@@ -69,7 +67,7 @@ def evaluate_again(
   plans = [plan.at(radius, scale_steps=scale_steps) for radius in eps] or [plan]
   path = absolute_path(workdir)
   if logits:
-    run = _function(logits, config, path, plans[0], split)
+    run = LogitsFunction(logits, config, path, plans[0], split)
   else:
     checks.refuse_rand(config)
     pretrained.find_artefact(path)
@@ -78,21 +76,6 @@ def evaluate_again(
   for name in weights:  # a run from scratch has no base
     choose('--weights', name, run.weights())
   return _finish(run, plans, weights or run.weights(), split)
-
-
-def _function(spec: str, config, path, plan: Plan, split: str) -> Evaluations:
-  function = load_function(spec)
-  dataset = data.open_dataset(config.data, config.seed)
-  check_function(function, plan, dataset, split)
-  return LogitsFunction(
-    config,
-    dataset,
-    spec,
-    function,
-    plan,
-    folder=path / 'evaluations',
-    name=next_name(path),
-  )
 
 
 def _finish(

@@ -281,36 +281,36 @@ def load_function(spec: str) -> Callable:
   return function
 
 
-def check_function(
-  function: Callable, plan: Plan, dataset: data.Dataset, split: str
-) -> None:
-  """Raises UserError unless the function fits the attacks and the labels.
-
-  It is called in the abstract, as each attack of the plan will call it.
-  """
-  x = np.empty((1, *dataset.image_shape), np.float32)  # its shape alone counts
-  labels = getattr(dataset, split).labels
-  for attack in plan.all_attacks():
-    stochastic = attack.version == 'rand'
-    inputs.num_classes(function, x, plan.batch_size, stochastic, labels)
-
-
 class LogitsFunction(Evaluations):
-  """A logits function of the user's; `spec` names it.
+  """A logits function of the user's.
 
-  Args: those of `Evaluations`, with `spec` and `function` in place of `apply`.
+  Args:
+    spec: 'module:function'.
+    config: its `data` says which images.
+    workdir: the result goes to its `evaluations/`.
+    plan: what to evaluate under.
+    split: the function must fit the labels of these images.
+
+  Raises:
+    UserError: there is no such function, or it fits neither attacks nor labels.
   """
 
-  def __init__(
-    self, config, dataset, spec: str, function: Callable, plan: Plan, **kwargs
-  ):
-    self.spec = spec
-
-    def apply(variables, *args):
-      del variables  # the function has its own
-      return function(*args)
-
-    super().__init__(config, dataset, apply, plan, **kwargs)
+  def __init__(self, spec: str, config, workdir: Path, plan: Plan, split: str):
+    function, self.spec = load_function(spec), spec
+    dataset = data.open_dataset(config.data, config.seed)
+    x = np.empty((1, *dataset.image_shape), np.float32)  # only its shape counts
+    labels = getattr(dataset, split).labels
+    for attack in plan.all_attacks():  # called in the abstract, as each will
+      stochastic = attack.version == 'rand'
+      inputs.num_classes(function, x, plan.batch_size, stochastic, labels)
+    super().__init__(
+      config,
+      dataset,
+      lambda variables, *args: function(*args),  # it has its own variables
+      plan,
+      folder=workdir / 'evaluations',
+      name=next_name(workdir),
+    )
 
   def weights(self) -> tuple[str, ...]:
     return ('model',)

@@ -40,9 +40,9 @@ class Evaluation(NamedTuple):
     labels: [n] int.
     clean: [n] bool, correct without an attack.
     robust: [n] bool, correct without and under the attack.
-    x: [n, H, W, C] float32, the images,
-    x_adv: what became of them, and
-    cascade: how; all three of an ensemble only.
+    x: [n, H, W, C] float32, the images; of an ensemble only.
+    x_adv: [n, H, W, C], what became of the images; of an ensemble only.
+    cascade: what each attack of an ensemble left; of an ensemble only.
   """
 
   indices: np.ndarray

@@ -27,11 +27,11 @@ class FinishedRun(Evaluations):
   """The artefacts of a work directory, evaluated under one threat model.
 
   Args:
-    config: of the run; its `model.dtype` says what to compute in.
-    workdir: of the run.
-    dataset: that `config.data` names.
+    config: the run's; its `model.dtype` says what to compute in.
+    workdir: where the run lives.
+    dataset: what `config.data` names.
     plan: what to evaluate under; None: what the config says.
-    name: of the result, which its adversarial images bear.
+    name: what the result and its adversarial images are called.
   """
 
   def __init__(
@@ -153,11 +153,12 @@ def logits_functions(
   """Returns images -> logits of a run, and the same in float32.
 
   Args:
-    workdir: of the run.
+    workdir: where the run lives.
     weights: base, best or last.
 
   Returns:
-    The function, and None where it computes in float32 itself.
+    The function as the run computes it, and in float32; None for the second
+    where the run computes in float32 itself.
 
   Raises:
     UserError: there is no such artefact, or it is damaged.

@@ -1,10 +1,9 @@
-"""Orbax checkpoints: of a training to resume, and of an adapter to publish.
+"""Orbax checkpoints, from which a training resumes.
 
-A training checkpoint holds the trainable leaves, the optimizer state and the
-step. An artefact (`best/`, `last/`) holds the trainable leaves and metadata,
-and never a frozen leaf. Orbax notices neither flipped bytes nor a torn newest
-step by itself, so every leaf has a checksum and restoring goes from the newest
-checkpoint to the oldest until one is whole.
+A checkpoint holds the trainable leaves, the optimizer state and the step. Orbax
+notices neither flipped bytes nor a torn newest step by itself, so every leaf
+has a checksum and restoring goes from the newest checkpoint to the oldest until
+one is whole.
 """
 
 from collections.abc import Mapping
@@ -33,7 +32,12 @@ from fulllora_jax.training.state import TrainState
 
 
 class TrainingCheckpoints:
-  """The newest few checkpoints of one training, saved in the background."""
+  """The newest few checkpoints of one training, saved in the background.
+
+  Args:
+    directory: theirs alone.
+    keep: how many of them stay.
+  """
 
   def __init__(self, directory: Path, keep: int):
     self._directory = directory

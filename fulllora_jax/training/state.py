@@ -35,7 +35,7 @@ def create(
     tx: the optimizer.
     carried: the shape [N, H, W, C] of the training images whose deltas are
       carried from epoch to epoch; None: they are not.
-    ema: of ema.begin; None: there is no average.
+    ema: the moving average, of `ema.begin`; None: there is none.
   """
   deltas = None if carried is None else jnp.zeros(carried, jnp.int8)
   step = jnp.zeros((), jnp.int32)
