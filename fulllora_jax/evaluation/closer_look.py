@@ -181,10 +181,9 @@ def _branches(run: FinishedRun, sweep, chosen, variables) -> dict[str, Any]:
   if sweep:
     images['adversarial'] = sweep.adversarial(variables, chosen, 1.0)
 
-  @functools.partial(jax.jit, out_shardings=mesh.replicated(run.evaluator.mesh))
+  @run.evaluator.jit
   def ratios(variables, x):
-    with jax.default_matmul_precision(run.evaluator.plan.precision):
-      return influence.branch_ratios(adapted, variables, x)
+    return influence.branch_ratios(adapted, variables, x)
 
   found = {
     name: jax.device_get(ratios(variables, x)) for name, x in images.items()

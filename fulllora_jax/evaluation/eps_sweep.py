@@ -46,7 +46,7 @@ class EpsSweep:
     self.evaluator, self.split, self.attack = evaluator, split, attack
     mesh = evaluator.mesh
     whole, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharded(mesh)
-    self._step = jax.jit(
+    self._step = evaluator.jit(
       self._attack,
       in_shardings=(None, rows, whole),
       out_shardings=(Outcome(whole, whole, whole), rows),
@@ -86,11 +86,10 @@ class EpsSweep:
     def logits_fn(images):
       return used.apply(variables, images)
 
-    with jax.default_matmul_precision(used.plan.precision):
-      x, labels = augment.to_unit(batch['image']), batch['label']
-      threat = used.threat.scaled(factor)
-      x_adv = attack(used.keys(batch['index']), logits_fn, x, labels, threat)
-      clean, attacked = logits_fn(x), logits_fn(x_adv)
+    x, labels = augment.to_unit(batch['image']), batch['label']
+    threat = used.threat.scaled(factor)
+    x_adv = attack(used.keys(batch['index']), logits_fn, x, labels, threat)
+    clean, attacked = logits_fn(x), logits_fn(x_adv)
     margin = -losses.margin(attacked, labels)
     classes = (jnp.argmax(z, axis=-1) for z in (clean, attacked))
     return Outcome(*classes, margin), x_adv

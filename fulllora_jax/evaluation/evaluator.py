@@ -210,39 +210,44 @@ class Evaluator:
   @functools.cached_property
   def _classify(self) -> Callable:
     """Compiles (variables, x) -> classes, on every process."""
+    return self.jit(lambda variables, x: self.apply(variables, x).argmax(-1))
 
-    def classify(variables, x):
+  def jit(self, function: Callable, **options) -> Callable:
+    """Returns `jax.jit` of a function, in the plan's precision of products.
+
+    Args:
+      function: of arrays.
+      **options: of `jax.jit`; what is returned is whole on every device, unless
+        they say otherwise.
+    """
+
+    @functools.wraps(function)
+    def precise(*args):
       with jax.default_matmul_precision(self.plan.precision):
-        return self._logits_fn(variables)(x).argmax(axis=-1)
+        return function(*args)
 
-    return jax.jit(classify, out_shardings=mesh_lib.replicated(self.mesh))
+    whole = {'out_shardings': mesh_lib.replicated(self.mesh)}
+    return jax.jit(precise, **(whole | options))
 
   def adversarial(
     self, variables: Any, images: np.ndarray, labels: np.ndarray, attack: Attack
   ) -> tuple[np.ndarray, np.ndarray]:
     """Attacks a few images; returns x_adv [n, H, W, C] and predictions [n]."""
 
-    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
+    @self.jit
     def craft(variables, x, labels):
-      with jax.default_matmul_precision(self.plan.precision):
-        logits_fn = self._logits_fn(variables)
-        keys = self.keys(jnp.arange(x.shape[0]))
-        x_adv = attack(keys, logits_fn, x, labels, self.threat)
-        return x_adv, logits_fn(x_adv).argmax(axis=-1)
+      logits_fn = self._logits_fn(variables)
+      keys = self.keys(jnp.arange(x.shape[0]))
+      x_adv = attack(keys, logits_fn, x, labels, self.threat)
+      return x_adv, logits_fn(x_adv).argmax(axis=-1)
 
     return jax.device_get(craft(variables, images, labels))
 
   def _step(self, attack: Attack) -> Callable:
     if attack not in self._compiled:
-      whole = mesh_lib.replicated(self.mesh)
-      rows = mesh_lib.batch_sharded(self.mesh)
-
-      def step(variables, batch):
-        with jax.default_matmul_precision(self.plan.precision):
-          return self._correct(variables, batch, attack)
-
-      self._compiled[attack] = jax.jit(
-        step, in_shardings=(None, rows), out_shardings=whole
+      self._compiled[attack] = self.jit(
+        lambda *args: self._correct(*args, attack),
+        in_shardings=(None, mesh_lib.batch_sharded(self.mesh)),
       )
     return self._compiled[attack]
 

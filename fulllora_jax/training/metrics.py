@@ -56,7 +56,7 @@ class MetricWriter:
       lines, rows = _drop_after(path, start_step)
     except OSError as error:
       raise UserError(f'cannot write {path}: {error.strerror}') from error
-    self._file = _Object(path, lines) if files.is_remote(path) else _File(path)
+    self._file = _Lines(path, lines)
     self._last_step = {row.get('kind'): row['step'] for row in rows}
     self._events = None
     if tensorboard and _tensorboard_is_installed():
@@ -83,7 +83,7 @@ class MetricWriter:
 
   def close(self) -> None:
     """Closes the file, and waits up to 10 s for the event files."""
-    self._file.close()
+    self._file.flush()
     if self._events:
       self._events.close()
       self._events = None
@@ -162,46 +162,33 @@ def _drop_after(path: Path, step: int) -> tuple[bytes, list[dict[str, Any]]]:
   return content, [row for _, row in kept]
 
 
-class _File:
-  """Lines in a file, each there as soon as it is written."""
+class _Lines:
+  """A file of lines, each there as soon as it is written.
 
-  def __init__(self, path: Path):
-    self._path = path
-    with files.writing(path):
-      self._file = path.open('a', encoding='utf-8')
-
-  def write(self, line: str) -> None:
-    with files.writing(self._path):
-      self._file.write(line)
-      self._file.flush()
-
-  def flush(self) -> None:
-    pass  # every line is
-
-  def close(self) -> None:
-    with files.writing(self._path):
-      self._file.close()
-
-
-class _Object:
-  """Lines in a bucket, where nothing can be appended to."""
+  Nothing can be appended to an object in a bucket: it is written whole, now and
+  then.
+  """
 
   def __init__(self, path: Path, lines: bytes):
     self._path, self._lines = path, bytearray(lines)
-    self._written = len(lines)
-    self._last = time.monotonic()
-    self.close = self.flush
+    self._written, self._last = len(lines), time.monotonic()
+    self._in_bucket = files.is_remote(path)
+    self.flush()
 
   def write(self, line: str) -> None:
     self._lines += line.encode()
-    if time.monotonic() - self._last >= _REWRITE_SECONDS:
+    waited = time.monotonic() - self._last
+    if not self._in_bucket or waited >= _REWRITE_SECONDS:
       self.flush()
 
   def flush(self) -> None:
-    if len(self._lines) > self._written:
+    if not self._in_bucket:
+      with files.writing(self._path), self._path.open('ab') as file:
+        file.write(self._lines[self._written :])
+    elif len(self._lines) > self._written:
       files.replace_file(self._path, bytes(self._lines))
-      self._written = len(self._lines)
       self._last = time.monotonic()
+    self._written = len(self._lines)
 
 
 def _tensorboard_is_installed() -> bool:

@@ -81,9 +81,9 @@ class Examined:
     )
     self.raw_fn = logits_fn
     # One draw of the noise, the same in every check.
-    self.logits_fn = (
-      Partial(_with_key, logits_fn, key) if self.stochastic else logits_fn
-    )
+    self.logits_fn = logits_fn
+    if self.stochastic:
+      self.logits_fn = Partial(_with_key, logits_fn, key)
 
   @functools.cached_property
   def logits(self) -> np.ndarray:
@@ -126,44 +126,22 @@ class Examined:
     """Returns which images PGD on the margin leaves right, bool [n]."""
     threat = threat or self.threat
     size = threat.eps if steps == 1 else threat.eps / 4
+    options = {'steps': steps, 'step_size': size, 'random_start': random_start}
 
-    def attack(logits_fn, x, labels):
-      x_adv = pgd(
-        self.key,
-        logits_fn,
-        x,
-        labels,
-        threat,
-        steps=steps,
-        step_size=size,
-        loss='margin',
-        random_start=random_start,
-      )
+    def attack(logits_fn, x, y):
+      x_adv = pgd(self.key, logits_fn, x, y, threat, loss='margin', **options)
       return logits_fn(x_adv)
 
-    logits = self.run(
-      attack,
-      logits_fn or self.logits_fn,
-      self.x,
-      self.labels,
-      precision=precision,
-    )
+    arguments = (logits_fn or self.logits_fn, self.x, self.labels)
+    logits = self.run(attack, *arguments, precision=precision)
     return self.clean & self.right(logits)
 
   def after(self, *attacks: str) -> np.ndarray:
     """Returns which images AutoAttack's attacks leave right, bool [n]."""
     devices = len(jax.devices())
     size = -(-min(len(self.x), 64) // devices) * devices
-    result = autoattack(
-      self.key,
-      self.logits_fn,
-      self.x,
-      self.labels,
-      self.threat,
-      attacks,
-      size,
-    )
-    return result.robust
+    images = (self.logits_fn, self.x, self.labels)
+    return autoattack(self.key, *images, self.threat, attacks, size).robust
 
   def beyond_chance(self, count: int) -> bool:
     """Whether so many images are more than chance would make."""

@@ -13,15 +13,10 @@ from fulllora_jax.evaluation.diagnosis.examined import (
 
 def randomness(model: Examined) -> Finding | None:
   """Five runs on the same images must agree (check_randomized)."""
-  keys = jax.random.split(model.key, 5)
+  noise = ([key] * model.stochastic for key in jax.random.split(model.key, 5))
   runs = [
-    model.run(
-      lambda f, *args: f(*args),
-      model.raw_fn,
-      model.x,
-      *[key] * model.stochastic,
-    )
-    for key in keys
+    model.run(lambda f, *args: f(*args), model.raw_fn, model.x, *key)
+    for key in noise
   ]
   unit = [r / (np.linalg.norm(r, axis=1, keepdims=True) + 1e-10) for r in runs]
   apart = max(np.abs(r - unit[0]).max() for r in unit[1:])
@@ -55,12 +50,9 @@ def batch(model: Examined) -> Finding | None:
 
 def probabilities(model: Examined) -> Finding | None:
   """The outputs must be logits, not odds after a softmax."""
-  logits = model.logits
-  if (
-    logits.min() < -1e-5
-    or logits.max() > 1 + 1e-5
-    or np.abs(logits.sum(axis=1) - 1).max() > 1e-5
-  ):
+  low, high = model.logits.min(), model.logits.max()
+  away = np.abs(model.logits.sum(axis=1) - 1).max()
+  if low < -1e-5 or high > 1 + 1e-5 or away > 1e-5:
     return None
   return wrong(
     'every output is in [0, 1] and they sum to 1: probabilities',
@@ -132,20 +124,22 @@ def normalisation(model: Examined) -> Finding | None:
 
 def eps(model: Examined) -> Finding | None:
   """eps must be in units of [0, 1] pixels."""
-  eps, norm = model.threat.eps, model.threat.norm
-  if norm == 'linf' and eps < 0.5 / 255:
+  eps = model.threat.eps
+  if model.threat.norm != 'linf':
+    return None
+  if eps < 0.5 / 255:
     return wrong(
       f'eps is {eps:.3g}, less than half a grey level of 8 bits',
       'such a change disappears when the image is stored',
       f'give eps in [0, 1] pixels, once: {eps * 255:.3g} if that was meant',
     )
-  if norm == 'linf' and eps > 32 / 255:
+  if eps > 32 / 255:
     return note(
       f'eps is {255 * eps:.3g}/255, above 32/255',
       'people see such changes, and may classify otherwise themselves',
       'check the unit: eps is in [0, 1] pixels',
     )
-  if norm == 'linf' and 0.03 <= eps <= 0.032 and abs(eps - 8 / 255) > 1e-7:
+  if 0.03 <= eps <= 0.032 and abs(eps - 8 / 255) > 1e-7:
     return note(
       f'eps is {eps:g}, not 8/255 = {8 / 255:.6f}',
       'published numbers use either, and they differ',
