@@ -89,6 +89,16 @@ def shard_frozen(tree: Any, mesh: Mesh, shard_from: int) -> Any:
   )
 
 
+def frozen_shapes(tree: Any, mesh: Mesh, shard_from: int) -> Any:
+  """Returns the shapes and shardings that `shard_frozen` would give."""
+
+  def shape_of(leaf):
+    sharding = frozen_sharding(leaf.shape, mesh, shard_from)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(shape_of, tree)
+
+
 def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
   """Puts an array where it belongs, part by part.
 

@@ -196,8 +196,10 @@ def device_limit(device: jax.Device) -> int | None:
 
 def per_device(tree: Any) -> int:
   """Returns the bytes of a tree of arrays that one device holds."""
+  # A typed PRNG key has no itemsize of its own; none is in a state or batch.
   return sum(
-    _bytes(leaf, leaf.sharding.shard_shape(leaf.shape))
+    math.prod(leaf.sharding.shard_shape(leaf.shape))
+    * np.dtype(leaf.dtype).itemsize
     for leaf in jax.tree.leaves(tree)
   )
 
@@ -212,11 +214,6 @@ def readable(size: int) -> str:
     if size >= 1 << power:
       return f'{size / (1 << power):.1f} {unit}'
   return f'{size / 1024:.1f} KiB'
-
-
-def _bytes(leaf: Any, shape: tuple[int, ...]) -> int:
-  # A typed PRNG key has no itemsize of its own; none is in a state or batch.
-  return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
 def _device(state: TrainState) -> jax.Device:
@@ -247,15 +244,7 @@ def _split(frozen: Tree, mesh, shard_from: int) -> dict[int, int]:
     if mesh.size % fsdp:
       continue
     other = mesh_lib.make_mesh(devices, fsdp=fsdp)
-    size = sum(
-      _bytes(
-        leaf,
-        mesh_lib.frozen_sharding(leaf.shape, other, shard_from).shard_shape(
-          leaf.shape
-        ),
-      )
-      for leaf in jax.tree.leaves(frozen)
-    )
+    size = per_device(mesh_lib.frozen_shapes(frozen, other, shard_from))
     if size < least:
       sizes[fsdp] = least = size
   return sizes

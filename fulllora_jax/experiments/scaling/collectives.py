@@ -100,16 +100,7 @@ def trace_step(config, num_classes: int, images: int = 1) -> jax.stages.Traced:
   job = assemble(config, num_classes, (side, side, 3), mesh, steps=10)
   trainable, frozen = trees.split(job.shapes, job.mask)
   begun = jax.eval_shape(job.begin, trainable)
-  frozen = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape,
-      leaf.dtype,
-      sharding=mesh_lib.frozen_sharding(
-        leaf.shape, mesh, config.mesh.shard_from
-      ),
-    ),
-    frozen,
-  )
+  frozen = mesh_lib.frozen_shapes(frozen, mesh, config.mesh.shard_from)
   rows = images * mesh.size
   batch = {
     'image': jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
