@@ -154,7 +154,9 @@ def store_base(
   )
 
 
-def start(assembly: Assembly, base: Path | None) -> tuple[Tree, Origin]:
+def starting_point(
+  assembly: Assembly, base: Path | None
+) -> tuple[Tree, Origin]:
   """Makes the variables that a training starts from.
 
   Args:

@@ -10,8 +10,9 @@ import jax
 
 from fulllora_jax import data
 from fulllora_jax.distributed import mesh
-from fulllora_jax.training import algorithm, base, memory, train_step
+from fulllora_jax.training import algorithm, memory, train_step
 from fulllora_jax.training.assemble import assemble
+from fulllora_jax.training.base import starting_point
 
 # JAX returns from a step before it is computed. On CPU, jax 0.10 deadlocks
 # above 32 collectives that nobody waited for.
@@ -28,7 +29,7 @@ class Stepper:
 
   Attributes:
     assembly: the config put together.
-    origin: where the variables come from (base.Origin).
+    origin: where the variables come from (publish.Origin).
     total_steps: the length of training.
     state: the train state; every step replaces it.
     frozen: the leaves that never change, on the mesh.
@@ -38,7 +39,7 @@ class Stepper:
     input_seconds: what the steps so far waited for their batches.
   """
 
-  def __init__(self, config, dataset: data.Dataset, base_path: Path | None):
+  def __init__(self, config, dataset: data.Dataset, base: Path | None):
     self.config, self.dataset = config, dataset
     count = len(dataset.train)
     self.total_steps = algorithm.total_steps(config, count)
@@ -49,7 +50,7 @@ class Stepper:
       mesh.mesh_of(config),
       self.total_steps,
     )
-    variables, self.origin = base.start(self.assembly, base_path)
+    variables, self.origin = starting_point(self.assembly, base)
     self.state, self.frozen = self.assembly.place(variables, count)
     self.root_key = mesh.put_key(
       jax.random.key(config.seed), self.assembly.mesh
