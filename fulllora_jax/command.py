@@ -9,8 +9,13 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import Preempted, Unavailable, UserError
-from fulllora_jax.distributed import peers
+from fulllora_jax.core.errors import (
+  RESTART,
+  Preempted,
+  Unavailable,
+  UserError,
+  first_line,
+)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -80,15 +85,23 @@ def _config_fault(error: Exception) -> str:
 def _exit(message: str, status: int = 2) -> None:
   line = ' '.join(message.split())
   print(f'error: {line}', file=sys.stderr, flush=True)
-  peers.fail(status, line)
+  _leave(status)
+
+
+def _leave(status: int) -> None:
+  """Ends with a status, together with the other processes of a run, if any."""
+  if 'jax' in sys.modules:  # it takes a second, and else there are none
+    from fulllora_jax.distributed import processes
+
+    processes.leave(status)
   sys.exit(status)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a command: `app.run` with bad input shown as one line, exit 2.
 
-  Exit status 75 (peers.RESTART): nothing is wrong here, the same command goes
-  on; SIGTERM came, or another host of the run has died or did not come.
+  Exit status 75 (errors.RESTART): the same command goes on; SIGTERM came, or
+  another host of the run did not come.
   """
 
   def guarded(argv: Sequence[str]) -> None:
@@ -97,17 +110,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
       main(argv)
     except Unavailable as error:
-      _exit(str(error), peers.RESTART)
+      _exit(str(error), RESTART)
     except UserError as error:
       _exit(str(error))
     except Preempted as stopped:
       console.say(str(stopped))
-      peers.fail(peers.RESTART)
-      sys.exit(peers.RESTART)
+      _leave(RESTART)
     except KeyboardInterrupt:
       print('interrupted; the same command resumes', file=sys.stderr)
-      peers.fail(130, 'interrupted')
-      sys.exit(130)
+      _leave(130)
     except Exception as error:
       _crash(error)
       raise
@@ -117,32 +128,34 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def _crash(error: Exception) -> None:
   """Among several processes: ends this one, after saying why."""
-  peers.await_verdict()
-  if peers.joined is not None:
+  from fulllora_jax.distributed import processes
+
+  if processes.count() > 1:
+    console.warn(
+      f'{type(error).__name__}: {first_line(error)}; '
+      'waiting for what JAX says of the other processes'
+    )
+    processes.await_verdict()
     traceback.print_exception(error)
-    peers.fail(1, f'{type(error).__name__}: {error}')
+    processes.leave(1)
 
 
-def use_every_core() -> None:
-  """Makes a CPU count as one device for each core, 8 at most.
+def start_up(*, every_core: bool = True) -> None:
+  """Sets JAX up, before it is used for the first time.
 
-  Small models run faster so than with threads inside of each operation. To be
-  called before JAX starts; JAX_NUM_CPU_DEVICES decides where it is set.
+  Compiled programs are kept on disk, in the user's cache directory;
+  JAX_COMPILATION_CACHE_DIR names another place, or, set empty, keeps none.
+
+  Args:
+    every_core: a CPU counts as one device for each core, 8 at most: small
+      models run faster so than with threads inside of each operation.
+      JAX_NUM_CPU_DEVICES decides where it is set.
   """
   import jax
 
-  if 'JAX_NUM_CPU_DEVICES' not in os.environ:
+  if every_core and 'JAX_NUM_CPU_DEVICES' not in os.environ:
     cores = len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count()
     jax.config.update('jax_num_cpu_devices', min(cores or 1, 8))
-
-
-def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, in the user's cache directory.
-
-  JAX_COMPILATION_CACHE_DIR names another place; set empty, it turns it off.
-  """
-  import jax
-
   default = os.path.join(
     os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'),
     'fulllora_jax',

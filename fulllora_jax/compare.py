@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
   from fulllora_jax.experiments.compare import compare
 
   values = flags.FLAGS
-  command_lib.enable_compilation_cache()
+  command_lib.start_up(every_core=False)
   compare.compare(
     values.config,
     values.workdir,

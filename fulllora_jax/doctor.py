@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> None:
   from fulllora_jax.evaluation.diagnosis.examine import examine_and_say
   from fulllora_jax.training import workdir
 
-  command.use_every_core()
-  command.enable_compilation_cache()
+  command.start_up()
   if given.logits:
     config = workdir.config_without_run(given.data, given.image_size)
   elif given.workdir:

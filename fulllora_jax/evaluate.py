@@ -76,8 +76,7 @@ def main(argv: Sequence[str]) -> None:
   from fulllora_jax.evaluation.evaluate import evaluate_again
   from fulllora_jax.training import workdir
 
-  command.use_every_core()
-  command.enable_compilation_cache()
+  command.start_up()
   if given.logits:
     for flag in ('weights', 'dtype'):
       if given[flag].value:

@@ -58,8 +58,7 @@ def main(argv: Sequence[str]) -> None:
   """Writes the file and says what it is."""
   del argv
   given = flags.FLAGS
-  command.use_every_core()
-  command.enable_compilation_cache()
+  command.start_up()
   common = (given.workdir, given.output, given.weights, given.base)
   if given.to == 'safetensors':
     written = to_safetensors(*common, with_base=given.with_base)

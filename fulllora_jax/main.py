@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
   from fulllora_jax.distributed import processes
   from fulllora_jax.training import run
 
-  command.enable_compilation_cache()
+  command.start_up(every_core=False)
   processes.start(flags.FLAGS)
   config = flags.FLAGS.config
   workdir = flags.FLAGS.workdir or os.path.join('runs', config.name)

@@ -141,7 +141,7 @@ def run_here(monkeypatch, capsys):
         patch.setenv(name, value)
       patch.chdir(ROOT)
       patch.setattr(sys, 'argv', [module, *arguments])
-      patch.setattr(command, 'enable_compilation_cache', lambda: None)
+      patch.setattr(command, 'start_up', lambda **_: None)
       # What app.run does besides, it does to the whole process.
       patch.setattr(
         command.app,
@@ -424,7 +424,7 @@ def linear_digits(tmp_path_factory, digits):
 @pytest.fixture
 def evaluate(monkeypatch, one_device, digits_dir, linear_digits):
   """Runs `python -m fulllora_jax.evaluate ARGS` here; returns the result."""
-  monkeypatch.setattr(command, 'enable_compilation_cache', lambda: None)
+  monkeypatch.setattr(command, 'start_up', lambda **_: None)
   monkeypatch.syspath_prepend(linear_digits)
 
   def run(*args):

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import small_digits
-from test_processes import free_ports
+from pod import free_port
 
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core import trees
@@ -95,7 +95,7 @@ class Pod:
     self.log, self.processes, arguments = log, [], []
     atexit.register(self.kill)
     if count > 1:
-      port = free_ports()
+      port = free_port()
       arguments = [
         f'--coordinator=127.0.0.1:{port}',
         f'--num_processes={count}',

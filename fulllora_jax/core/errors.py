@@ -3,6 +3,10 @@
 import difflib
 from collections.abc import Iterable
 
+# The exit status EX_TEMPFAIL of sysexits.h: nothing is wrong with the input,
+# the same command goes on.
+RESTART = 75
+
 
 class UserError(ValueError):
   """Bad input: a flag, a config, a file, a checkpoint, missing data.
@@ -18,6 +22,11 @@ class Unavailable(UserError):
 
 class Preempted(Exception):
   """Training stopped on SIGTERM, after a whole checkpoint."""
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error's message, shortened."""
+  return str(error).strip().split('\n')[0][:300]
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:

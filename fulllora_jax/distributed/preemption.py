@@ -52,4 +52,4 @@ class Notice:
     if processes.count() == 1:
       return self.given
     announced = processes.reached_sync_point(next(_calls))
-    return announced or (ask and any(processes.gather(self.given)))
+    return announced or (ask and processes.any_of(self.given))

@@ -1,15 +1,23 @@
-"""Many processes, one run: how they find each other and agree.
+"""Many processes, one run: how they find each other, agree and end.
 
 Every process runs the same command on its own host. Who they are comes from
 --coordinator, --num_processes and --process_id; from JAX_COORDINATOR_ADDRESS,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which Kubernetes
-sets); from Slurm, under srun; or on TPU pods from JAX itself. In one process
-every function here is trivial.
+sets); or, under srun and on TPU slices, from JAX itself. `jax.distributed`
+connects them: its coordination service, which runs in process 0, misses a
+process that sends no heartbeats, and then ends all the others with SIGABRT and
+a line that names the lost one. In one process every function here is trivial.
 """
 
+import functools
 import importlib.util
+import json
 import os
 import re
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,32 +27,38 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import Unavailable, UserError
-from fulllora_jax.distributed import peers, rendezvous
+from fulllora_jax.core.errors import (
+  RESTART,
+  Unavailable,
+  UserError,
+  first_line,
+)
 
 _ENVIRONMENT = {
   'coordinator': ('JAX_COORDINATOR_ADDRESS',),
   'num_processes': ('JAX_NUM_PROCESSES',),
   'process_id': ('JAX_PROCESS_ID', 'JOB_COMPLETION_INDEX'),
 }
-_SLURM_PORTS = 61440, 4000  # the first, and how many: of two, by job
-_ADDRESS_BYTES = 1024
+_GRACE = 5.0  # seconds in which processes that end for one reason all end
+_LATE = 10.0  # seconds after a heartbeat's time, in which JAX ends a process
+
+# Seconds after which a silent process is lost; JAX's own where it was started
+# by somebody else.
+_heartbeat = 100.0
 
 
 class Parameters(NamedTuple):
   """Who this process is among the others.
 
   Attributes:
-    coordinator: host:port of process 0; the port after it is used too.
-    num_processes: N > 1.
-    process_id: in 0..N-1.
-    local_device_ids: the devices of this host that are its own; None: all.
+    coordinator_address: host:port of process 0.
+    num_processes: how many there are, at least 2.
+    process_id: which one this is, from 0.
   """
 
-  coordinator: str
+  coordinator_address: str
   num_processes: int
   process_id: int
-  local_device_ids: list[int] | None = None
 
 
 def start(values: flags.FlagValues) -> None:
@@ -52,23 +66,28 @@ def start(values: flags.FlagValues) -> None:
 
   Raises:
     UserError: flags or environment that do not say who this is.
-    Unavailable: a process is not there within --start_timeout.
+    Unavailable: JAX cannot find the others.
   """
   for name in ('start_timeout', 'peer_timeout'):
     if not values[name].value > 0:
       raise UserError(f'--{name} {values[name].value}: it must be above 0')
   found = parameters(values, os.environ)
   if found is not None:
-    _join(found, values.start_timeout, values.peer_timeout)
-  elif _detects_by_itself(os.environ):
-    _detect(values.start_timeout)
-    connect(values.start_timeout, values.peer_timeout)
+    if not found.process_id:
+      _check_port(_port(found.coordinator_address))
+    given = found._asdict() | {'cluster_detection_method': 'deactivate'}
+  elif _in_cluster(os.environ):
+    given = {'local_device_ids': _slurm_devices(os.environ)}
+  else:
+    return
+  _initialize(given, values.start_timeout, values.peer_timeout)
+  introduce()
 
 
 def parameters(
   values: flags.FlagValues, environment: Mapping[str, str]
 ) -> Parameters | None:
-  """Reads who this process is from flags, environment or Slurm.
+  """Reads who this process is from flags or environment.
 
   Returns:
     None where nothing says that there are others.
@@ -78,16 +97,14 @@ def parameters(
   """
   given = {}
   for name, variables in _ENVIRONMENT.items():
-    if values[name].value is not None:
-      given[name] = values[name].value
-    else:
-      found = [environment[v] for v in variables if environment.get(v)]
-      given[name] = found[0] if found else None
+    found = [environment[v] for v in variables if environment.get(v)]
+    flag = values[name].value
+    given[name] = flag if flag is not None else next(iter(found), None)
   # JOB_COMPLETION_INDEX alone is no sign of other processes.
   if values['process_id'].value is None and not (
     given['coordinator'] or given['num_processes']
   ):
-    return _slurm(environment)
+    return None
   for name, value in given.items():
     if value is None:
       raise UserError(
@@ -100,7 +117,7 @@ def parameters(
     raise UserError(
       f'--process_id {index}: of {count} processes the ids are 0..{count - 1}'
     )
-  rendezvous.split(given['coordinator'])
+  _port(given['coordinator'])
   return Parameters(given['coordinator'], count, index) if count > 1 else None
 
 
@@ -111,35 +128,35 @@ def _number(given: Mapping[str, Any], name: str) -> int:
     raise UserError(f'--{name} {given[name]!r}: it must be a number') from None
 
 
-def _slurm(environment: Mapping[str, str]) -> Parameters | None:
-  """Reads what srun sets; a batch script itself is one process."""
-  count = int(environment.get('SLURM_STEP_NUM_TASKS', 1))
-  nodes = environment.get('SLURM_STEP_NODELIST', '')
-  # The first of node001,host2 or node[001-015,020],host2.
-  first = re.match(r'([^,[]+)(?:\[(\w+))?', nodes)
-  if count < 2 or not first:
-    return None
-  port, ports = _SLURM_PORTS
-  port += 2 * (int(environment['SLURM_JOB_ID']) % (ports // 2))
-  return Parameters(
-    f'{first.group(1)}{first.group(2) or ""}:{port}',
-    count,
-    int(environment['SLURM_PROCID']),
-    _slurm_devices(environment),
-  )
+def _port(coordinator: str) -> int:
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    raise UserError(
+      f'--coordinator {coordinator!r}: write host:port of process 0, as in '
+      '10.0.0.1:8476'
+    )
+  return int(port)
 
 
-def _slurm_devices(environment: Mapping[str, str]) -> list[int] | None:
-  """Gives each of several tasks of a node one GPU, unless Slurm did."""
-  tasks = re.match(r'\d+', environment.get('SLURM_STEP_TASKS_PER_NODE', '1'))
-  visible = environment.get('CUDA_VISIBLE_DEVICES', '0,1')
-  if int(tasks.group()) < 2 or len(visible.split(',')) < 2:
-    return None
-  return [int(environment['SLURM_LOCALID'])]
+def _check_port(port: int) -> None:
+  """Refuses a port in use, which JAX would share with whoever has it."""
+  try:
+    socket.create_server(('', port)).close()
+  except OSError as error:
+    raise UserError(
+      f'--coordinator: cannot listen on port {port}: '
+      f'{os.strerror(error.errno)}; another run may be on this host, give '
+      'another port'
+    ) from None
 
 
-def _detects_by_itself(environment: Mapping[str, str]) -> bool:
-  """Whether JAX may know a cluster: TPU hosts, pods of an indexed job."""
+def _in_cluster(environment: Mapping[str, str]) -> bool:
+  """Whether JAX is to find the others: under srun, on TPUs, in a pod's job.
+
+  Elsewhere its search may take long, warn, or mistake one process for many.
+  """
+  if int(environment.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
+    return True
   platforms = environment.get('JAX_PLATFORMS', '')
   if importlib.util.find_spec('libtpu') and platforms in ('', 'tpu'):
     return True
@@ -147,85 +164,98 @@ def _detects_by_itself(environment: Mapping[str, str]) -> bool:
   return in_job and importlib.util.find_spec('kubernetes') is not None
 
 
-def _join(found: Parameters, wait: float, silence: float) -> None:
-  """Meets the others first: JAX aborts where one does not come."""
-  host, port = rendezvous.split(found.coordinator)
-  if found.process_id:
-    meeting = rendezvous.join([host], port + 1, *found[1:3], wait)
-  else:
-    with rendezvous.listen(port + 1) as server:
-      meeting = rendezvous.gather(server, found.num_processes, wait)
+def _slurm_devices(environment: Mapping[str, str]) -> list[int] | None:
+  """Returns the GPUs of a task under srun: all that it sees, or one of them.
+
+  Left to itself JAX takes one, even where a node has one task. Of several tasks
+  that see the same GPUs each takes its own.
+
+  Returns:
+    Their numbers; an empty list means all; None leaves it to JAX.
+  """
+  if 'SLURM_LOCALID' not in environment:
+    return None
+  tasks = re.match(r'\d+', environment.get('SLURM_STEP_TASKS_PER_NODE', '1'))
+  visible = environment.get('CUDA_VISIBLE_DEVICES', '0,1')
+  if int(tasks.group()) < 2 or len(visible.split(',')) < 2:
+    return []
+  return [int(environment['SLURM_LOCALID'])]
+
+
+def _initialize(given: Mapping[str, Any], wait: float, silence: float) -> None:
+  global _heartbeat
+  _heartbeat = silence
+  met = threading.Event()
+  who = given.get('coordinator_address', 'the cluster')
+  threading.Thread(target=_watch, args=(met, who, wait), daemon=True).start()
   try:
     jax.distributed.initialize(
-      *found,
-      cluster_detection_method='deactivate',
+      **given,
       initialization_timeout=max(1, round(wait)),
+      heartbeat_timeout_seconds=max(1, round(silence)),
     )
-  except (RuntimeError, ValueError) as error:
-    raise Unavailable(
-      f'--coordinator {found.coordinator}: {_first_line(error)}'
-    ) from None
-  peers.joined = peers.Peers(found.process_id, *meeting, silence)
-  _introduce()
-
-
-def _detect(wait: float) -> None:
-  try:
-    jax.distributed.initialize(initialization_timeout=max(1, round(wait)))
   except ValueError:
-    pass  # no cluster: JAX has no coordinator for it
+    pass  # JAX found no cluster
   except RuntimeError as error:
     raise Unavailable(
-      f'the other hosts: {_first_line(error)}; say who this one is with '
+      f'the other hosts: {first_line(error)}; say who this one is with '
       '--coordinator, --num_processes and --process_id'
     ) from None
+  finally:
+    met.set()
 
 
-def _first_line(error: Exception) -> str:
-  return str(error).strip().split('\n')[0][:300]
-
-
-def connect(wait: float = 300.0, silence: float = 60.0) -> None:
-  """Connects the processes of a JAX that is initialised already.
-
-  Args:
-    wait: seconds for all of them to come.
-    silence: seconds after which one that says nothing is dead.
-
-  Raises:
-    Unavailable: they cannot reach each other.
-  """
-  count, index = jax.process_count(), jax.process_index()
-  if peers.joined is not None or count == 1:
+def _watch(met: threading.Event, who: str, wait: float) -> None:
+  """Ends this process with a line, where JAX would abort without one."""
+  soon = min(wait, 5.0)
+  if met.wait(soon):
     return
-  with rendezvous.listen(0) as server:
-    text = rendezvous.describe(server).encode()[:_ADDRESS_BYTES]
-    padded = np.frombuffer(text.ljust(_ADDRESS_BYTES), np.uint8)
-    first = bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
-    if index:
-      meeting = rendezvous.join(
-        *rendezvous.described(first), count, index, wait
-      )
-    else:
-      meeting = rendezvous.gather(server, count, wait)
-  peers.joined = peers.Peers(index, *meeting, silence)
-  _introduce()
+  console.say(f'waiting for the other processes of {who}, at most {wait:g} s')
+  if not met.wait(wait - soon):
+    print(
+      f'error: --start_timeout {wait:g}: not all processes of {who} are there; '
+      'start all of them, each with a --process_id of its own, and let them '
+      'reach process 0',
+      file=sys.stderr,
+    )
+    console.flush()
+    os._exit(RESTART)
 
 
-def _introduce() -> None:
-  console.speak_as(peers.joined.index)
-  hosts = ', '.join(dict.fromkeys(peers.joined.names))
-  console.say(f'{len(peers.joined.names)} processes on {hosts}')
+@functools.cache
+def introduce() -> None:
+  """Says once who is there, and lets process 0 alone tell of progress."""
+  if count() > 1:
+    console.speak_as(jax.process_index())
+    hosts = ', '.join(dict.fromkeys(gather(socket.gethostname())))
+    console.say(f'{count()} processes on {hosts}')
 
 
 def count() -> int:
   """Returns the number of processes."""
-  return 1 if peers.joined is None else len(peers.joined.names)
+  return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_primary() -> bool:
   """Whether this is process 0, which alone writes reports."""
-  return peers.joined is None or peers.joined.index == 0
+  return count() == 1 or jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+  """Returns every process's JSON value, in order, on every process."""
+  if count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(text.size))
+  # Of few lengths, since each is a program of its own.
+  length = max(256, 1 << (int(sizes.max()) - 1).bit_length())
+  rows = multihost_utils.process_allgather(
+    np.pad(text, (0, length - text.size))
+  )
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
 
 
 def from_primary(function: Callable, *args: Any) -> Any:
@@ -234,24 +264,43 @@ def from_primary(function: Callable, *args: Any) -> Any:
   Raises:
     UserError: on every process, where the function raises it.
   """
-  if peers.joined is None:
+  if count() == 1:
     return function(*args)
-  if peers.joined.index:
-    answer = peers.joined.broadcast()
-  else:
-    try:
-      answer = {'value': function(*args)}
-    except UserError as error:
-      answer = {'error': str(error)}
-    peers.joined.broadcast(answer)
-  if 'error' in answer:
-    raise UserError(answer['error'])
-  return answer['value']
+  value, refusal = _attempt(function, *args) if is_primary() else (None, None)
+  value, refusal = gather([value, refusal])[0]
+  if refusal is not None:
+    raise UserError(refusal)
+  return value
 
 
-def gather(value: Any) -> list[Any]:
-  """Returns every process's JSON value, in order, on every process."""
-  return [value] if peers.joined is None else peers.joined.gather(value)
+def everywhere(function: Callable, *args: Any) -> Any:
+  """Calls a function on every process; returns each one's own value.
+
+  Raises:
+    UserError: on every process, where the function raises it on one of them.
+  """
+  if count() == 1:
+    return function(*args)
+  value, refusal = _attempt(function, *args)
+  for index, (host, line) in enumerate(gather([socket.gethostname(), refusal])):
+    if line is not None:
+      raise UserError(f'process {index} ({host}): {line}' if index else line)
+  return value
+
+
+def _attempt(function: Callable, *args: Any) -> tuple[Any, str | None]:
+  """Returns (value, None), or (None, why the function refuses)."""
+  try:
+    return function(*args), None
+  except UserError as error:
+    return None, str(error)
+
+
+def any_of(flag: bool) -> bool:
+  """Whether a flag is set on any of the processes."""
+  if count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.uint8(flag)).any())
 
 
 def reached_sync_point(call: int) -> bool:
@@ -265,34 +314,57 @@ def reached_sync_point(call: int) -> bool:
 
 def wait_for_all() -> None:
   """Waits until every process has come here."""
-  gather(None)
+  if count() > 1:
+    multihost_utils.sync_global_devices('wait_for_all')
 
 
 def check_same(what: str, values: Mapping[str, Any]) -> None:
   """Raises UserError on every process unless all have the same JSON values.
 
   Args:
-    what: they are, for the message.
+    what: what the values are, for the message.
     values: by name.
   """
-  first, *others = gather(dict(values))
-  names = peers.joined.names if others else []
-  for index, other in enumerate(others, 1):
+  (host, first), *others = gather([socket.gethostname(), dict(values)])
+  for index, (other_host, other) in enumerate(others, 1):
     for name in sorted(first.keys() | other.keys()):
       if first.get(name) != other.get(name):
         raise UserError(
-          f'process {index} ({names[index]}) has another {what}: {name} '
-          f'{other.get(name)!r}, process 0 ({names[0]}) has '
+          f'process {index} ({other_host}) has another {what}: {name} '
+          f'{other.get(name)!r}, process 0 ({host}) has '
           f'{first.get(name)!r}; start all with the same'
         )
 
 
+def await_verdict() -> None:
+  """Waits until JAX would have ended this process for the loss of another.
+
+  Such a loss breaks whatever this process does together with the lost one, as
+  an error of any kind. Where this returns, the error is this process's own.
+  """
+  if count() > 1:
+    time.sleep(_heartbeat + _LATE)
+
+
 def finish() -> None:
   """Leaves the other processes at the end of a command that succeeded."""
-  if peers.joined is not None:
-    wait_for_all()
-    peers.joined.leave(0)
-    peers.joined = None
-    console.speak_as(0)
   if jax.distributed.is_initialized():
     jax.distributed.shutdown()
+    console.speak_as(0)
+
+
+def leave(status: int) -> None:
+  """Ends this process with an exit status; returns where it is alone.
+
+  What goes wrong on all of them ends all with this status: they wait here for
+  each other, so that none of them is lost to another one. After a wrong of its
+  own this process is out after a moment, and JAX ends the others once it misses
+  this one.
+  """
+  if jax.distributed.is_initialized():
+    console.flush()
+    threading.Timer(_GRACE, os._exit, [status]).start()
+    try:
+      jax.distributed.shutdown()
+    finally:
+      os._exit(status)

@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.trees import Tree
-from fulllora_jax.distributed import peers, processes
+from fulllora_jax.distributed import processes
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def saving(directory: Path) -> Iterator[None]:
     yield
   # Orbax and TensorStore raise bare Exception, and ValueError for a full disk.
   except Exception as error:
-    peers.await_verdict()
+    processes.await_verdict()
     raise UserError(
       f'cannot save to {directory}: {reason_of(error)}; make room or mend it, '
       'then the same command goes on from the last whole checkpoint'

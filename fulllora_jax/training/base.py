@@ -32,12 +32,14 @@ def open_dataset(config) -> data.Dataset:
   """Opens the data; every process reads its own copy of the same."""
   if not processes.from_primary(data.is_ready, config.data):
     # One prepares it; the others find it, or prepare it on their own disks.
-    if processes.is_primary():
-      data.open_dataset(config.data, config.seed)
-    processes.wait_for_all()
-  dataset = data.open_dataset(config.data, config.seed)
+    processes.from_primary(_prepare, config)
+  dataset = processes.everywhere(data.open_dataset, config.data, config.seed)
   processes.check_same('data set', data.identity(dataset))
   return dataset
+
+
+def _prepare(config) -> None:
+  data.open_dataset(config.data, config.seed)
 
 
 def open_base(config, workdir: Path) -> pretrained.Opened | None:

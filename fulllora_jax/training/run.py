@@ -48,7 +48,7 @@ def train_and_evaluate(
     NonFiniteError: training diverged; the last checkpoint is kept.
     Preempted: SIGTERM came; the state is saved.
   """
-  processes.connect()  # where the caller has initialised JAX for several
+  processes.introduce()  # where the caller has initialised JAX for several
   processes.check_same(
     'command or version',
     config_lib.flat(config)
@@ -67,7 +67,7 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
     say(f'{workdir} holds a finished run of this config')
   else:
     config = config_lib.copy(config)
-    opened = base_lib.open_base(config, workdir)
+    opened = processes.everywhere(base_lib.open_base, config, workdir)
     dataset = dataset or base_lib.open_dataset(config)
     base = base_lib.ensure_base(
       config, workdir, dataset, opened, train=train_and_evaluate

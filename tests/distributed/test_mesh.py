@@ -89,5 +89,5 @@ def test_compiled_programs_are_kept_in(cache_config, env, expected):
   cache_config.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
   for name, value in env.items():
     cache_config.setenv(name, value)
-  command.enable_compilation_cache()
+  command.start_up(every_core=False)
   assert jax.config.jax_compilation_cache_dir == expected

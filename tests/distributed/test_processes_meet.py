@@ -1,19 +1,22 @@
-"""How processes find each other and agree; real ones: test_processes.py."""
+"""How processes find each other, agree and end; whole runs of several
+processes: test_many_processes.py."""
 
-import contextlib
-import queue
+import json
+import signal
 import socket
 import threading
-import time
 import types
+from pathlib import Path
 
 import pytest
+from pod import Pod, free_port
 
 from fulllora_jax.core.errors import Unavailable, UserError
-from fulllora_jax.distributed import peers, processes, rendezvous
-from fulllora_jax.training import workdir
+from fulllora_jax.distributed import processes
+from fulllora_jax.training import base, workdir
 
 HOST = socket.gethostname()
+SEVERAL = Path(__file__).with_name('several.py')
 
 
 def given(**values):
@@ -28,9 +31,6 @@ def who(environment=(), **values):
 
 SLURM = {
   'SLURM_STEP_NUM_TASKS': '4',
-  'SLURM_STEP_NODELIST': 'node[007-010]',
-  'SLURM_JOB_ID': '4321',
-  'SLURM_PROCID': '2',
   'SLURM_LOCALID': '0',
   'SLURM_STEP_TASKS_PER_NODE': '1(x4)',
 }
@@ -45,45 +45,15 @@ def test_who_is_who_by_flags_and_environment():
   assert who() is None
   assert who(coordinator='head:99', num_processes=1, process_id=0) is None
   assert who(coordinator='head:99', num_processes=3, process_id=2) == (
-    ('head:99', 3, 2, None)
+    ('head:99', 3, 2)
   )
-  assert who(JAX) == ('head:99', 3, 1, None)
-  assert who(JAX, process_id=2) == ('head:99', 3, 2, None)
+  assert who(JAX) == ('head:99', 3, 1)
+  assert who(JAX, process_id=2) == ('head:99', 3, 2)
   # Kubernetes' number counts where nothing better is said.
   assert who({**JAX, 'JOB_COMPLETION_INDEX': '0'}).process_id == 1
   del (pod := dict(JAX))['JAX_PROCESS_ID']
   assert who({**pod, 'JOB_COMPLETION_INDEX': '2'}).process_id == 2
   assert who({'JOB_COMPLETION_INDEX': '2'}) is None
-
-
-@pytest.mark.parametrize(
-  'nodes, first',
-  [
-    ('node[007-010]', 'node007'),
-    ('node3', 'node3'),
-    ('a1,b[2-3]', 'a1'),
-    ('gpu-[12,14]', 'gpu-12'),
-  ],
-)
-def test_who_is_who_under_slurm(nodes, first):
-  found = who({**SLURM, 'SLURM_STEP_NODELIST': nodes})
-  host, port = rendezvous.split(found.coordinator)
-  assert host == first
-  assert 61440 <= port < 65535 and port % 2 == 0
-  assert found[1:] == (4, 2, None)
-
-
-def test_slurm_tasks_of_one_node_share_its_devices():
-  shared = {**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '2(x2)', 'SLURM_LOCALID': '1'}
-  assert who(shared).local_device_ids == [1]
-  # --gpus-per-task: Slurm shows each task its own alone.
-  assert who({**shared, 'CUDA_VISIBLE_DEVICES': '1'}).local_device_ids is None
-
-
-def test_a_batch_script_or_one_task_is_alone():
-  assert who({**SLURM, 'SLURM_STEP_NUM_TASKS': '1'}) is None
-  del (script := dict(SLURM))['SLURM_STEP_NUM_TASKS']
-  assert who(script) is None
 
 
 @pytest.mark.parametrize(
@@ -116,246 +86,155 @@ def test_flags_that_make_no_sense(values, words):
   assert '\n' not in str(caught.value)
 
 
-class Team:
-  """`count` processes played by threads of this one, met over loopback."""
+@pytest.fixture
+def start(monkeypatch):
+  """Starts with what JAX would do, and an environment; returns its words."""
 
-  def __init__(self, count, silence=30.0):
-    self.ends = {index: queue.Queue() for index in range(count)}
-    with rendezvous.listen(0) as server:
-      port = server.getsockname()[1]
-      jobs = [
-        lambda: rendezvous.gather(server, count, 10.0),
-        *(
-          lambda index=index: rendezvous.join(
-            ['127.0.0.1'], port, count, index, 10.0
-          )
-          for index in range(1, count)
-        ),
-      ]
-      meetings = together(jobs)
-    self.sockets = [sockets for _, sockets in meetings]
-    self.members = [
-      peers.Peers(
-        index,
-        names,
-        sockets,
-        silence,
-        lambda line, status, index=index: self.ends[index].put((line, status)),
-      )
-      for index, (names, sockets) in enumerate(meetings)
-    ]
+  def start_processes(initialize, environment, **flags):
+    words = {}
 
-  def end_of(self, index):
-    return self.ends[index].get(timeout=20)
+    def note(**given):
+      words.update(given)
+      initialize()
 
-  def die(self, index):
-    self.members[index]._leaving.set()  # the dead say nothing
-    for connection in self.sockets[index].values():
-      connection.shutdown(socket.SHUT_RDWR)
+    monkeypatch.setattr(processes.jax.distributed, 'initialize', note)
+    monkeypatch.setattr(processes.os, 'environ', dict(environment))
+    timeouts = {'start_timeout': 7.0, 'peer_timeout': 60.0} | flags
+
+    class Flags(dict):
+      __getattr__ = timeouts.__getitem__
+
+    values = {n: types.SimpleNamespace(value=v) for n, v in timeouts.items()}
+    processes.start(Flags(given() | values))
+    return words
+
+  return start_processes
 
 
-def together(jobs):
-  """Runs functions at once; returns their results, raises the first error."""
-  results = {}
-
-  def run(place, job):
-    try:
-      results[place] = job()
-    except Exception as error:
-      results[place] = error
-
-  threads = [
-    threading.Thread(target=run, args=pair) for pair in enumerate(jobs)
-  ]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join(30)
-  for result in results.values():
-    if isinstance(result, Exception):
-      raise result
-  return [results[place] for place in range(len(jobs))]
+def test_what_is_said_replaces_the_search_of_jax(start):
+  assert start(dict, JAX) == {
+    'coordinator_address': 'head:99',
+    'num_processes': 3,
+    'process_id': 1,
+    'cluster_detection_method': 'deactivate',
+    'initialization_timeout': 7,
+    'heartbeat_timeout_seconds': 60,
+  }
 
 
-def test_all_get_what_each_one_says():
-  team = Team(3)
-  for _ in range(3):  # in step
-    gathered = together(
-      [lambda m=m: m.gather(m.index**2) for m in team.members]
-    )
-    assert gathered == [[0, 1, 4]] * 3
-  value = {'text': 'ä' * 10**5, 'numbers': [1, None, 2.5]}
-  said = together(
-    [lambda m=m: m.broadcast(None if m.index else value) for m in team.members]
+def test_slurm_is_known_to_jax_and_a_task_has_its_devices(start):
+  timeouts = dict(initialization_timeout=7, heartbeat_timeout_seconds=60)
+  # The whole node, where JAX would take one GPU of it.
+  assert start(dict, SLURM) == timeouts | {'local_device_ids': []}
+  shared = {**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '2(x2)', 'SLURM_LOCALID': '1'}
+  assert start(dict, shared) == timeouts | {'local_device_ids': [1]}
+  # --gpus-per-task: Slurm shows each task its own alone.
+  own = {**shared, 'CUDA_VISIBLE_DEVICES': '1'}
+  assert start(dict, own) == timeouts | {'local_device_ids': []}
+
+
+def test_a_batch_script_or_one_task_is_alone(start):
+  assert start(dict, {**SLURM, 'SLURM_STEP_NUM_TASKS': '1'}) == {}
+  del (script := dict(SLURM))['SLURM_STEP_NUM_TASKS']
+  assert start(dict, script) == {}
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+  """Makes this a TPU host, where JAX finds out who is who, or fails to."""
+  monkeypatch.setattr(
+    processes.importlib.util, 'find_spec', lambda name: name == 'libtpu'
   )
-  assert said == [value] * 3
 
 
-@pytest.mark.parametrize('victim', [0, 2])
-def test_all_others_learn_who_died(victim):
-  team = Team(3)
-  team.die(victim)
-  for other in {0, 1, 2} - {victim}:
-    line, status = team.end_of(other)
-    assert line.startswith(f'process {victim} ({HOST}) has died; this one, ')
-    assert line.endswith('stops too; the same command goes on')
-    assert status == peers.RESTART
+def test_a_tpu_host_alone_is_alone(start, libtpu):
+  def no_cluster():
+    raise ValueError('coordinator_address should be defined.')
+
+  assert start(no_cluster, {})['initialization_timeout'] == 7
+  assert processes.count() == 1
 
 
-def test_silence_is_death():
-  with contextlib.ExitStack() as stack:
-    team = Team(2, silence=1.0)
-    mute = team.members[1]
-    stack.enter_context(mute._sending[0])  # it hangs
-    line, status = team.end_of(0)
-  assert 'process 1' in line and 'has been silent for 1 s' in line
-  assert status == peers.RESTART
+def test_a_tpu_slice_without_its_other_hosts_is_one_line(start, libtpu):
+  def fail():
+    raise RuntimeError('Failed to recognize coordinator address t1v-0\nmore')
 
-
-def test_a_quiet_process_that_beats_lives():
-  team = Team(2, silence=0.5)
-  time.sleep(1.5)
-  assert all(end.empty() for end in team.ends.values())
-
-
-def test_who_leaves_with_an_error_takes_the_others_along(monkeypatch):
-  monkeypatch.setattr(peers, '_GRACE', 0.1)
-  team = Team(3)
-  team.members[2].leave(2, 'data.dir: nothing there')
-  for other in (0, 1):
-    line, status = team.end_of(other)
-    assert f'process 2 ({HOST}) has stopped: data.dir: nothing there' in line
-    assert status == 2
-    assert 'goes on' not in line
-
-
-def test_who_is_done_leaves_in_peace(monkeypatch):
-  monkeypatch.setattr(peers, '_GRACE', 0.1)
-  team = Team(3)
-  for member in team.members:
-    member.leave(0)
-  for index in range(3):
-    team.die(index)
-  time.sleep(0.5)
-  assert all(end.empty() for end in team.ends.values())
-
-
-def test_a_process_that_never_comes_is_named():
-  with rendezvous.listen(0) as server:
-    port = server.getsockname()[1]
-    jobs = [
-      lambda: rendezvous.gather(server, 4, 1.0),
-      lambda: rendezvous.join(['127.0.0.1'], port, 4, 2, 10.0),
-    ]
-    for number, job in enumerate(jobs):
-      others = [jobs[1 - number]]
-      with pytest.raises(Unavailable) as caught:
-        together([job, *(quiet(other) for other in others)])
-      assert str(caught.value) == (
-        '--num_processes 4: after 1 s there is no process 1, 3; start all of '
-        f'them, and let them reach port {port} of this host'
-      )
-
-
-def quiet(job):
-  def run():
-    with contextlib.suppress(UserError):
-      job()
-
-  return run
-
-
-def test_no_coordinator_is_a_bounded_wait(capsys):
-  with rendezvous.listen(0) as server:
-    port = server.getsockname()[1]
-  started = time.monotonic()
   with pytest.raises(Unavailable) as caught:
-    rendezvous.join(['127.0.0.1'], port, 2, 1, 0.5)
-  assert time.monotonic() - started < 10
+    start(fail, {})
   assert str(caught.value) == (
-    f'--coordinator: no process 0 at 127.0.0.1 port {port} after 0.5 s: '
-    'Connection refused; start it, and let this host reach that port'
+    'the other hosts: Failed to recognize coordinator address t1v-0; say who '
+    'this one is with --coordinator, --num_processes and --process_id'
   )
 
 
-def test_a_stranger_at_the_door_is_sent_away():
-  with rendezvous.listen(0) as server:
+def test_a_timeout_of_nothing_is_refused(start):
+  for name in ('start_timeout', 'peer_timeout'):
+    with pytest.raises(UserError, match=f'--{name} 0: it must be above 0'):
+      start(dict, {}, **{name: 0})
+
+
+def test_a_port_in_use_is_one_line(start):
+  with socket.create_server(('', 0)) as server:
     port = server.getsockname()[1]
-
-    def strangers():
-      for text in (b'GET / HTTP/1.1\r\n\r\n', b'\0\0\0\x02[]', b''):
-        with socket.create_connection(('127.0.0.1', port)) as one:
-          one.sendall(text)
-      return rendezvous.join(['127.0.0.1'], port, 2, 1, 10.0)
-
-    meetings = together([lambda: rendezvous.gather(server, 2, 10.0), strangers])
-  assert [names for names, _ in meetings] == [[HOST, HOST]] * 2
-
-
-@pytest.mark.parametrize(
-  'callers, words',
-  [
-    ([(3, 1)], f'--num_processes: 3 on {HOST}, 2 on {HOST}; start all with'),
-    ([(2, 5)], f'--process_id 5 on {HOST}: of 2 processes'),
-    (
-      [(2, 0)],
-      f'--process_id 0 is taken by {HOST}, {HOST} has it too; give each',
-    ),
-  ],
-)
-def test_processes_that_do_not_belong_together(callers, words):
-  with rendezvous.listen(0) as server:
-    port = server.getsockname()[1]
-    failures = queue.Queue()
-
-    def call(count, index):
-      try:
-        rendezvous.join(['127.0.0.1'], port, count, index, 10.0)
-      except UserError as error:
-        failures.put(str(error))
-
+    first = {'JAX_COORDINATOR_ADDRESS': f'head:{port}', 'JAX_PROCESS_ID': '0'}
     with pytest.raises(UserError) as caught:
-      together(
-        [
-          lambda: rendezvous.gather(server, 2, 10.0),
-          *(lambda caller=caller: call(*caller) for caller in callers),
-        ]
-      )
-  assert str(caught.value).startswith(words)
-  assert failures.get(timeout=5) == str(caught.value)  # both say the same
-
-
-def test_a_port_in_use_is_one_line():
-  with rendezvous.listen(0) as server:
-    port = server.getsockname()[1]
-    with pytest.raises(UserError) as caught:
-      rendezvous.listen(port)
+      start(dict, JAX | first)
+    start(dict, JAX | first | {'JAX_PROCESS_ID': '1'})  # the others need none
   assert str(caught.value) == (
     f'--coordinator: cannot listen on port {port}: Address already in use; '
     'another run may be on this host, give another port'
   )
 
 
+def test_alone_everything_is_trivial():
+  assert processes.count() == 1
+  assert processes.is_primary()
+  assert processes.gather('x') == ['x']
+  assert processes.from_primary(lambda x: x + 1, 1) == 2
+  assert processes.everywhere(lambda x: x + 1, 1) == 2
+  assert processes.any_of(True) and not processes.any_of(False)
+  processes.check_same('config', {'a': 1})
+  processes.wait_for_all()
+  processes.introduce()
+  processes.await_verdict()
+  processes.leave(2)
+
+
 @pytest.fixture
 def team_of_two(monkeypatch):
   """Runs a function on two processes at once, each a thread."""
-  team, own = Team(2), threading.local()
+  own, said = threading.local(), [None, None]
+  barrier = threading.Barrier(2, timeout=60)
 
-  class Joined:
-    def __getattr__(self, name):
-      return getattr(own.member, name)
+  def gather(value):
+    said[own.index] = json.dumps(value)
+    barrier.wait()
+    values = [json.loads(text) for text in said]
+    barrier.wait()
+    return values
 
-  monkeypatch.setattr(peers, 'joined', Joined())
+  monkeypatch.setattr(processes, 'count', lambda: 2)
+  monkeypatch.setattr(processes, 'is_primary', lambda: own.index == 0)
+  monkeypatch.setattr(processes, 'gather', gather)
 
   def run(function):
-    def play(member):
-      own.member = member
-      try:
-        return function(member.index)
-      except UserError as error:
-        return f'refused: {error}'
+    results = [None, None]
 
-    return together([lambda m=m: play(m) for m in team.members])
+    def play(index):
+      own.index = index
+      try:
+        results[index] = function(index)
+      except UserError as error:
+        results[index] = f'refused: {error}'
+
+    threads = [
+      threading.Thread(target=play, args=(i,), name=str(i)) for i in range(2)
+    ]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(60)
+    return results
 
   return run
 
@@ -372,8 +251,22 @@ def test_what_the_first_process_finds_counts(team_of_two):
 
   assert team_of_two(find) == [{'found by': 0}] * 2
   assert team_of_two(fail) == ['refused: 0 refuses'] * 2
-  assert team_of_two(lambda index: processes.is_primary()) == [True, False]
-  assert team_of_two(lambda index: processes.count()) == [2, 2]
+
+
+def test_what_one_process_refuses_is_refused_by_all(team_of_two):
+  def refuse(index, refusing):
+    def function():
+      if index in refusing:
+        raise UserError(f'{index} refuses')
+      return index
+
+    return processes.everywhere(function)
+
+  assert team_of_two(lambda index: refuse(index, ())) == [0, 1]
+  line = f'refused: process 1 ({HOST}): 1 refuses'
+  assert team_of_two(lambda index: refuse(index, (1,))) == [line] * 2
+  line = 'refused: 0 refuses'  # as every process says it
+  assert team_of_two(lambda index: refuse(index, (0, 1))) == [line] * 2
 
 
 def test_differences_are_named_on_all(team_of_two):
@@ -394,6 +287,21 @@ def test_differences_are_named_on_all(team_of_two):
   assert team_of_two(check) == [line, line]
 
 
+def test_data_that_one_host_cannot_read(team_of_two, monkeypatch, tiny_config):
+  def read(*_):
+    if threading.current_thread().name == '1':
+      raise UserError('data.dir: nothing there')
+    return types.SimpleNamespace()
+
+  monkeypatch.setattr(base.data, 'is_ready', lambda _: False)
+  monkeypatch.setattr(base.data, 'open_dataset', read)
+  config = tiny_config()
+  assert (
+    team_of_two(lambda _: base.open_dataset(config))
+    == [f'refused: process 1 ({HOST}): data.dir: nothing there'] * 2
+  )
+
+
 def test_a_work_directory_that_is_not_shared(
   team_of_two, tmp_path, tiny_config, monkeypatch
 ):
@@ -412,64 +320,80 @@ def test_a_work_directory_that_is_not_shared(
   assert shared == [tmp_path / 'shared'] * 2
 
 
-def test_alone_everything_is_trivial():
-  assert processes.count() == 1
-  assert processes.is_primary()
-  assert processes.gather('x') == ['x']
-  assert processes.from_primary(lambda x: x + 1, 1) == 2
-  processes.check_same('config', {'a': 1})
-  processes.wait_for_all()
-  peers.await_verdict()
-  peers.fail(2, 'nobody hears')
-
-
-@pytest.fixture
-def on_tpu(monkeypatch):
-  """Starts as on a TPU host, where JAX finds out who is who, or fails to."""
-  monkeypatch.setattr(
-    processes.importlib.util, 'find_spec', lambda name: name == 'libtpu'
+@pytest.fixture(scope='module')
+def several():
+  """Starts all that several.py knows at once: most of it is waiting."""
+  modes = (
+    *('talk', 'own start', 'differ', 'primary refuses', 'one refuses'),
+    *('alone refuses', 'alone crashes'),
   )
-  monkeypatch.setenv('JAX_PLATFORMS', '')
-  monkeypatch.delenv('JAX_COORDINATOR_ADDRESS', raising=False)
-
-  def start(initialize, **flags):
-    monkeypatch.setattr(processes.jax.distributed, 'initialize', initialize)
-    timeouts = {'start_timeout': 7.0, 'peer_timeout': 60.0} | flags
-
-    class Flags(dict):
-      __getattr__ = timeouts.__getitem__
-
-    values = {n: types.SimpleNamespace(value=v) for n, v in timeouts.items()}
-    processes.start(Flags(given() | values))
-
-  return start
+  pods = {mode: Pod([str(SEVERAL), f'--mode={mode}'], 2) for mode in modes}
+  return {mode: pod.end() for mode, pod in pods.items()}
 
 
-def test_a_tpu_host_alone_is_alone(on_tpu):
-  waits = []
-
-  def no_cluster(initialization_timeout):
-    waits.append(initialization_timeout)
-    raise ValueError('coordinator_address should be defined.')
-
-  on_tpu(no_cluster)
-  assert waits == [7]
-  assert processes.count() == 1
+@pytest.mark.parametrize('mode', ['talk', 'own start'])
+def test_real_processes_agree(several, mode):
+  statuses, said = several[mode]
+  assert statuses == [0, 0], said
+  assert said[0].splitlines() == [f'2 processes on {HOST}', '0 is done']
+  assert said[1].splitlines() == ['1 is done']
 
 
-def test_a_tpu_slice_without_its_other_hosts_is_one_line(on_tpu):
-  def fail(initialization_timeout):
-    raise RuntimeError('Failed to recognize coordinator address t1v-0\nmore')
+@pytest.mark.parametrize(
+  'mode, line',
+  [
+    ('primary refuses', 'data.dir: nothing there'),
+    ('one refuses', f'process 1 ({HOST}): data.dir: nothing there'),
+    (
+      'differ',
+      f'process 1 ({HOST}) has another thing: b 1, process 0 ({HOST}) has 0; '
+      'start all with the same',
+    ),
+  ],
+)
+def test_what_is_gathered_ends_all_with_its_line(several, mode, line):
+  statuses, said = several[mode]
+  assert statuses == [2, 2], said
+  assert [one.splitlines()[-1] for one in said] == [f'error: {line}'] * 2
 
-  with pytest.raises(Unavailable) as caught:
-    on_tpu(fail)
-  assert str(caught.value) == (
-    'the other hosts: Failed to recognize coordinator address t1v-0; say who '
-    'this one is with --coordinator, --num_processes and --process_id'
+
+def test_who_refuses_alone_says_so_and_jax_ends_the_other(several):
+  statuses, said = several['alone refuses']
+  assert statuses == [-signal.SIGABRT, 2], said
+  assert said[1].splitlines()[-1] == 'error: data.dir: nothing there'
+  assert 'Task 1 heartbeat timeout' in said[0]
+
+
+def test_who_crashes_alone_says_so_and_jax_ends_the_other(several):
+  statuses, said = several['alone crashes']
+  assert statuses == [1, -signal.SIGABRT], said
+  assert said[0].splitlines()[-1] == 'ZeroDivisionError: a fault of ours'
+  assert 'JAX distributed service detected fatal errors' in said[1]
+
+
+def test_a_process_that_is_lost_ends_the_other_in_time():
+  pods = [Pod([str(SEVERAL), '--mode=wait'], 2) for _ in range(2)]
+  for pod in pods:
+    pod.until('waits')
+  cases = (0, signal.SIGKILL, 'the leader'), (1, signal.SIGSTOP, ':\n1\n')
+  for pod, (victim, how, words) in zip(pods, cases, strict=True):
+    status, said, seconds = pod.lose(victim, how)
+    assert status == -signal.SIGABRT, said
+    assert words in said
+    assert seconds < 5 + 10
+
+
+def test_a_process_that_never_comes_is_one_line():
+  flags = ['--start_timeout=2', f'--coordinator=127.0.0.1:{free_port()}']
+  pod = Pod(
+    [str(SEVERAL), '--mode=talk', *flags, '--num_processes=2'],
+    1,
+    own={0: ['--process_id=1']},
   )
-
-
-def test_a_timeout_of_nothing_is_refused(on_tpu):
-  for name in ('start_timeout', 'peer_timeout'):
-    with pytest.raises(UserError, match=f'--{name} 0: it must be above 0'):
-      on_tpu(None, **{name: 0})
+  statuses, said = pod.end()
+  assert statuses == [75]
+  waiting, line = said[0].splitlines()
+  assert waiting.startswith('waiting for the other processes of 127.0.0.1:')
+  assert line.startswith(
+    'error: --start_timeout 2: not all processes of 127.0.0.1:'
+  )

@@ -5,7 +5,7 @@ kills at random moments (test_kills.py) and at every step (test_resume.py);
 each kind of damage to a checkpoint (test_checkpoints.py); steps that are not
 finite (test_train.py); SIGTERM and a second process in a work directory
 (test_preemption.py, test_locks.py); a dead process among several
-(test_processes.py); buckets (test_remote.py, test_gcs.py).
+(test_many_processes.py); buckets (test_remote.py, test_gcs.py).
 """
 
 import json

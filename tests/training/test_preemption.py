@@ -10,8 +10,8 @@ import filelock
 import pytest
 from test_resume import ROOT, assert_same_training
 
-from fulllora_jax.core.errors import UserError
-from fulllora_jax.distributed import peers, preemption
+from fulllora_jax.core.errors import RESTART, UserError
+from fulllora_jax.distributed import preemption
 from fulllora_jax.training import run as run_lib
 from fulllora_jax.training import workdir
 
@@ -56,7 +56,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     lines.append(line)
     if line.startswith('step 20/'):
       process.send_signal(signal.SIGTERM)
-  assert process.wait(timeout=400) == peers.RESTART
+  assert process.wait(timeout=400) == RESTART
   assert lines[-1].startswith('SIGTERM: saved step ')
   assert 'Traceback' not in ''.join(lines)
   step = int(lines[-1].split()[3].split('/')[0])
