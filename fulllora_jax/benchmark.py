@@ -7,6 +7,8 @@
       --attacks pgd-20,apgd-ce --images 256
   python -m fulllora_jax.benchmark --config configs/digits.py \
       --to_robustness 0.5 --schedules pgd-10,carry,quarter-n_fgsm
+  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
+      --adapters 4 --batch_size 32
 
 Compile time, seconds of a step, images per second, FLOPs and how much of the
 measured peak they reach, memory, the parts of a step, and whether the input
@@ -18,6 +20,8 @@ A table goes to the terminal, with all numbers to WORKDIR/benchmark.json and
 benchmark.md. --to_robustness measures something else: how many passes and
 seconds training takes to a robust accuracy, by schedule of the inner attack
 (WORKDIR/road.md, .json, .svg); killed, it goes on with the same command.
+--adapters measures so many adapters on one base, beside as many whole models:
+memory, seconds of a batch, compiled programs (WORKDIR/adapters.md, .json).
 """
 
 import os
@@ -49,7 +53,9 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     'data', 'random', ['random', 'config'], 'Noise, or the data of the config.'
   )
-  flags.DEFINE_integer('num_classes', 10, 'With --data=random.', lower_bound=2)
+  flags.DEFINE_integer(
+    'num_classes', 10, 'With --data=random or --adapters.', lower_bound=2
+  )
   flags.DEFINE_enum('compare', None, ['torch'], 'The same work in PyTorch.')
   flags.DEFINE_list(
     'torch_modes', ['eager', 'compile'], 'With --compare: eager, compile.'
@@ -59,6 +65,12 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
     'images', 256, 'That --attacks are timed on.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'adapters', None, 'Time so many random adapters on one base.', lower_bound=2
+  )
+  flags.DEFINE_integer(
+    'batch_size', 64, 'With --adapters, images a call.', lower_bound=1
   )
   flags.DEFINE_float(
     'to_robustness',
@@ -97,36 +109,49 @@ def main(argv: Sequence[str]) -> None:
   steps.check_devices()
   # What is timed is compiling, not reading what an earlier run compiled.
   jax.config.update('jax_compilation_cache_dir', None)
-  config = given.config
   if given.to_robustness is not None:
-    _race(given, config)
-    return
-  from fulllora_jax.experiments.speed.time_steps import time_steps
+    _race(given)
+  elif given.adapters:
+    _time_adapters(given)
+  else:
+    steps.time_steps(given.config, _workdir(given, 'benchmark'), given)
 
-  workdir = given.workdir or os.path.join('runs', f'benchmark-{config.name}')
-  time_steps(config, workdir, given)
+
+def _time_adapters(given) -> None:
+  from fulllora_jax.experiments.speed import adapters
+
+  _refuse(given, ('compare', 'attacks'), 'timing adapters', 'adapters')
+  adapters.time_adapters(given.config, _workdir(given, 'adapters'), given)
 
 
-def _race(given, config) -> None:
+def _race(given) -> None:
   from fulllora_jax import data
   from fulllora_jax.experiments.race import schedules
 
-  for flag in ('compare', 'attacks'):
-    if given[flag].value:
-      raise errors.UserError(
-        f'--{flag}: a race does not measure it; leave out --to_robustness, or '
-        f'--{flag}'
-      )
+  _refuse(given, ('compare', 'attacks', 'adapters'), 'a race', 'to_robustness')
   schedules.race(
-    config,
-    data.open_dataset(config.data, config.seed),
-    given.workdir or os.path.join('runs', f'road-{config.name}'),
+    given.config,
+    data.open_dataset(given.config.data, given.config.seed),
+    _workdir(given, 'road'),
     target=given.to_robustness,
     schedules=given.schedules or schedules.DEFAULT,
     num_validation=given.validation_images,
     final=given.final,
     num_test=given.test_images,
   )
+
+
+def _workdir(given, kind: str) -> str:
+  return given.workdir or os.path.join('runs', f'{kind}-{given.config.name}')
+
+
+def _refuse(given, unmeasured: Sequence[str], what: str, asked: str) -> None:
+  for flag in unmeasured:
+    if given[flag].value:
+      raise errors.UserError(
+        f'--{flag}: {what} does not measure it; leave out --{asked}, or '
+        f'--{flag}'
+      )
 
 
 if __name__ == '__main__':

@@ -1,8 +1,5 @@
 """Several adapters on one base, beside as many whole models.
 
-  python -m fulllora_jax.experiments.speed.adapters \
-      --config configs/cifar10.py:vit_ti --count 4
-
 Random adapters of the config's shape on one random base: what is in memory,
 what a batch takes when each call goes to another adapter, what one takes whose
 images belong to several, and how many programs that compiled. All takes turns
@@ -11,53 +8,49 @@ batch takes.
 """
 
 import functools
+import itertools
 import json
 import pathlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
-from fulllora_jax import command
 from fulllora_jax.adapters import adapted
 from fulllora_jax.core import errors, files, provenance, tables, trees
 from fulllora_jax.experiments.speed import timing
 from fulllora_jax.serving import stacking
 from fulllora_jax.serving.many_adapters import ManyAdapters
+from fulllora_jax.training import workdir as workdir_lib
 
 
-def define_flags() -> None:
-  """Defines what is measured."""
-  config_flags.DEFINE_config_file(
-    'config', None, 'A file of configs/, with its variant after a colon.'
-  )
-  flags.mark_flag_as_required('config')
-  flags.DEFINE_integer('count', 4, 'Adapters.', lower_bound=2)
-  flags.DEFINE_integer('batch_size', 64, 'Images a call.', lower_bound=1)
-  flags.DEFINE_integer('num_classes', 10, 'Logits.', lower_bound=2)
-  flags.DEFINE_integer('rounds', 10, 'Timed calls of each.', lower_bound=1)
-  flags.DEFINE_string('json', None, 'Also writes all numbers to this file.')
+def time_adapters(config, workdir: str, given) -> None:
+  """Times whole models and many adapters; prints the tables, and writes them.
 
+  Args:
+    config: its model and adapter are used, with random weights.
+    workdir: adapters.json and adapters.md go there.
+    given: the other flags of the command, fulllora_jax/benchmark.py.
 
-def main(argv: Sequence[str]) -> None:
-  """Measures and prints."""
-  del argv
-  given = flags.FLAGS
+  Raises:
+    UserError: bad input; a directory that cannot be written.
+  """
+  path = files.absolute_path(workdir)
+  with workdir_lib.writing(path):
+    files.make_writable(path)
   record = measure(
-    given.config,
-    count=given.count,
+    config,
+    count=given.adapters,
     batch_size=given.batch_size,
     num_classes=given.num_classes,
     rounds=given.rounds,
   )
-  print(markdown(record))
-  if given.json:
-    path = files.absolute_path(given.json)
-    files.replace_file(path, json.dumps(record, indent=2).encode())
+  text = markdown(record)
+  numbers = json.dumps(record, indent=2)
+  files.replace_file(path / 'adapters.json', numbers.encode())
+  files.replace_file(path / 'adapters.md', text.encode())
+  print(text)
 
 
 def measure(
@@ -67,14 +60,15 @@ def measure(
 
   Args:
     config: its model and adapter are used, with random weights.
-    count: of adapters.
+    count: how many adapters.
     batch_size: images a call, a multiple of `count`.
-    num_classes: logits.
-    rounds: timed calls of each.
+    num_classes: how many logits.
+    rounds: how many timed calls of each.
 
   Returns:
-    device, count, batch_size; bytes: of the arrays, by name; seconds: of a
-    batch, by name (timing.Seconds.record); compiled: programs by name.
+    device, count, batch_size; bytes: the size of the arrays, by name; seconds:
+    what a batch took, by name (timing.Seconds.record); compiled: how many
+    programs the first calls compiled, and compiled_later the last, by name.
 
   Raises:
     UserError: a batch that the adapters do not divide; a method that leaves no
@@ -82,14 +76,14 @@ def measure(
   """
   if batch_size % count:
     raise errors.UserError(
-      f'--batch_size {batch_size}: give a multiple of --count {count}, so that '
-      'each adapter gets as many of the images'
+      f'--batch_size {batch_size}: give a multiple of --adapters {count}, so '
+      'that each adapter gets as many of the images'
     )
-  case = _Case(config, count, batch_size, num_classes)
-  compiled = {n: _compilations(run, count) for n, run in case.runs.items()}
-  runs = {name: functools.partial(_seconds, r) for name, r in case.runs.items()}
+  batches, sizes = _prepare(config, count, batch_size, num_classes)
+  compiled = {n: _compilations(run, count) for n, run in batches.items()}
+  runs = {name: timing.stopwatch(run) for name, run in batches.items()}
   taken = timing.take_turns(runs, rounds, warmup=1)
-  again = {n: _compilations(run, count) for n, run in case.runs.items()}
+  again = {n: _compilations(run, count) for n, run in batches.items()}
   return {
     'config': config.name,
     'model': config.model.name,
@@ -97,84 +91,73 @@ def measure(
     'device': provenance.device(),
     'count': count,
     'batch_size': batch_size,
-    'bytes': case.bytes,
+    'bytes': sizes,
     'seconds': {name: each.record() for name, each in taken.items()},
     'compiled': compiled,
     'compiled_later': again,
   }
 
 
-class _Case:
-  """Random adapters, as whole models and as one stack.
+def _prepare(
+  config, count: int, batch_size: int, num_classes: int
+) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
+  """Makes random adapters, as whole models and as one stack.
 
-  Attributes:
-    bytes: of the arrays of each.
-    runs: name -> a function that computes one batch; the choice of adapters is
-      another at each call.
+  Returns:
+    Name -> a function that computes one batch, by another choice of adapters
+    at each call; and name -> the bytes of the arrays.
   """
+  shape = (config.data.image_size, config.data.image_size, 3)
+  adapters, base = _random_adapters(config, count, num_classes, shape)
+  stacking.check_set(adapters)
+  names, base = list(adapters), {'params': base}
+  frozen = trees.named_leaves(trees.prune(adapters[names[0]].frozen))
+  many = ManyAdapters(
+    stacking.stack(adapters, base['params']),
+    trees.select(base, frozen),
+    {name: each.metadata for name, each in adapters.items()},
+  )
+  model = adapted.build(config, num_classes).model
 
-  def __init__(self, config, count: int, batch_size: int, num_classes: int):
-    shape = (config.data.image_size, config.data.image_size, 3)
-    adapters, base = _random_adapters(config, count, num_classes, shape)
-    stacking.check_set(adapters)
-    frozen = trees.named_leaves(
-      trees.prune(next(iter(adapters.values())).frozen)
-    )
-    metadata = {name: each.metadata for name, each in adapters.items()}
-    self._many = ManyAdapters(
-      stacking.stack(adapters, base),
-      trees.select({'params': base}, frozen),
-      metadata,
-    )
-    model = adapted.build(config, num_classes).model
-    whole = [
-      trees.override({'params': base}, each.leaves)
-      for each in adapters.values()
-    ]
-    # Each with arrays and a program of its own, as `load` makes them.
-    self._apart = [
-      (jax.jit(functools.partial(model.apply)), jax.device_put(each))
-      for each in whole
-    ]
-    self._bare = jax.jit(functools.partial(model.apply))
-    self._base = jax.device_put({'params': base})
-    self.bytes = {
-      'whole models': sum(_bytes(each) for _, each in self._apart),
-      'many adapters': _bytes((self._many.stack, self._many.frozen)),
-      'base alone': _bytes(self._base),
-    }
-    rng = np.random.default_rng(0)
-    images = rng.uniform(size=(batch_size, *shape)).astype(np.float32)
-    self._images = jax.device_put(images)
-    self._parts = [jax.device_put(images[i::count]) for i in range(count)]
-    self._names, self._calls = list(adapters), 0
-    self.runs = {
-      'base alone': lambda: self._bare(self._base, self._images),
-      'whole model, another at each call': self._whole,
-      'many adapters, another at each call': self._one,
-      f'a mixed batch, as {count} calls of whole models': self._whole_mixed,
-      'a mixed batch, many adapters': self._mixed,
-    }
+  def loaded(variables):
+    """Has arrays and a program of its own, as `load` makes them."""
+    variables = jax.device_put(variables)
+    return functools.partial(
+      jax.jit(functools.partial(model.apply)), variables
+    ), _bytes(variables)
 
-  def _next(self) -> int:
-    self._calls += 1
-    return self._calls % len(self._names)
+  bare, base_bytes = loaded(base)
+  apart, bytes_apart = zip(
+    *(loaded(trees.override(base, each.leaves)) for each in adapters.values()),
+    strict=True,
+  )
+  pixels = np.random.default_rng(0).uniform(size=(batch_size, *shape))
+  images = jax.device_put(pixels.astype(np.float32))
+  parts = [images[i::count] for i in range(count)]
+  turn = itertools.cycle(range(count))
 
-  def _whole(self):
-    function, variables = self._apart[self._next()]
-    return function(variables, self._images)
+  def mixed():
+    first = next(turn)
+    each = [names[(first + i) % count] for i in range(batch_size)]
+    return many.logits_fn(each)(images)
 
-  def _one(self):
-    return self._many.logits_fn(self._names[self._next()])(self._images)
-
-  def _whole_mixed(self):
-    pairs = zip(self._apart, self._parts, strict=True)
-    return [function(variables, part) for (function, variables), part in pairs]
-
-  def _mixed(self):
-    first, count = self._next(), len(self._names)
-    names = [self._names[(first + i) % count] for i in range(len(self._images))]
-    return self._many.logits_fn(names)(self._images)
+  batches = {
+    'base alone': lambda: bare(images),
+    'whole model, another at each call': lambda: apart[next(turn)](images),
+    'many adapters, another at each call': lambda: many.logits_fn(
+      names[next(turn)]
+    )(images),
+    f'a mixed batch, as {count} calls of whole models': lambda: [
+      model(part) for model, part in zip(apart, parts, strict=True)
+    ],
+    'a mixed batch, many adapters': mixed,
+  }
+  sizes = {
+    'whole models': sum(bytes_apart),
+    'many adapters': _bytes((many.stack, many.frozen)),
+    'base alone': base_bytes,
+  }
+  return batches, sizes
 
 
 def _random_adapters(
@@ -199,27 +182,17 @@ def _random_adapters(
     'normalisation': None,
     'base_fingerprint': 'random',
   }
-  adapters = {
-    f'adapter_{i}': stacking.Adapter(
-      pathlib.Path(f'adapter_{i}'),
-      built,
-      jax.tree.map(noisy, trainable),
-      frozen,
-      metadata,
+  adapters = {}
+  for name in (f'adapter_{i}' for i in range(count)):
+    leaves = jax.tree.map(noisy, trainable)
+    adapters[name] = stacking.Adapter(
+      pathlib.Path(name), built, leaves, frozen, metadata
     )
-    for i in range(count)
-  }
   return adapters, jax.tree.map(np.asarray, params)
 
 
 def _bytes(tree: Any) -> int:
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-  began = time.perf_counter()
-  jax.block_until_ready(run())
-  return time.perf_counter() - began
 
 
 def _compilations(run: Callable[[], Any], calls: int) -> int:
@@ -256,8 +229,3 @@ def markdown(record: Mapping[str, Any]) -> str:
     f'batches of {batch}, {record["device"]}\n\n'
     f'{tables.markdown(memory)}\n\n{tables.markdown(times)}\n'
   )
-
-
-if __name__ == '__main__':
-  define_flags()
-  command.run(main)

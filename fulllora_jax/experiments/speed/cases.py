@@ -6,8 +6,7 @@ import functools
 import itertools
 import re
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh
 from fulllora_jax.experiments.scaling import costs, prediction
 from fulllora_jax.experiments.speed import flops
+from fulllora_jax.experiments.speed.timing import stopwatch
 from fulllora_jax.training import checks, memory, train_step
 from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.stepper import Stepper
@@ -27,9 +27,9 @@ _EXAMPLES = 1024  # of random data, or two batches
 
 
 def random_dataset(config, num_classes: int, channels: int) -> data.Dataset:
-  """Makes a data set of noise, of the config's image size, in memory.
+  """Makes a data set of noise in memory, of the config's image size.
 
-  What a step takes does not depend on the pixels.
+  How long a step takes does not depend on the pixels.
   """
   side, rng = config.data.image_size, np.random.default_rng(0)
   count = max(_EXAMPLES, 2 * config.train.batch_size, config.eval.batch_size)
@@ -45,23 +45,16 @@ def random_dataset(config, num_classes: int, channels: int) -> data.Dataset:
   return data.Dataset('random', shape, names, *splits)
 
 
-def relabelled(evaluator, variables, split: data.Split, count: int):
-  """Returns the first images of a split, labelled as the model sees them."""
-  images = split.fetch(np.arange(count))
-  x = np.asarray(augment.to_unit(images))
-  labels = evaluator.predict(variables, x).astype(np.int32)
-  return data.Split(split.name, labels, images.__getitem__)
-
-
 class Case:
-  """One config's train step.
+  """The compiled train step of one config, on a random base.
 
   Attributes:
-    name: in tables.
-    stepper: its model, state, data and algorithm; the base is random.
+    name: the step's name in tables.
+    stepper: the model, its state, the data and the algorithm.
     batch: one batch, on the mesh.
-    compiled: the step.
-    compile_seconds: 'trace' (and lower) and 'compile', without any cache.
+    compiled: the compiled step.
+    compile_seconds: the seconds of 'trace' (and lower) and of 'compile',
+      without any cache.
     plan: what the step needs of each device's memory.
   """
 
@@ -91,20 +84,19 @@ class Case:
 
   def step(self) -> float:
     """Makes one step, to its end; returns its seconds."""
-    began = time.perf_counter()
-    self.stepper.state, metrics = self.compiled(*self._arguments())
-    jax.block_until_ready((self.stepper.state, metrics))
-    return time.perf_counter() - began
+
+    def once():
+      self.stepper.state, metrics = self.compiled(*self._arguments())
+      return self.stepper.state, metrics
+
+    return stopwatch(once)()
 
   def loop(self, steps: int) -> dict[str, float]:
-    """Makes steps as training does, with new batches, without waiting.
-
-    Args:
-      steps: at most; no more than the training has.
+    """Makes so many steps as training does: new batches, and no waiting.
 
     Returns:
-      steps that were made, seconds of the loop, and those of them that it
-      waited for its input.
+      steps: how many were made, which is fewer where training has fewer;
+      seconds: of the loop; input_wait: seconds of them spent on its input.
     """
     stepper = self.stepper
     steps = min(steps, stepper.total_steps)
@@ -122,10 +114,10 @@ class Case:
     """Counts the FLOPs of a step of all devices, and the bytes of one.
 
     Returns:
-      model: of the products in the trace of the step, nothing computed twice
-        (model.remat); formula: of costs.py, for the plain ViTs it knows;
-      compiled, bytes: XLA's counts of the compiled step, in which a loop
-        counts once; each None where it is not known.
+      model: the FLOPs of the products in the trace of the step, without what
+        model.remat computes twice; formula: what scaling/costs.py says, which
+        knows plain ViTs; compiled and bytes: XLA's counts of the compiled
+        step, in which a loop counts once. Each is None where it is not known.
     """
     config = config_lib.copy(self.config)
     config.model.remat = 'none'
@@ -168,9 +160,9 @@ class Parts:
   """The parts of a step, each compiled as a program of its own.
 
   Attributes:
-    runs: name -> a function that runs it once and returns the seconds:
-      'augment', and for an adversarial method 'forward' (one pass of the
-      model) and 'attack'.
+    runs: the part's name -> a function that runs it once and returns the
+      seconds: 'augment', and for an adversarial method 'forward' (one pass of
+      the model) and 'attack'.
     attack_costs: XLA's count of one ascent (flops.compiled); empty where there
       is no attack.
   """
@@ -187,18 +179,18 @@ class Parts:
     rows = mesh.batch_sharded(self._mesh)
     augmented = jax.jit(self._augment, out_shardings=rows)
     x, labels = augmented(case.batch, stepper.root_key)
-    self.runs = {'augment': _timed(augmented, case.batch, stepper.root_key)}
+    self.runs = {'augment': stopwatch(augmented, case.batch, stepper.root_key)}
     if self._algorithm.attack is not None:
       # Its own copy: steps use the state up.
       trainable = mesh.replicate(stepper.state.trainable, self._mesh)
       variables = (trainable, stepper.frozen)
       forward = jax.jit(self._logits, out_shardings=rows)
-      self.runs['forward'] = _timed(forward, *variables, x)
+      self.runs['forward'] = stopwatch(forward, *variables, x)
       whole = mesh.replicated(self._mesh)
       attack = jax.jit(self._attack, out_shardings=(rows, whole))
       arguments = (*variables, x, labels, stepper.root_key)
       attack = attack.lower(*arguments).compile()
-      self.runs['attack'] = _timed(attack, *arguments)
+      self.runs['attack'] = stopwatch(attack, *arguments)
       self._ascents = float(attack(*arguments)[1])
       self.attack_costs = flops.compiled(attack)
 
@@ -218,14 +210,10 @@ class Parts:
   def breakdown(
     self, step: float, seconds: Mapping[str, float]
   ) -> dict[str, float]:
-    """Splits the seconds of a step.
+    """Splits the seconds of a whole step, given those of each of `runs`.
 
     The update is what is left of the step; the way back of the attack is what
     its passes forward leave of the attack.
-
-    Args:
-      step: seconds of the whole step.
-      seconds: of each of `runs`.
     """
     parts = {'augment': seconds['augment']}
     if 'attack' in seconds:
@@ -234,12 +222,3 @@ class Parts:
       parts['attack, backward'] = seconds['attack'] - forward
     parts['update'] = max(0.0, step - sum(parts.values()))
     return parts
-
-
-def _timed(function: Callable, *arguments: Any) -> Callable[[], float]:
-  def run() -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - began
-
-  return run

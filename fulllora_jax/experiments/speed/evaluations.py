@@ -1,15 +1,19 @@
 """How many images a second an evaluation gets through."""
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from fulllora_jax import data
 from fulllora_jax.core import tables, trees
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError
+from fulllora_jax.data import augment
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
-from fulllora_jax.experiments.speed.cases import Case, relabelled
+from fulllora_jax.experiments.speed import timing
+from fulllora_jax.experiments.speed.cases import Case
 
 _REPEATS = 3
 
@@ -17,16 +21,16 @@ _REPEATS = 3
 def measure(
   case: Case, attacks: Sequence[str], images: int, peers: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-  """Times evaluations of a case's model, and of the peers, in turns.
+  """Times evaluations of a case's model, and of the peers, by turns.
 
   The labels are what the model itself says, so that every image is attacked.
   How long an ensemble takes depends on how many images withstand it: that share
   is in the result. Compiling, which happens once, is not counted.
 
   Args:
-    case: its variables as they are.
+    case: its variables are evaluated as they are.
     attacks: 'pgd-20', 'autoattack', ... (attacks/named.py).
-    images: how many, from the test split.
+    images: how many images of the test split.
     peers: name -> TorchPeer; they know PGD alone.
 
   Returns:
@@ -37,40 +41,39 @@ def measure(
     UserError: an unknown attack; more images than there are.
   """
   stepper, plan = case.stepper, Plan.of(case.config)
-  assembly = stepper.assembly
+  assembly, test = stepper.assembly, stepper.dataset.test
   evaluator = Evaluator(assembly.built.model.apply, plan, assembly.mesh)
-  test = stepper.dataset.test
   if images > len(test):
     raise UserError(
       f'--images {images}: the test split has {len(test)}; give fewer'
     )
   variables = trees.merge(stepper.state.trainable, stepper.frozen)
-  split = relabelled(evaluator, variables, test, images)
-  records = []
+  pixels = test.fetch(np.arange(images))
+  x = np.asarray(augment.to_unit(pixels))
+  labels = evaluator.predict(variables, x).astype(np.int32)
+  split = data.Split(test.name, labels, pixels.__getitem__)
+  records, ours = [], case.config.method
   for text in attacks:
-    attack = plan.attack(text)
+    attack, outcomes = plan.attack(text), []
     say(f'evaluating {attack.label} on {images} images')
-    mine, theirs = [], {name: [] for name in peers}
-    for number in range(_REPEATS + 1):
-      began = time.perf_counter()
-      outcome = evaluator.evaluate(variables, split, attack)
-      if number:  # the first compiles
-        mine.append(images / (time.perf_counter() - began))
-      if attack.name == 'pgd' and number:
-        for name, peer in peers.items():
-          theirs[name] += peer.attack(steps=attack.steps)
-    robust = float(outcome.robust.mean())
-    records.append(
-      _record(attack.label, case.config.method, mine) | {'robust': robust}
-    )
-    records += [
-      _record(attack.label, name, each) for name, each in theirs.items() if each
-    ]
+
+    def evaluate(attack=attack, outcomes=outcomes):
+      outcomes.append(evaluator.evaluate(variables, split, attack))
+
+    runs = {ours: timing.stopwatch(evaluate)}
+    if attack.name == 'pgd':
+      for name, peer in peers.items():
+        runs[name] = lambda peer=peer, steps=attack.steps: (
+          images / peer.attack(steps=steps)[0]
+        )
+    for name, taken in timing.take_turns(runs, _REPEATS, warmup=1).items():
+      rates = [images / seconds for seconds in taken.all]
+      records.append(
+        {'attack': attack.label, 'name': name, 'images_per_second': rates}
+      )
+      if name == ours:
+        records[-1]['robust'] = float(outcomes[-1].robust.mean())
   return records
-
-
-def _record(attack: str, name: str, rates: list[float]) -> dict[str, Any]:
-  return {'attack': attack, 'name': name, 'images_per_second': rates}
 
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:

@@ -1,7 +1,6 @@
 """What the devices here can do at best: products, and reading memory."""
 
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.experiments.speed.timing import stopwatch
 
 # Sides of the square matrices; the best of them is the peak.
 _SIDES = {'cpu': (1024, 2048), 'other': (4096, 8192)}
@@ -68,10 +68,6 @@ def _filled(mesh: Mesh, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 
 def _best_seconds(function: Callable, *arguments: jax.Array) -> float:
-  jax.block_until_ready(function(*arguments))
-  seconds = []
-  for _ in range(_REPEATS):
-    began = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    seconds.append(time.perf_counter() - began)
-  return min(seconds)
+  run = stopwatch(function, *arguments)
+  run()  # compiles
+  return min(run() for _ in range(_REPEATS))

@@ -1,5 +1,7 @@
 """Train steps side by side: seconds, FLOPs, memory, parts, input."""
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,15 +9,51 @@ import jax
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data
-from fulllora_jax.core import provenance, tables
+from fulllora_jax.core import files, provenance, tables
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.experiments.speed import peak, timing
-from fulllora_jax.experiments.speed.cases import Case, Parts
-from fulllora_jax.experiments.speed.timing import Seconds
+from fulllora_jax.experiments.speed import evaluations, peak, timing
+from fulllora_jax.experiments.speed.cases import Case, Parts, random_dataset
+from fulllora_jax.experiments.speed.torch import peer as peer_lib
+from fulllora_jax.training import workdir as workdir_lib
 from fulllora_jax.training.memory import readable
 
 _LOOP_STEPS = 6  # of the loop with new batches
+
+
+def time_steps(config, workdir: str, given) -> None:
+  """Times what is asked for; prints the tables, and writes them.
+
+  Args:
+    config: config.py.
+    workdir: benchmark.json and benchmark.md go there.
+    given: the other flags of the command, fulllora_jax/benchmark.py.
+
+  Raises:
+    UserError: bad input; a directory that cannot be written.
+  """
+  path = files.absolute_path(workdir)
+  with workdir_lib.writing(path):
+    files.make_writable(path)
+  if given.data == 'config':
+    dataset = data.open_dataset(config.data, config.seed)
+  else:
+    dataset = random_dataset(config, given.num_classes, channels=3)
+  with contextlib.ExitStack() as stack:
+    modes = given.torch_modes if given.compare else ()
+    peers = peer_lib.start(stack, config, dataset, modes)
+    cases = compile_cases(config, dataset, given.methods)
+    record = measure(cases, given.rounds, given.warmup, peers)
+    text = markdown(record)
+    if given.attacks:
+      record['evaluations'] = evaluations.measure(
+        cases[config.method], given.attacks, given.images, peers
+      )
+      text += '\n' + evaluations.markdown(record['evaluations'])
+  numbers = json.dumps(record, indent=2)
+  files.replace_file(path / 'benchmark.json', numbers.encode())
+  files.replace_file(path / 'benchmark.md', text.encode())
+  print(text)
 
 
 def compile_cases(
@@ -27,7 +65,7 @@ def compile_cases(
     Method -> its case; the config's own is the first.
 
   Raises:
-    UserError: as config_checks.validate; a method named twice.
+    UserError: what checks.validate refuses; a method named twice.
   """
   names = [config.method, *methods]
   if len(set(names)) < len(names):
@@ -56,28 +94,37 @@ def measure(
   steps that were made one after the other.
 
   Args:
-    cases: of `compile_cases`; others are divided by the first.
+    cases: what `compile_cases` returned; the others are divided by the first.
     rounds: timed steps of each, at least 1.
     warmup: steps of each before them.
-    peers: name -> a running torch_peer.TorchPeer.
+    peers: name -> a running TorchPeer.
 
   Returns:
     JSON values: `steps` (name -> record), `breakdown`, `input`, `peak`,
     `roofline`, `device`, `versions`, `batch_size`, `dtype`.
   """
   ours = next(iter(cases.values()))
-  config = ours.config
+  config, mesh = ours.config, ours.stepper.assembly.mesh
   say('compiling the parts of the step')
   parts = Parts(ours)
   runs = {name: case.step for name, case in cases.items()}
   runs |= {f'part {name}': run for name, run in parts.runs.items()}
-  runs |= {name: _peer_step(peer) for name, peer in peers.items()}
+  for name, peer in peers.items():
+    runs[name] = lambda peer=peer: peer.run(steps=1)[0]
   taken = timing.take_turns(runs, rounds, warmup)
-  first = taken[config.method]
-  best = _peaks(config, ours)
-  images = config.train.batch_size
+  say('measuring the peak: large products, and reading memory')
+  best = {
+    'flops': peak.matmul_flops(mesh, config.model.dtype),
+    'bandwidth': peak.memory_bandwidth(mesh),
+  }
+  first, images = taken[config.method], config.train.batch_size
   steps = {
-    name: _step_record(taken[name], first, images) for name in (*cases, *peers)
+    name: {
+      'seconds': taken[name].record(),
+      'images_per_second': images / taken[name].median,
+      'relative_to_first': timing.ratio(taken[name], first).record(),
+    }
+    for name in (*cases, *peers)
   }
   for name, case in cases.items():
     steps[name] |= _case_record(case, taken[name].median, best['flops'])
@@ -97,57 +144,30 @@ def measure(
     'breakdown': parts.breakdown(first.median, medians),
     'input': ours.loop(_LOOP_STEPS),
     'peak': best,
-    'roofline': _roofline(parts, best),
-  }
-
-
-def _peer_step(peer):
-  return lambda: peer.run(steps=1)[0]
-
-
-def _peaks(config, case: Case) -> dict[str, float]:
-  say('measuring the peak: large products, and reading memory')
-  mesh = case.stepper.assembly.mesh
-  return {
-    'flops': peak.matmul_flops(mesh, config.model.dtype),
-    'bandwidth': peak.memory_bandwidth(mesh),
-  }
-
-
-def _step_record(taken: Seconds, first: Seconds, images: int) -> dict[str, Any]:
-  return {
-    'seconds': taken.record(),
-    'images_per_second': images / taken.median,
-    'relative_to_first': timing.ratio(taken, first).record(),
+    'roofline': _roofline(parts.attack_costs, best),
   }
 
 
 def _case_record(case: Case, seconds: float, peak_flops: float):
   counted = case.flops()
   flops = counted['model']
+  device = case.stepper.assembly.mesh.devices.flat[0]
+  stats = device.memory_stats() if device.platform != 'cpu' else None
   return {
     'compile': case.compile_seconds,
     'trainable': case.stepper.assembly.counts['trainable'],
     'flops': counted,
     'utilisation': flops and flops / seconds / peak_flops,
     'memory': case.plan.as_record(),
-    'peak_memory': _peak_memory(case),
+    'peak_memory': (stats or {}).get('peak_bytes_in_use'),
   }
 
 
-def _peak_memory(case: Case) -> int | None:
-  """Returns the most bytes in use on a device so far; None on CPU."""
-  device = case.stepper.assembly.mesh.devices.flat[0]
-  stats = device.memory_stats() if device.platform != 'cpu' else None
-  return (stats or {}).get('peak_bytes_in_use')
-
-
-def _roofline(parts: Parts, best) -> dict[str, Any] | None:
+def _roofline(counted: Mapping[str, float], best) -> dict[str, Any] | None:
   """Compares FLOPs a byte of one ascent with what the devices can do.
 
   Of the attack's loop XLA counts one ascent, whatever its number of steps.
   """
-  counted = parts.attack_costs
   if not {'flops', 'bytes accessed'} <= counted.keys():
     return None
   intensity = counted['flops'] / counted['bytes accessed']
@@ -161,22 +181,22 @@ def _roofline(parts: Parts, best) -> dict[str, Any] | None:
 
 def markdown(record: Mapping[str, Any]) -> str:
   """Formats what `measure` returned as text with Markdown tables."""
-  lines = [
+  parts, loop = record['breakdown'], record['input']
+  total = sum(parts.values())
+  part_rows = [['part', 'seconds', 'share']]
+  part_rows += [[n, f'{s:.3g}', f'{s / total:.1%}'] for n, s in parts.items()]
+  waited = loop['input_wait'] / loop['seconds']
+  paragraphs = [
     f'Train steps of {record["batch_size"]} images, {record["dtype"]}, on '
     f'{record["device"]}; the median and the quartiles of the rounds.',
-    '',
     tables.markdown(_step_rows(record)),
-    '',
     'The parts of the first:',
-    '',
-    tables.markdown(_part_rows(record)),
-    '',
-    _input_line(record),
-    '',
-    _roofline_line(record),
-    '',
+    tables.markdown(part_rows),
+    f'Input: waited for {waited:.2%} of a loop of {loop["steps"]} steps with '
+    'new batches.',
+    _roofline_line(record['peak'], record['roofline']),
   ]
-  return '\n'.join(lines)
+  return '\n\n'.join(paragraphs) + '\n'
 
 
 def _step_rows(record) -> list[list[str]]:
@@ -184,16 +204,15 @@ def _step_rows(record) -> list[list[str]]:
   header += ['GFLOP an image', 'utilisation', 'memory planned', 'learns']
   rows = [header]
   for name, step in record['steps'].items():
-    seconds, relative = step['seconds'], step['relative_to_first']
     flops = step.get('flops', {}).get('model')
     share = step.get('utilisation')
     plan = step.get('memory', {}).get('total') or step.get('peak_memory')
     rows.append(
       [
         name,
-        _spread(seconds, '.3g'),
+        _spread(step['seconds'], '.3g'),
         f'{step["images_per_second"]:.1f}',
-        _spread(relative, '.2f'),
+        _spread(step['relative_to_first'], '.2f'),
         f'{sum(step["compile"].values()):.1f}',
         f'{flops / record["batch_size"] / 1e9:.3g}' if flops else '-',
         f'{share:.0%}' if share else '-',
@@ -204,30 +223,11 @@ def _step_rows(record) -> list[list[str]]:
   return rows
 
 
-def _spread(record, form: str) -> str:
-  return tables.with_interval(record['median'], record['quartiles'], form, 1)
+def _spread(seconds: Mapping[str, Any], form: str) -> str:
+  return tables.with_interval(seconds['median'], seconds['quartiles'], form, 1)
 
 
-def _part_rows(record) -> list[list[str]]:
-  parts = record['breakdown']
-  total = sum(parts.values())
-  return [
-    ['part', 'seconds', 'share'],
-    *([n, f'{s:.3g}', f'{s / total:.1%}'] for n, s in parts.items()),
-  ]
-
-
-def _input_line(record) -> str:
-  found = record['input']
-  share = found['input_wait'] / found['seconds']
-  return (
-    f'Input: waited for {share:.2%} of a loop of {found["steps"]} steps with '
-    'new batches.'
-  )
-
-
-def _roofline_line(record) -> str:
-  best, roofline = record['peak'], record['roofline']
+def _roofline_line(best, roofline) -> str:
   text = (
     f'Peak measured here: {best["flops"] / 1e12:.3g} TFLOP/s in products, '
     f'{best["bandwidth"] / 1e9:.3g} GB/s of memory.'

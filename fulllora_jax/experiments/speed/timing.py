@@ -2,20 +2,20 @@
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
 
 from fulllora_jax.core.console import Progress, say
 
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-  """What repeated runs of one thing took.
+  """What repeated runs of one thing took."""
 
-  Attributes:
-    all: seconds of each run, in order.
-  """
-
-  all: tuple[float, ...]
+  all: tuple[float, ...]  # seconds of each run, in order
 
   @property
   def median(self) -> float:
@@ -37,6 +37,17 @@ class Seconds:
       'min': min(self.all),
       'all': list(self.all),
     }
+
+
+def stopwatch(function: Callable, *arguments: Any) -> Callable[[], float]:
+  """Returns what calls a function to its end, and says the seconds it took."""
+
+  def run() -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - began
+
+  return run
 
 
 def take_turns(

@@ -24,7 +24,7 @@ def test_memory_time_and_compilations(tiny_config):
 
 
 def test_a_batch_that_cannot_be_shared_out(tiny_config):
-  with pytest.raises(UserError, match='--batch_size 5: give a multiple of --c'):
+  with pytest.raises(UserError, match='--batch_size 5: give a multiple of --a'):
     adapters.measure(
       tiny_config(), count=2, batch_size=5, num_classes=3, rounds=1
     )

@@ -251,6 +251,18 @@ def test_the_command_writes_what_it_prints(tmp_path, run_python):
   assert record['evaluations'][0]['attack'] == 'pgd-2'
 
 
+def test_the_command_times_adapters(tmp_path, run_here):
+  done = run_here(
+    '-m', 'fulllora_jax.benchmark', f'--config={CONFIG}', '--adapters=2',
+    '--batch_size=4', '--rounds=1', f'--workdir={tmp_path}/out',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  out = tmp_path / 'out'
+  assert (out / 'adapters.md').read_text().strip() == done.stdout.strip()
+  record = json.loads((out / 'adapters.json').read_text())
+  assert (record['count'], record['batch_size']) == (2, 4)
+
+
 @pytest.mark.slow
 def test_the_command_races(tmp_path, run_python, digits_dir):
   done = run_python(
@@ -275,6 +287,10 @@ def test_the_command_races(tmp_path, run_python, digits_dir):
     ('--rounds=0', 'rounds'),
     ('--workdir=/proc/nowhere', '/proc/nowhere'),
     ('--to_robustness=0.5 --attacks=pgd-2', '--attacks: a race does not'),
+    ('--to_robustness=0.5 --adapters=2', '--adapters: a race does not'),
+    ('--adapters=2 --attacks=pgd-2', '--attacks: timing adapters does not'),
+    ('--adapters=3', '--batch_size 64: give a multiple of --adapters 3'),
+    ('--adapters=1', 'adapters'),
   ],
 )
 def test_bad_flags_are_one_line(run_here, tmp_path, flag, words):
