@@ -99,7 +99,7 @@ def frozen_shapes(tree: Any, mesh: Mesh, shard_from: int) -> Any:
   return jax.tree.map(shape_of, tree)
 
 
-def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
   """Puts an array where it belongs, part by part.
 
   Every process must have the same; this is not checked, unlike by

@@ -57,7 +57,7 @@ def open_base(config, workdir: Path) -> pretrained.Opened | None:
   """
   source, kept = pretrained.resolve_base(config.base.source), _kept(workdir)
   if source.kind == pretrained.RUN:
-    own = _model_config(source.artefact)
+    own = _model_config(source.source)
     for field in _UNSEEN:
       if config.model[field] in (None, '', ()):
         config.model[field] = own[field]
@@ -189,7 +189,7 @@ def starting_point(
   return variables, Origin(base, source, fingerprint)
 
 
-def _model_config(base: Path):
+def _model_config(base: str | Path):
   """Returns the `config.model` that an artefact was made with."""
   metadata = pretrained.base_metadata(base)
   return config_lib.from_mapping(metadata['config']).model

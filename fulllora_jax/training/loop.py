@@ -157,7 +157,7 @@ class Training:
     }
     checkpoints.save(self.stepper.state, notes)
 
-  def _count(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+  def _count(self, step: int, metrics: dict[str, Any]) -> None:
     """Counts what a finished step did.
 
     Raises:

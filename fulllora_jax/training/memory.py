@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import say, warn
@@ -126,7 +127,7 @@ def measure(
     activations=activations,
     program=program,
     limit=device_limit(device),
-    split=_split(frozen, state.step.sharding.mesh, config.mesh.shard_from),
+    split=_split(frozen, _mesh(state), config.mesh.shard_from),
   )
 
 
@@ -216,6 +217,12 @@ def readable(size: int) -> str:
   return f'{size / 1024:.1f} KiB'
 
 
+def _mesh(state: TrainState) -> Mesh:
+  sharding = state.step.sharding
+  assert isinstance(sharding, NamedSharding)  # the state lives on a mesh
+  return sharding.mesh
+
+
 def _device(state: TrainState) -> jax.Device:
   """Returns a device of this process that the state lives on."""
   return min(state.step.sharding.addressable_devices, key=lambda d: d.id)
@@ -268,7 +275,7 @@ def _too_much(memory: Memory, config) -> str:
   )
   return (
     f'the train step needs {readable(memory.total)} on each device, and a '
-    f'{memory.device} has {readable(memory.limit)} ({parts})'
+    f'{memory.device} has {readable(memory.limit or 0)} ({parts})'
     + _one_of(advice(config, memory))
   )
 

@@ -230,7 +230,8 @@ class _EventProcess:
 
   def close(self) -> None:
     """Ends the process once it has written all lines, or by force."""
-    self._process.stdin.close()
+    if self._process.stdin is not None:
+      self._process.stdin.close()
     try:
       status = self._process.wait(_CLOSE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -1,6 +1,5 @@
 """The train state on the mesh, and what moves it on, step by step."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,21 +70,21 @@ class Stepper:
       The number of the step, from `start` + 1; and the numbers and metrics of
       the steps that had to be waited for, empty where none had to.
     """
-    with contextlib.closing(self.batches(start)) as batches:
-      for step in range(start + 1, self.total_steps + 1):
-        began = time.perf_counter()
-        batch = self.put(next(batches))
-        ready = time.perf_counter()
-        self.input_seconds += ready - began
-        if self.step_fn is None:
-          self.step_fn = self.compile(batch)
-          self.compile_seconds = time.perf_counter() - ready
-        self.state, metrics = self.step_fn(
-          self.state, self.frozen, batch, self.root_key
-        )
-        self._in_flight.append((step, metrics))
-        full = len(self._in_flight) == _RUN_AHEAD
-        yield step, self.wait() if full else []
+    batches = self.batches(start)
+    for step in range(start + 1, self.total_steps + 1):
+      began = time.perf_counter()
+      batch = self.put(next(batches))
+      ready = time.perf_counter()
+      self.input_seconds += ready - began
+      if self.step_fn is None:
+        self.step_fn = self.compile(batch)
+        self.compile_seconds = time.perf_counter() - ready
+      self.state, metrics = self.step_fn(
+        self.state, self.frozen, batch, self.root_key
+      )
+      self._in_flight.append((step, metrics))
+      full = len(self._in_flight) == _RUN_AHEAD
+      yield step, self.wait() if full else []
 
   def wait(self) -> list[tuple[int, train_step.Metrics]]:
     """Waits for the steps in flight; returns their numbers and metrics."""
