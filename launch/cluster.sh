@@ -3,8 +3,11 @@
 # shellcheck shell=bash disable=SC2034
 source launch/environment.sh
 
-# The exit codes of fulllora_jax.main that are not 0 and not a crash.
-readonly BAD_INPUT=2 STOPPED=75
+# The exit codes of fulllora_jax.main that are not 0 and not a crash. As a
+# pattern, those after which the same command goes on: 75, it has saved or lacks
+# the other hosts; 128 and a signal's number, it was killed, or JAX ended it
+# with SIGABRT (134) for the loss of another host.
+readonly BAD_INPUT=2 GOES_ON='(75|129|1[3-8][0-9]|19[0-2])'
 
 # Set by parse_flags.
 dry_run=

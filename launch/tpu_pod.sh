@@ -139,9 +139,9 @@ judge() {
     outcome=running
   elif grep -q '^running' <<<"$1"; then
     outcome=ending
-  elif why=$(grep -m 1 -v -e '^0 ' -e "^$STOPPED " <<<"$1"); then
+  elif why=$(grep -m 1 -vE "^(0|$GOES_ON) " <<<"$1"); then
     outcome=crashed
-  elif why=$(grep -m 1 "^$STOPPED " <<<"$1"); then
+  elif why=$(grep -m 1 -E "^$GOES_ON " <<<"$1"); then
     outcome=stopped
   else
     outcome=finished

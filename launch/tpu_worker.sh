@@ -58,11 +58,20 @@ follow() {
   fi
 }
 
+# The last line of the log, or where JAX ended the command, what it said above
+# the stack.
+last_word() {
+  if ! (($(<"$status") > 128)) ||
+    ! grep -m 1 'JAX distributed service' < <(tail -n 100 "$log"); then
+    reason "$log"
+  fi
+}
+
 show_status() {
   if group >/dev/null; then
     echo 'status: running'
   elif [[ -e $status ]]; then
-    echo "status: $(<"$status") $(reason "$log")"
+    echo "status: $(<"$status") $(last_word)"
   elif [[ -e $pid_file ]]; then
     echo 'status: no exit status: killed, or a new boot'
   else

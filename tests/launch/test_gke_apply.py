@@ -51,6 +51,7 @@ def test_jobset(cluster):
 def test_pod(cluster):
   pod = job_of(rendered(cluster))['template']['spec']
   assert pod['restartPolicy'] == 'Never'
+  assert pod['shareProcessNamespace']  # else Python's abort is no 134
   assert pod['terminationGracePeriodSeconds'] == 300
   assert pod['nodeSelector'] == {
     'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
@@ -85,12 +86,12 @@ def test_processes_are_counted_through_the_slices(cluster):
 
 
 def test_failure_policies(cluster):
-  """Exit code 2 fails at once; 75 and disruptions do not count."""
+  """Exit code 2 fails at once; 75, 134 and disruptions do not count."""
   jobset = rendered(cluster, '--max_restarts=7')
   rules = job_of(jobset)['podFailurePolicy']['rules']
   assert all(rule['action'] == 'FailJob' for rule in rules)
   assert [rule.get('onExitCodes', {}).get('values') for rule in rules] == [
-    [2], None, [75]
+    [2], None, [75, 134]
   ]  # fmt: skip
   assert rules[1]['onPodConditions'] == [
     {'type': 'DisruptionTarget', 'status': 'True'}
@@ -102,7 +103,8 @@ def test_failure_policies(cluster):
   assert bad['onJobFailureMessagePatterns'] == ['exit code 2 matching']
   assert saved['action'] == 'RestartJobSetAndIgnoreMaxRestarts'
   assert saved['onJobFailureMessagePatterns'] == [
-    'exit code 75 matching', 'has condition DisruptionTarget matching'
+    'exit code 75 matching', 'exit code 134 matching',
+    'has condition DisruptionTarget matching',
   ]  # fmt: skip
 
 

@@ -96,6 +96,14 @@ def test_crashes_are_bounded_and_stops_are_not_crashes(cluster):
   assert not cluster.calls('scontrol')
 
 
+@pytest.mark.parametrize('code', ['129', '134', '137', '143'])
+def test_deaths_by_a_signal_are_not_crashes(cluster, code):
+  """134: JAX ended the task for the loss of another."""
+  process = submit(cluster, EXIT=code, LAUNCH_MAX_CRASHES='0')
+  assert process.returncode == 0, process.stderr
+  assert cluster.calls('scontrol') == ['scontrol requeue 7']
+
+
 def test_restarts_are_bounded(cluster):
   process = submit(cluster, EXIT='75', SLURM_RESTART_COUNT='100')
   error = stand_ins.the_error(process, code=1)

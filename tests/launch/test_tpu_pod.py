@@ -165,6 +165,28 @@ def test_crashes_are_bounded(cluster):
   assert tpu.verbs(cluster).count('start') == 3
 
 
+@pytest.mark.parametrize('end', ['134 F1 client.h: a task died', '137 step 7'])
+def test_deaths_by_a_signal_are_not_crashes(cluster, end):
+  lost = say(f'status: {end}\nstatus: 75 saved\n')
+  process = cluster.run(
+    'tpu_pod.sh', *tpu.ALL, '--max_crashes=0',
+    scenario=tpu.scenario(status=[tpu.NEW, tpu.NEW, lost, lost, tpu.DONE]),
+  )  # fmt: skip
+  assert process.returncode == 0, process.stderr
+  assert tpu.verbs(cluster).count('start') == 2
+  assert f'Stopped with: {end}. Restart 1' in process.stderr
+
+
+def test_refused_input_counts_more_than_who_died_of_it(cluster):
+  bad = say('status: 134 F1 client.h: a task died\nstatus: 2 error: no data\n')
+  process = cluster.run(
+    'tpu_pod.sh', *tpu.ALL,
+    scenario=tpu.scenario(status=[tpu.NEW, tpu.NEW, bad]),
+  )  # fmt: skip
+  assert 'refused its input: error: no data' in stand_ins.the_error(process)
+  assert tpu.verbs(cluster).count('start') == 1
+
+
 def test_restarts_are_bounded(cluster):
   stopped = say('status: 75 saved\nstatus: 0 fine\n')
   process = cluster.run(

@@ -131,7 +131,7 @@ def test_waits_in_the_queue(cluster):
     'tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(describe=states)
   )
   assert process.returncode == 0, process.stderr
-  assert process.stderr.count('pod: WAITING_FOR_RESOURCES for 0 s') == 2
+  assert process.stderr.count('pod: WAITING_FOR_RESOURCES for ') == 2
 
 
 def test_waits_no_longer_than_it_may(cluster):

@@ -11,6 +11,9 @@ echo "ran $*"
 case "$*" in
   *waits*) trap 'echo saved; exit 75' TERM; while :; do sleep 0.05; done ;;
   *deaf*) trap '' TERM; while :; do sleep 0.05; done ;;
+  *aborts*)
+    echo 'F1 client.h:80] the JAX distributed service detected fatal errors'
+    echo '    @     0x7f (unknown)'; kill -ABRT "$$" ;;
   *refuses*) echo 'error: no such field'; echo; exit 2 ;;
 esac
 """
@@ -56,6 +59,13 @@ def test_runs_to_its_end(cluster):
 def test_keeps_the_exit_status_and_the_last_line(cluster):
   start(cluster, 'refuses')
   assert ended(cluster) == '2 error: no such field'
+
+
+def test_keeps_what_jax_says_when_it_ends_the_command(cluster):
+  start(cluster, 'aborts')
+  assert ended(cluster) == (
+    '134 F1 client.h:80] the JAX distributed service detected fatal errors'
+  )
 
 
 def test_sigterm_lets_it_save(cluster):
