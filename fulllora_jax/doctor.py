@@ -45,21 +45,19 @@ def main(argv: Sequence[str]) -> None:
   from fulllora_jax.training import workdir
 
   command.start_up()
-  if given.logits:
-    config = workdir.config_without_run(given.data, given.image_size)
-  elif given.workdir:
-    config = workdir.read_config(given.workdir)
-  else:
+  if not given.logits and not given.workdir:
     raise errors.UserError(
       '--workdir: give the work directory of a run, or --logits=module:function'
     )
-  for part, field, flag in (
-    ('threat', 'norm', given.norm),
-    ('threat', 'eps', given.eps),
-    ('data', 'dir', given.data_dir),
-  ):
-    if flag is not None:
-      config[part][field] = flag
+  config = workdir.config_of(given)
+  asked = {
+    'threat.norm': given.norm,
+    'threat.eps': given.eps,
+    'data.dir': given.data_dir,
+  }
+  config.update_from_flattened_dict(
+    {field: value for field, value in asked.items() if value is not None}
+  )
   healthy = examine_and_say(
     config,
     given.workdir,

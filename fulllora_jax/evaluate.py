@@ -77,30 +77,28 @@ def main(argv: Sequence[str]) -> None:
   from fulllora_jax.training import workdir
 
   command.start_up()
-  if given.logits:
-    for flag in ('weights', 'dtype'):
-      if given[flag].value:
-        raise errors.UserError(f'--{flag}: --logits has its own; leave one out')
-    config = workdir.config_without_run(given.data, given.image_size)
-  else:
-    if given.data or given.image_size:
-      raise errors.UserError(
-        '--data, --image_size: they go with --logits; a run is evaluated on '
-        'the data it was made for'
-      )
-    config = workdir.read_config(given.workdir)
-  for part, field, flag in (
-    ('eval', 'attacks', tuple(given.attack) or None),
-    ('eval', 'step_size', given.step_size),
-    ('eval', 'restarts', given.restarts),
-    ('eval', 'batch_size', given.batch_size),
-    ('eval', 'num_examples', given.num_examples),
-    ('threat', 'norm', given.norm),
-    ('model', 'dtype', given.dtype),
-    ('data', 'dir', given.data_dir),
-  ):
-    if flag is not None:
-      config[part][field] = flag
+  for flag in ('weights', 'dtype') if given.logits else ():
+    if given[flag].value:
+      raise errors.UserError(f'--{flag}: --logits has its own; leave one out')
+  if not given.logits and (given.data or given.image_size):
+    raise errors.UserError(
+      '--data, --image_size: they go with --logits; a run is evaluated on '
+      'the data it was made for'
+    )
+  config = workdir.config_of(given)
+  asked = {
+    'eval.attacks': tuple(given.attack) or None,
+    'eval.step_size': given.step_size,
+    'eval.restarts': given.restarts,
+    'eval.batch_size': given.batch_size,
+    'eval.num_examples': given.num_examples,
+    'threat.norm': given.norm,
+    'model.dtype': given.dtype,
+    'data.dir': given.data_dir,
+  }
+  config.update_from_flattened_dict(
+    {field: value for field, value in asked.items() if value is not None}
+  )
   evaluate_again(
     config,
     given.workdir,

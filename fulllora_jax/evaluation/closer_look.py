@@ -7,7 +7,6 @@ images, however large the test split is.
 
 import functools
 import re
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from fulllora_jax.attacks import Attack
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.core.console import say
 from fulllora_jax.core.statistics import wilson_interval
-from fulllora_jax.distributed import mesh
 from fulllora_jax.evaluation import settings
 from fulllora_jax.evaluation.eps_sweep import EpsSweep, broken_at, extremes
 from fulllora_jax.evaluation.finished_run import FinishedRun
@@ -207,28 +205,26 @@ def _weight_changes(run: FinishedRun, base, best) -> dict[str, Any]:
   base = traverse_util.flatten_dict(base, sep='/')
   best = traverse_util.flatten_dict(best, sep='/')
   maps = models.linear_maps(run.config.model.name)
-  rows = []
+  roles = {}
   for leaf in sorted(best, key=_by_numbers):
     path = leaf.removesuffix('/kernel')
     role = next((r for r, p in maps.items() if re.fullmatch(p, path)), None)
     same = leaf in base and base[leaf].shape == best[leaf].shape
     if role and same and path != leaf:
-      rows.append({'path': path, 'role': role, 'leaf': leaf})
+      roles[leaf] = role
 
-  @functools.partial(jax.jit, out_shardings=mesh.replicated(run.evaluator.mesh))
-  def changes(before: Mapping[str, Any], after: Mapping[str, Any]):
-    return {
-      leaf: jnp.linalg.norm((after[leaf] - before[leaf]).ravel())
-      / jnp.maximum(jnp.linalg.norm(before[leaf].ravel()), 1e-12)
-      for leaf in before
-    }
+  def change(before, after):
+    norm = jnp.maximum(jnp.linalg.norm(before.ravel()), 1e-12)
+    return jnp.linalg.norm((after - before).ravel()) / norm
 
-  leaves = [row.pop('leaf') for row in rows]
-  found = jax.device_get(
-    changes({k: base[k] for k in leaves}, {k: best[k] for k in leaves})
+  found = run.evaluator.jit(functools.partial(jax.tree.map, change))(
+    {leaf: base[leaf] for leaf in roles}, {leaf: best[leaf] for leaf in roles}
   )
-  for row, leaf in zip(rows, leaves, strict=True):
-    row['change'] = float(found[leaf])
+  rows = [
+    {'path': leaf.removesuffix('/kernel'), 'role': role}
+    | {'change': float(found[leaf])}
+    for leaf, role in roles.items()
+  ]
   return {'kind': 'weights', 'maps': rows}
 
 

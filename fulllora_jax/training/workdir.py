@@ -145,25 +145,27 @@ def read_config(workdir: str | os.PathLike):
   return config_lib.from_mapping(values)
 
 
-def config_without_run(data_name: str | None, image_size: int | None):
-  """Returns the config to evaluate a model with that is no run of ours.
+def config_of(given) -> config_lib.ConfigDict:
+  """Returns the config of what a command is to evaluate.
 
   Args:
-    data_name: the images, as `config.data.name` writes it.
-    image_size: their side in pixels.
+    given: its flags. A run's config is read from `workdir`; a function, named
+      by `logits`, has the images that `data` and `image_size` say.
 
   Raises:
-    UserError: one of them is missing.
+    UserError: there is no run; `data` or `image_size` is missing.
   """
-  for flag, value in (('data', data_name), ('image_size', image_size)):
-    if not value:
+  if not given.logits:
+    return read_config(given.workdir)
+  for flag in ('data', 'image_size'):
+    if not given[flag].value:
       raise UserError(
         f'--{flag}: say what the images for --logits are, as in --data=cifar10 '
         '--image_size=32'
       )
   config = config_lib.default()
   config.name = 'logits'
-  config.data.name, config.data.image_size = data_name, image_size
+  config.data.name, config.data.image_size = given.data, given.image_size
   config.eval.attacks = ('clean', 'autoattack')
   return config
 

@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,7 +63,7 @@ def stand_in(method, weights, base, best):
   run = types.SimpleNamespace(
     config=own,
     dataset=types.SimpleNamespace(test=test),
-    evaluator=types.SimpleNamespace(plan=Plan(), mesh=None),
+    evaluator=types.SimpleNamespace(plan=Plan(), jit=jax.jit),
     weights=lambda: weights,
     variables=lambda name: ((name,), trees[name]),
   )
@@ -79,8 +80,7 @@ def tree(scale):
   return {'embedding': kernel, 'Transformer': blocks, 'head': kernel}
 
 
-def test_of_full_finetuning_the_change_of_each_kernel(monkeypatch):
-  monkeypatch.setattr(closer_look.mesh, 'replicated', lambda _: None)
+def test_of_full_finetuning_the_change_of_each_kernel():
   run = stand_in('full', ('base', 'best'), tree(0.0), tree(0.5))
   found = closer_look.look_at(run).numbers['influence']
   assert found['kind'] == 'weights'
