@@ -50,29 +50,17 @@ class TrainingCheckpoints:
     Raises:
       UserError: this one, or the one before, could not be written.
     """
-    step = int(state.step)
+    arrays = _arrays(state)
     with saving(self._directory):
-      self._save(step, state, notes)
-
-  def _save(
-    self, step: int, state: TrainState, notes: Mapping[str, Any]
-  ) -> None:
-    adapter = trees.prune(state.trainable)
-    optimizer = _numbered((state.opt_state, state.deltas, state.ema))
-    meta = sealed(
-      {
-        'notes': dict(notes),
-        'checksums': checksums({'adapter': adapter, 'optimizer': optimizer}),
-      }
-    )
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        adapter=ocp.args.StandardSave(adapter),
-        optimizer=ocp.args.StandardSave(optimizer),
-        meta=ocp.args.JsonSave(meta),
-      ),
-    )
+      meta = sealed({'notes': dict(notes), 'checksums': checksums(arrays)})
+      self._manager.save(
+        int(state.step),
+        args=ocp.args.Composite(
+          adapter=ocp.args.StandardSave(arrays['adapter']),
+          optimizer=ocp.args.StandardSave(arrays['optimizer']),
+          meta=ocp.args.JsonSave(meta),
+        ),
+      )
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
     """Restores the newest checkpoint that is whole.
@@ -113,23 +101,24 @@ class TrainingCheckpoints:
     return None
 
   def _restore_step(self, step: int, like: TrainState):
-    adapter = trees.prune(like.trainable)
-    rest = (like.opt_state, like.deltas, like.ema)
-    optimizer = _numbered(rest)
+    targets = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+      _arrays(like),
+    )
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        adapter=ocp.args.StandardRestore(_targets(adapter)),
-        optimizer=ocp.args.StandardRestore(_targets(optimizer)),
+        adapter=ocp.args.StandardRestore(targets['adapter']),
+        optimizer=ocp.args.StandardRestore(targets['optimizer']),
         meta=ocp.args.JsonRestore(),
       ),
     )
     meta = unsealed(restored.meta)
     arrays = {'adapter': restored.adapter, 'optimizer': restored.optimizer}
     verify(arrays, meta['checksums'])
-    leaves = [restored.optimizer[k] for k in sorted(restored.optimizer)]
     opt_state, deltas, ema = jax.tree.unflatten(
-      jax.tree.structure(rest), leaves
+      jax.tree.structure((like.opt_state, like.deltas, like.ema)),
+      [restored.optimizer[k] for k in sorted(restored.optimizer)],
     )
     state = TrainState(
       step=mesh.put(np.int32(step), like.step.sharding),
@@ -151,12 +140,14 @@ class TrainingCheckpoints:
       self._manager.close()
 
 
-def _numbered(tree: Tree) -> dict[str, Any]:
-  """Leaves by number: optimizer states are nested tuples with no names."""
-  return {f'{i:05d}': leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+def _arrays(state: TrainState) -> dict[str, Tree]:
+  """Returns what a checkpoint holds: `adapter` and `optimizer`.
 
-
-def _targets(tree: Tree) -> Tree:
-  return jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree
-  )
+  The leaves of the optimizer go by number, for its states are nested tuples
+  without names.
+  """
+  rest = jax.tree.leaves((state.opt_state, state.deltas, state.ema))
+  return {
+    'adapter': trees.prune(state.trainable),
+    'optimizer': {f'{i:05d}': leaf for i, leaf in enumerate(rest)},
+  }
