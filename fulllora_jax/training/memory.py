@@ -89,12 +89,11 @@ class Memory:
     """Formats a line for each part, the total and the limit."""
     rows = [(text, getattr(self, part)) for part, text in _LABELS.items()]
     rows += [('total', self.total), (f'one {self.device} has', self.limit)]
-    shown = [('memory of a train step', 'per device')]
-    shown += [
-      (text, 'unknown' if size is None else readable(size))
-      for text, size in rows
+    shown = [
+      (text, 'unknown' if n is None else readable(n)) for text, n in rows
     ]
-    return '\n'.join(tables.aligned(shown, right=[1]))
+    header = ('memory of a train step', 'per device')
+    return '\n'.join(tables.aligned([header, *shown], right=[1]))
 
 
 def measure(
@@ -149,14 +148,12 @@ def check(
     UserError: the step does not fit another device, with what to change.
   """
   memory = measure(compiled, state, frozen, batch, config)
-  first = jax.process_index() == 0
-  if first:
-    say(memory.table())
+  say(memory.table())
   if not memory.fits:
     message = _too_much(memory, config)
     if _device(state).platform != 'cpu':
       raise UserError(message)
-    if first:
+    if jax.process_index() == 0:
       warn(message)
   return memory
 
