@@ -39,7 +39,7 @@ def exclusive(
 
   Args:
     directory: to be alone in; it exists.
-    period: in seconds; the same for all who use the directory.
+    period: seconds between renewals; the same for all users of the directory.
 
   Raises:
     UserError: another process is at work there.

@@ -3,7 +3,6 @@
 The timm hub and the authors' convit_{tiny,small,base}.pth have the same names.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +17,10 @@ from fulllora_jax.pretrained.layout import (
   count,
   dense,
   fused,
+  named,
   norm,
   shape_of,
+  side,
   unused,
 )
 
@@ -48,36 +49,20 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
       f"the checkpoint's config.json has global_pool {pool!r}; a ConViT is "
       "read with 'token' only"
     )
-  name = _name(size)
+  name = 'convit'
+  if size['mlp_dim'] == 4 * width:
+    published = {field: size[field] for field in convit.SIZE_FIELDS}
+    name = named(convit.NAMES, published, 'convit')
   published = config.get('pretrained_cfg', {})
   fields = {'patch_size': patch_size} | (size if name == 'convit' else {})
   for field in ('mean', 'std'):
     fields[field] = tuple(published.get(field, convit.NAMES[name][field]))
-  head = shapes.get('head.weight', (0,))
-  return Architecture(name, fields, _image_size(shapes, patch_size), head[0])
-
-
-def _name(size: Mapping[str, int]) -> str:
-  """Returns the published name of these sizes, or 'convit'."""
-  for name, settings in convit.NAMES.items():
-    published = {field: settings.get(field) for field in convit.SIZE_FIELDS}
-    if name != 'convit' and size == {
-      **published,
-      'mlp_dim': 4 * settings['width'],
-    }:
-      return name
-  return 'convit'
-
-
-def _image_size(shapes: Shapes, patch_size: int) -> int:
-  patches = shape_of(shapes, 'pos_embed', 3)[1]
-  side = math.isqrt(patches)
-  if side**2 != patches:
-    raise UserError(
-      f"the checkpoint's pos_embed has {patches} positions, which are no "
-      'square grid; give a ConViT that was trained on square images'
-    )
-  return side * patch_size
+  return Architecture(
+    name,
+    fields,
+    side(shape_of(shapes, 'pos_embed', 3)[1]) * patch_size,
+    shapes.get('head.weight', (0,))[0],
+  )
 
 
 _RULES = (

@@ -1,7 +1,6 @@
-"""What downloads share: room on the disk, hashes, and what went wrong."""
+"""What downloads share: room on the disk, and what went wrong."""
 
 import errno
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -40,12 +39,6 @@ def disk_error(source: str, error: OSError) -> UserError:
     f'{source}: the cache cannot be written ({error}); make room, or set '
     'XDG_CACHE_HOME (a URL) or HF_HOME (the hub) to another disk'
   )
-
-
-def hash_file(path: Path) -> str:
-  """Returns the SHA-256 of a file, in hex."""
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def one_line(error: Exception) -> str:

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import resize
+from fulllora_jax.pretrained.formats import some
 from fulllora_jax.pretrained.layout import Opened, Rule
 from fulllora_jax.pretrained.load_report import (
   LOADED,
@@ -18,7 +19,6 @@ from fulllora_jax.pretrained.load_report import (
 )
 
 _HEAD = re.compile(r'head(_dist)?/(kernel|bias)')
-_SHOWN = 4  # keys of a list in a message
 
 
 class Filler:
@@ -206,12 +206,3 @@ def _merged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     (shape[0], math.prod(shape[1:])),
     (math.prod(shape[:-1]), shape[-1]),
   )
-
-
-def some(keys: Sequence[str]) -> str:
-  """Writes the first few keys of a list, and how many there are."""
-  keys = list(keys)
-  if not keys:
-    return 'nothing'
-  more = f', ... ({len(keys)} in all)' if len(keys) > _SHOWN else ''
-  return ', '.join(keys[:_SHOWN]) + more

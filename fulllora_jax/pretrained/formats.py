@@ -10,7 +10,14 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from io import BytesIO
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -24,6 +31,7 @@ from fulllora_jax.pretrained.layout import Shapes
 
 INDEX = '.safetensors.index.json'
 SINGLE, SHARDED = 'model.safetensors', f'model{INDEX}'
+_SHOWN = 4  # names of a list in a message
 PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth')
 
 # What zipfile, zlib and NumPy raise for damaged files.
@@ -148,20 +156,26 @@ def choose(source: str, names: Collection[str]) -> str:
     return weights[0]
   if weights:
     raise UserError(
-      f'{source}: it has {len(weights)} files of weights ({_some(weights)}); '
+      f'{source}: it has {len(weights)} files of weights ({some(weights)}); '
       'give the path of one of them, on this machine'
     )
   pickles = [name for name in names if name.endswith(PICKLES)]
   if pickles:
     raise pickle_error(f'{source}: {pickles[0]}', pickles[0])
+  found = some(names) if names else 'no files'
   raise UserError(
-    f'{source}: it has neither {SINGLE} nor another .safetensors or .npz '
-    f'(it has {_some(names) or "no files"}); give a source with weights'
+    f'{source}: it has neither {SINGLE} nor another .safetensors or .npz (it '
+    f'has {found}); give a source with weights'
   )
 
 
-def _some(names: list[str]) -> str:
-  return ', '.join(names[:8]) + (', ...' if len(names) > 8 else '')
+def some(keys: Iterable[str]) -> str:
+  """Writes the first few of some names, and how many there are."""
+  keys = list(keys)
+  if not keys:
+    return 'nothing'
+  more = f', ... ({len(keys)} in all)' if len(keys) > _SHOWN else ''
+  return ', '.join(keys[:_SHOWN]) + more
 
 
 def recognise(path: Path) -> str:

@@ -97,34 +97,38 @@ def _refusal(
   page = f'{constants.ENDPOINT}/{name}'
   status = getattr(getattr(error, 'response', None), 'status_code', 0)
   if isinstance(error, errors.GatedRepoError):
-    return UserError(
-      f'{source}: the repository is gated; accept its terms at {page} and set '
-      'HF_TOKEN to a token of that account'
+    why = (
+      f'the repository is gated; accept its terms at {page} and set HF_TOKEN '
+      'to a token of that account'
     )
-  if isinstance(error, errors.RepositoryNotFoundError):
-    return UserError(
-      f'{source}: the hub has no repository {name}, or it is private; check '
-      f'the name at {page}, or set HF_TOKEN to a token that may read it'
+  elif isinstance(error, errors.RepositoryNotFoundError):
+    why = (
+      f'the hub has no repository {name}, or it is private; check the name at '
+      f'{page}, or set HF_TOKEN to a token that may read it'
     )
-  if isinstance(error, errors.RevisionNotFoundError):
-    return UserError(
-      f'{source}: the repository has no revision {revision}; see '
-      f'{page}/commits/main'
+  elif isinstance(error, errors.RevisionNotFoundError):
+    why = f'the repository has no revision {revision}; see {page}/commits/main'
+  elif status in (401, 403):
+    why = (
+      f'the hub refuses access ({status}); set HF_TOKEN to a token that may '
+      f'read {page}'
     )
-  if status in (401, 403):
-    return UserError(
-      f'{source}: the hub refuses access ({status}); set HF_TOKEN to a token '
-      f'that may read {page}'
-    )
-  if status and status < 500:
-    return UserError(f'{source}: the hub answered {one_line(error)}; try later')
-  if is_of_disk(error):
-    return disk_error(source, error)
-  return None
+  elif status and status < 500:
+    why = f'the hub answered {one_line(error)}; try later'
+  else:
+    return disk_error(source, error) if is_of_disk(error) else None
+  return UserError(f'{source}: {why}')
 
 
 def _cached(source: str, name: str, revision: str, error: Exception) -> Path:
-  """Returns what the cache has, whole, of a repository out of reach."""
+  """Returns the whole weights that the cache has of a repository.
+
+  Args:
+    source: the user's words.
+    name: the repository, which is out of reach.
+    revision: commit, branch or tag.
+    error: why it is out of reach.
+  """
   import huggingface_hub
   from huggingface_hub import constants, errors
 

@@ -7,6 +7,7 @@ error, never skipped in silence.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class Architecture(NamedTuple):
   """A model of the registry, as a checkpoint has it.
 
   Attributes:
-    name: in the registry (models/__init__.py), e.g. 'vit_b'.
+    name: the model's name in the registry (models/__init__.py), e.g. 'vit_b'.
     fields: the fields of `config.model` that the checkpoint decides:
       patch_size, act, epsilon, mean, std, ...
     image_size: side of the images that it was trained at, in pixels.
@@ -69,7 +70,7 @@ class Layout:
   """One way of writing one family.
 
   Attributes:
-    name: as a message would have it, e.g. 'timm vit'.
+    name: what messages call it, e.g. 'timm vit'.
     looks_like: (shapes) -> whether a checkpoint is written like that; at most
       one layout says yes.
     read: (shapes, config) -> architecture; see `describe`.
@@ -195,7 +196,8 @@ def unused(key: str, why: str) -> Rule:
 
 def find(shapes: Shapes, key: str) -> tuple[int, ...]:
   """Returns the shape of the first key that matches; () without one."""
-  return next((s for k, s in shapes.items() if re.fullmatch(key, k)), ())
+  found = (s for k, s in shapes.items() if re.fullmatch(key, k))
+  return tuple(next(found, ()))
 
 
 def shape_of(
@@ -212,18 +214,17 @@ def shape_of(
   Raises:
     UserError: there is none, or it has other axes.
   """
-  for found, shape in shapes.items():
-    if re.fullmatch(key, found):
-      if len(shape) != ndim:
-        raise UserError(
-          f'{found} has shape {list(shape)}, and {ndim} axes are needed; give '
-          'the checkpoint as it was published'
-        )
-      return tuple(shape)
-  raise UserError(
-    f'its {what or key} is missing; give the whole checkpoint as it was '
-    'published'
-  )
+  what, shape = what or key, find(shapes, key)
+  if not shape:
+    raise UserError(
+      f'its {what} is missing; give the whole checkpoint as it was published'
+    )
+  if len(shape) != ndim:
+    raise UserError(
+      f'{what} has shape {list(shape)}, and {ndim} axes are needed; give the '
+      'checkpoint as it was published'
+    )
+  return shape
 
 
 def count(shapes: Shapes, key: str) -> int:
@@ -234,6 +235,40 @@ def count(shapes: Shapes, key: str) -> int:
   """
   matches = (re.fullmatch(key, found) for found in shapes)
   return len({match.group(1) for match in matches if match})
+
+
+def side(positions: int, prefix: int = 0) -> int:
+  """Returns the side of the grid of patches.
+
+  Args:
+    positions: number of position embeddings.
+    prefix: how many of them are for tokens without a place.
+
+  Raises:
+    UserError: the patches make no square.
+  """
+  side = math.isqrt(positions - prefix)
+  if side**2 != positions - prefix:
+    others = (
+      f', {prefix:d} of them for tokens without a place' if prefix else ''
+    )
+    raise UserError(
+      f'the checkpoint has {positions} positions{others}, which are no square '
+      'grid; give a checkpoint that was trained on square images'
+    )
+  return side
+
+
+def named(
+  names: Mapping[str, Mapping[str, Any]], size: Mapping[str, Any], family: str
+) -> str:
+  """Returns the registry's name of a size, or its family, of free size.
+
+  >>> named({'vit_b': {'width': 768, 'pool': 'token'}}, {'width': 768}, 'vit')
+  'vit_b'
+  """
+  found = (n for n, fields in names.items() if size.items() <= fields.items())
+  return next(found, family)
 
 
 def normalisation(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from fulllora_jax.pretrained import (
   vit,
 )
 from fulllora_jax.pretrained.base import RUN, resolve_base
-from fulllora_jax.pretrained.filling import Filler, some
+from fulllora_jax.pretrained.filling import Filler
 from fulllora_jax.pretrained.layout import Architecture, Layout, Opened, Rule
 from fulllora_jax.pretrained.load_report import LoadReport
 
@@ -71,7 +71,7 @@ def open_checkpoint(source: str | Path) -> Opened:
       return Opened(tensors, shapes, layout, described, fetched.identity)
   raise UserError(
     f'base.source: {source} holds no model that is known here; its first keys '
-    f'are {some(sorted(shapes))}; known layouts: '
+    f'are {formats.some(sorted(shapes))}; known layouts: '
     + ', '.join(layout.name for layout in LAYOUTS)
   )
 
@@ -158,31 +158,21 @@ def load(
   if name:
     models.family(name)  # a wrong name is said before a download
   opened = open_checkpoint(source)
-  model_config = config_lib.default().model
-  model_config.name = name or opened.architecture.name
+  config = config_lib.default()
+  config.base.update(label_map=tuple(label_map), patch_resize=patch_resize)
+  if name:
+    config.model.name = name
+  else:
+    config.model = _config_of(opened.architecture)
   if patch_size:
-    model_config.patch_size = patch_size
+    config.model.patch_size = patch_size
   if window:
-    model_config.window = window
-  configure(model_config, opened, explicit_patch=bool(patch_size))
+    config.model.window = window
+  configure(config.model, opened, explicit_patch=bool(patch_size))
+  image_size = image_size or opened.architecture.image_size
+  num_classes = num_classes or len(label_map) or opened.architecture.num_classes
   with _naming(source):
-    return _fill(
-      opened,
-      model_config,
-      (image_size or opened.architecture.image_size, channels),
-      num_classes or len(label_map) or _own_classes(opened),
-      label_map,
-      patch_resize,
-    )
-
-
-def _own_classes(opened: Opened) -> int:
-  if not opened.architecture.num_classes:
-    raise UserError(
-      f'{opened.identity["source"]} has no head: say how many classes there '
-      'are (num_classes)'
-    )
-  return opened.architecture.num_classes
+    return _fill(opened, config, image_size, channels, num_classes)
 
 
 def convert(
@@ -213,14 +203,7 @@ def convert(
     )
   configure(config.model, opened, explicit_patch=True)
   with _naming(opened.identity['source']):
-    _, variables, report = _fill(
-      opened,
-      config.model,
-      (height, channels),
-      num_classes,
-      config.base.label_map,
-      config.base.patch_resize,
-    )
+    _, variables, report = _fill(opened, config, height, channels, num_classes)
   return variables['params'], report
 
 
@@ -263,27 +246,10 @@ def configure(model_config, opened: Opened, *, explicit_patch: bool) -> None:
 
 
 def _fill(
-  opened: Opened,
-  model_config,
-  image: tuple[int, int],
-  num_classes: int,
-  label_map: Sequence[int],
-  patch_resize: str,
+  opened: Opened, config, image_size: int, channels: int, num_classes: int
 ) -> tuple[nn.Module, dict[str, Any], LoadReport]:
-  """Builds a configured model and fills it.
-
-  Args:
-    opened: the checkpoint.
-    model_config: the `model` part of a config, configured.
-    image: side of the images in pixels, and their channels.
-    num_classes: K.
-    label_map: row of the checkpoint's head for each class; empty: its own.
-    patch_resize: how the patch kernel is resized.
-
-  Returns:
-    What `load` returns.
-  """
-  image_size, channels = image
+  """Builds the configured model of a config and fills it; see `load`."""
+  model_config, label_map = config.model, tuple(config.base.label_map)
   _check_sizes(opened, model_config, image_size, num_classes, label_map)
   mean, std = models.normalisation(model_config)
   if channels != 1 and len(mean) not in (1, channels):
@@ -297,7 +263,7 @@ def _fill(
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
   flat = traverse_util.flatten_dict(shapes, sep='/')
   leaves = {path: leaf.shape for path, leaf in flat.items()}
-  filler = Filler(opened, model, leaves, tuple(label_map), patch_resize)
+  filler = Filler(opened, model, leaves, label_map, config.base.patch_resize)
   params, rows = filler.fill()
   report = LoadReport(
     name=model_config.name,
@@ -321,7 +287,12 @@ def _check_sizes(opened, model_config, image_size, num_classes, label_map):
       f'image size {image_size} is not a multiple of the patch size {patch} of '
       f'{opened.identity["source"]}; change one of them'
     )
-  if num_classes < 1:
+  if not num_classes:
+    raise UserError(
+      f'{opened.identity["source"]} has no head: say how many classes there '
+      'are (num_classes)'
+    )
+  if num_classes < 0:
     raise UserError(f'num_classes {num_classes}: there must be at least 1')
   if label_map and len(label_map) != num_classes:
     raise UserError(

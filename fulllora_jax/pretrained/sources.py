@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pooch
+
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import is_remote
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.bucket import from_bucket
-from fulllora_jax.pretrained.downloads import HELP, hash_file
+from fulllora_jax.pretrained.downloads import HELP
 from fulllora_jax.pretrained.hub import PREPROCESSOR, from_hub
 from fulllora_jax.pretrained.url import from_url
 
@@ -71,7 +73,7 @@ def fetch(source: str) -> Fetched:
   for path in files[1:] or files:
     formats.recognise(path)
   config, beside = _read_beside(main)
-  names = {path.name: hash_file(path) for path in (*files, *beside)}
+  names = {path.name: pooch.file_hash(path) for path in (*files, *beside)}
   identity = {'source': source, 'revision': revision, 'files': names}
   return Fetched(files, config, identity)
 

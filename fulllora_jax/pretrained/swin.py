@@ -26,6 +26,7 @@ from fulllora_jax.pretrained.layout import (
   fused,
   hidden_act,
   linear,
+  named,
   norm,
   normalisation,
   unused,
@@ -189,11 +190,11 @@ def _describe(
   window = window if isinstance(window, int) else max(windows)
   grid = _grid(windows, window, image_size and image_size // patch_size)
   size = dict(width=width, depths=depths, heads=heads)
-  name = next((n for n, s in NAMES.items() if size.items() <= s.items()), '')
+  name = named(NAMES, size, 'swin')
   fields.update(window=window, patch_size=patch_size)
   return Architecture(
-    name or 'swin',
-    fields if name else fields | size,
+    name,
+    fields | size if name == 'swin' else fields,
     image_size or grid * patch_size,
     num_classes,
   )

@@ -17,6 +17,7 @@ from fulllora_jax.pretrained.layout import (
   norm,
   one_token,
   shape_of,
+  side,
 )
 
 
@@ -86,7 +87,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     depth=count(shapes, r'blocks\.(\d+)\..*'),
     mlp_dim=hidden // 2 if swiglu else hidden,
     patch_size=patch,
-    grid=vit.side(positions, prefix),
+    grid=side(positions, prefix),
     num_classes=shapes.get('head.weight', (0,))[0],
     num_heads=config.get('model_args', {}).get('num_heads'),
     fields={

@@ -21,6 +21,7 @@ from fulllora_jax.pretrained.layout import (
   normalisation,
   one_token,
   shape_of,
+  side,
   unused,
 )
 
@@ -70,7 +71,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     depth=count(shapes, rf'{_LAYER}\..*'),
     mlp_dim=hidden[0] // 2 if swiglu else hidden[0],
     patch_size=patch[-1],
-    grid=vit.side(positions, 1 + ('embeddings.distillation_token' in shapes)),
+    grid=side(positions, 1 + ('embeddings.distillation_token' in shapes)),
     num_classes=head[0] if head else 0,
     num_heads=config.get('num_attention_heads'),
     fields={
@@ -134,7 +135,7 @@ def _describe_tower(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     depth=count(shapes, rf'{_TOWER_LAYER}\..*'),
     mlp_dim=hidden[0],
     patch_size=patch[-1],
-    grid=vit.side(positions[0], is_clip),
+    grid=side(positions[0], is_clip),
     num_classes=0,
     num_heads=own.get('num_attention_heads'),
     fields={'act': hidden_act(own), 'epsilon': own.get('layer_norm_eps')}

@@ -20,7 +20,6 @@ from fulllora_jax.pretrained.downloads import (
   cache_folder,
   check_space,
   disk_error,
-  hash_file,
   one_line,
 )
 
@@ -38,7 +37,7 @@ def from_url(source: str) -> Path:
   download = functools.partial(_download, source, part)
   pooch.get_logger().setLevel('ERROR')
   try:
-    if target.exists() and hash_file(target) == sha256:
+    if target.exists() and pooch.file_hash(target) == sha256:
       return target
     make_writable(target.parent)
     # Several processes, of one run, may want the same file at once.

@@ -18,7 +18,9 @@ from fulllora_jax.pretrained.layout import (
   Rule,
   Shapes,
   count,
+  named,
   shape_of,
+  side,
   unused,
 )
 
@@ -57,37 +59,14 @@ def architecture(
       'model_args.num_heads'
     )
   size = (width, depth, num_heads, mlp_dim)
-  name, own = family, dict(zip(vit.SIZE_FIELDS, size, strict=True))
-  for candidate, settings in vit.NAMES.items():
-    sized = candidate.startswith(f'{family}_') and candidate[len(family) + 1 :]
-    if sized in vit.SIZES and size == tuple(
-      settings[field] for field in vit.SIZE_FIELDS
-    ):
-      name, own = candidate, {}
+  size = dict(zip(vit.SIZE_FIELDS, size, strict=True))
+  sizes = {f'{family}_{name}' for name in vit.SIZES} & vit.NAMES.keys()
+  name = named({name: vit.NAMES[name] for name in sizes}, size, family)
+  own = size if name == family else {}
   own |= {k: v for k, v in fields.items() if v is not None}
   return Architecture(
     name, own | {'patch_size': patch_size}, grid * patch_size, num_classes
   )
-
-
-def side(positions: int, prefix: int) -> int:
-  """Returns the side of the grid of patches.
-
-  Args:
-    positions: number of position embeddings.
-    prefix: how many of them are for tokens without a place.
-
-  Raises:
-    UserError: the patches make no square.
-  """
-  side = math.isqrt(positions - prefix)
-  if side * side != positions - prefix:
-    raise UserError(
-      f'{positions} position embeddings, {int(prefix)} of them for tokens '
-      'without a place, are not those of a square image; give a checkpoint '
-      'that was trained on square images'
-    )
-  return side
 
 
 def _has_pre_logits(shapes: Shapes) -> bool:

@@ -115,6 +115,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def log_message(self, *args):
     pass
 
+  def handle(self):
+    with contextlib.suppress(ConnectionError):  # the client has gone
+      super().handle()
+
   def do_HEAD(self):
     self._answer()
 
