@@ -116,14 +116,6 @@ def test_keys_decide_a_random_start_and_only_that(norm):
 
 
 @NORMS
-def test_an_image_is_attacked_the_same_anywhere_in_a_batch(norm):
-  whole = jitted(norm)(KEYS, X, LABELS, FAR[norm])
-  order = jnp.array([5, 3, 7, 0, 1, 2, 6, 4])
-  moved = jitted(norm)(KEYS[order], X[order], LABELS[order], FAR[norm])
-  np.testing.assert_allclose(moved, whole[order], atol=1e-4)
-
-
-@NORMS
 def test_the_nearest_boundary_is_that_of_the_nearest_class(norm):
   found = nearest_boundary(linear, INNER, LINEAR_LABELS, norm)
   nearest = jnp.asarray(distances_to_classes(norm).argmin(axis=1))
