@@ -1,14 +1,14 @@
-"""Batches of one shape: the last one is filled up and masked."""
+"""Batches of one size: the last one is filled up and masked."""
 
 import numpy as np
 
 
 def fill_up(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Fills a batch up to its size by repeating its first row.
+  """Fills rows up to a size by repeating the first.
 
   Args:
     rows: [b, ...], with 0 < b <= size.
-    size: B.
+    size: B, of a batch or of several together.
 
   Returns:
     The rows [B, ...], and the mask, bool [B]: False where a row was filled in.

@@ -137,8 +137,7 @@ def eval_batches(
 
   Yields:
     {'image': uint8 [R, H, W, C], 'label': int32 [B], 'index': int32 [B] (in
-    the split), 'mask': bool [B]}; filled rows repeat the first of the
-    batch.
+    the split), 'mask': bool [B]}; filled rows repeat the first example.
 
   Raises:
     UserError: if batch_size is not positive.
@@ -150,17 +149,19 @@ def eval_batches(
   if chosen is None:
     chosen = np.arange(len(split))
 
+  num_batches = -(-len(chosen) // batch_size)
+  filled, mask = fill_up(chosen, num_batches * batch_size)
+
   def batch(number):
-    indices = chosen[number * batch_size : (number + 1) * batch_size]
-    indices, mask = fill_up(indices, batch_size)
+    here = slice(number * batch_size, (number + 1) * batch_size)
+    indices = filled[here]
     return {
       'image': split.fetch(indices[rows]),
       'label': split.labels[indices],
       'index': indices.astype(np.int32),
-      'mask': mask,
+      'mask': mask[here],
     }
 
-  num_batches = -(-len(chosen) // batch_size)
   return _prefetched(grain.MapDataset.range(num_batches).map(batch))
 
 
