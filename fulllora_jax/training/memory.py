@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import say, warn
@@ -215,9 +215,9 @@ def readable(size: int) -> str:
 
 
 def _mesh(state: TrainState) -> Mesh:
-  sharding = state.step.sharding
-  assert isinstance(sharding, NamedSharding)  # the state lives on a mesh
-  return sharding.mesh
+  mesh = getattr(state.step.sharding, 'mesh', None)
+  assert isinstance(mesh, Mesh)  # `mesh.replicate` has put it there
+  return mesh
 
 
 def _device(state: TrainState) -> jax.Device:

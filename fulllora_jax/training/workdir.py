@@ -145,7 +145,7 @@ def read_config(workdir: str | os.PathLike):
   return config_lib.from_mapping(values)
 
 
-def config_of(given) -> config_lib.ConfigDict:
+def config_of(given):
   """Returns the config of what a command is to evaluate.
 
   Args:
