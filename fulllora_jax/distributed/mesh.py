@@ -205,9 +205,7 @@ def put_whole_batch(
   batch: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, Any]:
   """Makes global arrays of a batch that every process has whole."""
-  size = len(next(iter(batch.values())))
-  mine = local_rows(size)
-  return put_batch({name: rows[mine] for name, rows in batch.items()}, mesh)
+  return {name: put(rows, batch_sharded(mesh)) for name, rows in batch.items()}
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:

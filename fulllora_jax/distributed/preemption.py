@@ -9,6 +9,8 @@ import signal
 import threading
 from typing import Self
 
+from jax.experimental import multihost_utils
+
 from fulllora_jax.distributed import processes
 
 # JAX wants a number that rises, over all trainings of the process.
@@ -51,5 +53,5 @@ class Notice:
     """
     if processes.count() == 1:
       return self.given
-    announced = processes.reached_sync_point(next(_calls))
+    announced = multihost_utils.reached_preemption_sync_point(next(_calls))
     return announced or (ask and processes.any_of(self.given))

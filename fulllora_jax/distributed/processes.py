@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,20 +47,6 @@ _LATE = 10.0  # seconds after a heartbeat's time, in which JAX ends a process
 _heartbeat = 100.0
 
 
-class Parameters(NamedTuple):
-  """Who this process is among the others.
-
-  Attributes:
-    coordinator_address: host:port of process 0.
-    num_processes: how many there are, at least 2.
-    process_id: which one this is, from 0.
-  """
-
-  coordinator_address: str
-  num_processes: int
-  process_id: int
-
-
 def start(values: flags.FlagValues) -> None:
   """Joins the other processes, if there are any; before JAX is used.
 
@@ -71,11 +57,11 @@ def start(values: flags.FlagValues) -> None:
   for name in ('start_timeout', 'peer_timeout'):
     if not values[name].value > 0:
       raise UserError(f'--{name} {values[name].value}: it must be above 0')
-  found = parameters(values, os.environ)
-  if found is not None:
-    if not found.process_id:
-      _check_port(_port(found.coordinator_address))
-    given = found._asdict() | {'cluster_detection_method': 'deactivate'}
+  given = parameters(values, os.environ)
+  if given:
+    if not given['process_id']:
+      _check_port(_port(given['coordinator_address']))
+    given['cluster_detection_method'] = 'deactivate'
   elif _in_cluster(os.environ):
     given = {'local_device_ids': _slurm_devices(os.environ)}
   else:
@@ -86,16 +72,17 @@ def start(values: flags.FlagValues) -> None:
 
 def parameters(
   values: flags.FlagValues, environment: Mapping[str, str]
-) -> Parameters | None:
+) -> dict[str, Any]:
   """Reads who this process is from flags or environment.
 
   Returns:
-    None where nothing says that there are others.
+    Arguments of `jax.distributed.initialize`; none where nothing says that
+    there are others.
 
   Raises:
     UserError: something is missing or makes no sense.
   """
-  given = {}
+  given: dict[str, Any] = {}
   for name, variables in _ENVIRONMENT.items():
     found = [environment[v] for v in variables if environment.get(v)]
     flag = values[name].value
@@ -104,7 +91,7 @@ def parameters(
   if values['process_id'].value is None and not (
     given['coordinator'] or given['num_processes']
   ):
-    return None
+    return {}
   for name, value in given.items():
     if value is None:
       raise UserError(
@@ -117,8 +104,13 @@ def parameters(
     raise UserError(
       f'--process_id {index}: of {count} processes the ids are 0..{count - 1}'
     )
-  _port(given['coordinator'])
-  return Parameters(given['coordinator'], count, index) if count > 1 else None
+  address = given['coordinator']
+  _port(address)
+  if count == 1:
+    return {}
+  return dict(
+    coordinator_address=address, num_processes=count, process_id=index
+  )
 
 
 def _number(given: Mapping[str, Any], name: str) -> int:
@@ -301,15 +293,6 @@ def any_of(flag: bool) -> bool:
   if count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.uint8(flag)).any())
-
-
-def reached_sync_point(call: int) -> bool:
-  """Whether JAX wants to stop here, on all processes alike.
-
-  Args:
-    call: rises with every call, alike on all processes.
-  """
-  return multihost_utils.reached_preemption_sync_point(call)
 
 
 def wait_for_all() -> None:

@@ -42,18 +42,19 @@ JAX = {
 
 
 def test_who_is_who_by_flags_and_environment():
-  assert who() is None
-  assert who(coordinator='head:99', num_processes=1, process_id=0) is None
+  head = {'coordinator_address': 'head:99', 'num_processes': 3}
+  assert who() == {}
+  assert who(coordinator='head:99', num_processes=1, process_id=0) == {}
   assert who(coordinator='head:99', num_processes=3, process_id=2) == (
-    ('head:99', 3, 2)
+    head | {'process_id': 2}
   )
-  assert who(JAX) == ('head:99', 3, 1)
-  assert who(JAX, process_id=2) == ('head:99', 3, 2)
+  assert who(JAX) == head | {'process_id': 1}
+  assert who(JAX, process_id=2) == head | {'process_id': 2}
   # Kubernetes' number counts where nothing better is said.
-  assert who({**JAX, 'JOB_COMPLETION_INDEX': '0'}).process_id == 1
+  assert who({**JAX, 'JOB_COMPLETION_INDEX': '0'})['process_id'] == 1
   del (pod := dict(JAX))['JAX_PROCESS_ID']
-  assert who({**pod, 'JOB_COMPLETION_INDEX': '2'}).process_id == 2
-  assert who({'JOB_COMPLETION_INDEX': '2'}) is None
+  assert who({**pod, 'JOB_COMPLETION_INDEX': '2'})['process_id'] == 2
+  assert who({'JOB_COMPLETION_INDEX': '2'}) == {}
 
 
 @pytest.mark.parametrize(
