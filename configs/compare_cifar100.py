@@ -12,9 +12,9 @@ not been run.
 
 from pathlib import Path
 
-from fulllora_jax.experiments.compare import paper
+from fulllora_jax.experiments.compare import rows
 
 
 def get_config(variant: str = ''):
   """Returns the comparison; variant: '', ablations or a published model."""
-  return paper.compare(Path(__file__).with_name('cifar100.py'), variant)
+  return rows.paper_comparison(Path(__file__).with_name('cifar100.py'), variant)

@@ -2,10 +2,11 @@
 
   python -m fulllora_jax.compare --config configs/compare_digits.py
 
-About an hour on two CPU cores, no network. The experiment is that of digits.py
-with a smaller ViT (3 blocks of width 48) and 800 steps, so that AutoAttack on
-the whole test split and 33 runs fit. Each method has the best of five learning
-rates, by the validation images of seed 0 after half as many steps:
+It takes about an hour on two CPU cores, and no network. The experiment is that
+of digits.py with a smaller ViT (3 blocks of width 48) and 800 steps, so that
+AutoAttack on the whole test split and 33 runs fit. Each method has the learning
+rate that was the best of five on the validation images of seed 0, after half as
+many steps:
 
   python -m fulllora_jax.compare --config configs/compare_digits.py:rates
 
@@ -22,7 +23,8 @@ from fulllora_jax.core.errors import choose
 from fulllora_jax.experiments.compare import plan, rows
 
 _DIGITS = Path(__file__).with_name('digits.py')
-# Of AdamW, for each method: the best of `:rates`, the lowest where it is a tie.
+# AdamW's learning rate for each method: the best of `:rates`, the lowest where
+# there is a tie.
 RATES = {
   'full': 5e-3,
   'fulllora': 2e-2,
@@ -48,42 +50,42 @@ def get_config(variant: str = ''):
   experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
   experiment.eval.update(weights=('best',), closer_look=False)
   experiment.log.tensorboard = False
-  c = plan.default(experiment)
-  c.name = 'compare_digits' + (f'-{variant}' if variant else '')
+  comparison = plan.default(experiment)
+  comparison.name = 'compare_digits' + (f'-{variant}' if variant else '')
   if variant in ('ablations', 'norm'):
-    return _parts_of_fulllora(c, variant)
-  rows.methods(c, tuple(RATES), RATES)
+    return _parts_of_fulllora(comparison, variant)
+  rows.methods(comparison, tuple(RATES), RATES)
   if variant == 'rates':
-    rows.rates(c, _TRIED, share=2)
-  return _tiny(c) if variant == 'tiny' else c
+    rows.rates(comparison, _TRIED, share=2)
+  return _tiny(comparison) if variant == 'tiny' else comparison
 
 
-def _parts_of_fulllora(c, variant):
-  """What of FullLoRA it is, or what its LayerNorm is for."""
-  c.experiment.train.steps //= 2
-  c.experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20')
-  c.experiment.optimizer.learning_rate = RATES['fulllora']
+def _parts_of_fulllora(comparison, variant):
+  """Compares parts of FullLoRA, or with and without its LayerNorm."""
+  comparison.experiment.train.steps //= 2
+  comparison.experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20')
+  comparison.experiment.optimizer.learning_rate = RATES['fulllora']
   if variant == 'ablations':
-    rows.ablations(c)
-    return c
+    rows.ablations(comparison)
+    return comparison
   for name, norm in (('fulllora', True), ('no-norm', False)):
     adapter = {'layer_norm': norm}
-    c.rows[name] = rows.row('fulllora', adapter=adapter)
-    c.rows[f'{name}-sgd'] = rows.row('fulllora', 0.1, adapter)
-    c.rows[f'{name}-sgd']['optimizer']['name'] = 'sgd'
-  c.references = ('fulllora', 'fulllora-sgd')
-  return c
+    comparison.rows[name] = rows.row('fulllora', adapter=adapter)
+    comparison.rows[f'{name}-sgd'] = rows.row('fulllora', 0.1, adapter)
+    comparison.rows[f'{name}-sgd']['optimizer']['name'] = 'sgd'
+  comparison.references = ('fulllora', 'fulllora-sgd')
+  return comparison
 
 
-def _tiny(c):
-  """Shows the road in a few minutes; the accuracies mean nothing."""
-  c.seeds, c.references = (0, 1), ('fulllora',)
-  for method in list(c.rows):
+def _tiny(comparison):
+  """Takes a few minutes, for a look; the accuracies mean nothing."""
+  comparison.seeds, comparison.references = (0, 1), ('fulllora',)
+  for method in list(comparison.rows):
     if method not in ('fulllora', 'lora'):
-      del c.rows[method]
-  experiment = c.experiment
+      del comparison.rows[method]
+  experiment = comparison.experiment
   experiment.model.update(width=32, depth=2, num_heads=2, mlp_dim=64)
   experiment.train.update(steps=60, log_every=20, eval_every=60)
   experiment.base.train.update(steps=200, eval_every=200)
   experiment.eval.attacks = ('clean', 'pgd-20')
-  return c
+  return comparison

@@ -6,7 +6,7 @@
 
 Each row and seed is a run of its own in WORKDIR/runs, from one base in
 WORKDIR/base; killed, the same command goes on, and a finished run is taken as
-it is. --rows and --seeds carry out a part, also beside another part on another
+it is. --rows and --seeds execute a part, also beside another part on another
 machine that shares the directory. Once every run is finished, the table is
 written: WORKDIR/comparison.md, .csv, .json and .html.
 """
@@ -19,13 +19,13 @@ from ml_collections import config_flags
 from fulllora_jax import command as command_lib
 from fulllora_jax.core import errors
 
-# Flags that carry out a part, and whether a value goes with them: the command
+# Flags that execute a part, and whether a value goes with them: the command
 # that makes the table again has none.
 _PARTS = {'rows': True, 'seeds': True, 'table_only': False}
 
 
 def define_flags() -> None:
-  """Defines what is compared, and which part of it to carry out."""
+  """Defines what is compared, and which part of it to execute."""
   config_flags.DEFINE_config_file(
     'config', None, 'A comparison, e.g. configs/compare_digits.py.'
   )
@@ -44,7 +44,6 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags, then one call."""
   del argv
   # After the flags: JAX is slow.
-  from fulllora_jax import command as command_lib
   from fulllora_jax.core import provenance
   from fulllora_jax.experiments.compare import compare
 

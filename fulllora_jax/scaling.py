@@ -20,7 +20,7 @@ from absl import flags
 
 from fulllora_jax import command
 from fulllora_jax.core import errors
-from fulllora_jax.experiments.scaling import costs, prediction
+from fulllora_jax.experiments.scaling import costs
 from fulllora_jax.experiments.scaling.costs import METHODS
 
 
@@ -67,32 +67,38 @@ def main(argv: Sequence[str]) -> None:
   given = flags.FLAGS
   for method in given.methods:
     errors.choose('--methods', method, METHODS)
+  # After the flags: JAX is slow.
+  from fulllora_jax.experiments.scaling import prediction
+
   if given.compile:
-    import jax
-
-    from fulllora_jax.models import layers
-
-    if given.compile % (given.fsdp or 1):
-      raise errors.UserError(
-        f'--fsdp {given.fsdp}: it must divide the {given.compile} devices of '
-        '--compile'
-      )
-    for remat in given.remat:
-      errors.choose('--remat', remat, ('none', *layers.REMAT))
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', given.compile)
-    for table in prediction.compiled_tables(given.models, given.methods, given):
-      print(prediction.markdown(*table))
-    return
-  batches = [_batch_size(text) for text in given.batch]
-  fsdp = given.fsdp or 4
-  models = [
-    prediction.describe(text, given.rank, given.attack_steps, fsdp)
-    for text in given.models
-  ]
-  assumed = costs.Assumptions(given.mfu, given.hop_us * 1e-6)
-  for table in prediction.tables(models, given.methods, batches, assumed, fsdp):
+    _set_devices(given)
+    tables = prediction.compiled_tables(given.models, given)
+  else:
+    batches, fsdp = [_batch_size(text) for text in given.batch], given.fsdp or 4
+    models = [
+      prediction.describe(text, given.rank, given.attack_steps, fsdp)
+      for text in given.models
+    ]
+    assumed = costs.Assumptions(given.mfu, given.hop_us * 1e-6)
+    tables = prediction.tables(models, given.methods, batches, assumed, fsdp)
+  for table in tables:
     print(prediction.markdown(*table))
+
+
+def _set_devices(given) -> None:
+  import jax
+
+  from fulllora_jax.models import layers
+
+  if given.compile % (given.fsdp or 1):
+    raise errors.UserError(
+      f'--fsdp {given.fsdp}: it must divide the {given.compile} devices of '
+      '--compile'
+    )
+  for remat in given.remat:
+    errors.choose('--remat', remat, ('none', *layers.REMAT))
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', given.compile)
 
 
 def _batch_size(text: str) -> int:

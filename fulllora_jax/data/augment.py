@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-_SWITCH_PROBABILITY = 0.5  # of cutmix where mixup is on too, as in timm
+# The probability of cutmix where mixup is on too, as in timm.
+_SWITCH_PROBABILITY = 0.5
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -22,23 +23,16 @@ class Augmentation:
   timm's batch mode: with `mix_probability` the whole batch is mixed, by mixup
   (Zhang et al., 2018, arXiv 1710.09412) or cutmix (Yun et al., 2019, arXiv
   1905.04899), with equal chance where both are on.
-
-  Attributes:
-    num_classes: K.
-    crop_padding: pixels of zeros around the image from which a window of its
-      size is cut; 0: no crop.
-    flip: whether to mirror images left to right, with probability 1/2.
-    mixup: alpha of lambda ~ Beta(alpha, alpha); 0: off.
-    cutmix: the same for cutmix.
-    mix_probability: in [0, 1].
   """
 
-  num_classes: int
+  num_classes: int  # K
+  # Pixels of zeros around the image, from which a window of its size is cut;
+  # 0: no crop.
   crop_padding: int
-  flip: bool
-  mixup: float
-  cutmix: float
-  mix_probability: float
+  flip: bool  # whether to mirror images left to right with probability 1/2
+  mixup: float  # alpha of mixup's lambda ~ Beta(alpha, alpha); 0: no mixup
+  cutmix: float  # alpha of cutmix's lambda ~ Beta(alpha, alpha); 0: no cutmix
+  mix_probability: float  # the probability that a batch is mixed, in [0, 1]
 
   def __call__(
     self, key: jax.Array, images: jax.Array, labels: jax.Array
@@ -64,7 +58,7 @@ class Augmentation:
     )
 
   def move(self, key: jax.Array, images: jax.Array) -> jax.Array:
-    """Crops and flips [B, H, W, C] of any dtype as a batch with this key."""
+    """Crops and flips [B, H, W, C] of any dtype, as the key says."""
     if not self._moves:
       return images
     return jax.vmap(self._move_one)(self._keys(key, images), images)
@@ -75,9 +69,9 @@ class Augmentation:
     """Moves pixels back; those that were cut off stay as in `before`.
 
     Args:
-      key: that was given to `move`.
-      moved: [B, H, W, C], as it came from there.
-      before: [B, H, W, C], as it went there.
+      key: the key that was given to `move`.
+      moved: [B, H, W, C], the result of `move`, perhaps changed since.
+      before: [B, H, W, C], what was given to `move`.
     """
     if not self._moves:
       return moved
@@ -101,7 +95,7 @@ class Augmentation:
     return jax.vmap(jax.random.fold_in, (None, 0))(image_key, rows)
 
   def _mixing(self, key):
-    """Returns whether to mix, and the keys of by which and of how."""
+    """Returns whether to mix, the key of mixup or cutmix, and that of how."""
     _, mix_key = jax.random.split(key)
     apply_key, switch_key, key = jax.random.split(mix_key, 3)
     apply = jax.random.bernoulli(apply_key, self.mix_probability)

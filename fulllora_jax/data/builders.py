@@ -10,11 +10,11 @@ from absl import logging
 from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.data.datasets import digits  # noqa: F401, registers it
 
-FORMAT = 'array_record'  # the one that is read without TensorFlow
+FORMAT = 'array_record'  # the format that is read without TensorFlow
 
 
 def data_dir(configured: str) -> str:
-  """Returns the tfds folder: as configured, $TFDS_DATA_DIR, or the default."""
+  """Returns the tfds folder: the configured, $TFDS_DATA_DIR, or tfds's own."""
   path = configured or os.environ.get('TFDS_DATA_DIR', '')
   return os.path.expanduser(path or '~/tensorflow_datasets')
 

@@ -5,8 +5,8 @@ import numpy as np
 from fulllora_jax.core import console
 from fulllora_jax.core.errors import UserError
 
-_SAMPLE = 16  # images looked at
-_IMBALANCE = 10  # largest class / smallest class
+_SAMPLE = 16  # how many images of a split are looked at
+_IMBALANCE = 10  # largest class / smallest class above which it is said
 
 
 def check_labels(name, split, labels, label_names) -> None:

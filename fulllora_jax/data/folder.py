@@ -38,7 +38,7 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
 
   Args:
     data: the fields of config.data.
-    seed: of the held-out test split.
+    seed: chooses the test split where there is no test folder.
 
   Returns:
     The source; images are grayscale only if every file is.
@@ -85,7 +85,10 @@ def _check_there(name: str, root: Path) -> None:
 
 
 def _split_dirs(data: ConfigDict, root: Path) -> tuple[Path, Path | None]:
-  """Returns the folders of training and test classes (None: hold it out)."""
+  """Returns the folders of the training and of the test classes.
+
+  The latter is None where the test split is to be held out.
+  """
   found = _subfolders(root)
   wanted = (data.test_split,) if data.test_split else _TEST_NAMES
   test = next((root / name for name in wanted if name in found), None)

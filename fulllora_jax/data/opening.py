@@ -15,16 +15,11 @@ _CACHES = ('auto', 'memory', 'stream')
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """The examples of one split, numbered from 0.
+  """The examples of one split, numbered from 0."""
 
-  Attributes:
-    name: e.g. 'train', 'validation', 'test'.
-    labels: int32 [N].
-    fetch: indices [b] -> uint8 [b, H, W, C], values 0..255; thread-safe.
-  """
-
-  name: str
-  labels: np.ndarray
+  name: str  # 'train', 'validation', 'test', or what the source calls it
+  labels: np.ndarray  # int32 [N]
+  # Indices [b] -> uint8 [b, H, W, C], values 0..255; thread-safe.
   fetch: Callable[[np.ndarray], np.ndarray]
 
   def __len__(self) -> int:
@@ -33,19 +28,13 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A classification data set; `validation` is held out from the train split.
+  """A classification data set."""
 
-  Attributes:
-    name: as in data.name.
-    image_shape: (H, W, C) of every image.
-    label_names: of the K classes, by label.
-  """
-
-  name: str
-  image_shape: tuple[int, int, int]
-  label_names: tuple[str, ...]
+  name: str  # data.name
+  image_shape: tuple[int, int, int]  # (H, W, C) of every image
+  label_names: tuple[str, ...]  # the names of the K classes, by label
   train: Split
-  validation: Split
+  validation: Split  # held out from the source's train split
   test: Split
 
   @property
@@ -100,7 +89,7 @@ def is_ready(data: ConfigDict) -> bool:
 
 
 def identity(dataset: Dataset) -> dict[str, object]:
-  """Returns what two copies of a data set must have in common, but for pixels.
+  """Returns what two copies of a data set must have in common beside pixels.
 
   Returns:
     JSON values: the images' shape, the number of classes, and for each split
@@ -125,7 +114,10 @@ def _split(source: records.Source, role: str, in_memory: bool) -> Split:
 
 
 def _hold_out(data: ConfigDict, split: Split, seed: int) -> tuple[Split, Split]:
-  """Splits off data.validation_fraction, at least one example."""
+  """Returns what is left to train on, and what is held out from a split.
+
+  That is the share data.validation_fraction of it, but at least one example.
+  """
   fraction = data.validation_fraction
   if not 0 < fraction < 1:
     raise UserError(

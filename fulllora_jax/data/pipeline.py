@@ -24,10 +24,10 @@ def batch_indices(
   dropped at the end of an epoch and any step can be computed at once.
 
   Args:
-    num_examples: n > 0.
+    num_examples: n > 0, the size of the split.
     batch_size: B > 0; may exceed n.
-    step: k >= 0.
-    seed: >= 0.
+    step: k >= 0, the number of the batch.
+    seed: the order of the examples follows from it; at least 0.
 
   Returns:
     int64 [B], values in [0, n).
@@ -63,12 +63,12 @@ def train_batches(
 
   Args:
     split: what to train on.
-    batch_size: B, of all processes together.
-    seed: of the order.
-    start: first step; costs the same at any step.
+    batch_size: B, the images of all processes together.
+    seed: the order of the examples follows from it.
+    start: the first step; starting costs the same at any step.
     stop: the step after the last one.
-    process_index: which contiguous rows of the global batch, in
-      [0, process_count).
+    process_index: the number of this process, in [0, process_count); it says
+      which contiguous rows of the global batch are this process's.
     process_count: P, a divisor of B.
 
   Yields:
@@ -102,8 +102,9 @@ def choose_examples(count: int, num_examples: int, seed: int) -> np.ndarray:
 
   Args:
     count: N, the size of the split.
-    num_examples: n; 0 or at least N: all.
-    seed: of the choice. With one seed, fewer examples are some of the more.
+    num_examples: n, how many to choose; 0 or at least N: all.
+    seed: the choice follows from it. With one seed, a smaller choice is part
+      of a larger one.
 
   Returns:
     int64 [n], rising.
@@ -133,7 +134,8 @@ def eval_batches(
     split: what to evaluate on.
     batch_size: B; the last batch is filled up with its mask False.
     chosen: int [n], at least one example of the split; None: all.
-    rows: R of the B whose images are wanted, on one process of several.
+    rows: the R of the B rows whose images are wanted, where several processes
+      share a batch.
 
   Yields:
     {'image': uint8 [R, H, W, C], 'label': int32 [B], 'index': int32 [B] (in

@@ -37,13 +37,13 @@ _CHECK_NETWORK = flags.DEFINE_boolean(
   'check_network', True, 'Fail at once where the download cannot be reached.'
 )
 _FALLBACK_URL = 'https://storage.googleapis.com'
-_TIMEOUT = 5  # seconds
-_CHUNK = 2**24  # bytes
+_TIMEOUT = 5  # seconds that a host may take to answer
+_CHUNK = 2**24  # bytes that are copied at once
 
 
 def main(argv: Sequence[str]) -> None:
   """Prepares the set of --name, unless it is there already."""
-  del argv  # checked by errors.run
+  del argv  # checked by command.run
   if not _NAME.value:
     raise UserError('--name is missing, e.g. --name=cifar10')
   # TensorFlow must not take an accelerator's memory from a training run.

@@ -10,7 +10,7 @@ import numpy as np
 
 from fulllora_jax.core import console
 
-MEMORY_LIMIT = 4 * 2**30  # bytes, of data.cache=auto
+MEMORY_LIMIT = 4 * 2**30  # bytes up to which data.cache=auto decodes at once
 _CHUNK = 256  # examples read at once by a thread
 _QUIET_SECONDS = 3.0
 
@@ -19,17 +19,12 @@ Fetch = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """The examples of one split, as a source gives them.
+  """The examples of one split, as a source gives them."""
 
-  Attributes:
-    name: of the split.
-    size: number of examples.
-    read: (int [b] indices, with_images) -> (uint8 [b, S, S, C] or None,
-      int32 [b] labels). Called from several threads.
-  """
-
-  name: str
-  size: int
+  name: str  # the name of the split
+  size: int  # number of examples
+  # (int [b] indices, with_images) -> (uint8 [b, S, S, C] or None, int32 [b]
+  # labels). Called from several threads.
   read: Callable[[np.ndarray, bool], tuple[np.ndarray | None, np.ndarray]]
 
 
@@ -52,7 +47,7 @@ class Source:
 
 
 def load(source: Source, records: Records, in_memory: bool):
-  """Reads the labels, and the images if they shall stay in memory.
+  """Reads the labels of a split, and its images if they shall stay in memory.
 
   Returns:
     int32 [N] labels, and a function from indices [b] to uint8 [b, S, S, C].

@@ -69,7 +69,7 @@ def open_tfds(data: ConfigDict) -> records.Source:
 
 
 def is_prepared(data: ConfigDict) -> bool:
-  """Returns whether the set is there, in whatever format."""
+  """Returns whether the set is there, in any file format."""
   builder = builders.get(data.name, builders.data_dir(data.dir))
   return bool(builders.formats(builder))
 

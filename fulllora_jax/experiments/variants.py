@@ -1,9 +1,9 @@
 """What a config file's name may carry after a colon.
 
-`configs/cifar10.py:tiny` is the same road with a model for a CPU, and
+`configs/cifar10.py:tiny` runs the same experiment with a model for a CPU, and
 `configs/cifar10.py:deit_s` starts from another published checkpoint. These are
-timm's conversions on the Hugging Face hub, of the authors' own weights. `fast`
-trains with a shorter attack, alone or after another: `deit_s,fast`.
+timm's conversions, on the Hugging Face hub, of the authors' own weights. `fast`
+trains with a shorter attack, alone or after another variant: `deit_s,fast`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,69 +14,51 @@ from ml_collections.config_dict import ConfigDict
 from fulllora_jax.attacks.single_step import STEP
 from fulllora_jax.core.errors import UserError
 
-_HUB = 'hf-hub:timm/'
-
 
 class Published(NamedTuple):
-  """A published checkpoint, and what goes with it.
+  """A published checkpoint, and what goes with it."""
 
-  Attributes:
-    model: of the registry (models/__init__.py).
-    source: of the hub.
-    rank: that makes about 5 % of the model learn.
-    patch_size: its own, in pixels, that it keeps on large images.
-  """
+  model: str  # name in the registry (models/__init__.py)
+  timm: str  # name on the hub
+  rank: int  # rank of the adapter: about 5 % of the model learns
+  patch_size: int = 16  # the model's own, in pixels; kept on large images
+  variant: str = ''  # what it is called after a colon; '': the model's name
 
-  model: str
-  source: str
-  rank: int
-  patch_size: int = 16
-
-
-def _vit(model: str, timm: str, rank: int, patch_size: int = 16) -> Published:
-  return Published(model, f'{_HUB}{timm}', rank, patch_size)
+  @property
+  def source(self) -> str:
+    """The `base.source` that fetches it."""
+    return f'hf-hub:timm/{self.timm}'
 
 
-PUBLISHED = {
-  'vit_ti': _vit('vit_ti', 'vit_tiny_patch16_224.augreg_in21k', 6),
-  'vit_s': _vit('vit_s', 'vit_small_patch16_224.augreg_in21k', 12),
-  'vit_b': _vit('vit_b', 'vit_base_patch16_224.augreg_in21k', 24),
-  'vit_b_in1k': _vit('vit_b', 'vit_base_patch16_224.augreg_in1k', 24),
-  'vit_l': _vit('vit_l', 'vit_large_patch16_224.augreg_in21k', 32),
-  'deit_ti': _vit('deit_ti', 'deit_tiny_patch16_224.fb_in1k', 6),
-  'deit_s': _vit('deit_s', 'deit_small_patch16_224.fb_in1k', 12),
-  'deit_b': _vit('deit_b', 'deit_base_patch16_224.fb_in1k', 24),
-  'deit_distilled_ti': _vit(
-    'deit_distilled_ti', 'deit_tiny_distilled_patch16_224.fb_in1k', 6
+_MODELS = (
+  Published('vit_ti', 'vit_tiny_patch16_224.augreg_in21k', 6),
+  Published('vit_s', 'vit_small_patch16_224.augreg_in21k', 12),
+  Published('vit_b', 'vit_base_patch16_224.augreg_in21k', 24),
+  Published(
+    'vit_b', 'vit_base_patch16_224.augreg_in1k', 24, variant='vit_b_in1k'
   ),
-  'deit_distilled_s': _vit(
-    'deit_distilled_s', 'deit_small_distilled_patch16_224.fb_in1k', 12
-  ),
-  'deit_distilled_b': _vit(
-    'deit_distilled_b', 'deit_base_distilled_patch16_224.fb_in1k', 24
-  ),
-  'swin_t': _vit('swin_t', 'swin_tiny_patch4_window7_224.ms_in1k', 14, 4),
-  'swin_s': _vit('swin_s', 'swin_small_patch4_window7_224.ms_in1k', 13, 4),
-  'swin_b': _vit(
-    'swin_b', 'swin_base_patch4_window7_224.ms_in22k_ft_in1k', 18, 4
-  ),
-  'swin_l': _vit(
-    'swin_l', 'swin_large_patch4_window7_224.ms_in22k_ft_in1k', 27, 4
-  ),
-  'convit_ti': _vit('convit_ti', 'convit_tiny.fb_in1k', 6),
-  'convit_s': _vit('convit_s', 'convit_small.fb_in1k', 12),
-  'convit_b': _vit('convit_b', 'convit_base.fb_in1k', 24),
-  'dinov2_s': _vit('dinov2_s', 'vit_small_patch14_dinov2.lvd142m', 12, 14),
-  'dinov2_b': _vit('dinov2_b', 'vit_base_patch14_dinov2.lvd142m', 24, 14),
-  'dinov2_reg_s': _vit(
-    'dinov2_reg_s', 'vit_small_patch14_reg4_dinov2.lvd142m', 12, 14
-  ),
-  'dinov2_reg_b': _vit(
-    'dinov2_reg_b', 'vit_base_patch14_reg4_dinov2.lvd142m', 24, 14
-  ),
-  'clip_b': _vit('clip_b', 'vit_base_patch16_clip_224.openai', 24),
-  'siglip_b': _vit('siglip_b', 'vit_base_patch16_siglip_224.webli', 24),
-}
+  Published('vit_l', 'vit_large_patch16_224.augreg_in21k', 32),
+  Published('deit_ti', 'deit_tiny_patch16_224.fb_in1k', 6),
+  Published('deit_s', 'deit_small_patch16_224.fb_in1k', 12),
+  Published('deit_b', 'deit_base_patch16_224.fb_in1k', 24),
+  Published('deit_distilled_ti', 'deit_tiny_distilled_patch16_224.fb_in1k', 6),
+  Published('deit_distilled_s', 'deit_small_distilled_patch16_224.fb_in1k', 12),
+  Published('deit_distilled_b', 'deit_base_distilled_patch16_224.fb_in1k', 24),
+  Published('swin_t', 'swin_tiny_patch4_window7_224.ms_in1k', 14, 4),
+  Published('swin_s', 'swin_small_patch4_window7_224.ms_in1k', 13, 4),
+  Published('swin_b', 'swin_base_patch4_window7_224.ms_in22k_ft_in1k', 18, 4),
+  Published('swin_l', 'swin_large_patch4_window7_224.ms_in22k_ft_in1k', 27, 4),
+  Published('convit_ti', 'convit_tiny.fb_in1k', 6),
+  Published('convit_s', 'convit_small.fb_in1k', 12),
+  Published('convit_b', 'convit_base.fb_in1k', 24),
+  Published('dinov2_s', 'vit_small_patch14_dinov2.lvd142m', 12, 14),
+  Published('dinov2_b', 'vit_base_patch14_dinov2.lvd142m', 24, 14),
+  Published('dinov2_reg_s', 'vit_small_patch14_reg4_dinov2.lvd142m', 12, 14),
+  Published('dinov2_reg_b', 'vit_base_patch14_reg4_dinov2.lvd142m', 24, 14),
+  Published('clip_b', 'vit_base_patch16_clip_224.openai', 24),
+  Published('siglip_b', 'vit_base_patch16_siglip_224.webli', 24),
+)
+PUBLISHED = {each.variant or each.model: each for each in _MODELS}
 
 
 def with_variant(
@@ -92,8 +74,9 @@ def with_variant(
     variant: '' for the config as it is; 'tiny'; a key of `own`; or, where
       `published` is not empty, a name in PUBLISHED. Each may be followed by
       ',fast', and 'fast' may stand alone.
-    published: what '' stands for.
-    own: variants of this file alone: name -> what changes the config.
+    published: the name in PUBLISHED that '' stands for.
+    own: variants of this config file alone: name -> a function that changes
+      the config.
 
   Raises:
     UserError: another variant.
@@ -150,10 +133,10 @@ def tiny(config: ConfigDict) -> None:
 
 
 def fast(config: ConfigDict) -> ConfigDict:
-  """Trains with two steps from where those before ended: 3 passes, not 11.
+  """Trains with two attack steps from where the last ended: 3 passes, not 11.
 
-  Each step is as long as crosses the ball in both (Wong et al., 2020, for one:
-  1.25 eps). docs/road.md has what that gave, and what else was tried.
+  Both together may cross the ball (Wong et al., 2020, have one step of 1.25
+  eps). docs/road.md has what that gave, and what else was tried.
   """
   config.name += '-fast'
   config.attack.carry = True
@@ -162,7 +145,7 @@ def fast(config: ConfigDict) -> ConfigDict:
 
 
 def few_steps(config: ConfigDict, steps: int) -> None:
-  """Lets PGD make a few steps, each as long as crosses the ball in all."""
+  """Lets PGD make a few steps, so long that all together cross the ball."""
   eps, *divisor = config.threat.eps.split('/')  # 8/255 stays readable
   step_size = f'{float(eps) * STEP / steps:g}'
   config.attack.steps = steps

@@ -2,14 +2,23 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from fulllora_jax.core.console import say
+import jax
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import data
+from fulllora_jax.core.console import duration, say
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import replace_file
-from fulllora_jax.experiments.compare import execute, plan, table
+from fulllora_jax.distributed import processes
+from fulllora_jax.experiments.compare import plan, table
 from fulllora_jax.reports.page.comparison import comparison_page
+from fulllora_jax.training import base as base_lib
+from fulllora_jax.training import run as run_lib
 from fulllora_jax.training import workdir as workdir_lib
 
 
@@ -22,14 +31,14 @@ def compare(
   table_only: bool = False,
   made_by: str = '',
 ) -> dict[str, Any] | None:
-  """Carries out what is missing, and writes the table once all is there.
+  """Executes the runs that are missing; writes the table once all are there.
 
   Args:
-    comparison: of plan.default.
-    workdir: base/, runs/, comparison.md, .csv, .json and .html; None:
+    comparison: what plan.default returned, with rows.
+    workdir: gets base/, runs/, comparison.md, .csv, .json and .html; None:
       runs/<name>.
-    rows: labels to carry out; (): all.
-    seeds: likewise.
+    rows: labels of the rows to execute; (): all.
+    seeds: the seeds to execute; (): all.
     table_only: trains nothing, and refuses if a run is missing.
     made_by: the command, for the table.
 
@@ -37,7 +46,7 @@ def compare(
     The comparison (table.summarise), or None while runs are missing.
 
   Raises:
-    UserError: bad input, as the command shows it.
+    UserError: bad input; a base or a run that cannot be trained or read.
   """
   if 'experiment' not in comparison:
     raise UserError(
@@ -49,9 +58,9 @@ def compare(
   every = plan.runs(comparison, given)
   chosen = plan.runs(comparison, given, rows, seeds)
   if not table_only:
-    execute.prepare_base(plan.base_config(comparison), directory)
-    execute.carry_out(chosen)
-  reports = {(run.row, run.seed): execute.report_of(run) for run in every}
+    _prepare_base(plan.base_config(comparison), directory)
+    _execute(chosen)
+  reports = {(run.row, run.seed): report_of(run) for run in every}
   missing = [r.title for r in every if reports[r.row, r.seed] is None]
   if missing:
     shown = '; '.join([*missing[:5], *['...'] * (len(missing) > 5)])
@@ -70,3 +79,65 @@ def compare(
     replace_file(directory / f'comparison.{name}', text.encode())
   say(f'\n{table.results_table(found)}\n\ntable: {given}/comparison.md, .html')
   return found
+
+
+def _prepare_base(config, workdir: Path) -> None:
+  """Trains the base, or reads it, into `workdir`/base; once."""
+  if not plan.has_own_base(config):
+    return
+  if config.base.source == 'train':
+    own = config_lib.base_config(config)
+    run_lib.train_and_evaluate(own, workdir / 'base')
+    return
+  with workdir_lib.exclusive(workdir):
+    opened = base_lib.open_base(config, workdir)
+    if opened is not None:  # else it is there
+      dataset = data.open_dataset(config.data, config.seed)
+      base_lib.store_base(opened, config, workdir, dataset)
+
+
+def _execute(runs: Sequence[plan.Run]) -> None:
+  """Trains and evaluates each run that is not finished; each resumes."""
+  todo = [run for run in runs if report_of(run) is None]
+  dataset = None
+  if len(todo) < len(runs):
+    say(f'{len(runs) - len(todo)} of {len(runs)} runs are finished already')
+  started = time.monotonic()
+  for number, run in enumerate(todo):
+    left = ''
+    if number:
+      rate = (time.monotonic() - started) / number
+      left = f', about {duration(rate * (len(todo) - number))} left'
+    say(f'\n=== {run.title}: run {number + 1} of {len(todo)}{left}')
+    try:
+      dataset = dataset or base_lib.open_dataset(run.config)  # the same for all
+      run_lib.train_and_evaluate(run.config, run.workdir, dataset)
+    except UserError as error:
+      raise type(error)(f'{run.title}: {error}') from None
+    jax.clear_caches()  # programs of a finished run are of no use to the next
+
+
+def report_of(run: plan.Run) -> dict[str, Any] | None:
+  """Returns the report of a finished run, or None.
+
+  Raises:
+    UserError: it cannot be read, or is of another config.
+  """
+  return processes.from_primary(_read_report, run)
+
+
+def _read_report(run: plan.Run) -> dict[str, Any] | None:
+  workdir = run.workdir
+  try:
+    report = run_lib.finished_report(workdir)
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'{workdir}/report.json cannot be read ({error}); remove {workdir} and '
+      'give the same command'
+    ) from None
+  if report is not None:
+    try:
+      workdir_lib.check_same(workdir, run.config)
+    except UserError as error:
+      raise UserError(f'{run.title}: {error}') from None
+  return report

@@ -6,11 +6,12 @@ trained or read once.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from flax import traverse_util
 from ml_collections import config_dict
 
 from fulllora_jax import config as config_lib
@@ -28,17 +29,10 @@ _FREE = ('model.remat', 'model.attention', 'model.dropout')
 
 
 class Run(NamedTuple):
-  """One run of a comparison.
+  """One run of a comparison."""
 
-  Attributes:
-    row: its label in the table.
-    seed: of its training.
-    config: config.py.
-    workdir: of the run.
-  """
-
-  row: str
-  seed: int
+  row: str  # label in the table
+  seed: int  # seed of the training
   config: ConfigDict
   workdir: Path
 
@@ -51,19 +45,20 @@ def default(experiment: ConfigDict) -> ConfigDict:
   """Returns a comparison of one experiment, without rows yet.
 
   Args:
-    experiment: of config.py; its `seed` is that of the base and of what is
-      held out, and its `eval` what every run is evaluated under.
+    experiment: a config; its `seed` is that of the base and of what is held
+      out, and its `eval` what every run is evaluated under.
   """
-  c = ConfigDict()
-  c.name = f'compare_{experiment.name}'  # titles the table
-  c.experiment = experiment
+  comparison = ConfigDict()
+  comparison.name = f'compare_{experiment.name}'  # titles the table
+  comparison.experiment = experiment
   # Label -> what it changes, nested as in config.py: {'method': 'lora', ...}.
-  c.rows = ConfigDict()
-  c.seeds = (0, 1, 2)
+  comparison.rows = ConfigDict()
+  comparison.seeds = (0, 1, 2)
   # Rows that the others are paired with, seed by seed.
-  c.references = ('full', 'fulllora')
-  c.headline = ''  # attack that the rows are ranked by; '': the last of eval
-  return c
+  comparison.references = ('full', 'fulllora')
+  # The attack that the rows are ranked by; '': the last of eval.attacks.
+  comparison.headline = ''
+  return comparison
 
 
 def runs(
@@ -75,10 +70,10 @@ def runs(
   """Returns the runs of a comparison, seed by seed, rows by name.
 
   Args:
-    comparison: of `default`, with rows.
-    workdir: of the comparison.
-    rows: labels to keep; (): all.
-    seeds: to keep; (): all.
+    comparison: what `default` returned, with rows.
+    workdir: the directory of the comparison.
+    rows: labels of the rows to keep; (): all.
+    seeds: the seeds to keep; (): all.
 
   Raises:
     UserError: a row or seed that is not there, a row that changes what all
@@ -116,24 +111,19 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
     raise UserError(
       f'seeds {tuple(comparison.seeds)}: give at least one, each once'
     )
-  for row in rows:
-    if row not in comparison.rows:
-      raise UserError(
-        f'--rows: unknown {row!r}{_near(row, comparison.rows)}; known: '
-        + ', '.join(comparison.rows)
-      )
+  for name, given in (('--rows', rows), ('references', comparison.references)):
+    for row in given:
+      if row not in comparison.rows:
+        raise UserError(
+          f'{name}: unknown {row!r}{_near(row, comparison.rows)}; known: '
+          + ', '.join(comparison.rows)
+        )
   for seed in seeds:
     if seed not in comparison.seeds:
       raise UserError(
         f'--seeds: {seed} is not of the comparison, which has '
         f'{", ".join(map(str, comparison.seeds))}; give one of them, or add it '
         'to config.seeds'
-      )
-  for row in comparison.references:
-    if row not in comparison.rows:
-      raise UserError(
-        f'references: unknown {row!r}{_near(row, comparison.rows)}; known: '
-        + ', '.join(comparison.rows)
       )
   labels = [a.label for a in settings.evaluation_attacks(comparison.experiment)]
   if comparison.headline and comparison.headline not in labels:
@@ -149,17 +139,22 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
 
 
 def _run(comparison, workdir: Path, row: str, seed: int) -> Run:
-  config = base_config(comparison)
-  changes = comparison.rows[row].to_dict()
-  for field, value in _flat(changes):
+  config, experiment = base_config(comparison), comparison.experiment
+  known = config_lib.flat(config)
+  changes = traverse_util.flatten_dict(comparison.rows[row].to_dict(), sep='.')
+  for field, value in changes.items():
     if field.split('.')[0] in _COMMON and field not in _FREE:
       raise UserError(
         f'rows.{row}: it changes {field} to {value!r}, which the rows of a '
         'comparison have in common; change experiment, or make it a comparison '
         'of its own'
       )
-    _set(config, row, field, value)
-  experiment = comparison.experiment
+    if field not in known:
+      raise UserError(f'rows.{row}: unknown field {field}{_near(field, known)}')
+    try:
+      config.update_from_flattened_dict({field: value})
+    except TypeError as error:
+      raise UserError(f'rows.{row}: {field}: {error}') from None
   config.seed = seed
   if config.data.seed is None:  # the same images held out in every run
     config.data.seed = experiment.seed
@@ -171,28 +166,6 @@ def _run(comparison, workdir: Path, row: str, seed: int) -> Run:
   except UserError as error:
     raise UserError(f'rows.{row}: {error}') from None
   return Run(row, seed, config, workdir / 'runs' / f'{row}-{seed}')
-
-
-def _set(config, row: str, field: str, value: Any) -> None:
-  *parents, name = field.split('.')
-  part = config
-  for parent in parents:
-    part = part.get(parent) if isinstance(part, ConfigDict) else None
-  if not isinstance(part, ConfigDict) or name not in part:
-    known = config_lib.flat(config)
-    raise UserError(f'rows.{row}: unknown field {field}{_near(field, known)}')
-  try:
-    part[name] = value
-  except TypeError as error:
-    raise UserError(f'rows.{row}: {field}: {error}') from None
-
-
-def _flat(changes: Mapping[str, Any], prefix: str = '') -> Iterator:
-  for name, value in changes.items():
-    if isinstance(value, Mapping):
-      yield from _flat(value, f'{prefix}{name}.')
-    else:
-      yield f'{prefix}{name}', value
 
 
 def _near(name: str, known) -> str:

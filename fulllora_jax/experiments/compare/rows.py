@@ -1,14 +1,20 @@
-"""Rows that several comparisons share: the methods, and what of FullLoRA is it.
+"""Comparisons and rows that several files of configs/ share.
 
-Each adds to `comparison.rows` (plan.default).
+What adds rows adds them to `comparison.rows` (plan.default).
 """
 
+import runpy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections.config_dict import ConfigDict
 
-# As the paper's tables have them, and LoRA beside.
+from fulllora_jax.core.errors import choose
+from fulllora_jax.experiments import variants
+from fulllora_jax.experiments.compare import plan
+
+# The methods in the paper's tables, and LoRA.
 OF_THE_PAPER = (
   'full',
   'linear',
@@ -20,6 +26,42 @@ OF_THE_PAPER = (
 BLOCK_MAPS = ('query', 'key', 'value', 'attn_out', 'fc1', 'fc2')
 
 
+def paper_comparison(file: Path, variant: str = '') -> ConfigDict:
+  """Returns the paper's methods side by side, or the ablations of FullLoRA.
+
+  Args:
+    file: an experiment in configs/ that starts from a published model.
+    variant: '', 'ablations', or a published model (variants.py).
+
+  Raises:
+    UserError: another variant.
+  """
+  choose('config variant', variant, ('', 'ablations', *variants.PUBLISHED))
+  ablated = variant == 'ablations'
+  comparison = under_autoattack(file, '' if ablated else variant)
+  if variant:
+    comparison.name += f'-{variant}'
+  (ablations if ablated else methods)(comparison)
+  return comparison
+
+
+def under_autoattack(file: Path, variant: str = '') -> ConfigDict:
+  """Returns a comparison without rows, evaluated on 1,000 test images.
+
+  Args:
+    file: the experiment, in configs/.
+    variant: what the experiment's file takes after a colon.
+  """
+  experiment = runpy.run_path(str(file))['get_config'](variant)
+  experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
+  experiment.eval.update(
+    num_examples=1000, weights=('best',), closer_look=False
+  )
+  comparison = plan.default(experiment)
+  comparison.name = f'compare_{file.stem}'
+  return comparison
+
+
 def methods(
   comparison: ConfigDict,
   names: Sequence[str] = OF_THE_PAPER,
@@ -28,8 +70,8 @@ def methods(
   """Adds a row for each method, of that name.
 
   Args:
-    comparison: of plan.default.
-    names: of config.method.
+    comparison: gets the rows.
+    names: the methods (config.method).
     rates: learning rates of those that do not have the experiment's.
   """
   for name in names:
@@ -44,7 +86,7 @@ def rates(comparison: ConfigDict, tried: Sequence[str], share: int) -> None:
   Args:
     comparison: its rows have methods' names and no other change.
     tried: learning rates, as the rows' names should have them.
-    share: of the experiment's train steps, one in so many.
+    share: trains for one in so many of the experiment's steps.
   """
   experiment = comparison.experiment
   comparison.seeds, comparison.references = comparison.seeds[:1], ()
@@ -59,23 +101,20 @@ def rates(comparison: ConfigDict, tried: Sequence[str], share: int) -> None:
 def ablations(comparison: ConfigDict) -> None:
   """Adds FullLoRA by rank, by target, and with and without the LayerNorm."""
   rank = comparison.experiment.adapter.rank
-  rows, scale = comparison.rows, comparison.experiment.adapter.alpha / rank
-  rows['fulllora'] = row('fulllora')
+  scale = comparison.experiment.adapter.alpha / rank
+  changes = {'fulllora': None}
   for other in (max(1, rank // 2), 2 * rank):
-    adapter = {'rank': other, 'alpha': scale * other}
-    rows[f'rank-{other}'] = row('fulllora', adapter=adapter)
-  for name, adapter in (
-    ('no-norm', {'layer_norm': False}),
-    (
-      'no-norm-at-patches',
-      {'overrides': ('patch_embed.layer_norm=False',)},
-    ),
-    ('epsilon-at-patches', {'overrides': ('patch_embed.epsilon=1e-2',)}),
-    ('not-at-patches', {'targets': BLOCK_MAPS}),
-    ('attention', {'targets': BLOCK_MAPS[:4]}),
-    ('mlp', {'targets': BLOCK_MAPS[4:]}),
-  ):
-    rows[name] = row('fulllora', adapter=adapter)
+    changes[f'rank-{other}'] = {'rank': other, 'alpha': scale * other}
+  changes |= {
+    'no-norm': {'layer_norm': False},
+    'no-norm-at-patches': {'overrides': ('patch_embed.layer_norm=False',)},
+    'epsilon-at-patches': {'overrides': ('patch_embed.epsilon=1e-2',)},
+    'not-at-patches': {'targets': BLOCK_MAPS},
+    'attention': {'targets': BLOCK_MAPS[:4]},
+    'mlp': {'targets': BLOCK_MAPS[4:]},
+  }
+  for name, adapter in changes.items():
+    comparison.rows[name] = row('fulllora', adapter=adapter)
   comparison.references = ('fulllora',)
 
 

@@ -17,9 +17,9 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
   """Makes the comparison of finished runs, as comparison.json holds it.
 
   Args:
-    comparison: of plan.default.
-    reports: of every run of the plan.
-    command: that makes it again.
+    comparison: what plan.default returned, with rows.
+    reports: the report of every run of the plan.
+    command: the command that makes the comparison again.
 
   Returns:
     title, command, dataset, threat, base, references, headline_attack, notes,
@@ -99,22 +99,14 @@ def _identity(title: str, report: Mapping[str, Any]) -> dict[str, Any]:
       'base it had; remove the run and give the same command'
     )
   config = report['config']
+  fields = ('attack', 'steps', 'step_size', 'restarts', 'num_examples')
   return {
     'data set': report['dataset'],
     'image size': config['data']['image_size'],
     'split': config['data'].get('seed'),
     'base': report['body_fingerprint'],
     'threat': f'{report["threat"]["norm"]} {report["threat"]["eps"]}',
-    'evaluation': [
-      (
-        e['attack'],
-        e['steps'],
-        e['step_size'],
-        e['restarts'],
-        e['num_examples'],
-      )
-      for e in _own(report)
-    ],
+    'evaluation': [tuple(e[field] for field in fields) for e in _own(report)],
     'matmul precision': sorted({e['matmul_precision'] for e in _own(report)}),
   }
 

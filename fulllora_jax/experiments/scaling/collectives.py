@@ -32,8 +32,8 @@ def moved(text: str) -> dict[str, int]:
   """Counts what the collectives of a compiled program move.
 
   Args:
-    text: optimised HLO, of `compiled.as_text()`. A loop counts as often as it
-      runs.
+    text: the optimised HLO that `compiled.as_text()` returns; a loop counts as
+      often as it runs.
 
   Returns:
     Kind, e.g. 'all-reduce', to the bytes of the results on one device.
@@ -86,8 +86,8 @@ def trace_step(config, num_classes: int, images: int = 1) -> jax.stages.Traced:
 
   Args:
     config: config.py.
-    num_classes: K.
-    images: how many of a batch each device has.
+    num_classes: how many logits.
+    images: how many images of a batch each device has.
 
   Returns:
     The step: its `jaxpr`, and what `.lower().compile()` tells of it.

@@ -13,24 +13,15 @@ GOOD = 0.9  # efficiency of a step that is called useful
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """Public figures of a machine, for each device; docs/scaling.md has sources.
-
-  Attributes:
-    devices: chips or GPUs.
-    peak: dense bfloat16 FLOP/s.
-    memory: bytes.
-    memory_bandwidth: bytes/s.
-    link: bytes/s that a ring through all devices sends, in one direction.
-    torus: whether an all-reduce goes along two axes, one after the other.
-  """
+  """Public figures of a machine; docs/scaling.md has the sources."""
 
   name: str
-  devices: int
-  peak: float
-  memory: float
-  memory_bandwidth: float
-  link: float
-  torus: bool
+  devices: int  # chips or GPUs
+  peak: float  # dense bfloat16 FLOP/s of a device
+  memory: float  # bytes of a device
+  memory_bandwidth: float  # bytes/s of a device
+  link: float  # bytes/s that a ring of all devices sends, in one direction
+  torus: bool  # whether an all-reduce goes along two axes in turn
 
 
 MACHINES = (
@@ -42,33 +33,22 @@ MACHINES = (
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A plain ViT with a class token, its adapter and the inner attack.
+  """A plain ViT with a class token, its adapter and the inner attack."""
 
-  Attributes:
-    name: as on the command line, e.g. 'vit_b/16@224'.
-    patches: number of patches of an image.
-    patch_values: numbers in a patch.
-    base: parameters of the plain model.
-    frozen: those of them that FullLoRA leaves as they are.
-    adapted: parameters that learn in FullLoRA: the branches and the head.
-    attack_steps: of PGD.
-    split_blocks: those of the frozen in arrays of the blocks that mesh.fsdp
-      splits.
-    split_rest: likewise in the other arrays.
-  """
-
-  name: str
-  width: int
-  depth: int
-  mlp_dim: int
-  patches: int
-  patch_values: int
+  name: str  # as on the command line, e.g. 'vit_b/16@224'
+  width: int  # numbers of a token
+  depth: int  # number of blocks
+  mlp_dim: int  # hidden width of each MLP
+  patches: int  # number of patches of an image
+  patch_values: int  # numbers in a patch
   num_classes: int
-  rank: int
-  base: int
-  frozen: int
-  adapted: int
-  attack_steps: int
+  rank: int  # rank of the branches
+  base: int  # parameters of the plain model
+  frozen: int  # how many of them FullLoRA leaves as they are
+  adapted: int  # parameters that learn in FullLoRA: the branches and the head
+  attack_steps: int  # how many steps PGD makes
+  # Frozen parameters in arrays that mesh.fsdp splits, of the blocks and of the
+  # rest of the model.
   split_blocks: int
   split_rest: int
 
@@ -166,15 +146,10 @@ def step_flops(model: Model, method: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-  """What no data sheet says.
+  """What no data sheet says."""
 
-  Attributes:
-    mfu: share of the peak that the products reach, in (0, 1].
-    hop: seconds from one device to the next.
-  """
-
-  mfu: float
-  hop: float
+  mfu: float  # share of the peak that the products reach, in (0, 1]
+  hop: float  # seconds from one device to the next
 
   def compute(self, model, method, machine, images: int) -> float:
     """Returns the seconds of the products of `images` on one device."""

@@ -5,9 +5,15 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from fulllora_jax.core import errors
-from fulllora_jax.core.tables import markdown as markdown_table
-from fulllora_jax.experiments.scaling import costs
+import jax
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import models
+from fulllora_jax.adapters import adapted
+from fulllora_jax.core import errors, trees
+from fulllora_jax.core import tables as tables_lib
+from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.experiments.scaling import collectives, costs
 from fulllora_jax.experiments.scaling.costs import (
   FLOAT32,
   GOOD,
@@ -17,16 +23,11 @@ from fulllora_jax.experiments.scaling.costs import (
 
 # Zhai et al., 2022, arXiv 2106.04560; the registry has no plain ViT of it.
 _GIANT = dict(name='vit', width=1408, depth=40, num_heads=16, mlp_dim=6144)
-
-
 _SIZES = ('ti', 's', 'b', 'l', 'h', 'g')
-
-
 _BLOCK = re.compile(r'block_\d+$')  # as the models name their blocks
-
-
 # A split base saves nothing within a step that keeps what was fetched.
 _FETCHED_WITH = 'blocks'
+Table = tuple[str, list[list]]  # title; rows, the header first
 
 
 def describe(
@@ -36,9 +37,9 @@ def describe(
 
   Args:
     text: e.g. 'vit_b/16@224'; 10 classes up to 64 px, 1000 above.
-    rank: of the branches; None: width / 32, about 5 % of ViT-B.
-    attack_steps: of PGD.
-    fsdp: devices that share the frozen base.
+    rank: rank of the branches; None: width / 32, about 5 % of ViT-B.
+    attack_steps: how many steps PGD makes.
+    fsdp: how many devices share the frozen base.
 
   Raises:
     UserError: a text that cannot be read, or a rank that does not fit.
@@ -53,20 +54,15 @@ def counted(
   """Counts the parameters of a config's plain ViT, without arrays.
 
   Args:
-    name: in tables.
+    name: the model's name in tables.
     config: config.py; FullLoRA with one rank, whatever its method.
-    num_classes: K.
-    channels: of an image.
-    fsdp: devices that share the frozen base.
+    num_classes: how many logits.
+    channels: channels of an image.
+    fsdp: how many devices share the frozen base.
 
   Raises:
     UserError: a rank that does not fit.
   """
-  from fulllora_jax import config as config_lib
-  from fulllora_jax import models
-  from fulllora_jax.adapters import adapted
-  from fulllora_jax.core import trees
-
   config = config_lib.copy(config)
   config.method = 'fulllora'
   built = adapted.build(config, num_classes)
@@ -96,10 +92,6 @@ def counted(
 
 def _split(frozen, fsdp: int, shard_from: int) -> tuple[int, int]:
   """Returns the parameters that live split: in blocks, and in the rest."""
-  import jax
-
-  from fulllora_jax.distributed import mesh as mesh_lib
-
   mesh = jax.sharding.AbstractMesh((1, fsdp), ('data', 'fsdp'))
   counts = [0, 0]
   for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
@@ -112,9 +104,6 @@ def _split(frozen, fsdp: int, shard_from: int) -> tuple[int, int]:
 
 def experiment(text: str, rank: int | None, attack_steps: int):
   """Returns the config of `describe`'s model, and its number of classes."""
-  from fulllora_jax import config as config_lib
-  from fulllora_jax import models
-
   match = re.fullmatch(r'vit_(\w+)/([1-9]\d*)@([1-9]\d*)', text)
   if not match:
     raise errors.UserError(
@@ -142,23 +131,54 @@ def tables(
   batches: Sequence[int],
   assumed: costs.Assumptions,
   fsdp: int,
-) -> Iterator[tuple[str, list[str], list[list]]]:
-  """Yields title, header and rows of what the command prints."""
+) -> Iterator[Table]:
+  """Yields what the command prints without --compile."""
   cases = [(model, method) for model in models for method in methods]
-  yield _size_table(models)
-  yield _byte_table(models)
-  yield _machine_table()
-  yield _batch_table(cases, batches, assumed)
-  yield _device_table(cases, batches[0], assumed)
-  yield _image_table(cases, assumed)
-  yield _smallest_table(cases, assumed)
-  yield _fsdp_table(models, assumed, fsdp)
+  chips = MACHINES[-1]
+
+  def efficiencies(columns):
+    """Takes header -> machine, devices and global batch."""
+    header = ['model', 'method', *columns]
+    return [header] + [
+      [case[0].name, case[1]]
+      + [_share(assumed, case, *column) for column in columns.values()]
+      for case in cases
+    ]
+
+  yield 'Parameters, and FLOPs of an image', _sizes(models)
+  yield 'Megabytes of a step on each device', _megabytes(models)
+  yield 'Machines, each device', _machines()
+  yield (
+    'Efficiency of a whole machine, by global batch',
+    efficiencies(
+      {f'{m.name}, {n}': (m, m.devices, n) for n in batches for m in MACHINES}
+    ),
+  )
+  devices = (1, 4, 16, 32, 64, 128, 256)
+  yield (
+    f'Efficiency of v5e chips, global batch {batches[0]}: strong scaling',
+    efficiencies({str(n): (chips, n, batches[0]) for n in devices}),
+  )
+  images, all_chips = (1, 2, 4, 8, 16, 64), chips.devices
+  yield (
+    f'Efficiency of {chips.name}, images on each chip: weak scaling',
+    efficiencies({str(n): (chips, all_chips, all_chips * n) for n in images}),
+  )
+  smallest = [['model', 'method', *(m.name for m in MACHINES)]]
+  for model, method in cases:
+    fewest = [assumed.smallest_batch(model, method, m) for m in MACHINES]
+    smallest.append([model.name, method, *fewest])
+  yield f'Fewest images a device for {GOOD:.0%}', smallest
+  yield (
+    f'A base split over fsdp = {fsdp}, remat = {_FETCHED_WITH}',
+    _fsdp(models, assumed, fsdp),
+  )
 
 
-def _size_table(models):
+def _sizes(models) -> list[list]:
   header = ['model', 'tokens', 'base, M', 'rank', 'learns, M', 'share']
   header += ['forward, GFLOP', 'step FullLoRA, GFLOP', 'step full, GFLOP']
-  rows = []
+  rows = [header]
   for m in models:
     row = [m.name, m.patches + 1, f'{m.base / 1e6:.1f}', m.rank]
     row += [f'{m.adapted / 1e6:.2f}', f'{m.adapted / m.base:.1%}']
@@ -167,85 +187,37 @@ def _size_table(models):
     row += [f'{base / 1e9:.1f}']
     row += [f'{costs.step_flops(m, method) / 1e9:,.0f}' for method in METHODS]
     rows.append(row)
-  return 'Parameters, and FLOPs of an image', header, rows
+  return rows
 
 
-def _byte_table(models):
+def _megabytes(models) -> list[list]:
   header = ['model', 'base', 'state FullLoRA', 'state full']
   header += ['gradient FullLoRA', 'gradient full', 'factor', 'weights read']
-  rows = []
+  rows = [header]
   for m in models:
     sizes = [m.base, m.frozen + 3 * m.adapted, 3 * m.base, m.adapted, m.base]
     row = [m.name, *(f'{FLOAT32 * size / 1e6:,.1f}' for size in sizes)]
     row += [f'{m.base / m.adapted:.1f}']
     row += [f'{m.passes() * FLOAT32 * m.base / 1e6:,.0f}']
     rows.append(row)
-  return 'Megabytes of a step on each device', header, rows
+  return rows
 
 
-def _machine_table():
+def _machines() -> list[list]:
   header = ['machine', 'devices', 'peak bfloat16, TFLOP/s', 'memory, GB']
   header += ['memory, GB/s', 'ring, GB/s']
-  rows = [
+  return [header] + [
     [m.name, m.devices]
     + [f'{m.peak / 1e12:.0f}', f'{m.memory / 1e9:.0f}']
     + [f'{m.memory_bandwidth / 1e9:,.0f}', f'{m.link / 1e9:.0f}']
     for m in MACHINES
   ]
-  return 'Machines, each device', header, rows
 
 
-def _batch_table(cases, batches, assumed):
-  header = ['model', 'method']
-  header += [f'{m.name}, {batch}' for batch in batches for m in MACHINES]
-  rows = []
-  for case in cases:
-    row = [case[0].name, case[1]]
-    for batch in batches:
-      row += [_share(assumed, case, m, m.devices, batch) for m in MACHINES]
-    rows.append(row)
-  return 'Efficiency of a whole machine, by global batch', header, rows
-
-
-def _device_table(cases, batch, assumed):
-  machine, devices = MACHINES[-1], (1, 4, 16, 32, 64, 128, 256)
-  rows = [
-    [case[0].name, case[1]]
-    + [_share(assumed, case, machine, n, batch) for n in devices]
-    for case in cases
-  ]
-  title = f'Efficiency of v5e chips, global batch {batch}: strong scaling'
-  return title, ['model', 'method', *map(str, devices)], rows
-
-
-def _image_table(cases, assumed):
-  machine, images = MACHINES[-1], (1, 2, 4, 8, 16, 64)
-  rows = [
-    [case[0].name, case[1]]
-    + [
-      _share(assumed, case, machine, machine.devices, machine.devices * n)
-      for n in images
-    ]
-    for case in cases
-  ]
-  title = f'Efficiency of {machine.name}, images on each chip: weak scaling'
-  return title, ['model', 'method', *map(str, images)], rows
-
-
-def _smallest_table(cases, assumed):
-  header = ['model', 'method', *(m.name for m in MACHINES)]
-  rows = [
-    [case[0].name, case[1]]
-    + [str(assumed.smallest_batch(*case, m)) for m in MACHINES]
-    for case in cases
-  ]
-  return f'Fewest images a device for {GOOD:.0%}', header, rows
-
-
-def _fsdp_table(models, assumed, fsdp):
+def _fsdp(models, assumed, fsdp) -> list[list]:
   header = ['model', 'base, MB', 'split, MB', 'held, MB', 'fetched a step, MB']
   header += [f'{machine.name}, images' for machine in MACHINES]
-  rows = []
+  rows = [header]
   for m in models:
     away = (fsdp - 1) / fsdp
     sizes = [m.base, m.split, m.frozen - away * m.split]
@@ -254,10 +226,9 @@ def _fsdp_table(models, assumed, fsdp):
     for machine in MACHINES:
       seconds = assumed.fetch(m, machine, fsdp, _FETCHED_WITH)
       image = assumed.compute(m, 'fulllora', machine, 1)
-      row.append(str(math.ceil(seconds / image)))
+      row.append(math.ceil(seconds / image))
     rows.append(row)
-  title = f'A base split over fsdp = {fsdp}, remat = {_FETCHED_WITH}'
-  return title, header, rows
+  return rows
 
 
 def _share(assumed, case, machine, devices: int, batch: int) -> str:
@@ -266,17 +237,22 @@ def _share(assumed, case, machine, devices: int, batch: int) -> str:
   return f'{assumed.efficiency(*case, machine, devices, batch // devices):.0%}'
 
 
-def markdown(title: str, header: Sequence, rows: Sequence[Sequence]) -> str:
+def markdown(title: str, rows: list[list]) -> str:
   """Returns a table as Markdown below its title."""
-  return f'{title}:\n\n{markdown_table([header, *rows])}\n'
+  return f'{title}:\n\n{tables_lib.markdown(rows)}\n'
 
 
-def compiled_tables(texts, methods, given):
-  from fulllora_jax.experiments.scaling import collectives
+def compiled_tables(texts: Sequence[str], given) -> Iterator[Table]:
+  """Yields what the command prints with --compile.
 
+  Args:
+    texts: the models, as `describe` reads them.
+    given: the other flags of the command, fulllora_jax/scaling.py.
+  """
   header = ['model', 'method', 'devices', 'fsdp', 'images a device', 'remat']
-  moves, plans, fsdp = [], [], given.fsdp or 1
-  for text, *case in itertools.product(texts, methods, given.remat):
+  moves = [[*header, 'gradient', 'all-reduce', 'all-gather', 'other']]
+  plans, fsdp = [[*header, 'held', 'activations', 'sum']], given.fsdp or 1
+  for text, *case in itertools.product(texts, given.methods, given.remat):
     model = describe(text, given.rank, given.attack_steps)
     config, classes = experiment(text, given.rank, given.attack_steps)
     config.mesh.fsdp = fsdp
@@ -292,13 +268,5 @@ def compiled_tables(texts, methods, given):
     moves.append(row + [f'{n:,}' for n in (*sizes, sum(moved.values()))])
     held, temp = plan.argument_size_in_bytes, plan.temp_size_in_bytes
     plans.append(row + [f'{n:,}' for n in (held, temp, held + temp)])
-  yield (
-    'Bytes that the collectives of a compiled step move',
-    [*header, 'gradient', 'all-reduce', 'all-gather', 'other'],
-    moves,
-  )
-  yield (
-    'Bytes that the CPU compiler plans for each device',
-    [*header, 'held', 'activations', 'sum'],
-    plans,
-  )
+  yield 'Bytes that the collectives of a compiled step move', moves
+  yield 'Bytes that the CPU compiler plans for each device', plans

@@ -23,7 +23,7 @@ from fulllora_jax.training import checks, memory, train_step
 from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.stepper import Stepper
 
-_EXAMPLES = 1024  # of random data, or two batches
+_EXAMPLES = 1024  # how many random images there are, or two batches
 
 
 def random_dataset(config, num_classes: int, channels: int) -> data.Dataset:

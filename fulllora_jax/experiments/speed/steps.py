@@ -18,7 +18,7 @@ from fulllora_jax.experiments.speed.torch import peer as peer_lib
 from fulllora_jax.training import workdir as workdir_lib
 from fulllora_jax.training.memory import readable
 
-_LOOP_STEPS = 6  # of the loop with new batches
+_LOOP_STEPS = 6  # how many steps the loop with new batches makes
 
 
 def time_steps(config, workdir: str, given) -> None:

@@ -58,8 +58,8 @@ def take_turns(
   Args:
     runs: name -> a function that does the work once, to its end, and returns
       the seconds it took.
-    rounds: that count, at least 1.
-    warmup: rounds before them, that do not.
+    rounds: how many rounds count, at least 1.
+    warmup: how many rounds before them do not count.
 
   Returns:
     What each took; the i-th runs of all were made in the same round.

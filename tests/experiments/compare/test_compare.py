@@ -10,7 +10,7 @@ from fulllora_jax import compare as compare_command
 from fulllora_jax.core import provenance
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh
-from fulllora_jax.experiments.compare import compare, execute, plan
+from fulllora_jax.experiments.compare import compare, plan
 from fulllora_jax.training import run as run_lib
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_report_is_named(compared, small):
   path.write_text(text[:50])
   try:
     with pytest.raises(UserError, match=r'report\.json cannot be read'):
-      execute.report_of(run)
+      compare.report_of(run)
   finally:
     path.write_text(text)
 

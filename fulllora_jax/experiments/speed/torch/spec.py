@@ -35,44 +35,44 @@ class Spec:
   """
 
   image_size: int  # pixels; images are square
-  channels: int  # of an image
+  channels: int  # channels of an image
   patch_size: int  # pixels
   width: int  # numbers of a token
   depth: int  # number of blocks
-  num_heads: int  # of each block
+  num_heads: int  # attention heads of each block
   mlp_dim: int  # hidden width of each MLP
   num_classes: int
   batch_size: int  # images of a training step
   pool: str = 'token'  # or 'mean', or 'mean_norm': the last norm after the mean
   act: str = 'gelu_tanh'  # activation of the MLPs, or 'gelu'
-  epsilon: float = 1e-6  # of the norms
+  epsilon: float = 1e-6  # added to the variance in the norms
   # Mean and deviation of pixels in [0, 1]: by channel, or one value for all.
   mean: tuple[float, ...] = (0.5,)
   std: tuple[float, ...] = (0.5,)
   method: str = 'lora'  # peft's, beside `targets`; or 'full' or 'linear'
   targets: tuple[str, ...] = TARGETS  # timm's names: of TARGETS, or 'head'
-  rank: int = 16  # of the branches
+  rank: int = 16  # rank of the branches
   alpha: float = 16.0  # the branches are scaled by alpha / rank
   train_head: bool = True  # whether method lora trains the head in full
   eps: float = 8 / 255  # Linf radius of the attacks, in [0, 1] pixels
-  attack_steps: int = 10  # of the training step's PGD; 0: on clean images
-  step_size: float = 2 / 255  # of the training step's PGD, in [0, 1] pixels
-  eval_step_size: float = 2 / 255  # of the evaluation's PGD, in [0, 1] pixels
-  random_start: bool = True  # whether the training step's PGD has one
+  attack_steps: int = 10  # steps of PGD in training; 0: clean images
+  step_size: float = 2 / 255  # of PGD in training, in [0, 1] pixels
+  eval_step_size: float = 2 / 255  # of PGD in evaluation, in [0, 1] pixels
+  random_start: bool = True  # whether PGD in training starts at random
   crop_padding: int = 4  # pixels of zeros before the random crop; 0: no crop
   flip: bool = True  # whether to mirror images with probability 1/2
   optimizer: str = 'sgd'  # or 'adamw'
-  learning_rate: float = 0.1  # constant
-  momentum: float = 0.9  # of SGD
-  betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+  learning_rate: float = 0.1  # the same at every step
+  momentum: float = 0.9  # for SGD
+  betas: tuple[float, float] = (0.9, 0.999)  # for AdamW
   weight_decay: float = 1e-4  # SGD adds it to the gradient, AdamW decouples it
   clip: float = 1.0  # global norm of the gradient; 0: off
   log_every: int = 50  # steps between forward passes on clean images
   dtype: str = 'float32'  # the model computes in it; the attack in float32
   mode: str = 'eager'  # or one of COMPILE_MODES
   device: str = 'cpu'  # or 'cuda'
-  threads: int = 0  # of the CPU; 0: PyTorch's choice
-  seed: int = 0  # of the weights, the images and the attack
+  threads: int = 0  # how many CPU threads; 0: PyTorch's choice
+  seed: int = 0  # weights, images and attacks are drawn from it
 
   def __post_init__(self):
     for field, known in _CHOICES.items():

@@ -191,13 +191,13 @@ def pgd(
   """Attacks by PGD in an Linf ball, as attacks/pgd.py does.
 
   Args:
-    ascend: of `ascend`, with its gradient and its model given already.
+    ascend: `ascend`, with its gradient and its model given already.
     x: float32 [B, C, H, W].
     labels: int64 [B].
     eps: radius in [0, 1] pixels.
     steps: how many ascents.
     step_size: in [0, 1] pixels.
-    generator: of the random start; None starts at x.
+    generator: draws the random start; None starts at x.
   """
   low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
   x_adv = x
