@@ -1,4 +1,4 @@
-"""From a config to the adapted model, its variables, and Algorithm 1."""
+"""From a config to the adapted model and its variables."""
 
 from typing import Any, NamedTuple
 

@@ -24,13 +24,13 @@ def branch_ratios(
 ) -> dict[str, jax.Array]:
   """Returns ||branch output|| / ||frozen output|| of every adapted map.
 
-  Both are Euclidean norms over all that a map gives for one image, in float32;
-  a map that is called more than once counts with its mean. May be called under
-  jit.
+  Both are Euclidean norms over all that a map gives for one image, in float32.
+  A map that is called more than once counts with the mean of its calls. The
+  function may be called under jit.
 
   Args:
     adapted: the model with its branches.
-    variables: its collections, with `lnlora`.
+    variables: the model's collections, `lnlora` among them.
     images: [B, H, W, C], each taken by itself, so that a model may put the
       batch where it likes.
 
@@ -66,14 +66,14 @@ def network_order(
 
   Args:
     adapted: the model with its branches.
-    variables: its collections; arrays or shapes.
-    image: [H, W, C], or its shape and dtype.
+    variables: the model's collections, arrays or shapes.
+    image: an image [H, W, C], or its shape and dtype.
   """
   called: dict[str, str] = {}
 
   def watch(module, frozen, branch):
     path = '/'.join(module.path)
-    called.setdefault(path, adapted.target_of(path))
+    called.setdefault(path, adapted.target_of(path) or '')
 
   def run(variables, image):
     return adapted.watched(watch, variables, image[None])

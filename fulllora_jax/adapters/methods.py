@@ -1,8 +1,9 @@
-"""Which leaves learn: every method is one predicate over (collection, path).
+"""The methods: what each attaches to a model, and which leaves then learn.
 
-From the predicate come the optax mask, the split that `jax.grad` sees, the
-contents of a checkpoint and the parameter table (DESIGN: one mask). A method
-that adds parameters also says what it attaches, and where (docs/methods.md).
+A method is one predicate over (collection, path). From it come the optax mask,
+the split that `jax.grad` sees, the contents of a checkpoint and the parameter
+table. A method that adds parameters also says which branch it attaches, and
+where (docs/methods.md).
 """
 
 import dataclasses
@@ -19,41 +20,12 @@ from fulllora_jax.adapters.lnlora import LNLoRA
 from fulllora_jax.adapters.prompts import Prompts
 from fulllora_jax.core.errors import UserError, did_you_mean
 
-# (collection, path joined by '/', path of the head) -> learns?
+# (collection, a leaf's path joined by '/', regular expression of the head's
+# path) -> whether the leaf learns.
 Predicate = Callable[[str, str, str], bool]
 # How the three families name their norms: LayerNorm_0, norm1, mlp_norm, ...
 _NORM = re.compile(r'(.*/)?[^/]*norm[^/]*/(scale|bias)', re.IGNORECASE)
 _LOW_RANK = ('targets', 'overrides', 'rank', 'alpha', 'layer_norm', 'epsilon')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-  """What a method attaches, trains and trains against.
-
-  Attributes:
-    name: of `config.method`.
-    title: what a report calls it.
-    source: where the method is from.
-    learns: the predicate.
-    branch: makes of a config what stands at each target; None: no adapter.
-    roles: of the model (models/__init__.py), where it stands unless
-      `config.adapter.targets` says otherwise; (): all linear maps but the head.
-    reads: fields of `config.adapter`, beside head and dtype.
-    adversarial: False trains on clean images.
-  """
-
-  name: str
-  title: str
-  source: str
-  learns: Predicate
-  branch: Callable[[Any], Branch] | None = None
-  roles: tuple[str, ...] = ()
-  reads: tuple[str, ...] = ()
-  adversarial: bool = True
-
-  def trains_less_than_all(self) -> bool:
-    """Returns whether some of the base's parameters stay frozen."""
-    return self.learns is not _everything
 
 
 def _everything(collection: str, path: str, head: str) -> bool:
@@ -76,32 +48,53 @@ def _norms_and_head(collection: str, path: str, head: str) -> bool:
   return bool(_NORM.fullmatch(path)) or _head_only(collection, path, head)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """What a method attaches, trains and trains against.
+
+  Attributes:
+    name: the value of `config.method` that chooses it.
+    title: what a report calls it.
+    source: the publication that it is from.
+    learns: says of every leaf whether it learns.
+    branch: makes of a config what stands at each target; None: no adapter.
+    roles: roles of the model (models/__init__.py) at which the branch stands
+      unless `config.adapter.targets` names others; (): all linear maps but the
+      head.
+    reads: fields of `config.adapter` that it reads, beside head and dtype.
+    adversarial: False trains on clean images.
+  """
+
+  name: str
+  title: str
+  source: str
+  learns: Predicate = _adapter_and_head
+  branch: Callable[[Any], Branch] | None = None
+  roles: tuple[str, ...] = ()
+  reads: tuple[str, ...] = ()
+  adversarial: bool = True
+
+  def trains_less_than_all(self) -> bool:
+    """Returns whether some of the base's parameters stay frozen."""
+    return self.learns is not _everything
+
+
 def _lnlora(config) -> LNLoRA:
-  a = config.adapter
-  return LNLoRA(
-    rank=a.rank,
-    alpha=a.alpha,
-    layer_norm=a.layer_norm,
-    epsilon=a.epsilon,
-    dtype=a.dtype,
-  )
+  fields = ('rank', 'alpha', 'layer_norm', 'epsilon', 'dtype')
+  return LNLoRA(**{field: config.adapter[field] for field in fields})
 
 
 def _lora(config) -> LNLoRA:
   return dataclasses.replace(_lnlora(config), layer_norm=False)
 
 
-def _sequential(config) -> Bottleneck:
+def _behind_a_map(config) -> Bottleneck:
   return Bottleneck(rank=config.adapter.rank, dtype=config.adapter.dtype)
 
 
 def _beside_the_mlp(config) -> Bottleneck:
-  return Bottleneck(
-    rank=config.adapter.rank,
-    scale=0.1,
-    act='relu',
-    parallel=True,
-    dtype=config.adapter.dtype,
+  return dataclasses.replace(
+    _behind_a_map(config), scale=0.1, act='relu', parallel=True
   )
 
 
@@ -118,7 +111,6 @@ _ALL = (
     name='fulllora',
     title='FullLoRA adversarial finetuning',
     source='Yuan et al., 2025, arXiv 2401.01752',
-    learns=_adapter_and_head,
     branch=_lnlora,
     reads=_LOW_RANK,
   ),
@@ -126,7 +118,6 @@ _ALL = (
     name='lnlora',
     title='LNLoRA (query and value) adversarial finetuning',
     source='Yuan et al., 2025, arXiv 2401.01752',
-    learns=_adapter_and_head,
     branch=_lnlora,
     roles=('query', 'value'),
     reads=_LOW_RANK,
@@ -135,7 +126,6 @@ _ALL = (
     name='lora',
     title='LoRA (query and value) adversarial finetuning',
     source='Hu et al., 2021, arXiv 2106.09685',
-    learns=_adapter_and_head,
     branch=_lora,
     roles=('query', 'value'),
     reads=_LOW_RANK,
@@ -144,7 +134,6 @@ _ALL = (
     name='lora_everywhere',
     title='LoRA (all linear maps) adversarial finetuning',
     source='Hu et al., 2021, arXiv 2106.09685, where FullLoRA has LNLoRA',
-    learns=_adapter_and_head,
     branch=_lora,
     reads=_LOW_RANK,
   ),
@@ -152,8 +141,7 @@ _ALL = (
     name='adapter',
     title='Bottleneck adapter adversarial finetuning',
     source='Houlsby et al., 2019, arXiv 1902.00751',
-    learns=_adapter_and_head,
-    branch=_sequential,
+    branch=_behind_a_map,
     roles=('attn_out', 'fc2'),
     reads=('targets', 'overrides', 'rank'),
   ),
@@ -161,7 +149,6 @@ _ALL = (
     name='adaptformer',
     title='AdaptFormer adversarial finetuning',
     source='Chen et al., 2022, arXiv 2205.13535',
-    learns=_adapter_and_head,
     branch=_beside_the_mlp,
     roles=('mlp',),
     reads=('targets', 'overrides', 'rank'),
@@ -170,7 +157,6 @@ _ALL = (
     name='vpt',
     title='Deep visual prompt adversarial tuning',
     source='Jia et al., 2022, arXiv 2203.12119',
-    learns=_adapter_and_head,
     branch=_prompts,
     roles=('block',),
     reads=('prompts',),
@@ -227,7 +213,7 @@ def trainable_mask(
 
   Args:
     variables: {'params': ..., 'lnlora': ...}; leaves may be shapes.
-    method: from `get`.
+    method: the method, as `get` returns it.
     head: regular expression of the head's module path.
     head_mode: 'train', 'frozen' or 'lnlora' (`config.adapter.head`); only
       'train' lets a method with an adapter train the head's own parameters.
@@ -251,23 +237,23 @@ def branches(config, method: Method) -> dict[str, Branch]:
   Targets that are no role of the model are taken as patterns themselves.
 
   Args:
-    config: config.py; its parts `adapter` and `model` are read.
-    method: from `get`.
+    config: the config, of which the parts `adapter` and `model` are read.
+    method: the method, as `get` returns it.
 
   Raises:
-    UserError: the model has no place for the method; a head that it cannot
-      adapt; an override that cannot be read, or of what is neither a target
-      nor a role, or a field that the target has not.
+    UserError: the model has no place for the method; the method cannot adapt
+      the head; or an override cannot be read, names neither a target nor a
+      role, or sets a field that the target's branch does not have.
   """
   if not method.adversarial:  # the base of a run, which has a method of its own
     return {}
   maps = models.linear_maps(config.model.name)
   places = {**maps, **models.modules(config.model.name)}
-  chosen = {}
+  chosen: dict[str, Any] = {}
   if method.branch is not None:
     branch = method.branch(config)
-    for target in _targets(config, method, maps, places):
-      chosen[target] = branch
+    targets = _targets(config, method, branch, maps, places)
+    chosen = dict.fromkeys(targets, branch)
   for override in config.adapter.overrides:
     target, field, value = _parse_override(override)
     if target in chosen:
@@ -287,7 +273,11 @@ def branches(config, method: Method) -> dict[str, Branch]:
 
 
 def _targets(
-  config, method: Method, maps: Mapping[str, str], places: Mapping[str, str]
+  config,
+  method: Method,
+  branch: Branch,
+  maps: Mapping[str, str],
+  places: Mapping[str, str],
 ) -> tuple[str, ...]:
   """Returns the roles or patterns at which a method's branches stand."""
   adapter, model = config.adapter, config.model.name
@@ -301,7 +291,7 @@ def _targets(
     )
   if adapter.head != 'lnlora':
     return targets
-  if not method.branch(config).FITS_HEAD:
+  if not branch.FITS_HEAD:
     raise UserError(
       f'adapter.head lnlora: method {method.name} has no LNLoRA; give train or '
       'frozen'

@@ -92,7 +92,7 @@ def _apply_parts(
   frozen: Tree,
   index: jax.Array,
   images: jax.Array,
-) -> tuple[jax.Array, set[tuple[str, ...]]]:
+) -> tuple[Any, set[tuple[str, ...]]]:
   """Returns logits, and the Dense layers that took their own from the stack.
 
   Whatever else was trained in `params` is the first adapter's, so that the
@@ -106,9 +106,9 @@ def _apply_parts(
     if module.path not in trained or not isinstance(module, nn.Dense):
       return next_fun(*args, **kwargs)
     served.add(module.path)
-    own = module.variables['params'] | _at(stack['params'], module.path)
-    stacked = _at(stack['params'], module.path).keys()
-    own = {n: v[index] if n in stacked else v for n, v in own.items()}
+    stacked = _at(stack['params'], module.path)
+    own = {n: leaf[index] for n, leaf in stacked.items()}
+    own = {**module.variables['params'], **own}
     return _dense(module, own, len(index), *args, **kwargs)
 
   first = {'params': take(stack.get('params', {}), jnp.int32(0))}
@@ -118,7 +118,8 @@ def _apply_parts(
   branches = AdaptedModel(model, targets).interceptor()
   # The branches' first: they add to what an example's own layer gives.
   with nn.intercept_methods(branches), nn.intercept_methods(intercept):
-    return model.apply(variables, images), served
+    logits = model.apply(variables, images)
+  return logits, served
 
 
 def _dense(
