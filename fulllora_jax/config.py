@@ -25,9 +25,8 @@ def default() -> ConfigDict:
   config = ConfigDict()
   config.name = 'cifar10'  # names the report and the default work directory
   config.seed = 0  # every random number of the run follows from it
-  # What learns: fulllora | lnlora | lora | lora_everywhere | adapter |
-  # adaptformer | vpt | bias | layernorm | linear | full | standard
-  # (adapters/methods.py).
+  # What learns: a method of docs/methods.md (adapters/methods.py), e.g.
+  # fulllora, lnlora, lora, adapter, vpt, bias, linear, full or standard.
   config.method = 'fulllora'
   config.model = _model()
   config.adapter = _adapter()

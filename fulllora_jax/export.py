@@ -22,11 +22,11 @@ from fulllora_jax import command
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.serving.export import (
   Written,
-  load_stablehlo,
   read_safetensors,
   to_safetensors,
   to_stablehlo,
 )
+from fulllora_jax.serving.program import read as load_stablehlo
 
 __all__ = [
   'Written',

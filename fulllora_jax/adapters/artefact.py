@@ -34,15 +34,15 @@ from fulllora_jax.distributed.saving import (
 def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
   """Returns the hash that ties an adapter to its base.
 
-  It covers the frozen leaves; where none is frozen (method `full`), all of the
-  base's.
+  It covers the frozen leaves; where none is frozen (method `full`), all leaves
+  of the base.
   """
   pruned = trees.prune(frozen)
   return trees.fingerprint(pruned or {'params': base_params})
 
 
 def body_fingerprint(base_params: Tree, head: str) -> str:
-  """Returns the hash of a base but for its head, whatever a method freezes.
+  """Returns the hash of a base without its head, whatever a method freezes.
 
   Args:
     base_params: the base's `params`.
@@ -56,7 +56,7 @@ def body_fingerprint(base_params: Tree, head: str) -> str:
   return trees.fingerprint(body)
 
 
-FORMAT = 1  # of an artefact; raised when its reading must change
+FORMAT = 1  # format of an artefact; raised when its reading must change
 
 
 def save_artefact(
@@ -221,7 +221,7 @@ def load_base(path: str | Path) -> tuple[Tree, dict[str, Any]]:
   """Reads the base's `params` as numpy arrays, and the metadata.
 
   Raises:
-    UserError: no artefact there, damaged, or one that holds an adapter only.
+    UserError: there is no artefact, it is damaged, or it holds an adapter only.
   """
   directory = find_artefact(path)
   tree, metadata = read_artefact(directory)

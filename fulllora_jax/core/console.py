@@ -10,7 +10,7 @@ _process = 0
 
 
 def speak_as(process: int) -> None:
-  """Says which of several processes this is; only 0 tells of progress."""
+  """Sets which of several processes this is; only 0 tells of progress."""
   global _process
   _process = process
 
@@ -32,7 +32,7 @@ def _print(message: str) -> None:
 
 
 def flush() -> None:
-  """Empties the buffers before an exit that does not."""
+  """Writes out the buffers before an exit that would drop them."""
   sys.stdout.flush()
   sys.stderr.flush()
 
@@ -67,17 +67,21 @@ class Pace:
 
 
 class Progress(Pace):
-  """Rate and time left of a loop of `total` items, of which `done` are done.
+  """Rate and time left of a loop.
 
   The first call to `update` starts the clock, so that compilation, which
   happens before it, does not spoil the rate.
+
+  Args:
+    total: number of items of the loop.
+    done: number of items that were done before it started.
   """
 
   def __init__(self, total: int, done: int = 0):
     super().__init__()
     self.total = total
     self._start_done = done
-    self._start_time = None
+    self._start_time: float | None = None
 
   def update(self, done: int) -> str:
     """Returns e.g. '312.4/s, 1m15s left' for `done` items finished."""

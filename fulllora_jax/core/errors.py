@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class Unavailable(UserError):
-  """What is not there yet, or not any more: the same command may go on."""
+  """Something is not there yet, or no longer: the same command may go on."""
 
 
 class Preempted(Exception):
@@ -48,10 +48,12 @@ def did_you_mean(
 
 
 def check_positive(name: str, value: float) -> None:
+  """Raises UserError unless the field's value is above 0."""
   if not value > 0:
     raise UserError(f'{name} {value}: it must be above 0')
 
 
 def check_fraction(name: str, value: float) -> None:
+  """Raises UserError unless the field's value is in [0, 1]."""
   if not 0 <= value <= 1:
     raise UserError(f'{name} {value}: it must be in 0..1')

@@ -233,7 +233,7 @@ def replace_file(path: Path | epath.Path, content: bytes) -> None:
     file.write(content)
 
 
-def replace_arrays(path: Path | epath.Path, **arrays: np.ndarray) -> None:
+def replace_arrays(path: Path | epath.Path, **arrays: Any) -> None:
   """Writes an .npz of arrays, whole or not at all; it has checksums.
 
   Raises:

@@ -23,14 +23,15 @@ def paired_difference(
 ) -> dict[str, Any]:
   """Returns the mean of values - reference, and its interval.
 
-  Seed by seed, so that what a seed does to both cancels. The interval is
-  Student's (1908) for the mean of paired differences, which takes them as
-  normal; of three seeds it is 4.3 standard errors wide each way.
+  The differences are taken seed by seed, so that what a seed does to both
+  cancels. The interval is Student's (1908) for the mean of paired differences,
+  which takes them as normal; with three seeds it reaches 4.3 standard errors
+  each way.
 
   Args:
-    values: of the seeds.
-    reference: of the same seeds, in the same order.
-    confidence: of the two-sided interval.
+    values: one value for each seed.
+    reference: the values of the same seeds to compare with, in the same order.
+    confidence: probability that the two-sided interval covers the mean.
 
   Returns:
     mean, low, high; low and high are None for a single seed.
@@ -65,7 +66,8 @@ def wilson_interval(
   Args:
     correct: successes, 0..total.
     total: trials, at least 1.
-    confidence: of the two-sided interval, in (0, 1).
+    confidence: probability that the two-sided interval covers the proportion,
+      in (0, 1).
 
   Raises:
     UserError: if the counts or the confidence are out of range.

@@ -78,7 +78,9 @@ def with_interval(
   >>> with_interval(0.5, (0.4307, 0.569)), with_interval(-0.036, (None, None))
   ('50.0 [43.1, 56.9]', '-3.6')
   """
-  if None in ends:
+  low, high = ends
+  if low is None or high is None:
     return f'{scale * middle:{form}}'
-  low, high = (f'{scale * end:{form}}' for end in ends)
-  return f'{scale * middle:{form}} [{low}, {high}]'
+  return (
+    f'{scale * middle:{form}} [{scale * low:{form}}, {scale * high:{form}}]'
+  )

@@ -20,7 +20,7 @@ Tree = Any
 
 
 class Masked(NamedTuple):
-  """Stands for a leaf of the other half; a tree without leaves for JAX."""
+  """Stands for a leaf of the other half; JAX sees a tree without leaves."""
 
 
 def split(variables: Tree, mask: Tree) -> tuple[Tree, Tree]:
@@ -37,12 +37,12 @@ def split(variables: Tree, mask: Tree) -> tuple[Tree, Tree]:
 def in_compute_dtype(frozen: Tree, dtype: str, head: str) -> Tree:
   """Casts the frozen kernels to the dtype that their layers compute in.
 
-  Those are what a layer casts at each call anyway, so no number changes. Norms
-  and the head compute in float32 and stay as they are.
+  A layer casts its kernel at each call anyway, so no number changes. Norms and
+  the head compute in float32 and stay as they are.
 
   Args:
-    frozen: of `split`.
-    dtype: of the model.
+    frozen: the frozen half, as `split` returns it.
+    dtype: name of the dtype that the model computes in.
     head: regular expression of the head's module path.
   """
 
@@ -71,7 +71,7 @@ def merge(trainable: Tree, frozen: Tree) -> Tree:
 
 
 def prune(tree: Tree) -> dict[str, Any]:
-  """Drops the masked leaves and the branches they leave empty."""
+  """Drops the masked leaves and the subtrees that they leave empty."""
   flat = traverse_util.flatten_dict(tree)
   return traverse_util.unflatten_dict(
     {path: leaf for path, leaf in flat.items() if not _is_masked(leaf)}
@@ -123,8 +123,8 @@ def parameter_counts(variables: Tree, mask: Tree) -> dict[str, Any]:
   """Counts parameters.
 
   Returns:
-    base: all of the plain model's; trainable: those that learn, adapter and
-    head included; fraction: trainable / base.
+    base: parameters of the plain model; trainable: parameters that learn,
+    adapter and head included; fraction: trainable / base.
   """
   trainable, _ = split(variables, mask)
   base, learns = count(variables['params']), count(trainable)
@@ -182,3 +182,10 @@ def first_difference(
     if np.dtype(want.dtype) != np.dtype(have.dtype):
       return f'{path} has dtype {have.dtype}, expected {want.dtype}'
   return None
+
+
+def first_missing(expected: Tree, found: Tree) -> str | None:
+  """Says the first leaf of `expected` that `found` lacks or has otherwise."""
+  names = named_leaves(expected)
+  others = named_leaves(found)
+  return first_difference(names, {p: others[p] for p in names if p in others})

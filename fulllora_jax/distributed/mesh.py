@@ -1,9 +1,9 @@
-"""Devices: the mesh, where arrays live on it, and the compilation cache.
+"""The mesh of all devices, and where arrays live on it.
 
-The mesh is (data, fsdp). A batch is split over both axes. What learns is whole
-on every device; of the frozen base, the `fsdp` devices of a row hold a part
-each, and fetch the rest where a layer needs it (Zhao et al., 2023, arXiv
-2304.11277; here nothing but the frozen weights is split).
+The mesh has the axes (data, fsdp). A batch is split over both. Every device
+holds all parameters that learn. The frozen base may be split over `fsdp`: each
+device of a row holds a part and fetches the rest where a layer needs it (Zhao
+et al., 2023, arXiv 2304.11277; here only the frozen weights are split).
 """
 
 import math
@@ -26,14 +26,15 @@ _BLOCK = re.compile(r'block_\d+$')  # as the models name their blocks
 def make_mesh(
   devices: list[jax.Device] | None = None, *, fsdp: int = 1
 ) -> Mesh:
-  """Returns a mesh (data, fsdp) of all devices, or of the given.
+  """Returns a mesh (data, fsdp) of all devices, or of those given.
 
-  Process by process, so that each has its rows of a batch one after another
-  and, where it can, a copy of the base to itself.
+  All devices are ordered by process, so that each process has its rows of a
+  batch one after another and, where it can, a copy of the base to itself.
 
   Args:
-    devices: in order; None: all.
-    fsdp: devices that share a copy of the frozen base, a divisor of them.
+    devices: the devices in order; None: all.
+    fsdp: number of devices that share a copy of the frozen base; it divides
+      the number of devices.
   """
   if devices is None:
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
@@ -50,7 +51,7 @@ def mesh_of(config) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of what every device holds whole."""
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -65,9 +66,10 @@ def frozen_sharding(
   """Returns where a frozen array lives: over `fsdp`, or whole everywhere.
 
   Args:
-    shape: of the array.
-    mesh: (data, fsdp).
-    shard_from: elements; a smaller array costs more to fetch than to copy.
+    shape: shape of the array.
+    mesh: a mesh with the axes (data, fsdp).
+    shard_from: number of elements from which an array is split; a smaller one
+      costs more to fetch than to copy.
 
   >>> mesh = make_mesh(jax.devices()[:1])
   >>> frozen_sharding((768, 3072), mesh, 2**18).is_fully_replicated
@@ -83,7 +85,7 @@ def frozen_sharding(
 
 
 def shard_frozen(tree: Any, mesh: Mesh, shard_from: int) -> Any:
-  """Puts frozen arrays on the mesh; from NumPy, only each device's part."""
+  """Puts frozen arrays on the mesh; NumPy arrays part by part."""
   return jax.tree.map(
     lambda leaf: put(leaf, frozen_sharding(leaf.shape, mesh, shard_from)), tree
   )
@@ -102,7 +104,7 @@ def frozen_shapes(tree: Any, mesh: Mesh, shard_from: int) -> Any:
 def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
   """Puts an array where it belongs, part by part.
 
-  Every process must have the same; this is not checked, unlike by
+  Every process must have the same array. This is not checked, unlike by
   `jax.device_put`, which would send all of it to all the others.
   """
   if sharding.is_fully_addressable:
@@ -114,12 +116,13 @@ def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 def fetching(apply: Callable, mesh: Mesh) -> Callable:
   """Makes a model fetch a base that is split, part by part, as it needs it.
 
-  Left to itself XLA splits the products instead, and sends activations. What
-  belongs to no block is fetched here; each block fetches its own (`fetch`).
+  Left to itself XLA splits the products instead, and sends activations. The
+  weights that belong to no block are fetched here; each block fetches its own
+  (`fetch`).
 
   Args:
     apply: (variables, images, **kwargs) -> logits.
-    mesh: with an axis fsdp.
+    mesh: a mesh with an axis fsdp.
   """
   if mesh.shape['fsdp'] == 1:
     return apply
@@ -138,10 +141,10 @@ def fetching(apply: Callable, mesh: Mesh) -> Callable:
 
 
 def fetch(variables: Any, x: jax.Array) -> Any:
-  """Fetches variables once `x` is there; as they are where none is split.
+  """Fetches variables once `x` is there; where none is split, returns them.
 
-  Tied to what they are applied to, the fetch stays inside of an attack's loop:
-  before it, the whole base would be there for as long as the loop runs.
+  Tied to the input of their layer, the fetch stays inside of an attack's loop.
+  Moved before the loop, it would keep the whole base for as long as that runs.
   """
   mesh = _fetches.get()
   if mesh is None:
@@ -151,7 +154,7 @@ def fetch(variables: Any, x: jax.Array) -> Any:
 
 
 def fetches() -> bool:
-  """Whether a model is being called whose base is split."""
+  """Returns whether a model is being called whose base is split."""
   return _fetches.get() is not None
 
 
@@ -160,7 +163,7 @@ def _is_in_block(path: tuple[str, ...]) -> bool:
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
-  """Copies to every device what does not live on the mesh already."""
+  """Copies to every device the arrays that do not live on the mesh yet."""
 
   def place(leaf):
     own = getattr(leaf, 'sharding', None)
@@ -193,7 +196,7 @@ def local_rows(batch_size: int) -> slice:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-  """Makes global arrays of this process's rows of a batch."""
+  """Makes global arrays from this process's rows of a batch."""
   sharding = batch_sharded(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, rows)
@@ -204,7 +207,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 def put_whole_batch(
   batch: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, Any]:
-  """Makes global arrays of a batch that every process has whole."""
+  """Makes global arrays from a batch that every process has whole."""
   return {name: put(rows, batch_sharded(mesh)) for name, rows in batch.items()}
 
 

@@ -69,8 +69,8 @@ class Computation(NamedTuple):
 
   def dense(self, features: int, name: str, **changed: Any) -> nn.Dense:
     """Returns a linear map of that name; `changed` are fields of nn.Dense."""
-    fields = dict(dtype=self.dtype, kernel_init=self.kernel_init) | changed
-    return nn.Dense(features, name=name, **fields)
+    fields: dict[str, Any] = {'kernel_init': self.kernel_init} | changed
+    return nn.Dense(features, dtype=self.dtype, name=name, **fields)
 
   def drop(self, x: jax.Array, train: bool) -> jax.Array:
     """Applies dropout, within a module's call."""
@@ -205,7 +205,7 @@ def build(
   """Makes a linen module of those settings that are fields of it."""
   fields = {
     field.name: settings[field.name]
-    for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind)
     if field.name in settings and field.name != 'name'
   }
   for name, value in fields.items():

@@ -16,8 +16,9 @@ linen model can be had back. Arrays have the shapes of the linen model: kernels
   model           JSON: class of the linen module and its fields that are not
                   the class's defaults
   branches        JSON: module path, joined by '/' -> rank, alpha, layer_norm,
-                  epsilon of the LNLoRA beside it; or kind, bottleneck or
-                  prompts, and the fields of that (fulllora_jax/adapters/)
+                  epsilon of the LNLoRA beside it; or the kind of another
+                  branch, e.g. bottleneck or prompts, and its fields
+                  (fulllora_jax/adapters/)
   run             JSON: what the run published of itself: config, threat,
                   normalisation, image_shape, label_names, base_fingerprint, ...
   checksum        SHA-256 of all the above and of every leaf
@@ -89,7 +90,7 @@ def read(path: str | Path) -> tuple[Leaves, dict[str, Any]]:
   """Reads a file.
 
   Returns:
-    (leaves, metadata): numpy arrays by path; the header, its JSON decoded.
+    (leaves, metadata): numpy arrays by path, and the header, JSON decoded.
 
   Raises:
     UserError: there is none, it is damaged, it is another kind of safetensors
@@ -107,7 +108,7 @@ def read(path: str | Path) -> tuple[Leaves, dict[str, Any]]:
 
 
 def decode(content: bytes, source: str) -> tuple[Leaves, dict[str, Any]]:
-  """Reads the bytes of a file; `source` names it in errors, as of `read`."""
+  """Reads the bytes of a file as `read` does; errors call it `source`."""
   try:
     arrays = {
       name: np.frombuffer(array['data'], _DTYPES[array['dtype']]).reshape(

@@ -134,10 +134,9 @@ def _load_many(
   first = next(iter(adapters.values()))
   # The others' too: it has the fingerprint that all of them name.
   params = _load_base(first.directory, first.metadata, base, first.frozen)
-  frozen = trees.named_leaves(trees.prune(first.frozen))
   return ManyAdapters(
     stacking.stack(adapters, params),
-    trees.select({'params': params}, frozen),
+    trees.select({'params': params}, trees.named_leaves(first.frozen)),
     {name: adapter.metadata for name, adapter in adapters.items()},
   )
 
@@ -152,7 +151,7 @@ class Published(NamedTuple):
 
   @property
   def variables(self) -> Tree:
-    """The adapted model's: the base's with the adapter's in their place."""
+    """The base's variables with the adapter's in their place."""
     return trees.override(self.base_variables, self.adapter)
 
 
@@ -223,16 +222,10 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
       f'{directory} needs its base: {error} (fulllora_jax.load takes it as '
       'base=...)'
     ) from None
-  variables = {'params': params}
-  expected = trees.prune(frozen)
-  names = trees.named_leaves(expected)
-  found = trees.named_leaves(variables)
-  difference = trees.first_difference(
-    names, {path: leaf for path, leaf in found.items() if path in names}
-  )
+  difference = trees.first_missing(frozen, {'params': params})
   if difference:
     raise UserError(f'{source} is not the base of {directory}: {difference}')
-  kept = trees.select(variables, names)
+  kept = trees.select({'params': params}, trees.named_leaves(frozen))
   fingerprint = base_fingerprint(params, kept)
   if fingerprint != metadata['base_fingerprint']:
     raise UserError(

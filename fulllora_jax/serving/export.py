@@ -1,8 +1,9 @@
 """Exporting a finished run to files that need no work directory."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ class Written(NamedTuple):
   """What an export left on disk."""
 
   path: Path
-  size: int  # bytes
-  difference: float  # largest, of a logit, between the run and the file
+  size: int  # in bytes
+  difference: float  # largest difference of a logit between run and file
 
 
 def to_safetensors(
@@ -47,15 +48,12 @@ def to_safetensors(
 ) -> Written:
   """Writes the trained leaves of a run, or all of its leaves.
 
-  Args:
-    path: work directory of the run.
+  Args: those of `fulllora_jax.load`, of one run, and:
     output: the file; None: export/{adapter,model}.safetensors in `path`.
-    which: 'best' or 'last'.
-    base: of the run, where it was moved (as of `fulllora_jax.load`).
     with_base: also writes the frozen leaves.
 
   Raises:
-    UserError: as `fulllora_jax.load`; or `output` cannot be written.
+    UserError: the run cannot be loaded, or `output` cannot be written.
   """
   contents = 'model' if with_base else 'adapter'
   output = _output(path, output, f'{contents}.safetensors')
@@ -92,7 +90,8 @@ def to_safetensors(
     return jax.jit(loaded.model.apply)(variables, images)
 
   difference = _largest_difference(loaded, reread, output)
-  _replace(output, content)
+  with _writing(output):
+    replace_file(output, content)
   return Written(output, len(content), difference)
 
 
@@ -104,15 +103,12 @@ def to_stablehlo(
 ) -> Written:
   """Writes a run's model as one program, and a JSON that describes it.
 
-  Args:
-    path: work directory of the run.
+  Args: those of `fulllora_jax.load`, of one run, and:
     output: the file; None: export/model.stablehlo in `path`. The JSON lies
       beside it, with the suffix .json.
-    which: 'best' or 'last'.
-    base: of the run, where it was moved (as of `fulllora_jax.load`).
 
   Raises:
-    UserError: as `fulllora_jax.load`; `output` cannot be written; or the
+    UserError: the run cannot be loaded, `output` cannot be written, or the
       weights are too large for one program.
   """
   output = _output(path, output, 'model.stablehlo')
@@ -130,8 +126,10 @@ def to_stablehlo(
   content = program.encode(logits, tuple(loaded.metadata['image_shape']))
   difference = _largest_difference(loaded, program.decode(content), output)
   beside = program.description_path(output)
-  _replace(output, content)
-  _replace(beside, program.describe(content, loaded.metadata))
+  with _writing(output):
+    replace_file(output, content)
+  with _writing(beside):
+    replace_file(beside, program.describe(content, loaded.metadata))
   return Written(output, len(content), difference)
 
 
@@ -139,28 +137,15 @@ def read_safetensors(path: str | os.PathLike) -> tuple[Tree, dict[str, Any]]:
   """Reads what `to_safetensors` wrote.
 
   Returns:
-    (variables, metadata): `params` and `lnlora`, numpy arrays, of the leaves
-    in the file; the header, as serving/adapter_file.py has it.
+    (variables, metadata): the file's leaves as numpy arrays in `params` and
+    `lnlora`, and its header (serving/adapter_file.py).
 
   Raises:
-    UserError: no file, damaged, not ours, or of a newer fulllora_jax.
+    UserError: there is no file, it is damaged or not ours, or a newer
+      fulllora_jax wrote it.
   """
   leaves, metadata = adapter_file.read(path)
   return traverse_util.unflatten_dict(leaves), metadata
-
-
-def load_stablehlo(path: str | os.PathLike) -> Callable[[jax.Array], jax.Array]:
-  """Reads what `to_stablehlo` wrote.
-
-  Returns:
-    A function of images, float32 [B, H, W, C] in [0, 1], to logits, float32
-    [B, K]; it may be jitted and differentiated.
-
-  Raises:
-    UserError: no file or no JSON beside it, damaged, or of a newer
-      fulllora_jax or jax.
-  """
-  return program.read(path)
 
 
 def _output(workdir, output, default: str) -> Path:
@@ -171,7 +156,7 @@ def _output(workdir, output, default: str) -> Path:
     workdir = absolute_path(workdir)
     pretrained.find_artefact(workdir)  # no export/ where no run is
     path = workdir / 'export' / default
-  try:
+  with _writing(path):
     if bounded(path.is_dir, path):
       raise UserError(
         f'--output: {path} is a directory; give the name of a file in it'
@@ -182,22 +167,17 @@ def _output(workdir, output, default: str) -> Path:
         'another'
       )
     make_writable(path.parent)
-  except OSError as error:
-    raise _cannot_write(path, error) from None
   return path
 
 
-def _replace(path: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
   try:
-    replace_file(path, content)
+    yield
   except OSError as error:
-    raise _cannot_write(path, error) from None
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-  return UserError(
-    f'--output: cannot write {path}: {error.strerror}; choose another'
-  )
+    raise UserError(
+      f'--output: cannot write {path}: {error.strerror}; choose another'
+    ) from None
 
 
 def _largest_difference(

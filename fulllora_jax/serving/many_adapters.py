@@ -25,12 +25,12 @@ class ManyAdapters:
   [B, H, W, C] in [0, 1].
 
   Attributes:
-    names: of the adapters, and 'base' for the base without one, where its own
-      head classifies anything.
-    metadata: name -> what RobustClassifier.metadata is; of 'base' only what
-      holds for it.
+    names: names of the adapters, and 'base' for the base without one, where
+      its own head classifies anything.
+    metadata: name -> the adapter's metadata, as RobustClassifier has it; that
+      of 'base' is what holds for the base.
     stack: what was trained, each leaf with a first axis over `names`.
-    frozen: the base's variables that were not.
+    frozen: the base's variables that were not trained.
   """
 
   def __init__(
@@ -55,7 +55,7 @@ class ManyAdapters:
 
     Args:
       images: float32 [B, H, W, C] in [0, 1].
-      adapter: of `names`: one for all images, or one for each.
+      adapter: one of `names` for all images, or one of them for each.
 
     Raises:
       UserError: an unknown name, another number of names than images, or
@@ -83,7 +83,7 @@ class ManyAdapters:
     another adapter's at each call, and nothing compiles again.
 
     Args:
-      adapter: as of `logits`.
+      adapter: one of `names` for all images, or one of them for each.
 
     Raises:
       UserError: an unknown name.
@@ -97,8 +97,8 @@ class ManyAdapters:
   def put(self, mesh: Mesh) -> None:
     """Copies the arrays to every device of a mesh.
 
-    For batches that are split over it (sharding.batch_sharded): otherwise each
-    call copies them.
+    This serves batches that are split over the mesh (mesh.batch_sharded): each
+    call would copy the arrays otherwise.
     """
     self.stack = mesh_lib.on_mesh(self.stack, mesh)
     self.frozen = mesh_lib.on_mesh(self.frozen, mesh)

@@ -60,8 +60,8 @@ def describe(content: bytes, metadata: Mapping[str, Any]) -> bytes:
   """Returns the JSON beside a program.
 
   Args:
-    content: of the program's file.
-    metadata: of the run.
+    content: the bytes of the program's file.
+    metadata: what the run published of itself.
   """
   kept = (
     'image_shape', 'num_classes', 'label_names', 'threat', 'config_name',
@@ -89,9 +89,13 @@ def description_path(path: Path) -> Path:
 def read(path: str | Path) -> Logits:
   """Reads a program.
 
+  Returns:
+    A function of images, float32 [B, H, W, C] in [0, 1], to logits, float32
+    [B, K]; it may be jitted and differentiated.
+
   Raises:
-    UserError: it or its JSON is missing or damaged, or a newer fulllora_jax or
-      jax wrote it.
+    UserError: the program or its JSON is missing or damaged, or a newer
+      fulllora_jax or jax wrote it.
   """
   path = as_path(path)
   beside = description_path(path)

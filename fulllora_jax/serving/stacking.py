@@ -19,6 +19,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.trees import Tree
 
 BASE = 'base'  # the name of no adapter
+_OF_THE_DATA = ('image_shape', 'num_classes')
 # Fields of a model that change no logit.
 _IDLE = ('parent', 'name', 'remat', 'attention', 'dropout')
 
@@ -29,15 +30,15 @@ class Adapter(NamedTuple):
   directory: Path
   built: adapted.Built
   leaves: Tree  # what was trained, the head included
-  frozen: Tree  # shapes of what was not (state.split)
+  frozen: Tree  # shapes of what was not trained (trees.split)
   metadata: Mapping[str, Any]
 
 
 class Stack(NamedTuple):
   """Adapters of one structure beside each other, in host memory."""
 
-  model: AdaptedModel  # for any of them
-  names: tuple[str, ...]  # of the rows, BASE last where there is one
+  model: AdaptedModel  # takes the leaves of any row
+  names: tuple[str, ...]  # names of the rows, BASE last where there is one
   leaves: Tree  # what was trained, each leaf [rows, ...]
   no_base: str | None  # why there is no row BASE
 
@@ -77,26 +78,26 @@ def check_set(adapters: Mapping[str, Adapter]) -> None:
 
 
 def _difference(a: Adapter, b: Adapter) -> tuple[Any, ...] | None:
-  """Returns what differs, of a, of b, and the remedy; None: nothing does."""
-  for key in ('image_shape', 'num_classes'):
-    if a.metadata[key] != b.metadata[key]:
-      remedy = 'train it on images and classes of the same number and shape'
-      return key, a.metadata[key], b.metadata[key], remedy
-  own, other = _settings(a), _settings(b)
-  for key in sorted(own.keys() | other.keys()):
-    if own.get(key) != other.get(key):
-      remedy = 'train it with the same'
-      return key, own.get(key), other.get(key), remedy
-  own, other = _trained(a), _trained(b)
-  if own != other:
-    path = min(own.items() ^ other.items())[0]
-    shown = (each.get(path, 'not trained') for each in (own, other))
-    return path, *shown, 'train it with the same method'
-  key = 'base_fingerprint'
-  own, other = (f'{each.metadata[key][:12]}...' for each in (a, b))
-  if a.metadata[key] != b.metadata[key]:
+  """Returns what differs, its two values and a remedy; None: nothing does."""
+  for own, other, missing, remedy in (
+    (
+      {key: a.metadata[key] for key in _OF_THE_DATA},
+      {key: b.metadata[key] for key in _OF_THE_DATA},
+      None,
+      'train it on images and classes of the same number and shape',
+    ),
+    (_settings(a), _settings(b), None, 'train it with the same'),
+    (_trained(a), _trained(b), 'not trained', 'train it with the same method'),
+  ):
+    for key in sorted(own.keys() | other.keys()):
+      values = own.get(key, missing), other.get(key, missing)
+      if values[0] != values[1]:
+        return key, *values, remedy
+  prints = [each.metadata['base_fingerprint'] for each in (a, b)]
+  if prints[0] != prints[1]:
+    shown = (f'{fingerprint[:12]}...' for fingerprint in prints)
     remedy = 'train it from the same base (--config.base.source)'
-    return 'the fingerprint of the base', own, other, remedy
+    return 'the fingerprint of the base', *shown, remedy
   return None
 
 
@@ -134,11 +135,11 @@ def stack(adapters: Mapping[str, Adapter], base_params: Tree) -> Stack:
   """Stacks adapters, and the base as one more that adds nothing.
 
   Args:
-    adapters: name -> adapter; checked (`check_set`).
-    base_params: of the first's base, the head included.
+    adapters: name -> adapter, as `check_set` lets them pass.
+    base_params: `params` of the first adapter's base, the head included.
 
   Returns:
-    The stack; no BASE in it where the base classifies nothing.
+    The stack, without a row BASE where the base classifies nothing.
   """
   model, rows = _common(list(adapters.values()))
   names, no_base = list(adapters), _no_base(adapters, base_params, rows[0])
@@ -198,7 +199,4 @@ def _no_base(
     if not branch.ZERO_MEANS_OFF:
       return f'{branch.kind} change it, whatever their numbers'
   wanted = {path: v for path, v in row.items() if path.startswith('params/')}
-  have = traverse_util.flatten_dict({'params': base_params}, sep='/')
-  return trees.first_difference(
-    wanted, {path: leaf for path, leaf in have.items() if path in wanted}
-  )
+  return trees.first_missing(wanted, {'params': base_params})

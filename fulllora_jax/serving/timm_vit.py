@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
   Attributes:
     tensor: a view of timm's parameter, without gradient.
-    shape: of our leaf.
+    shape: shape of our leaf.
   """
 
   tensor: torch.Tensor
@@ -39,7 +39,7 @@ class Place(NamedTuple):
     self.tensor.copy_(array.reshape(self.tensor.shape))
 
   def read(self) -> np.ndarray:
-    """Returns what is there, as our leaf, float32."""
+    """Returns timm's values in the shape of our leaf, float32."""
     tensor = self.tensor.float()
     if tensor.ndim == 2:
       tensor = tensor.T

@@ -83,9 +83,9 @@ class Normalised(nn.Module):
   """A model of normalised images, for images [B, C, H, W] in [0, 1].
 
   Args:
-    model: of (images - mean) / std.
+    model: maps (images - mean) / std to logits.
     mean: one value for each channel, or one for all.
-    std: likewise.
+    std: one value for each channel, or one for all.
   """
 
   def __init__(
@@ -107,12 +107,12 @@ def attach(
   """Puts an exported adapter and its head on a timm Vision Transformer.
 
   Args:
-    model: with the weights of the run's base; changed in place. It is set to
-      eval mode and to the run's activation and norm epsilon, its own
+    model: a model with the weights of the run's base; changed in place. It is
+      set to eval mode and to the run's activation and norm epsilon, its own
       parameters are frozen, and its head is replaced by the run's. Branches
       are submodules `lnlora` of the maps they stand beside.
-    path: of a file that export --to=safetensors wrote.
-    check_base: False lets other base weights pass, as of a model whose
+    path: path of a file that export --to=safetensors wrote.
+    check_base: False lets other base weights pass, e.g. those of a model whose
       position embedding timm has resampled.
 
   Returns:
@@ -149,7 +149,7 @@ def load(path: str | os.PathLike) -> Normalised:
   """Builds the whole adapted model of a file.
 
   Args:
-    path: of a file that export --to=safetensors --with_base wrote.
+    path: path of a file that export --to=safetensors --with_base wrote.
 
   Returns:
     Images [B, C, H, W] in [0, 1] to logits [B, K], in eval mode; `.model` is
@@ -208,7 +208,7 @@ def _plain_vit(metadata: Mapping[str, Any], path) -> dict[str, Any]:
 
 
 def _check_branches(metadata: Mapping[str, Any], path) -> None:
-  """Raises UserError for what is no LNLoRA: bottlenecks and prompts."""
+  """Raises UserError at a branch that is no LNLoRA: it has a kind."""
   for name, settings in metadata['branches'].items():
     if 'kind' in settings:
       raise UserError(
@@ -258,7 +258,7 @@ def _check_size(model, fields: Mapping[str, Any], run) -> None:
 
 
 def _set_arithmetic(model, fields: Mapping[str, Any]) -> None:
-  """timm's default GELU and epsilon are not those of every run."""
+  """Sets the run's GELU and epsilon, which may differ from timm's."""
   for block in model.blocks:
     block.mlp.act = _ACTS[fields['act']]()
   for module in model.modules():
@@ -335,7 +335,7 @@ def _add_branch(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
 
 
 def _add_parts(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
-  """Forward hook: adds those of query, key and value that have a branch."""
+  """Forward hook: adds the branches of query, key and value."""
   (x,) = args
   parts = [
     y + module.lnlora[part](x) if part in module.lnlora else y
