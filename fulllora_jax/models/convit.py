@@ -20,13 +20,11 @@ from fulllora_jax.models.layers import (
   IMAGENET_MEAN,
   IMAGENET_STD,
   Computation,
+  ImageModel,
   Mlp,
   activation,
   build,
   check_width,
-  logits,
-  normalise,
-  patch_embedding,
   resolve,
   run_block,
 )
@@ -185,41 +183,22 @@ class Block(nn.Module):
     return x + Mlp(self.mlp_dim, self.how, name='mlp')(y, train=train)
 
 
-class ConViT(nn.Module):
+class ConViT(ImageModel, kw_only=True):
   """Patches to logits.
 
-  Attributes:
-    num_classes: number of logits, K.
-    patch_size: side of a patch in pixels; must divide the image's sides.
-    width: token dimension; a multiple of num_heads.
+  Attributes: those of `ImageModel`, and:
     depth: number of blocks.
-    num_heads: attention heads of each block; squares start as whole filters.
+    num_heads: attention heads of each block; they divide the width, and squares
+      start as whole filters.
     mlp_dim: hidden width of each MLP.
     local_layers: blocks of gated positional self-attention, in 0..depth - 1;
       the class token joins after them.
-    act: activation of the MLPs, a key of layers.ACTIVATIONS.
-    epsilon: added to the variance in every norm.
-    dropout: rate in [0, 1), active only with train=True.
-    mean: mean of each channel of pixels in [0, 1], or one value for all.
-    std: standard deviation of each channel, or one value for all.
-    dtype: dtype of the computation; logits are always float32.
-    remat: what the backward pass recomputes: 'none' or a key of layers.REMAT.
   """
 
-  num_classes: int
-  patch_size: int
-  width: int
   depth: int
   num_heads: int
   mlp_dim: int
   local_layers: int
-  act: str = 'gelu'
-  epsilon: float = 1e-6
-  dropout: float = 0.0
-  mean: tuple[float, ...] = IMAGENET_MEAN
-  std: tuple[float, ...] = IMAGENET_STD
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -229,12 +208,7 @@ class ConViT(nn.Module):
       UserError: a side of the images is not a multiple of the patch.
     """
     self._check_sides(*images.shape[1:3])
-    how = Computation(
-      self.act, self.epsilon, self.dropout, self.dtype, _normal,
-      remat=self.remat,
-    )  # fmt: skip
-    x = normalise(images, self.mean, self.std, self.dtype)
-    x = patch_embedding(self.width, self.patch_size, self.dtype)(x)
+    how, x = self.how(_normal), self.patches(images)
     positions = jnp.asarray(relative_positions(*x.shape[1:3]))
     x = x.reshape(x.shape[0], -1, self.width)
     embedding = self.param('pos_embedding', _normal, (1, *x.shape[1:]))
@@ -253,7 +227,7 @@ class ConViT(nn.Module):
         name=f'block_{i}',
       )
       x = run_block(block, self.remat, x, seen, train=train)
-    return logits(self.num_classes, how.norm('norm')(x)[:, 0])
+    return self.logits(how.norm('norm')(x)[:, 0])
 
   def _check_sides(self, height: int, width: int) -> None:
     if height % self.patch_size or width % self.patch_size:

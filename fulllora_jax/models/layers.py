@@ -11,7 +11,7 @@ from flax import linen as nn
 from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.distributed import mesh
 
-_Model = TypeVar('_Model', bound=nn.Module)
+_Model = TypeVar('_Model', bound='ImageModel')
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -150,44 +150,68 @@ def check_remat(name: str) -> None:
   choose('model.remat', name, ('none', *REMAT))
 
 
-def patch_embedding(
-  width: int, patch_size: int, dtype: jnp.dtype, *, use_bias: bool = True
-) -> nn.Conv:
-  """Returns the conv `embedding`: pixels to one token for each patch."""
-  patch = (patch_size, patch_size)
-  return nn.Conv(
-    width,
-    kernel_size=patch,
-    strides=patch,
-    padding='VALID',
-    use_bias=use_bias,
-    dtype=dtype,
-    name='embedding',
-  )
+class ImageModel(nn.Module, kw_only=True):
+  """Images float32 [B, H, W, C] in [0, 1] to logits [B, K], of any family.
 
-
-def normalise(
-  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype
-) -> jax.Array:
-  """Returns (images - mean) / std in a model's dtype.
-
-  Args:
-    images: float32 [B, H, W, C] in [0, 1].
-    mean: mean of each channel, or one value for all.
+  Attributes:
+    num_classes: number of logits, K.
+    patch_size: side of a patch in pixels; must divide the image's sides.
+    width: dimension of a token, in Swin's first stage.
+    act: activation of the MLPs, a key of ACTIVATIONS.
+    epsilon: added to the variance in every norm.
+    dropout: rate in [0, 1), active only with train=True.
+    mean: mean of each channel of pixels in [0, 1], or one value for all.
     std: standard deviation of each channel, or one value for all.
-    dtype: dtype of the result.
+    dtype: dtype of the computation; logits are always float32.
+    remat: what every block recomputes in the backward pass: 'none' or a key of
+      REMAT.
   """
-  return ((images - jnp.array(mean)) / jnp.array(std)).astype(dtype)
 
+  num_classes: int
+  patch_size: int
+  width: int
+  act: str = 'gelu'
+  epsilon: float = 1e-6
+  dropout: float = 0.0
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+  dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
 
-def logits(num_classes: int, x: jax.Array, name: str = 'head') -> jax.Array:
-  """Applies the head to x [B, d]: float32, and zero when it is fresh."""
-  return nn.Dense(
-    num_classes,
-    dtype=jnp.float32,
-    kernel_init=nn.initializers.zeros,
-    name=name,
-  )(x.astype(jnp.float32))
+  def how(self, kernel_init: Callable[..., jax.Array], **more) -> Computation:
+    """Returns how all parts compute; `more` are fields of Computation."""
+    return Computation(
+      self.act,
+      self.epsilon,
+      self.dropout,
+      self.dtype,
+      kernel_init,
+      remat=self.remat,
+      **more,
+    )
+
+  def patches(self, images: jax.Array, *, use_bias: bool = True) -> jax.Array:
+    """Normalises images and maps each patch to a token, [B, h, w, width]."""
+    x = (images - jnp.array(self.mean)) / jnp.array(self.std)
+    patch = (self.patch_size, self.patch_size)
+    return nn.Conv(
+      self.width,
+      kernel_size=patch,
+      strides=patch,
+      padding='VALID',
+      use_bias=use_bias,
+      dtype=self.dtype,
+      name='embedding',
+    )(x.astype(self.dtype))
+
+  def logits(self, x: jax.Array, name: str = 'head') -> jax.Array:
+    """Applies the head to x [B, d]: float32, and zero when it is fresh."""
+    return nn.Dense(
+      self.num_classes,
+      dtype=jnp.float32,
+      kernel_init=nn.initializers.zeros,
+      name=name,
+    )(x.astype(jnp.float32))
 
 
 def check_width(settings: Mapping[str, Any]) -> None:
@@ -202,7 +226,7 @@ def check_width(settings: Mapping[str, Any]) -> None:
 def build(
   kind: type[_Model], settings: Mapping[str, Any], num_classes: int
 ) -> _Model:
-  """Makes a linen module of those settings that are fields of it."""
+  """Makes a model of those settings that are fields of it."""
   fields = {
     field.name: settings[field.name]
     for field in dataclasses.fields(kind)

@@ -185,38 +185,20 @@ class Stage(nn.Module):
     return PatchMerging(self.how, name='downsample')(x) if self.merges else x
 
 
-class SwinTransformer(nn.Module):
+class SwinTransformer(layers.ImageModel, kw_only=True):
   """Patches to logits; mean pooling over the last stage's tokens.
 
-  Attributes:
-    num_classes: number of logits, K.
-    width: token dimension of the first stage; each merge doubles it.
-    depths: blocks of each stage.
+  Attributes: those of `ImageModel`, and:
+    depths: blocks of each stage; each merge between stages doubles the width.
     heads: attention heads of each stage; they divide its width.
-    patch_size: side of a patch in pixels.
     window: side of a window in tokens; clamped to the grid of a stage.
-    act: activation of the MLPs, a key of layers.ACTIVATIONS.
-    epsilon: added to the variance in every norm.
-    dropout: rate in [0, 1), active only with train=True.
-    mean: mean of each channel of pixels in [0, 1], or one value for all.
-    std: standard deviation of each channel, or one value for all.
-    dtype: dtype of the computation; logits are always float32.
-    remat: what the backward pass recomputes: 'none' or a key of layers.REMAT.
   """
 
-  num_classes: int
-  width: int
   depths: tuple[int, ...]
   heads: tuple[int, ...]
   patch_size: int = 4
   window: int = 7
-  act: str = 'gelu'
   epsilon: float = 1e-5
-  dropout: float = 0.0
-  mean: tuple[float, ...] = layers.IMAGENET_MEAN
-  std: tuple[float, ...] = layers.IMAGENET_STD
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -227,11 +209,7 @@ class SwinTransformer(nn.Module):
         window is larger than the first stage's grid.
     """
     self._check_sides(images.shape[1:3])
-    how = layers.Computation(
-      self.act, self.epsilon, self.dropout, self.dtype, _INIT, remat=self.remat
-    )
-    x = layers.normalise(images, self.mean, self.std, self.dtype)
-    x = layers.patch_embedding(self.width, self.patch_size, self.dtype)(x)
+    how, x = self.how(_INIT), self.patches(images)
     x = how.drop(how.norm('embedding_norm')(x), train)
     stages = zip(self.depths, self.heads, strict=True)
     for i, (depth, heads) in enumerate(stages):
@@ -240,7 +218,7 @@ class SwinTransformer(nn.Module):
         x, train=train
       )
     pooled = how.norm('norm')(x).astype(jnp.float32).mean((1, 2))
-    return layers.logits(self.num_classes, pooled)
+    return self.logits(pooled)
 
   def _check_sides(self, sides: tuple[int, ...]) -> None:
     unit = self.patch_size * 2 ** (len(self.depths) - 1)

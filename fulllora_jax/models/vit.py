@@ -21,12 +21,10 @@ from fulllora_jax.models.layers import (
   IMAGENET_MEAN,
   IMAGENET_STD,
   Computation,
+  ImageModel,
   activation,
   build,
   check_width,
-  logits,
-  normalise,
-  patch_embedding,
   resolve,
 )
 from fulllora_jax.models.transformer import Encoder, MAPHead
@@ -135,63 +133,49 @@ def create(model, num_classes: int) -> nn.Module:
   return made
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageModel, kw_only=True):
   """Patches to logits.
 
-  Attributes:
-    num_classes: number of logits, K.
-    patch_size: side of a patch in pixels; must divide the image's sides.
-    width: token dimension; a multiple of num_heads.
+  Attributes: those of `ImageModel`, and:
     depth: number of encoder blocks.
-    num_heads: attention heads of each block.
+    num_heads: attention heads of each block; they divide the width.
     mlp_dim: hidden width of each MLP.
     pool: 'token' (the class token), 'mean' (of the patches), 'mean_norm' (the
       last norm comes after the mean, not before it), 'token_mean' (both,
       beside each other) or 'map' (attention pooling).
-    act: activation of the MLPs, a key of layers.ACTIVATIONS.
-    epsilon: added to the variance in every norm.
     class_token: whether there is one.
     dist_token: a second token and head, averaged with the first (DeiT).
     registers: number of tokens that nothing reads.
     pre_norm: a norm before the blocks, and no bias at the patches (CLIP).
     layer_scale: whether learned vectors scale the branches of each block.
     swiglu: whether the MLPs are gated.
-    dropout: rate in [0, 1), active only with train=True.
-    mean: mean of each channel of pixels in [0, 1], or one value for all.
-    std: standard deviation of each channel, or one value for all.
-    dtype: dtype of the computation; logits are always float32.
-    remat: what the backward pass recomputes: 'none' or a key of layers.REMAT.
     attention: '' for the fastest here, or one of attention.IMPLEMENTATIONS.
   """
 
-  num_classes: int
-  patch_size: int
-  width: int
   depth: int
   num_heads: int
   mlp_dim: int
   pool: str = 'token'
   act: str = 'gelu_tanh'
-  epsilon: float = 1e-6
   class_token: bool = True
   dist_token: bool = False
   registers: int = 0
   pre_norm: bool = False
   layer_scale: bool = False
   swiglu: bool = False
-  dropout: float = 0.0
   mean: tuple[float, ...] = (0.5,)
   std: tuple[float, ...] = (0.5,)
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
   attention: str = ''
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps images [B, H, W, C] in [0, 1] to logits [B, K], float32."""
-    x = normalise(images, self.mean, self.std, self.dtype)
-    tokens = self._tokens(x)
+    tokens = self._tokens(images)
     prefix = self.class_token + self.dist_token
+    how = self.how(
+      nn.initializers.xavier_uniform(),
+      bias_init=nn.initializers.normal(1e-6),
+    )
     tokens = Encoder(
       depth=self.depth,
       block=dict(
@@ -201,7 +185,7 @@ class VisionTransformer(nn.Module):
         layer_scale=self.layer_scale,
         swiglu=self.swiglu,
       ),
-      how=self._how(),
+      how=how,
       prefix=prefix,
       registers=self.registers,
       pre_norm=self.pre_norm,
@@ -209,29 +193,15 @@ class VisionTransformer(nn.Module):
       final_norm=self.pool != 'mean_norm',
       name='Transformer',
     )(tokens, train=train)
-    pooled = self._pooled(tokens, tokens[:, prefix + self.registers :])
-    result = logits(self.num_classes, pooled)
+    pooled = self._pooled(how, tokens, tokens[:, prefix + self.registers :])
+    logits = self.logits(pooled)
     if self.dist_token:
-      other = logits(self.num_classes, tokens[:, 1], 'head_dist')
-      result = (result + other) / 2
-    return result
+      logits = (logits + self.logits(tokens[:, 1], 'head_dist')) / 2
+    return logits
 
-  def _how(self) -> Computation:
-    return Computation(
-      self.act,
-      self.epsilon,
-      self.dropout,
-      self.dtype,
-      kernel_init=nn.initializers.xavier_uniform(),
-      bias_init=nn.initializers.normal(1e-6),
-      remat=self.remat,
-    )
-
-  def _tokens(self, x: jax.Array) -> jax.Array:
+  def _tokens(self, images: jax.Array) -> jax.Array:
     """Embeds patches [B, N, width]; class and distillation token in front."""
-    x = patch_embedding(
-      self.width, self.patch_size, self.dtype, use_bias=not self.pre_norm
-    )(x)
+    x = self.patches(images, use_bias=not self.pre_norm)
     parts = [x.reshape(x.shape[0], -1, self.width)]
     if self.dist_token:
       parts.insert(0, self._token('dist', x.shape[0]))
@@ -247,7 +217,9 @@ class VisionTransformer(nn.Module):
     token = self.param(name, nn.initializers.zeros, (1, 1, self.width))
     return jnp.tile(token.astype(self.dtype), (count, 1, 1))
 
-  def _pooled(self, tokens: jax.Array, patches: jax.Array) -> jax.Array:
+  def _pooled(
+    self, how: Computation, tokens: jax.Array, patches: jax.Array
+  ) -> jax.Array:
     """Returns what the head reads, [B, width], or [B, 2 width]."""
     if self.pool == 'token':
       return tokens[:, 0]
@@ -255,13 +227,13 @@ class VisionTransformer(nn.Module):
       return MAPHead(
         self.num_heads,
         self.mlp_dim,
-        self._how(),
+        how,
         self._attend(),
         name='MAPHead_0',
       )(patches)
     mean = patches.mean(axis=1)
     if self.pool == 'mean_norm':
-      return self._how().norm('fc_norm')(mean)
+      return how.norm('fc_norm')(mean)
     if self.pool == 'token_mean':
       return jnp.concatenate([tokens[:, 0], mean], axis=1)
     return mean
