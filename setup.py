@@ -31,6 +31,7 @@ setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['fulllora_jax', 'fulllora_jax.*']),
+  package_data={'fulllora_jax': ['py.typed']},
   install_requires=[
     'absl-py>=2.1',
     'clu>=0.0.12',
@@ -65,6 +66,7 @@ setup(
     # flaxmodels: a linen model that is not ours, to adapt.
     'test': [
       'flaxmodels>=0.1.3',
+      'mypy>=1.18',
       'pytest>=8.0',
       'pytest-xdist>=3.6',
       'ruff>=0.12',

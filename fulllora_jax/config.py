@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import config_dict
+from ml_collections.config_dict import ConfigDict
 
 from fulllora_jax.core.errors import UserError
 
-ConfigDict = config_dict.ConfigDict
 WEIGHTS = ('base', 'best', 'last')  # the sets of weights that a run leaves
 # Fields of earlier versions, and the value with which each did nothing. What
 # they did was measured and left out (docs/road.md).

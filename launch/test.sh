@@ -27,6 +27,7 @@ check() {
 # All of them, so that one run shows all there is to mend.
 check 'ruff check' ruff check
 check 'ruff format' ruff format --check
+check mypy mypy
 # Two at a time, each file by one: what a file starts from is made once. In the
 # order of tests/conftest.py, the longest files first.
 check tests pytest tests -n 2 --dist loadfile --no-loadscope-reorder \

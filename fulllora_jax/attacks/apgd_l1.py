@@ -81,7 +81,7 @@ def search(
     state = ascend(i, state, sparsity, evaluate, x, eps)
     return jax.lax.cond(
       (i + 1) % stretch == 0,
-      lambda c: check(*c, x, eps),
+      lambda c: check(c[0], c[1], x, eps),
       lambda c: c,
       (state, sparsity),
     )

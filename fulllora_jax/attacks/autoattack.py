@@ -337,7 +337,8 @@ class _Clock(Pace):
   def __init__(self, members: Sequence[Member]):
     super().__init__()
     self._members = members
-    self._spent, self._work, self._compiled = 0.0, 0.0, set()
+    self._spent, self._work = 0.0, 0.0
+    self._compiled: set[Member] = set()
 
   def finished(self, member: Member, images: int, seconds: float) -> None:
     compiles = member not in self._compiled
@@ -394,4 +395,4 @@ def _title(member: Member, runs: _Runs) -> str:
 
 
 def _sha256(array: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+  return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -7,6 +7,7 @@ what the stages before it left robust.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -85,7 +86,7 @@ class Member:
       return square(
         keys, logits_fn, x, labels, threat, queries=self.steps, mask=mask
       )
-    common = dict(steps=self.steps, targets=targets)
+    common: dict[str, Any] = {'steps': self.steps, 'targets': targets}
     if self.name in ('fab', 'fab-t'):
       again = stage % self.restarts > 0
       return fab(

@@ -66,8 +66,8 @@ class Progress:
       return
     try:
       make_directory(directory)
-      self._check('identity.json', identity)
-      self._check_model(logits)
+      _check_identity(directory, identity)
+      _check_model(directory, logits)
     except OSError as error:
       raise UserError(
         f'cannot keep the progress in {directory}: {error.strerror}; choose '
@@ -86,7 +86,7 @@ class Progress:
     if self.directory is None:
       return None
     try:
-      with load_arrays(self._path(name)) as saved:
+      with load_arrays(self.directory / f'{name}.npz') as saved:
         broken, points = saved['broken'], saved['x_adv']
         seconds = float(saved['seconds'])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -102,43 +102,42 @@ class Progress:
     if self.directory is None:
       return
     replace_arrays(
-      self._path(name),
+      self.directory / f'{name}.npz',
       broken=outcome.broken,
       x_adv=outcome.x_adv[outcome.broken],
       seconds=outcome.seconds,
     )
 
-  def _path(self, name: str) -> Path:
-    return self.directory / f'{name}.npz'
 
-  def _check(self, name: str, identity: Mapping[str, Any]) -> None:
-    path, text = self.directory / name, json.dumps(identity, indent=2)
-    with os_errors(path):
-      before = path.read_text() if path.exists() else None
-    if before is None:
-      replace_file(path, text.encode())
-      return
-    saved = json.loads(before)
-    for key, value in json.loads(text).items():
-      if saved.get(key) != value:
-        raise UserError(
-          f'{self.directory} holds the progress of another evaluation ({key} '
-          f'{saved.get(key)!r}, now {value!r}); give another directory'
-        )
-
-  def _check_model(self, logits: np.ndarray) -> None:
-    path = self.directory / 'logits.npz'
-    with os_errors(path):
-      there = path.exists()
-    if not there:
-      replace_arrays(path, logits=logits)
-      return
-    with load_arrays(path) as file:
-      saved = file['logits']
-    if saved.shape != logits.shape or not np.allclose(
-      saved, logits, rtol=1e-3, atol=1e-3
-    ):
+def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
+  path, text = directory / 'identity.json', json.dumps(identity, indent=2)
+  with os_errors(path):
+    before = path.read_text() if path.exists() else None
+  if before is None:
+    replace_file(path, text.encode())
+    return
+  saved = json.loads(before)
+  for key, value in json.loads(text).items():
+    if saved.get(key) != value:
       raise UserError(
-        f'{self.directory} holds the progress on another model: its clean '
-        'logits differ; give another directory'
+        f'{directory} holds the progress of another evaluation ({key} '
+        f'{saved.get(key)!r}, now {value!r}); give another directory'
       )
+
+
+def _check_model(directory: Path, logits: np.ndarray) -> None:
+  path = directory / 'logits.npz'
+  with os_errors(path):
+    there = path.exists()
+  if not there:
+    replace_arrays(path, logits=logits)
+    return
+  with load_arrays(path) as file:
+    saved = file['logits']
+  if saved.shape != logits.shape or not np.allclose(
+    saved, logits, rtol=1e-3, atol=1e-3
+  ):
+    raise UserError(
+      f'{directory} holds the progress on another model: its clean logits '
+      'differ; give another directory'
+    )

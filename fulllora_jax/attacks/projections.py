@@ -15,7 +15,9 @@ _NEWTON_STEPS = {'linf': 12, 'l2': 18}
 _BISECTIONS = 30
 
 
-def onto_l1_ball(x: jax.Array, delta: jax.Array, eps: jax.Array) -> jax.Array:
+def onto_l1_ball(
+  x: jax.Array, delta: jax.Array, eps: jax.Array | float
+) -> jax.Array:
   """Projects delta onto the l1 ball of radius eps around x, cut by the box.
 
   The nearest point shrinks every coordinate by one threshold t and clips it to

@@ -162,13 +162,13 @@ def _propose_linf(
   keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat
 ) -> Propose:
   """Moves the window's pixels to x +- eps, each channel up or down."""
-  sides = jnp.array(sides)
+  side_at = jnp.array(sides)
 
   def draw(key, x, x_adv, query):
     """One image: x and x_adv are [H, W, C]."""
     height, width, channels = x.shape
     place, colour = jax.random.split(jax.random.fold_in(key, query + 1))
-    inside = _window(place, sides[query], height, width)[..., None]
+    inside = _window(place, side_at[query], height, width)[..., None]
     moved = x + threat.eps * _signs(colour, (1, 1, channels))
     return jnp.where(inside, jnp.clip(moved, 0, 1), x_adv)
 
@@ -185,7 +185,7 @@ def _propose_l2(
   """Puts the budget of one window into another one, in the shape of `eta`."""
   kinds, kind_of = np.unique(sides, return_inverse=True)
   shapes = jnp.array([_padded(eta(side), kinds[-1]) for side in kinds])
-  sides, kind_of = jnp.array(sides), jnp.array(kind_of)
+  side_at, kind_at = jnp.array(sides), jnp.array(kind_of)
 
   def draw(key, delta, query):
     """One image: delta [H, W, C]."""
@@ -193,8 +193,8 @@ def _propose_l2(
     here, there, turn, colour = jax.random.split(
       jax.random.fold_in(key, query + 1), 4
     )
-    side = sides[query]
-    new, mask_new = _place(here, shapes[kind_of[query]], turn, side, delta)
+    side = side_at[query]
+    new, mask_new = _place(here, shapes[kind_at[query]], turn, side, delta)
     mask_old = _window(there, side, height, width)[..., None]
     both = mask_new | mask_old
 
@@ -285,7 +285,8 @@ def _place(key, window, turn, side, like):
 
 def _window(key, side, height, width):
   """Returns a random window as bool [H, W]."""
-  return _inside(*_corner(key, side, height, width), side, height, width)
+  top, left = _corner(key, side, height, width)
+  return _inside(top, left, side, height, width)
 
 
 def _corner(key, side, height, width):

@@ -56,7 +56,7 @@ class Threat:
   """
 
   norm: str = 'linf'
-  eps: float = 8 / 255
+  eps: float | jax.Array = 8 / 255
 
   def __post_init__(self):
     if self.norm not in NORMS:

@@ -17,7 +17,7 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -264,7 +264,7 @@ def _replacing(path: Path | epath.Path) -> Iterator[BinaryIO]:
     os.replace(temporary, path)
 
 
-def load_arrays(path: Path | epath.Path) -> Mapping[str, np.ndarray]:
+def load_arrays(path: Path | epath.Path) -> np.lib.npyio.NpzFile:
   """Opens an .npz that `replace_arrays` wrote; to be used in a `with`.
 
   Raises:

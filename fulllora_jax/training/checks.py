@@ -131,7 +131,7 @@ def _check_attack(config: ConfigDict) -> None:
     _check_single_step(config)
   if config.attack.carry:
     _check_carry(config)
-  eps = threat(config).eps
+  eps = float(threat(config).eps)
   if step_size > 2 * eps > 0:
     warn(
       f'attack.step_size {config.attack.step_size} is over twice threat.eps '

@@ -43,7 +43,8 @@ def learning_rate(schedule, peak: float, total_steps: int) -> optax.Schedule:
 
 def _step_decay(schedule, peak, total_steps, warmup) -> optax.Schedule:
   """Factors are of the peak; optax wants each relative to the one before."""
-  scales, last = {}, 1.0
+  scales: dict[int, float] = {}
+  last = 1.0
   for boundary, factor in zip(
     schedule.boundaries, schedule.factors, strict=True
   ):
