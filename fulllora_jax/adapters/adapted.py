@@ -26,10 +26,11 @@ class Built(NamedTuple):
 
 
 def build(config, num_classes: int) -> Built:
-  """Builds what `config` describes; no arrays yet.
+  """Builds the model that `config` describes; no arrays yet.
 
   Raises:
-    UserError: as `models.create` and `methods.branches`.
+    UserError: one of the config's fields is wrong (`models.create` and
+      `methods.branches` say when).
   """
   method = methods.get(config.method)
   maps = models.linear_maps(config.model.name)
@@ -54,7 +55,7 @@ def init_variables(
   """Adds freshly drawn branches to the base's parameters.
 
   Raises:
-    UserError: as `AdaptedModel.init_adapter`.
+    UserError: a target matches nothing, or a rank does not fit.
   """
   base = {'params': params}
   adapter = built.model.init_adapter(key, base, _one_image(image_shape))

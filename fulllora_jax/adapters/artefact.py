@@ -17,7 +17,6 @@ from fulllora_jax.core.files import (
   bounded,
   is_remote,
   read_file,
-  tree_size,
 )
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed.saving import (
@@ -106,8 +105,8 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
   """Reads an artefact's leaves, as numpy arrays, and its metadata.
 
   Raises:
-    UserError: there is none, it is damaged (naming the leaf where one is), or
-      another version of fulllora_jax wrote it.
+    UserError: there is no artefact, it is damaged (naming the leaf where it is
+      one), or another version of fulllora_jax wrote it.
   """
   newest = _newest(directory)
   metadata = _read_metadata(newest)
@@ -128,7 +127,7 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
-  """Reads the metadata of an artefact alone; raises as `read_artefact`."""
+  """Reads an artefact's metadata alone; errors are those of `read_artefact`."""
   return _read_metadata(_newest(directory))
 
 
@@ -174,11 +173,6 @@ def check_leaves(expected: Tree, found: Tree, source: str) -> None:
       f'{source} does not fit this model: {difference}; it was made with '
       'another rank, other targets, another method or another model'
     )
-
-
-def size_on_disk(directory: Path) -> int:
-  """Returns the bytes of all files below a directory."""
-  return tree_size(directory)
 
 
 def find_artefact(path: str | Path, which: str = 'best') -> Path:
@@ -230,7 +224,7 @@ def load_base(path: str | Path) -> tuple[Tree, dict[str, Any]]:
 
 
 def base_metadata(path: str | Path) -> dict[str, Any]:
-  """Reads the base's metadata alone; raises as `load_base`."""
+  """Reads the base's metadata alone; errors are those of `load_base`."""
   directory = find_artefact(path)
   metadata = read_metadata(directory)
   _check_whole(directory, metadata)

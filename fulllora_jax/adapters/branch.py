@@ -104,7 +104,7 @@ class Call:
 
   Attributes:
     module: the linen module, bound to its variables.
-    path: of the module, joined by '/'.
+    path: path of the module, joined by '/'.
     x: the first argument of the call.
     run: calls the module with another first argument.
     shared: what the branches in one call of the model keep for each other.

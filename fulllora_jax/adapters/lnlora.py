@@ -189,11 +189,7 @@ class LNLoRA(Branch):
     return {name: getattr(self, name) for name in names}
 
   def per_example(self, index: jax.Array) -> 'LNLoRA':
-    """Returns the branch of a batch whose examples have A and B of their own.
-
-    Args:
-      index: int [B], which entry of the arrays' first axis each example has.
-    """
+    """Returns the branch of a batch whose examples have their own A and B."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return _PerExample(**fields, index=index)
 
@@ -203,10 +199,7 @@ class LNLoRA(Branch):
     return dataclasses.replace(self, rank=rank, alpha=float(rank))
 
   def refit(self, parameters: Parameters, to: 'LNLoRA') -> dict[str, Any]:
-    """Returns parameters of the rank of `to` that compute the same.
-
-    A gets columns of zeros and B rows of zeros, and alpha / r goes into B.
-    """
+    """Fills A with columns and B with rows of zeros; alpha / r goes into B."""
     missing = (0, to.rank - self.rank)
     scale = (self.alpha / self.rank) / (to.alpha / to.rank)
     # As the branch would at each call: in float32.

@@ -20,8 +20,8 @@ def as_rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:
 
   Args:
     module: a linear map; any other module's input stays as it is.
-    path: of the module, for errors.
-    x: its input.
+    path: path of the module, for errors.
+    x: the module's input.
 
   Raises:
     UserError: the map mixes its input in a way that no branch beside it can.

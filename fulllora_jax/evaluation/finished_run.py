@@ -15,6 +15,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import data, models, pretrained
 from fulllora_jax.adapters import AdaptedModel, adapted, artefact
 from fulllora_jax.attacks import Attack
+from fulllora_jax.core.files import tree_size
 from fulllora_jax.distributed import mesh
 from fulllora_jax.evaluation.evaluations import Evaluations
 from fulllora_jax.evaluation.settings import Plan
@@ -141,7 +142,7 @@ class FinishedRun(Evaluations):
       'best_step': best.metadata['step'],
       'best_validation': best.metadata['validation'],
       'last_step': last.get('step'),
-      'adapter_bytes': artefact.size_on_disk(
+      'adapter_bytes': tree_size(
         pretrained.find_artefact(self.workdir, 'best')
       ),
     }
