@@ -75,11 +75,10 @@ class Filler:
       )
     for path, shape in self.leaves.items():
       if _HEAD.match(path):
-        array, row, *left = self._head(path, shape, sent.get(path))
+        params[path], row, left = self._head(path, shape, sent.get(path))
         unused.extend(left)
       else:
-        array, row = self._fit(path, shape, sent[path])
-      params[path] = array
+        params[path], row = self._fit(path, shape, sent[path])
       rows.append(row)
     return params, rows + unused
 
@@ -119,16 +118,18 @@ class Filler:
         'published'
       ) from None
 
-  def _head(self, path: str, shape, stored) -> tuple[np.ndarray | Row, ...]:
+  def _head(
+    self, path: str, shape, stored
+  ) -> tuple[np.ndarray, Row, list[Row]]:
     """Keeps the head's rows, maps them, or makes new ones of zeros.
 
     Returns:
-      The array and its row; then a row for stored ones that are not used.
+      The array, its row, and rows for stored arrays that are not used.
     """
     zeros = np.zeros(shape, np.float32)
     if stored is None:
       why = 'zeros; the checkpoint has no head'
-      return zeros, Row(NEW, path, shape, (), why)
+      return zeros, Row(NEW, path, shape, (), why), []
     own = (*shape[:-1], self.opened.architecture.num_classes)
     if stored.shape != own:  # damaged, whatever becomes of it
       raise self._misfit(path, own, stored)
@@ -136,14 +137,14 @@ class Filler:
       array = resize.head_rows(stored, self.label_map)
       kept = sum(row >= 0 for row in self.label_map)
       note = f'{kept} rows of the checkpoint, {len(self.label_map) - kept} zero'
-      return array, Row(RESIZED, path, array.shape, stored.shape, note)
+      return array, Row(RESIZED, path, array.shape, stored.shape, note), []
     if stored.shape == shape:
-      return stored, Row(LOADED, path, shape, stored.shape)
+      return stored, Row(LOADED, path, shape, stored.shape), []
     classes = f'{stored.shape[-1]} classes'
     return (
       zeros,
       Row(NEW, path, shape, (), f'zeros; the checkpoint has {classes}'),
-      Row(UNUSED, path, stored.shape, stored.shape, f'a head of {classes}'),
+      [Row(UNUSED, path, stored.shape, stored.shape, f'a head of {classes}')],
     )
 
   def _misfit(self, path, shape, stored) -> UserError:

@@ -101,7 +101,7 @@ class Layout:
     """
     return self.read(self._plain(shapes), config)
 
-  def rule(self, key: str) -> tuple[Rule | None, re.Match | None]:
+  def rule(self, key: str) -> tuple[Rule, re.Match] | tuple[None, None]:
     """Returns the rule of a key, and the match of its regular expression."""
     for rule in self.rules:
       if match := re.fullmatch(rule.key, self._without_prefix(key)):
@@ -166,7 +166,7 @@ def dense(key: str, to: str, how: Callable = linear) -> tuple[Rule, Rule]:
 
 def fused(
   key: str, to: str, parts: tuple[str, ...] = QKV, separator: str = r'\.'
-) -> tuple[Rule, Rule]:
+) -> tuple[Rule, ...]:
   """Returns the rules of one PyTorch Linear that is several maps of ours.
 
   Args:
@@ -285,9 +285,11 @@ def hidden_act(config: Mapping[str, Any]) -> str | None:
     UserError: our models have no such activation.
   """
   act = config.get('hidden_act')
-  if act is not None and act not in _TRANSFORMERS_ACTS:
+  if act is None:
+    return None
+  if act not in _TRANSFORMERS_ACTS:
     raise UserError(
       f'its config.json has hidden_act {act!r}; known: '
       + ', '.join(_TRANSFORMERS_ACTS)
     )
-  return _TRANSFORMERS_ACTS.get(act)
+  return _TRANSFORMERS_ACTS[act]

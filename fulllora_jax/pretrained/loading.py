@@ -26,7 +26,6 @@ from fulllora_jax.pretrained import (
   formats,
   sources,
   swin,
-  timm_vit,
   transformers_vit,
   vit,
 )
@@ -37,7 +36,6 @@ from fulllora_jax.pretrained.load_report import LoadReport
 
 LAYOUTS: tuple[Layout, ...] = (
   *vit.LAYOUTS,
-  *timm_vit.LAYOUTS,
   *transformers_vit.LAYOUTS,
   *swin.LAYOUTS,
   *convit.LAYOUTS,
@@ -158,7 +156,7 @@ def load(
   if name:
     models.family(name)  # a wrong name is said before a download
   opened = open_checkpoint(source)
-  config = config_lib.default()
+  config: Any = config_lib.default()
   config.base.update(label_map=tuple(label_map), patch_resize=patch_resize)
   if name:
     config.model.name = name

@@ -59,7 +59,7 @@ def from_url(source: str) -> Path:
 def _parse_url(source: str) -> tuple[str, str]:
   url, _, fragment = source.partition('#')
   try:
-    whole = urlsplit(url).hostname and urlsplit(url).path.strip('/')
+    whole = bool(urlsplit(url).hostname and urlsplit(url).path.strip('/'))
   except ValueError:
     whole = False
   if not whole or re.search(r'\s', source):
@@ -144,15 +144,15 @@ class _Bar:
 
   def __init__(self, part: Path, done: int):
     self.done, self.total = done, 0
-    self._name, self._progress = part.stem, None
+    self._name, self._progress = part.stem, Progress(0)
 
   def update(self, size: int) -> None:
     """Counts a piece of the file."""
-    if not self._progress:
-      self._progress = Progress((self.done + self.total) / 1e6)
+    if not self._progress.total:
+      self._progress.total = (self.done + self.total) / 1e6
       self._progress.update(self.done / 1e6)
     self.done += size
-    whole, done = self._progress.total, self.done / 1e6
+    done, whole = self.done / 1e6, self._progress.total
     if self.total and done < whole and self._progress.due():
       rate = self._progress.update(done)
       say(f'{self._name}: {done:.0f} of {whole:.0f} MB, {rate}')

@@ -1,5 +1,6 @@
-"""Where a ViT's arrays go; and the AugReg npz, which has them there already.
+"""Where a ViT's arrays go; timm's ViTs, and the AugReg npz with our names.
 
+timm's `vit_*` and `deit_*` are the plain ViT, DeiT, DINOv2, CLIP and SigLIP.
 Sizes, and which of the family it is, are read off the keys and shapes. What
 they do not tell (heads, activation, norm epsilon, normalisation) comes from
 the config.json that timm and transformers put beside their weights, or else
@@ -17,8 +18,13 @@ from fulllora_jax.pretrained.layout import (
   Layout,
   Rule,
   Shapes,
+  conv,
   count,
+  dense,
+  fused,
   named,
+  norm,
+  one_token,
   shape_of,
   side,
   unused,
@@ -58,11 +64,11 @@ def architecture(
       'has; put its config.json beside it, with num_attention_heads or '
       'model_args.num_heads'
     )
-  size = (width, depth, num_heads, mlp_dim)
-  size = dict(zip(vit.SIZE_FIELDS, size, strict=True))
+  numbers = (width, depth, num_heads, mlp_dim)
+  size = dict(zip(vit.SIZE_FIELDS, numbers, strict=True))
   sizes = {f'{family}_{name}' for name in vit.SIZES} & vit.NAMES.keys()
   name = named({name: vit.NAMES[name] for name in sizes}, size, family)
-  own = size if name == family else {}
+  own: dict[str, Any] = size if name == family else {}
   own |= {k: v for k, v in fields.items() if v is not None}
   return Architecture(
     name, own | {'patch_size': patch_size}, grid * patch_size, num_classes
@@ -97,6 +103,108 @@ def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   )
 
 
+def _is_timm(shapes: Shapes) -> bool:
+  return (
+    {'patch_embed.proj.weight', 'pos_embed', 'blocks.0.attn.qkv.weight'}
+    <= shapes.keys()
+  ) and 'blocks.0.attn.gating_param' not in shapes
+
+
+def _family(shapes: Shapes, config: Mapping[str, Any]) -> str:
+  kind = config.get('architecture', '')
+  if 'dist_token' in shapes:
+    return 'deit_distilled'
+  if 'norm_pre.weight' in shapes:
+    return 'clip'
+  if 'attn_pool.latent' in shapes:
+    return 'siglip'
+  if 'blocks.0.ls1.gamma' in shapes:
+    if kind.startswith('deit3'):
+      return 'deit3'
+    return 'dinov2_reg' if 'reg_token' in shapes else 'dinov2'
+  return 'deit' if kind.startswith('deit') else 'vit'
+
+
+def _pool(shapes: Shapes, config: Mapping[str, Any]) -> str | None:
+  if 'attn_pool.latent' in shapes:
+    return 'map'
+  if 'fc_norm.weight' in shapes:
+    return 'mean_norm'
+  # The arrays are the same with a class token that the head does not read.
+  is_mean = 'cls_token' not in shapes or config.get('global_pool') == 'avg'
+  return 'mean' if is_mean else None
+
+
+def _act(config: Mapping[str, Any], family: str) -> str | None:
+  """timm's default is the exact GELU, whatever the model was trained with."""
+  act = config.get('model_args', {}).get('act_layer')
+  if not act and config.get('architecture'):
+    return 'quick_gelu' if 'quickgelu' in config['architecture'] else 'gelu'
+  return act or (None if family == 'clip' else 'gelu')
+
+
+def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
+  width, _, patch, _ = shape_of(shapes, 'patch_embed.proj.weight', 4)
+  family = _family(shapes, config)
+  prefix = ('cls_token' in shapes) + ('dist_token' in shapes)
+  positions = shape_of(shapes, 'pos_embed', 3)[1]
+  if math.isqrt(positions) ** 2 == positions:
+    prefix = 0  # class and other tokens have no position
+  hidden = shape_of(shapes, 'blocks.0.mlp.fc1.weight', 2)[0]
+  swiglu = hidden == 2 * shape_of(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]
+  published = config.get('pretrained_cfg', config)
+  pool = _pool(shapes, config)
+  beside = pool in ('mean', 'mean_norm') and 'cls_token' in shapes
+  fields = {
+    'pool': pool,
+    'class_token': True if beside else None,
+    'swiglu': swiglu or None,
+    'act': None if swiglu else _act(config, family),
+    'mean': published.get('mean'),
+    'std': published.get('std'),
+  }
+  return architecture(
+    family,
+    width=width,
+    depth=count(shapes, r'blocks\.(\d+)\..*'),
+    mlp_dim=hidden // 2 if swiglu else hidden,
+    patch_size=patch,
+    grid=side(positions, prefix),
+    num_classes=shapes.get('head.weight', (0,))[0],
+    num_heads=config.get('model_args', {}).get('num_heads'),
+    fields={
+      k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+    },
+  )
+
+
+_TIMM_RULES = (
+  Rule('cls_token', 'cls', one_token),
+  Rule('dist_token', 'dist', one_token),
+  Rule('reg_token', 'Transformer/registers', one_token),
+  Rule('pos_embed', POSITIONS, one_token),
+  *dense(r'patch_embed\.proj', 'embedding', conv),
+  *norm('norm_pre', 'Transformer/pre_norm'),
+  *norm(r'blocks\.(\d+)\.norm1', f'{BLOCK}/LayerNorm_0'),
+  *fused(r'blocks\.(\d+)\.attn\.qkv', ATTENTION),
+  *dense(r'blocks\.(\d+)\.attn\.proj', f'{ATTENTION}/out'),
+  Rule(r'blocks\.(\d+)\.(ls[12])\.gamma', rf'{BLOCK}/\2'),
+  *norm(r'blocks\.(\d+)\.norm2', f'{BLOCK}/LayerNorm_2'),
+  *dense(r'blocks\.(\d+)\.mlp\.fc1', f'{MLP}/Dense_0'),
+  *dense(r'blocks\.(\d+)\.mlp\.fc2', f'{MLP}/Dense_1'),
+  *norm('norm', 'Transformer/encoder_norm'),
+  *norm('fc_norm', 'fc_norm'),
+  Rule(r'attn_pool\.latent', f'{MAP}/probe', one_token),
+  *dense(r'attn_pool\.q', f'{MAP_ATTENTION}/query'),
+  *fused(r'attn_pool\.kv', MAP_ATTENTION, ('key', 'value')),
+  *dense(r'attn_pool\.proj', f'{MAP_ATTENTION}/out'),
+  *norm(r'attn_pool\.norm', f'{MAP}/LayerNorm_0'),
+  *dense(r'attn_pool\.mlp\.fc1', f'{MAP}/MlpBlock_0/Dense_0'),
+  *dense(r'attn_pool\.mlp\.fc2', f'{MAP}/MlpBlock_0/Dense_1'),
+  *dense('(head|head_dist)', r'\1'),
+)
+
+
 LAYOUTS = (
   Layout(
     'AugReg ViT',
@@ -113,4 +221,5 @@ LAYOUTS = (
       Rule(r'(cls|(embedding|Transformer)/.*)', r'\1'),
     ),
   ),
+  Layout('timm ViT', _is_timm, _describe_timm, _TIMM_RULES),
 )
