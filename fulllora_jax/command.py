@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -82,13 +83,13 @@ def _config_fault(error: Exception) -> str:
   )
 
 
-def _exit(message: str, status: int = 2) -> None:
+def _exit(message: str, status: int = 2) -> NoReturn:
   line = ' '.join(message.split())
   print(f'error: {line}', file=sys.stderr, flush=True)
   _leave(status)
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
   """Ends with a status, together with the other processes of a run, if any."""
   if 'jax' in sys.modules:  # it takes a second, and else there are none
     from fulllora_jax.distributed import processes

@@ -9,6 +9,7 @@ process that sends no heartbeats, and then ends all the others with SIGABRT and
 a line that names the lost one. In one process every function here is trivial.
 """
 
+import collections
 import functools
 import importlib.util
 import json
@@ -55,7 +56,7 @@ def start(values: flags.FlagValues) -> None:
     Unavailable: JAX cannot find the others.
   """
   for name in ('start_timeout', 'peer_timeout'):
-    if not values[name].value > 0:
+    if not (values[name].value or 0) > 0:
       raise UserError(f'--{name} {values[name].value}: it must be above 0')
   given = parameters(values, os.environ)
   if given:
@@ -137,7 +138,7 @@ def _check_port(port: int) -> None:
   except OSError as error:
     raise UserError(
       f'--coordinator: cannot listen on port {port}: '
-      f'{os.strerror(error.errno)}; another run may be on this host, give '
+      f'{os.strerror(error.errno or 0)}; another run may be on this host, give '
       'another port'
     ) from None
 
@@ -167,9 +168,9 @@ def _slurm_devices(environment: Mapping[str, str]) -> list[int] | None:
   """
   if 'SLURM_LOCALID' not in environment:
     return None
-  tasks = re.match(r'\d+', environment.get('SLURM_STEP_TASKS_PER_NODE', '1'))
+  tasks = re.split(r'\D', environment.get('SLURM_STEP_TASKS_PER_NODE', '1'))
   visible = environment.get('CUDA_VISIBLE_DEVICES', '0,1')
-  if int(tasks.group()) < 2 or len(visible.split(',')) < 2:
+  if int(tasks[0]) < 2 or len(visible.split(',')) < 2:
     return []
   return [int(environment['SLURM_LOCALID'])]
 
@@ -186,13 +187,13 @@ def _initialize(given: Mapping[str, Any], wait: float, silence: float) -> None:
       initialization_timeout=max(1, round(wait)),
       heartbeat_timeout_seconds=max(1, round(silence)),
     )
-  except ValueError:
-    pass  # JAX found no cluster
-  except RuntimeError as error:
-    raise Unavailable(
-      f'the other hosts: {first_line(error)}; say who this one is with '
-      '--coordinator, --num_processes and --process_id'
-    ) from None
+  except (RuntimeError, ValueError) as error:
+    # So JAX says that it found no cluster: this process is alone.
+    if not str(error).startswith('coordinator_address should be defined'):
+      raise Unavailable(
+        f'the other hosts: {first_line(error)}; say who this one is with '
+        '--coordinator, --num_processes and --process_id'
+      ) from None
   finally:
     met.set()
 
@@ -216,9 +217,20 @@ def _watch(met: threading.Event, who: str, wait: float) -> None:
 
 @functools.cache
 def introduce() -> None:
-  """Says once who is there, and lets process 0 alone tell of progress."""
+  """Says once who is there, and lets process 0 alone tell of progress.
+
+  Raises:
+    UserError: they have different numbers of devices.
+  """
   if count() > 1:
     console.speak_as(jax.process_index())
+    numbers = collections.Counter(d.process_index for d in jax.devices())
+    if len(set(numbers.values())) > 1:
+      raise UserError(
+        f'processes 0..{count() - 1} have '
+        f'{", ".join(str(numbers[i]) for i in range(count()))} devices; give '
+        'all of them as many'
+      )
     hosts = ', '.join(dict.fromkeys(gather(socket.gethostname())))
     console.say(f'{count()} processes on {hosts}')
 

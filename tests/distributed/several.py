@@ -14,6 +14,8 @@ def main(argv):
   from fulllora_jax.distributed import processes
 
   values = flags.FLAGS
+  if values.mode == 'uneven':
+    jax.config.update('jax_num_cpu_devices', 1 + values.process_id)
   if values.mode == 'own start':
     jax.distributed.initialize(
       values.coordinator, values.num_processes, values.process_id
@@ -78,6 +80,7 @@ def _refuse():
 _MODES = {
   'talk': talk,
   'own start': talk,
+  'uneven': talk,
   'differ': differ,
   'primary refuses': primary_refuses,
   'one refuses': one_refuses,

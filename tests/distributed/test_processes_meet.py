@@ -156,6 +156,14 @@ def test_a_tpu_host_alone_is_alone(start, libtpu):
   assert processes.count() == 1
 
 
+def test_what_else_jax_refuses_does_not_leave_a_host_alone(start):
+  def fail():
+    raise ValueError('UNKNOWN: no such address')
+
+  with pytest.raises(Unavailable, match='the other hosts: UNKNOWN: no such'):
+    start(fail, JAX)
+
+
 def test_a_tpu_slice_without_its_other_hosts_is_one_line(start, libtpu):
   def fail():
     raise RuntimeError('Failed to recognize coordinator address t1v-0\nmore')
@@ -326,7 +334,7 @@ def several():
   """Starts all that several.py knows at once: most of it is waiting."""
   modes = (
     *('talk', 'own start', 'differ', 'primary refuses', 'one refuses'),
-    *('alone refuses', 'alone crashes'),
+    *('uneven', 'alone refuses', 'alone crashes'),
   )
   pods = {mode: Pod([str(SEVERAL), f'--mode={mode}'], 2) for mode in modes}
   return {mode: pod.end() for mode, pod in pods.items()}
@@ -344,6 +352,7 @@ def test_real_processes_agree(several, mode):
   'mode, line',
   [
     ('primary refuses', 'data.dir: nothing there'),
+    ('uneven', 'processes 0..1 have 1, 2 devices; give all of them as many'),
     ('one refuses', f'process 1 ({HOST}): data.dir: nothing there'),
     (
       'differ',
