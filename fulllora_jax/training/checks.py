@@ -49,7 +49,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
       'needs one; give train, or the work directory of a run'
     )
   choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
-  choose('model.remat', config.model.remat, ('none', 'blocks', 'dots'))
+  models.layers.check_remat(config.model.remat)
   choose('base.dtype', config.base.dtype, ('float32', 'bfloat16'))
   if config.base.dtype == 'bfloat16' != config.model.dtype:
     raise UserError(
