@@ -222,7 +222,8 @@ def _mesh(state: TrainState) -> Mesh:
 
 def _device(state: TrainState) -> jax.Device:
   """Returns a device of this process that the state lives on."""
-  return min(state.step.sharding.addressable_devices, key=lambda d: d.id)
+  devices: set[Any] = state.step.sharding.addressable_devices
+  return min(devices, key=lambda device: device.id)
 
 
 def _planned(compiled, held: int) -> tuple[int | None, int | None]:
