@@ -47,14 +47,20 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # the other process with nothing to do for minutes.
 _LONG = (
   'test_many_processes.py',
-  'test_fsdp.py',
-  'test_loading.py',
+  'test_kills.py',
   'test_faults.py',
   'test_base.py',
-  'test_kills.py',
-  'test_benchmark.py',
   'test_resume.py',
+  'test_autoattack.py',
+  'test_benchmark.py',
+  'test_train.py',
+  'test_scaling.py',
+  'test_fsdp.py',
+  'test_loading.py',
   'test_doctor.py',
+  'test_evaluate.py',
+  'test_ard_prm.py',
+  'test_classifier.py',
 )
 
 

@@ -162,6 +162,7 @@ def test_evaluation_counts_the_same(jobs, trained, digits, shape):
   assert one == other
 
 
+@pytest.mark.slow
 def test_autoattack_takes_a_split_base_as_it_is(jobs, trained):
   results = []
   for shape in ((1, 1), (8, 4)):

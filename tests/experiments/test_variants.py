@@ -16,6 +16,11 @@ from fulllora_jax.training import checks
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 FILES = ('cifar10', 'cifar100', 'imagenette')
 EVERY_FILE = pytest.mark.parametrize('file', FILES)
+# One of each family; the others are larger.
+SMALL = (
+  *('vit_ti', 'deit_ti', 'deit_distilled_ti', 'swin_t', 'convit_ti'),
+  *('dinov2_s', 'dinov2_reg_s', 'clip_b', 'siglip_b'),
+)
 EVERY_PUBLISHED = pytest.mark.parametrize('name', variants.PUBLISHED)
 
 
@@ -33,8 +38,14 @@ def test_every_published_model_validates_without_a_warning(file, name, capsys):
 @pytest.mark.parametrize(
   'file, name',
   [
-    *(('cifar10', name) for name in variants.PUBLISHED),
-    *(('imagenette', name) for name in ('vit_b', 'swin_t', 'dinov2_s')),
+    *(
+      pytest.param(file, name, marks=() if name in SMALL else pytest.mark.slow)
+      for file, names in (
+        ('cifar10', variants.PUBLISHED),
+        ('imagenette', ('vit_b', 'swin_t', 'dinov2_s')),
+      )
+      for name in names
+    ),
   ],
 )
 def test_every_published_model_takes_an_adapter_of_five_percent(file, name):

@@ -57,8 +57,9 @@ def test_exactly_one_layout_recognises_it(case):
     'vit-timm-dinov2-swiglu',
     'vit-timm-siglip',
     'vit-timm-clip',
-    'swin-timm',
-    'convit-timm',
+    # Twice as much to compile as all the others together.
+    pytest.param('swin-timm', marks=pytest.mark.slow),
+    pytest.param('convit-timm', marks=pytest.mark.slow),
   ],
 )
 def test_the_adapter_starts_silent_and_every_leaf_of_it_learns(

@@ -47,6 +47,7 @@ def test_kept_weights_stand_on_the_kept_base(method):
   assert logits.shape == (2, 10) and np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('needs_cifar10', 'one_device')
 def test_kept_weights_give_their_accuracy_again():
   classifier = load('fulllora')
