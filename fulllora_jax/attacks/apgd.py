@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses
+from fulllora_jax.attacks.pgd import pick
 from fulllora_jax.attacks.threat import Threat, l2_norm
 
 MOMENTUM = 0.75  # alpha of equation 2
@@ -70,12 +71,13 @@ def apgd(
       takes a PRNG key, for the noise of a stochastic model.
     x: images [B, H, W, C], float32 in [0, 1].
     labels: int [B].
-    threat: of norm linf or l2.
-    steps: gradient steps, static, at least 2.
+    threat: a linf or l2 ball.
+    steps: the number of gradient steps, static, at least 2.
     loss: 'ce', 'margin' or 'dlr'.
     targets: int [B], ascends the targeted DLR towards these classes instead.
-    draws: of the model's noise, over which loss, gradient and prediction are
-      averaged (expectation over transformations, Athalye et al., 2018).
+    draws: how often the model's noise is drawn; loss, gradient and prediction
+      are averaged over it (expectation over transformations, Athalye et al.,
+      2018).
 
   Returns:
     x_adv [B, H, W, C]: the last misclassified point, or else the one of
@@ -102,7 +104,11 @@ def objective(
   key: jax.Array,
   draws: int,
 ) -> Evaluate:
-  """Returns the function that evaluates a point; arguments as `apgd`."""
+  """Returns the function that evaluates a point.
+
+  Args: those of `apgd`, and:
+    key: a PRNG key, for the noise of a stochastic model.
+  """
 
   def value(logits):
     if targets is not None:
@@ -188,8 +194,7 @@ def ascend(
   threat: Threat,
 ) -> State:
   """Takes step i: a gradient step, then momentum (lines 3 and 4)."""
-  step = state.step_size * threat.direction(state.gradient)
-  z = threat.project(x, state.x_adv + step)
+  z = threat.ascend(x, state.x_adv, state.gradient, state.step_size)
   momentum = jnp.where(i > 0, MOMENTUM, 1.0)
   x_adv = threat.project(
     x,
@@ -259,8 +264,3 @@ def schedule(steps: int) -> tuple[jax.Array, jax.Array]:
 def adversarial(state: State) -> jax.Array:
   """Returns the misclassified point, or the one of highest loss."""
   return pick(state.broken, state.x_broken, state.x_best)
-
-
-def pick(which: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Chooses image by image: a where `which` [B], else b."""
-  return jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)

@@ -20,9 +20,9 @@ from fulllora_jax.attacks.apgd import (
   adversarial,
   begin,
   objective,
-  pick,
   remember,
 )
+from fulllora_jax.attacks.pgd import pick
 from fulllora_jax.attacks.threat import Threat
 
 RADII = (3.0, 2.0, 1.0)  # times eps
@@ -51,7 +51,14 @@ def apgd_l1(
   targets: jax.Array | None = None,
   draws: int = 1,
 ) -> jax.Array:
-  """Searches each image's l1 ball once; arguments and result as `apgd`."""
+  """Searches each image's l1 ball for a misclassified point, once.
+
+  Args: those of `apgd`, with an l1 ball as the threat.
+
+  Returns:
+    x_adv [B, H, W, C]: the last misclassified point in the ball, or else the
+    one of highest loss.
+  """
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
   x_adv = x + projections.onto_l1_ball(x, noise, RADII[0] * threat.eps)

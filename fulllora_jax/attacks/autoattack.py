@@ -32,8 +32,6 @@ from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.distributed import processes
 
 ROBUST = -1  # in Cascade.broken_by
-# x - eps and x + eps are rounded: how far a point may be past the sphere.
-_SLACK = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +110,11 @@ def autoattack(
     threat: norm and eps; linf, l2, and for the APGD attacks l1.
     version: 'standard', 'plus', 'rand', or a list of 'apgd-ce', 'apgd-dlr',
       'apgd-t', 'fab', 'fab-t', 'square', 'square-1000', ...
-    batch_size: of all devices together; they must divide it.
+    batch_size: how many images are attacked at once, on all devices together;
+      they must divide it.
     indices: int [N], what identifies each image in its draws; default 0..N-1.
     progress_dir: keeps finished batches there, and takes them up again.
-    precision: of matrix products.
+    precision: the precision of matrix products, 'highest' or 'default'.
     mesh: batches are sharded over its axis `data`; default all devices.
     say: gets a line of progress now and then.
 
@@ -303,7 +302,7 @@ def _attack_program(
       )
       x_adv = member(stage, keys, logits_fn, x, labels, mask, threat)
       logits = _classify(logits_fn, x_adv, stream, draws)
-      inside = threat.distance(x, x_adv) <= eps * (1 + _SLACK) + 1e-7
+      inside = threat.distance(x, x_adv) <= threat.reach
       return x_adv, mask & inside & ~losses.correct(logits, labels)
 
   return jax.jit(
@@ -352,9 +351,9 @@ class _Clock(Pace):
     """Returns e.g. '1m15s left at most': images may break on the way.
 
     Args:
-      place: of the attack in the ensemble.
-      runs: of it that are still to do.
-      robust: images so far.
+      place: which attack of the ensemble is running.
+      runs: how many runs of that attack are still to do.
+      robust: how many images no attack has broken so far.
     """
     member, *later = self._members[place:]
     work = member.cost * runs

@@ -32,7 +32,7 @@ class Member:
     targets: the most likely other classes it aims at, one after another; 0:
       untargeted.
     steps: gradient steps, or queries for square.
-    draws: of a stochastic model's noise, for each gradient.
+    draws: how often a stochastic model's noise is drawn for each gradient.
   """
 
   name: str
@@ -131,8 +131,8 @@ def members(version: str | Sequence[str], norm: str) -> tuple[Member, ...]:
   Args:
     version: 'standard', 'plus', 'rand', or names of attacks; of square also
       with its queries, as in 'square-1000'.
-    norm: of the threat. With l1, APGD takes 5 restarts and 5 targets, as the
-      authors do, and no other attack is known.
+    norm: the norm of the ball. With l1, APGD takes 5 restarts and 5 targets, as
+      the authors do, and no other attack is known.
 
   Raises:
     UserError: an unknown version or attack, an empty list, or an attack that

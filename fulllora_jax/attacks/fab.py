@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses, projections
-from fulllora_jax.attacks.apgd import pick, start
-from fulllora_jax.attacks.pgd import LogitsFn
+from fulllora_jax.attacks.apgd import start
+from fulllora_jax.attacks.pgd import LogitsFn, pick
 from fulllora_jax.attacks.threat import Threat
 
 ALPHA_MAX = 0.1  # the most that a step drifts towards x
@@ -30,9 +30,9 @@ class Boundary(NamedTuple):
 class Search(NamedTuple):
   """Where the search is, and the nearest misclassified point so far."""
 
-  x_adv: jax.Array
-  nearest: jax.Array
-  distance: jax.Array  # [B], infinite where there is none
+  x_adv: jax.Array  # [B, H, W, C], the current point
+  nearest: jax.Array  # [B, H, W, C], the nearest misclassified point; x if none
+  distance: jax.Array  # [B], how far that one is; infinite where there is none
 
 
 def fab(
@@ -48,14 +48,8 @@ def fab(
 ) -> jax.Array:
   """Searches the nearest misclassified point of each image.
 
-  Args:
-    keys: PRNG keys [B], one for each image.
-    logits_fn: images [B, H, W, C] -> logits [B, K], deterministic.
-    x: images [B, H, W, C], float32 in [0, 1], classified as their labels.
-    labels: int [B].
-    threat: of norm linf or l2. Its eps decides which points are returned and
-      how far random starts are.
-    steps: static.
+  Args: the first six of `apgd`, where x is classified as the labels and eps
+      decides which points are returned and how far away random starts are, and:
     targets: int [B], linearises the boundary to these classes (FAB-T) and not
       to the nearest one.
     random_start: starts up to eps / 2 away from x, not at it; for all images

@@ -92,11 +92,11 @@ def num_classes(
   """Returns K, from the shapes alone.
 
   Args:
-    logits_fn: to be called with images, and with a key if stochastic.
-    x: the images.
-    batch_size: of the calls.
-    stochastic: whether it takes a key.
-    labels: checked against K.
+    logits_fn: takes images [B, H, W, C], and a key if stochastic.
+    x: the images [N, H, W, C].
+    batch_size: B, how many images a call has.
+    stochastic: whether logits_fn takes a key.
+    labels: int [N], checked against K.
 
   Raises:
     UserError: logits that are not float [B, K], or labels outside [0, K).

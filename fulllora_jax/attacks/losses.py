@@ -94,7 +94,7 @@ def ranked_class(logits: jax.Array, rank: jax.Array | int) -> jax.Array:
 
   Args:
     logits: [B, K].
-    rank: in [0, K), for all or int [B].
+    rank: the place in [0, K), one for all images or int [B].
   """
   rank = jnp.broadcast_to(rank, logits.shape[:1])
   return _at(jnp.argsort(-logits, axis=-1), rank)
@@ -153,3 +153,8 @@ LOSSES: Mapping[str, Loss] = {
   'margin': margin,
   'dlr': dlr,
 }
+
+
+def of(name: str, labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """Returns a loss of LOSSES as a function of the logits alone."""
+  return lambda logits: LOSSES[name](logits, labels)

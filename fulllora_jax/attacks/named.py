@@ -27,11 +27,11 @@ class Attack:
       eps from x), 'pgd' (cross entropy) or 'cw_linf' (PGD on the margin, the
       literature's CW-20 where it has 20 steps); or an ensemble: 'autoattack'
       and its versions, or one of its attacks, such as 'apgd-t'.
-    steps: number of gradient steps; 0 for clean and for ensembles.
-    step_size: in [0, 1] pixels.
-    restarts: random starts; 0 where the attack has none.
-    version: of an ensemble, for `autoattack`; empty for any other attack,
-      which then can be called.
+    steps: the number of gradient steps; 0 for clean and for ensembles.
+    step_size: the length of a step in [0, 1] pixels.
+    restarts: the number of random starts; 0 where the attack has none.
+    version: what `autoattack` takes as its version, for an ensemble; empty for
+      any other attack, which then can be called.
   """
 
   name: str
@@ -53,7 +53,10 @@ class Attack:
     labels: jax.Array,
     threat: Threat,
   ) -> jax.Array:
-    """Returns x_adv [B, H, W, C]; arguments as those of `pgd`."""
+    """Returns x_adv [B, H, W, C].
+
+    Args: the first five of `pgd`.
+    """
     if self.name == 'clean':
       return x
     return pgd(
@@ -79,8 +82,8 @@ def parse(
     text: the name, and after a dash the number of steps, 20 if unsaid; of
       square the number of queries.
     threat: `cw_linf` needs the linf ball; l1 is known to APGD alone.
-    step_size: in [0, 1] pixels, for pgd and cw_linf.
-    restarts: likewise, at least 1.
+    step_size: the length of a step of pgd and cw_linf, in [0, 1] pixels.
+    restarts: the random starts of pgd and cw_linf, at least 1.
 
   Raises:
     UserError: an unknown name, steps that are no positive number, or an

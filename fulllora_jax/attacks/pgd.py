@@ -7,12 +7,18 @@ The gradient is that of the *sum* of per-example losses, so what happens to one
 image never depends on its batch, nor on how the batch is sharded.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses
-from fulllora_jax.attacks.hooks import PLAIN, Hooks, LogitsFn
 from fulllora_jax.attacks.threat import Threat
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+Loss = Callable[[jax.Array], jax.Array]  # logits [B, K] -> [B]
+Start = Callable[[jax.Array, jax.Array], jax.Array]  # (keys, x) -> x_adv
+Step = Callable[[jax.Array, jax.Array], jax.Array]  # (x_adv, t) -> x_adv
 
 
 def pgd(
@@ -37,130 +43,102 @@ def pgd(
     x: images [B, H, W, C], float32 in [0, 1].
     labels: int [B], or soft labels float [B, K].
     threat: the ball and the box.
-    steps: number of ascent steps, static.
-    step_size: in [0, 1] pixels.
-    restarts: number of independent starts, static; each image keeps the point
-      that is misclassified, and of several the one of highest loss.
-    loss: 'ce' or 'margin' (losses.py).
+    steps: the number of ascent steps, static.
+    step_size: the length of a step in [0, 1] pixels.
+    restarts: the number of independent starts, static; each image keeps the
+      point that is misclassified, and of several the one of highest loss.
+    loss: 'ce', 'margin' or 'dlr' (losses.py).
     random_start: False starts at x (and makes restarts pointless).
 
   Returns:
     x_adv [B, H, W, C], float32, in the ball and the box; no gradient flows
     through it.
   """
-  x_adv, _ = counted_pgd(
+  loss_fn = losses.of(loss, labels)
+
+  def step(x_adv, _):
+    return ascend(logits_fn, loss_fn, x, x_adv, threat, step_size)
+
+  return search(
     keys,
     logits_fn,
     x,
     labels,
-    threat,
+    start=threat.random_start if random_start else lambda keys, x: x,
+    step=step,
     steps=steps,
-    step_size=step_size,
     restarts=restarts,
-    loss=loss,
-    random_start=random_start,
+    loss=loss_fn,
   )
-  return x_adv
 
 
-def counted_pgd(
+def ascend(
+  logits_fn: LogitsFn,
+  loss: Loss,
+  x: jax.Array,
+  x_adv: jax.Array,
+  threat: Threat,
+  step_size: jax.Array | float,
+) -> jax.Array:
+  """Makes one step of PGD from x_adv, in the ball around x."""
+  gradient = jax.grad(lambda z: loss(logits_fn(z)).sum())(x_adv)
+  return threat.ascend(x, x_adv, gradient, step_size)
+
+
+def search(
   keys: jax.Array,
   logits_fn: LogitsFn,
   x: jax.Array,
   labels: jax.Array,
-  threat: Threat,
   *,
-  steps: jax.Array | int,
-  step_size: jax.Array | float,
-  restarts: int = 1,
-  loss: str | losses.Loss = 'ce',
-  random_start: bool = True,
-  start: jax.Array | None = None,
-  near: float = 0.0,
-  target: jax.Array | None = None,
-  hooks: Hooks = PLAIN,
-) -> tuple[jax.Array, jax.Array | int]:
-  """Does what `pgd` does, and counts; for training.
+  start: Start,
+  step: Step,
+  steps: int,
+  restarts: int,
+  loss: Loss,
+) -> jax.Array:
+  """Makes steps from one or more starts, and keeps each image's strongest end.
 
-  Args:
-    keys: as those of `pgd`, but for:
-    logits_fn: likewise.
-    x: likewise.
-    labels: likewise.
-    threat: likewise.
-    steps: may be traced, and then is nothing to compile for.
-    step_size: likewise.
-    restarts: likewise.
-    loss: likewise, or a function of (logits, target) to [B].
-    random_start: likewise.
-    start: where to begin, [B, H, W, C] in the ball and the box, in place of a
-      random point.
-    near: deviation of normal noise, the random point being x with it; 0: a
-      uniform point of the ball.
-    target: [B, ...], what the loss is of; None: the labels.
-    hooks: what changes from step to step.
-
-  Returns:
-    x_adv, and the forward-backward passes made, as a mean over the images. The
-    forward passes that compare restarts are not counted.
+  Args: those of `pgd`, and:
+    start: (keys [B], x) -> where to begin, [B, H, W, C] in the ball and the
+      box.
+    step: (x_adv, t) -> the next x_adv, where t counts the steps of all starts.
+    loss: logits [B, K] -> [B], by which starts are compared.
   """
-  loss_fn = losses.LOSSES[loss] if isinstance(loss, str) else loss
   keys = _per_example(keys, x.shape[0])
-  aim = labels if target is None else target
-
-  def ascend(t, x_adv):
-    if hooks.begin is not None:
-      x_adv = hooks.begin(x, x_adv, t)
-
-    def total_loss(x_adv):
-      return loss_fn(hooks.logits(logits_fn, x_adv, t), aim).sum()
-
-    gradient = jax.grad(total_loss)(x_adv)
-    step = step_size * threat.direction(gradient)
-    return threat.project(x, x_adv + step)
 
   def attempt(restart):
-    begin = x if start is None else start
-    if random_start and start is None:
-      fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-      begin = _random_start(threat, fold_in(keys, restart), x, near)
-    first = restart * steps  # of the hooks' steps
-
-    def ascend_again(i, x_adv):
-      return ascend(first + i, x_adv)
-
-    return jax.lax.fori_loop(0, steps, ascend_again, begin), steps
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    begin, first = start(fold_in(keys, restart), x), restart * steps
+    return jax.lax.fori_loop(0, steps, lambda i, z: step(z, first + i), begin)
 
   def strength(x_adv):
     logits = logits_fn(x_adv)
-    return ~losses.correct(logits, labels), loss_fn(logits, aim)
+    return ~losses.correct(logits, labels), loss(logits)
 
   def keep_stronger(restart, best):
-    x_best, broken_best, loss_best, passes = best
-    x_new, made = attempt(restart)
+    x_best, broken_best, loss_best = best
+    x_new = attempt(restart)
     broken, value = strength(x_new)
     stronger = (broken & ~broken_best) | (
       (broken == broken_best) & (value > loss_best)
     )
-    pick = stronger.reshape(-1, *[1] * (x.ndim - 1))
     return (
-      jnp.where(pick, x_new, x_best),
+      pick(stronger, x_new, x_best),
       broken | broken_best,
       jnp.where(stronger, value, loss_best),
-      passes + made,
     )
 
-  x_adv, passes = attempt(0)
+  x_adv = attempt(0)
   if restarts > 1:
-    first = (x_adv, *strength(x_adv), passes)
-    x_adv, _, _, passes = jax.lax.fori_loop(1, restarts, keep_stronger, first)
-  return jax.lax.stop_gradient(x_adv), passes
+    first = (x_adv, *strength(x_adv))
+    x_adv, _, _ = jax.lax.fori_loop(1, restarts, keep_stronger, first)
+  return jax.lax.stop_gradient(x_adv)
 
 
-def _random_start(threat, keys, x, near) -> jax.Array:
-  if near:
-    return threat.near_start(keys, x, near)
-  return threat.random_start(keys, x)
+def pick(which: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Chooses image by image: a where `which` [B], else b."""
+  return jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
 
 def _per_example(keys: jax.Array, batch_size: int) -> jax.Array:

@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
   Attributes:
     broken: bool [b].
     x_adv: float32 [b, H, W, C]; the image itself where it is not broken.
-    seconds: it took.
+    seconds: what the attack took.
   """
 
   broken: np.ndarray
@@ -80,8 +80,8 @@ class Progress:
     """Returns the outcome of a batch, or None if it is not there whole.
 
     Args:
-      name: of the batch.
-      x: its images, [b, H, W, C].
+      name: the name of the batch.
+      x: the images of the batch, [b, H, W, C].
     """
     if self.directory is None:
       return None

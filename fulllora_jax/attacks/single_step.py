@@ -7,7 +7,6 @@ where the model learns to withstand the one step and nothing else.
 
 import jax
 
-from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.pgd import LogitsFn, pgd
 from fulllora_jax.attacks.threat import Threat
 
@@ -34,20 +33,14 @@ def fgsm_rs(
     x: images [B, H, W, C], float32 in [0, 1].
     labels: int [B], or soft labels float [B, K].
     threat: a linf ball; eps may be traced.
-    loss: of losses.LOSSES.
+    loss: a name of losses.LOSSES.
 
   Returns:
     x_adv [B, H, W, C], in the ball and the box.
   """
+  size = STEP * threat.eps
   return pgd(
-    keys,
-    logits_fn,
-    x,
-    labels,
-    threat,
-    steps=1,
-    step_size=STEP * threat.eps,
-    loss=loss,
+    keys, logits_fn, x, labels, threat, steps=1, step_size=size, loss=loss
   )
 
 
@@ -60,7 +53,7 @@ def n_fgsm(
   *,
   loss: str = 'ce',
 ) -> jax.Array:
-  """FGSM from an image with strong noise, without a projection on the ball.
+  """FGSM around an image with strong noise, not projected on the image's ball.
 
     x_noisy = box(x + eta),   eta ~ U(-2 eps, 2 eps)
     x_adv   = box(x_noisy + eps sign grad L(f(x_noisy), y))
@@ -68,19 +61,20 @@ def n_fgsm(
   so the training points are up to 3 eps away. Source: de Jorge et al., 2022
   (arXiv 2202.01181), algorithm 1 with k = 2 eps and alpha = eps.
 
-  Args:
-    keys: as the other arguments, as `fgsm_rs` has it.
-    logits_fn: likewise.
-    x: likewise.
-    labels: likewise.
-    threat: likewise.
-    loss: likewise.
+  Args: those of `fgsm_rs`.
 
   Returns:
     x_adv [B, H, W, C], in the box; within 3 eps of x.
   """
-  loss_fn = losses.LOSSES[loss]
   x_noisy = threat.scaled(_NOISE).random_start(keys, x)
-  gradient = jax.grad(lambda z: loss_fn(logits_fn(z), labels).sum())(x_noisy)
-  x_adv = x_noisy + threat.eps * threat.direction(gradient)
-  return jax.lax.stop_gradient(x_adv.clip(0.0, 1.0))
+  return pgd(
+    keys,
+    logits_fn,
+    x_noisy,
+    labels,
+    threat,
+    steps=1,
+    step_size=threat.eps,
+    loss=loss,
+    random_start=False,
+  )

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fulllora_jax.attacks import losses
-from fulllora_jax.attacks.apgd import pick
-from fulllora_jax.attacks.pgd import LogitsFn
+from fulllora_jax.attacks.pgd import LogitsFn, pick
 from fulllora_jax.attacks.threat import Threat, l2_norm
 
 P_INIT = 0.8  # the first window's share of the image
@@ -35,9 +34,9 @@ Propose = Callable[[jax.Array, jax.Array], jax.Array]
 class Search(NamedTuple):
   """The best point of each image."""
 
-  x_adv: jax.Array
-  margin: jax.Array  # [B], how right it still is; broken at 0 and below
-  query: jax.Array  # int [B], the next one
+  x_adv: jax.Array  # [B, H, W, C], the point of the least margin so far
+  margin: jax.Array  # [B], how right it still is there; broken at 0 and below
+  query: jax.Array  # int [B], the number of the next query
 
 
 def square(
@@ -53,13 +52,9 @@ def square(
 ) -> jax.Array:
   """Searches each image's ball by random windows.
 
-  Args:
-    keys: PRNG keys [B], one for each image.
-    logits_fn: images [B, H, W, C] -> logits [B, K], deterministic.
-    x: images [B, H, W, C], float32 in [0, 1].
-    labels: int [B].
-    threat: of norm linf or l2.
-    queries: after the first, for each image, static.
+  Args: the first five of `apgd`, and:
+    queries: how often the model is asked about an image after its first point,
+      static.
     mask: bool [B]; the attack ends when all of these are broken. None: all.
     skip_idle: linf: a query that would change no pixel is counted without
       asking the model, which gives the same result in less time.
@@ -72,11 +67,11 @@ def square(
   if threat.norm == 'linf':
     sides = window_sides(queries, height, width, smallest=1)
     propose = _propose_linf(keys, sides, x, threat)
-    first = threat.eps * _each(keys, 0, _stripes, x.shape[1:])
+    first = threat.eps * _each(keys, _stripes, x.shape[1:])
   else:
     sides = window_sides(queries, height, width, smallest=3)
     propose = _propose_l2(keys, sides, x, threat)
-    first = threat.eps * _unit(_each(keys, 0, _tiles, x.shape[1:]))
+    first = threat.eps * _unit(_each(keys, _tiles, x.shape[1:]))
   look_ahead = 1
   if threat.norm == 'linf' and skip_idle:
     look_ahead = max(1, min(16, _LOOK_AHEAD // x[0].size))
@@ -315,10 +310,7 @@ def _unit(delta: jax.Array) -> jax.Array:
   return delta / (l2_norm(delta) + 1e-12)
 
 
-def _fold(keys: jax.Array, query: jax.Array | int) -> jax.Array:
-  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, query)
-
-
-def _each(keys, query, draw, *args):
-  """Draws for each image by itself."""
-  return jax.vmap(lambda key: draw(key, *args))(_fold(keys, query))
+def _each(keys, draw, shape):
+  """Draws for each image by itself, with the key of query 0."""
+  keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 0)
+  return jax.vmap(lambda key: draw(key, shape))(keys)

@@ -16,6 +16,9 @@ from fulllora_jax.attacks import projections
 from fulllora_jax.core.errors import UserError
 
 NORMS = ('linf', 'l2', 'l1')
+# How far past the sphere rounding may put a point of the ball: a distance in
+# float32, relative, and pixels up to 1.
+_ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
 
 
 def parse_fraction(text: str | float, name: str = 'eps') -> float:
@@ -81,6 +84,14 @@ class Threat:
       self, eps=jnp.asarray(self.eps * factor, jnp.float32)
     )
 
+  @property
+  def reach(self) -> jax.Array | float:
+    """The distance up to which a point counts as in the ball.
+
+    It is eps and what rounding may add to it.
+    """
+    return self.eps * (1 + _ROUNDING) + _PIXEL_ROUNDING
+
   def random_start(self, keys: jax.Array, x: jax.Array) -> jax.Array:
     """Draws a point uniformly from each image's ball, then cuts to the box.
 
@@ -99,15 +110,13 @@ class Threat:
   def near_start(
     self, keys: jax.Array, x: jax.Array, deviation: float
   ) -> jax.Array:
-    """Adds a little normal noise, then projects; arguments as `random_start`.
+    """Adds a little normal noise, then projects.
 
     TRADES and MART begin so, for at x itself the gradient of a divergence from
     the prediction there is zero.
 
-    Args:
-      keys: PRNG keys [B].
-      x: images [B, H, W, C].
-      deviation: of the noise, in [0, 1] pixels.
+    Args: those of `random_start`, and:
+      deviation: the standard deviation of the noise, in [0, 1] pixels.
     """
     noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
     return self.project(x, x + deviation * noise)
@@ -121,6 +130,19 @@ class Threat:
     if self.norm == 'linf':
       return jnp.sign(gradient)
     return gradient / jnp.maximum(l2_norm(gradient), 1e-12)
+
+  def ascend(
+    self,
+    x: jax.Array,
+    x_adv: jax.Array,
+    gradient: jax.Array,
+    step_size: jax.Array | float,
+  ) -> jax.Array:
+    """Makes a step of PGD: project(x_adv + step_size direction(gradient)).
+
+    Source: Madry et al., 2018 (arXiv 1706.06083), section 2.1.
+    """
+    return self.project(x, x_adv + step_size * self.direction(gradient))
 
   def project(self, x: jax.Array, x_adv: jax.Array) -> jax.Array:
     """Projects x_adv into each image's ball, then into the box [0, 1].

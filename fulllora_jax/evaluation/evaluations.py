@@ -33,9 +33,6 @@ from fulllora_jax.distributed import mesh, processes
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 
-# Of a distance in float32, relative, and of pixels up to 1.
-_ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
-
 
 class Evaluations:
   """One model, with one or more sets of weights; a subclass says which.
@@ -257,8 +254,7 @@ class Evaluations:
     }[threat.norm]
     pixels = x_adv.reshape(len(x), -1)
     boxed = (pixels.min(axis=1) >= 0) & (pixels.max(axis=1) <= 1)
-    radius = threat.eps * (1 + _ROUNDING) + _PIXEL_ROUNDING
-    return int((~boxed | (distance > radius)).sum())
+    return int((~boxed | (distance > threat.reach)).sum())
 
 
 def load_function(spec: str) -> Callable:

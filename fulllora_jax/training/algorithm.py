@@ -4,7 +4,7 @@ import math
 
 from fulllora_jax import models
 from fulllora_jax.adapters.adapted import Built
-from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.attacks.threat import Threat, parse_fraction
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.data import augment
 from fulllora_jax.evaluation import settings
@@ -44,27 +44,6 @@ def make_algorithm(
   learning_rate = optim.learning_rate(
     config.schedule, config.optimizer.learning_rate, steps
   )
-  attack = None
-  own_start = config.objective.name in ('trades', 'mart')
-  if built.method.adversarial:
-    attack = inner_attack.InnerAttack(
-      threat=settings.threat(config),
-      name=config.attack.name,
-      steps=config.attack.steps,
-      step_size=parse_fraction(config.attack.step_size, 'attack.step_size'),
-      restarts=config.attack.restarts,
-      loss=(
-        inner_attack.KL
-        if config.objective.name == 'trades'
-        else config.attack.loss
-      ),
-      random_start=config.attack.random_start,
-      eps_warmup=config.attack.eps_warmup,
-      total_steps=steps,
-      carry=config.attack.carry,
-      near=objectives.NEAR if own_start else 0.0,
-      warmup=_warmup(config, steps),
-    )
   return train_step.Algorithm(
     apply=built.model.apply,
     tx=optim.create(config.optimizer, learning_rate, mask),
@@ -72,7 +51,7 @@ def make_algorithm(
     objective=objectives.create(
       config.objective, adversarial=built.method.adversarial
     ),
-    attack=attack,
+    attack=_attack(config, steps) if built.method.adversarial else None,
     augment=augment.Augmentation(num_classes, **config.augment.to_dict()),
     fold=built.model.fold,
     accumulate=config.train.accumulate,
@@ -86,6 +65,24 @@ def make_algorithm(
       else None
     ),
     ema_decay=config.ema.decay,
+  )
+
+
+def _attack(config, steps: int) -> inner_attack.InnerAttack:
+  """Returns the inner maximisation, where the objective has the last word."""
+  attack, objective = config.attack, objectives.get(config.objective.name)
+  start = objective.start or Threat.random_start
+  return inner_attack.InnerAttack(
+    threat=settings.threat(config),
+    name=attack.name,
+    steps=attack.steps,
+    step_size=parse_fraction(attack.step_size, 'attack.step_size'),
+    total_steps=steps,
+    restarts=attack.restarts,
+    loss=objective.attack_loss or attack.loss,
+    start=start if attack.random_start else None,
+    eps_warmup=attack.eps_warmup,
+    warmup=_warmup(config, steps),
   )
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from fulllora_jax.attacks.hooks import PLAIN, Hooks
+from fulllora_jax.attacks.pgd import Step
 from fulllora_jax.training import optim
 
 
@@ -27,13 +27,14 @@ class Warmup:
   """How an attack is held back.
 
   Attributes:
-    ard: fraction of training over which the share of blocks whose attention
+    ard: the fraction of training over which the share of blocks whose attention
       passes its gradient on rises to 1; 0: all do from the start.
-    prm: the same, of the patches that keep their perturbation.
-    total_steps: of the training.
-    attention: regular expression of the modules' paths whose output is the
+    prm: the fraction of training over which the share of patches that keep
+      their perturbation rises to 1; 0: all do from the start.
+    total_steps: the length of training in steps.
+    attention: a regular expression of the paths of modules whose output is the
       attention of a block (models.attention_outputs).
-    patch_size: in pixels.
+    patch_size: the side of a patch in pixels.
   """
 
   ard: float
@@ -42,31 +43,37 @@ class Warmup:
   attention: str
   patch_size: int
 
-  def hooks(self, key: jax.Array, step: jax.Array) -> Hooks:
-    """Returns what changes in the attack of a training step.
+  def held_back(
+    self, step: Step, x: jax.Array, done: jax.Array, key: jax.Array
+  ) -> Step:
+    """Wraps a step of the attack on the images of a training step.
 
     Args:
-      key: of the training step.
-      step: training steps that are done.
+      step: (x_adv, t) -> x_adv, where t counts the steps of all restarts.
+      x: the images [B, H, W, C].
+      done: the number of training steps that are done, int [].
+      key: a PRNG key of the training step.
     """
     ard_key, prm_key = jax.random.split(key)
 
-    def logits(logits_fn, x_adv, t):
-      keep = optim.warmup_factor(step, self.total_steps, self.ard)
-      gate = gated(self.attention, jax.random.fold_in(ard_key, t), keep)
-      with nn.intercept_methods(gate):
-        return logits_fn(x_adv)
-
-    def begin(x, x_adv, t):
-      keep = optim.warmup_factor(step, self.total_steps, self.prm)
+    def masked(x_adv, t):
+      keep = optim.warmup_factor(done, self.total_steps, self.prm)
       key = jax.random.fold_in(prm_key, t)
-      mask = kept_patches(key, x.shape[1:3], self.patch_size, keep)
+      size = (x.shape[1], x.shape[2])
+      mask = kept_patches(key, size, self.patch_size, keep)
       return jnp.where(mask[None, :, :, None], x_adv, x)
 
-    return Hooks(
-      logits=logits if self.ard else PLAIN.logits,
-      begin=begin if self.prm else None,
-    )
+    def held(x_adv, t):
+      if self.prm:
+        x_adv = masked(x_adv, t)
+      if not self.ard:
+        return step(x_adv, t)
+      keep = optim.warmup_factor(done, self.total_steps, self.ard)
+      gate = gated(self.attention, jax.random.fold_in(ard_key, t), keep)
+      with nn.intercept_methods(gate):
+        return step(x_adv, t)
+
+    return held
 
 
 def gated(
@@ -78,9 +85,9 @@ def gated(
   beside which it stands. The forward pass stays the same to the bit.
 
   Args:
-    attention: regular expression of whole module paths.
-    key: PRNG key; each module has a draw of its own.
-    keep: in [0, 1], the chance that a module's gradient passes.
+    attention: a regular expression of whole module paths.
+    key: a PRNG key; each module has a draw of its own.
+    keep: the chance that a module's gradient passes, in [0, 1].
 
   Returns:
     For `flax.linen.intercept_methods`.
@@ -109,10 +116,11 @@ def kept_patches(
   """Draws which patches keep their perturbation.
 
   Args:
-    key: PRNG key.
-    size: height and width of the images, in pixels.
-    patch_size: in pixels, divides both.
-    keep: in [0, 1], the share of the N patches; int(N (1 - keep)) are masked.
+    key: a PRNG key.
+    size: the height and the width of the images, in pixels.
+    patch_size: the side of a patch in pixels, which divides both.
+    keep: the share of the N patches that keep theirs, in [0, 1]; int(N (1 -
+      keep)) are masked.
 
   Returns:
     bool [H, W].

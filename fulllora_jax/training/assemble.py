@@ -13,7 +13,7 @@ from fulllora_jax.core import trees
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.training import algorithm as algorithm_lib
-from fulllora_jax.training import ema
+from fulllora_jax.training import carry, ema
 from fulllora_jax.training import state as state_lib
 from fulllora_jax.training.state import TrainState
 from fulllora_jax.training.train_step import Algorithm
@@ -54,12 +54,10 @@ class Assembly:
       num_examples: how many images there are to train on; attack.carry keeps a
         delta of each.
     """
-    attack = self.algorithm.attack
-    carries = attack is not None and attack.carry
     return state_lib.create(
       trainable,
       self.algorithm.tx,
-      (num_examples, *self.image_shape) if carries else None,
+      carry.begin(self.config, num_examples, self.image_shape),
       ema.begin(trainable) if self.config.ema.decay else None,
     )
 

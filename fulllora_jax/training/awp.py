@@ -30,14 +30,32 @@ class WeightPerturbation:
   """The inner maximisation over the weights.
 
   Attributes:
-    gamma: size of the perturbation, relative to each leaf's norm.
-    warmup: fraction of training before it starts.
-    total_steps: of the training.
+    gamma: the size of the perturbation, relative to each leaf's norm.
+    warmup: the fraction of training before it starts.
+    total_steps: the length of training in steps.
   """
 
   gamma: float
   warmup: float
   total_steps: int
+
+  def value_and_grad(
+    self, loss_fn: LossFn, trainable: Tree, step: jax.Array
+  ) -> tuple[tuple[jax.Array, Any], Tree]:
+    """Does what jax.value_and_grad does, at w + v.
+
+    Args: those of `__call__`, where with the loss goes (logits, passes).
+
+    Returns:
+      The loss at w + v with the logits at w and the passes of both, and the
+      gradient at w + v.
+    """
+    weights, (logits, before), started = self(loss_fn, trainable, step)
+    (loss, (perturbed, passes)), gradient = jax.value_and_grad(
+      loss_fn, has_aux=True
+    )(weights)
+    logits = jnp.where(started, logits, perturbed)
+    return (loss, (logits, before + passes)), gradient
 
   def __call__(
     self, loss_fn: LossFn, trainable: Tree, step: jax.Array
@@ -47,9 +65,10 @@ class WeightPerturbation:
     A leaf of norm zero, as lora_b is at the start, is not perturbed.
 
     Args:
-      loss_fn: of the leaves; at the adversarial images already found.
+      loss_fn: the mean loss as a function of the leaves, at the adversarial
+        images already found, and whatever goes with it.
       trainable: the leaves.
-      step: training steps that are done, int [].
+      step: the number of training steps that are done, int [].
 
     Returns:
       w + v; what the loss goes with at w itself (zeros before the start, where

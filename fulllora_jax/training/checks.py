@@ -14,8 +14,8 @@ from fulllora_jax.core.errors import (
 )
 from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
-from fulllora_jax.training import objective_checks, optim
-from fulllora_jax.training.inner_attack import ATTACKS
+from fulllora_jax.training import carry, objective_checks, optim
+from fulllora_jax.training.inner_attack import ATTACKS, FIXED
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -127,10 +127,9 @@ def _check_attack(config: ConfigDict) -> None:
   check_positive('attack.restarts', config.attack.restarts)
   check_fraction('attack.eps_warmup', config.attack.eps_warmup)
   choose('attack.name', config.attack.name, ATTACKS)
-  if config.attack.name != 'pgd':
-    _check_single_step(config)
-  if config.attack.carry:
-    _check_carry(config)
+  if config.attack.name in FIXED:
+    _check_fixed(config, FIXED[config.attack.name].norms)
+  carry.check(config)
   eps = float(threat(config).eps)
   if step_size > 2 * eps > 0:
     warn(
@@ -141,13 +140,13 @@ def _check_attack(config: ConfigDict) -> None:
     warn(f'threat.eps {config.threat.eps} is not 8/255; write 8/255 if meant')
 
 
-def _check_single_step(config: ConfigDict) -> None:
+def _check_fixed(config: ConfigDict, norms: tuple[str, ...]) -> None:
   """Refuses what says of a single-step attack that it has several steps."""
   attack = config.attack
-  if config.threat.norm != 'linf':
+  if config.threat.norm not in norms:
     raise UserError(
-      f'attack.name {attack.name} needs threat.norm linf, but it is '
-      f'{config.threat.norm}; give attack.name pgd'
+      f'attack.name {attack.name} needs threat.norm {" or ".join(norms)}, but '
+      f'it is {config.threat.norm}; give attack.name pgd'
     )
   if not attack.random_start:
     raise UserError(
@@ -161,25 +160,6 @@ def _check_single_step(config: ConfigDict) -> None:
         f'attack.{field} is {attack[field]}; give attack.name pgd, or '
         f'attack.{field} {off}'
       )
-
-
-def _check_carry(config: ConfigDict) -> None:
-  """Refuses what makes last epoch's delta that of another image or ball."""
-  for field, value, off in (
-    ('attack.restarts', config.attack.restarts - 1, 1),
-    ('train.accumulate', config.train.accumulate - 1, 1),
-  ):
-    if value:
-      raise UserError(
-        f'attack.carry keeps one delta of each training image, so '
-        f'{field} must be {off}; change that, or give attack.carry False'
-      )
-  if config.threat.norm != 'linf' or not threat(config).eps:
-    raise UserError(
-      'attack.carry keeps deltas in levels of a linf ball, but threat.norm is '
-      f'{config.threat.norm}, threat.eps {config.threat.eps}; give linf and an '
-      'eps above 0, or attack.carry False'
-    )
 
 
 def _check_patches(config: ConfigDict) -> None:

@@ -2,120 +2,129 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from fulllora_jax.attacks import Threat, losses
-from fulllora_jax.attacks.hooks import PLAIN
-from fulllora_jax.attacks.pgd import counted_pgd
+from fulllora_jax.attacks.pgd import LogitsFn, Loss, ascend, search
 from fulllora_jax.attacks.single_step import fgsm_rs, n_fgsm
 from fulllora_jax.training import optim
 from fulllora_jax.training.ard_prm import Warmup
 
-_LEVELS = 127  # of an int8, each way
-_SINGLE_STEP = {'fgsm_rs': fgsm_rs, 'n_fgsm': n_fgsm}
-ATTACKS = ('pgd', *_SINGLE_STEP)
-KL = 'kl'  # the loss that TRADES ascends (losses.kl_from)
+# (logits_fn, x, labels) -> (logits [B, K] -> what the attack raises, [B])
+AttackLoss = Callable[..., Loss]
+# (threat, keys [B], x) -> where the attack begins, in the ball and the box
+AttackStart = Callable[[Threat, jax.Array, jax.Array], jax.Array]
+
+
+class Fixed(NamedTuple):
+  """A training attack whose steps are its own, whatever the config says.
+
+  Attributes:
+    attack: (keys, logits_fn, x, labels, threat, loss=) -> x_adv, with the
+      arguments of `pgd`; eps may be traced.
+    passes: the forward-backward passes that it makes.
+    norms: the balls that it knows.
+  """
+
+  attack: Callable[..., jax.Array]
+  passes: int = 1
+  norms: tuple[str, ...] = ('linf',)
+
+
+FIXED = {'fgsm_rs': Fixed(fgsm_rs), 'n_fgsm': Fixed(n_fgsm)}
+ATTACKS = ('pgd', *FIXED)
 
 
 @dataclasses.dataclass(frozen=True)
 class InnerAttack:
-  """The inner maximisation; its ball and its steps may grow over training.
+  """The inner maximisation: PGD or one of `FIXED`, in a ball that may grow.
 
   Attributes:
-    threat: the ball.
-    steps: of PGD; the other attacks make one.
-    step_size: of PGD, in [0, 1] pixels.
-    restarts: of PGD.
-    loss: of losses.LOSSES, or KL: of the prediction at x.
-    random_start: of PGD.
-    eps_warmup: fraction of training over which eps and step size rise from 0.
-    total_steps: of the training.
-    name: of ATTACKS.
-    carry: whether PGD begins where it ended when the example was seen last
-      (Zheng et al., 2020, arXiv 1912.11969), the first time at x.
-    near: deviation of the normal noise that PGD begins with, in place of a
-      uniform point of the ball; 0: that.
+    threat: the ball at its full size.
+    steps: the number of PGD's steps.
+    step_size: the length of PGD's steps in the full ball, in [0, 1] pixels.
+    restarts: the number of PGD's starts.
+    loss: a name of losses.LOSSES, or for PGD the loss itself.
+    start: where PGD begins; None: at x.
+    eps_warmup: the fraction of training over which eps and the step size rise
+      from 0.
+    total_steps: the length of training in steps.
+    name: one of ATTACKS.
     warmup: holds PGD back in the first steps of the training.
   """
 
   threat: Threat
   steps: int
   step_size: float
-  restarts: int
-  loss: str
-  random_start: bool
-  eps_warmup: float
   total_steps: int
+  restarts: int = 1
+  loss: str | AttackLoss = 'ce'
+  start: AttackStart | None = Threat.random_start
+  eps_warmup: float = 0.0
   name: str = 'pgd'
-  carry: bool = False
-  near: float = 0.0
   warmup: Warmup | None = None
 
   @property
   def label(self) -> str:
-    """Returns e.g. 'pgd-10', or the bare name where the step is implied."""
+    """Returns e.g. 'pgd-10', or the bare name where the steps are implied."""
     name = f'pgd-{self.steps}' if self.name == 'pgd' else self.name
-    return f'{name} on kl' if self.loss == KL else name
+    return f'{name} on {self.loss.__name__}' if callable(self.loss) else name
 
   def __call__(
     self,
     keys: jax.Array,
-    logits_fn: Callable[[jax.Array], jax.Array],
+    logits_fn: LogitsFn,
     x: jax.Array,
     labels: jax.Array,
-    step: jax.Array,
-    deltas: jax.Array | None = None,
-    key: jax.Array | None = None,
-  ) -> tuple[jax.Array, jax.Array | int]:
-    """Attacks the images of a step.
+    done: jax.Array,
+    key: jax.Array,
+  ) -> tuple[jax.Array, dict[str, Any]]:
+    """Attacks the images of a train step.
 
     Args:
       keys: PRNG keys [B], one for each image.
       logits_fn: images [B, H, W, C] -> logits [B, K], deterministic.
       x: images [B, H, W, C], float32 in [0, 1].
       labels: int [B], or soft labels float [B, K].
-      step: steps of the training that are done, int [].
-      deltas: int8 [B, H, W, C], of `carry`.
-      key: of `warmup`, the same for all microbatches; None: the first image's.
+      done: the number of training steps that are done, int [].
+      key: a PRNG key, the same for all microbatches, for `warmup`.
 
     Returns:
-      x_adv [B, H, W, C], and the forward-backward passes made, as a mean over
-      the images. The forward pass at x that KL takes is not counted.
+      x_adv [B, H, W, C], and metrics: `passes`, how often the attack went
+      forward and back through the model. Forward passes alone, which compare
+      restarts or find what a loss refers to, are not counted.
     """
-    factor = optim.warmup_factor(step, self.total_steps, self.eps_warmup)
+    factor = optim.warmup_factor(done, self.total_steps, self.eps_warmup)
     threat = self.threat.scaled(factor) if self.eps_warmup else self.threat
-    if self.name != 'pgd':
-      attack = _SINGLE_STEP[self.name]
-      return attack(keys, logits_fn, x, labels, threat, loss=self.loss), 1
-    start = None
-    if deltas is not None:
-      start = threat.project(x, x + deltas * (self.threat.eps / _LEVELS))
-    loss, target = self.loss, None
-    if loss == KL:
-      loss, target = losses.kl_from, losses.log_softmax(logits_fn(x))
-    hooks = PLAIN
+    if self.name in FIXED:
+      attack, passes, _ = FIXED[self.name]
+      x_adv = attack(keys, logits_fn, x, labels, threat, loss=self.loss)
+      return x_adv, {'passes': passes}
+    if isinstance(self.loss, str):
+      loss = losses.of(self.loss, labels)
+    else:
+      loss = self.loss(logits_fn, x, labels)
+
+    def start(keys, x):
+      return x if self.start is None else self.start(threat, keys, x)
+
+    def step(x_adv, _):
+      size = self.step_size * factor
+      return ascend(logits_fn, loss, x, x_adv, threat, size)
+
     if self.warmup is not None:
-      hooks = self.warmup.hooks(keys[0] if key is None else key, step)
-    return counted_pgd(
+      step = self.warmup.held_back(step, x, done, key)
+    x_adv = search(
       keys,
       logits_fn,
       x,
       labels,
-      threat,
+      start=start,
+      step=step,
       steps=self.steps,
-      step_size=self.step_size * factor,
       restarts=self.restarts,
       loss=loss,
-      random_start=self.random_start,
-      start=start,
-      near=self.near,
-      target=target,
-      hooks=hooks,
     )
-
-  def pack(self, x: jax.Array, x_adv: jax.Array) -> jax.Array:
-    """Returns x_adv - x as `deltas`, to half of eps / 127."""
-    levels = (x_adv - x) * (_LEVELS / self.threat.eps)
-    return jnp.round(levels).astype(jnp.int8)
+    return x_adv, {'passes': self.steps * self.restarts}

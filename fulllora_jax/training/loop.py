@@ -1,7 +1,6 @@
 """One training: from its base, or from scratch, to `best` and `last`."""
 
 import contextlib
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,17 @@ import jax
 import numpy as np
 
 from fulllora_jax import data
-from fulllora_jax.adapters import methods
 from fulllora_jax.core import trees
 from fulllora_jax.core.console import Progress, say, warn
 from fulllora_jax.core.errors import Preempted, UserError
 from fulllora_jax.distributed import processes
 from fulllora_jax.distributed.preemption import Notice
-from fulllora_jax.training import ema, memory
+from fulllora_jax.training import carry, ema, memory
 from fulllora_jax.training.checkpoints import TrainingCheckpoints
 from fulllora_jax.training.metrics import MetricWriter
 from fulllora_jax.training.publish import publish
 from fulllora_jax.training.stepper import Stepper
 from fulllora_jax.training.validate import Validation
-
-_MANY_DELTAS = 1 << 30  # bytes
 
 
 class NonFiniteError(UserError):
@@ -50,7 +46,7 @@ class Training:
   def __init__(
     self, config, workdir: Path, dataset: data.Dataset, base: Path | None
   ):
-    _warn_of_many_deltas(config, dataset)
+    carry.warn_of_many(config, dataset)
     self.config, self.workdir = config, workdir
     self.stepper = Stepper(config, dataset, base)
     self.validation = Validation(self.stepper.assembly, dataset.validation)
@@ -230,14 +226,4 @@ class Training:
       parameters=self.stepper.assembly.counts,
       origin=self.stepper.origin,
       validation=self.validation.best,
-    )
-
-
-def _warn_of_many_deltas(config, dataset: data.Dataset) -> None:
-  size = len(dataset.train) * math.prod(dataset.image_shape)
-  carries = config.attack.carry and methods.get(config.method).adversarial
-  if carries and size >= _MANY_DELTAS:
-    warn(
-      f'attack.carry keeps {memory.readable(size)} of deltas on every device '
-      f'and in each of up to {config.train.keep} checkpoints (train.keep)'
     )

@@ -5,14 +5,6 @@ from fulllora_jax.adapters.methods import Method
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.training import objectives
 
-# Of the attack of TRADES: what it needs, and why nothing else will do.
-_OF_TRADES = (
-  ('name', 'pgd', 'PGD'),
-  ('loss', 'ce', 'a divergence, which attack.loss does not change'),
-  ('random_start', True, 'noise, for at x itself the divergence has no slope'),
-  ('carry', False, 'noise, for at x itself the divergence has no slope'),
-)
-
 
 def check(config, method: Method) -> None:
   """Checks these fields, each alone and with what it does not go with.
@@ -23,23 +15,15 @@ def check(config, method: Method) -> None:
   _check_values(config)
   if not method.adversarial:
     _check_clean(config)
-  objective = config.objective
-  default = config_lib.default().objective
-  if objective.name == 'pgd_at' and objective.beta != default.beta:
+  name, beta = config.objective.name, config.objective.beta
+  objective, usual = objectives.get(name), config_lib.default().objective.beta
+  if 'beta' not in objective.reads and beta != usual:
+    readers = [n for n, o in objectives.OBJECTIVES.items() if 'beta' in o.reads]
     raise UserError(
-      f'objective.beta {objective.beta}: pgd_at has no such weight; give '
-      f'objective.name trades or mart, or objective.beta {default.beta}'
+      f'objective.beta {beta}: {name} has no such weight; give objective.name '
+      f'{" or ".join(readers)}, or objective.beta {usual}'
     )
-  if objective.name == 'trades':
-    for field, needed, what in _OF_TRADES:
-      if config.attack[field] != needed:
-        raise UserError(
-          f'objective.name trades attacks by {what}, but attack.{field} is '
-          f'{config.attack[field]}; give attack.{field} {needed}, or another '
-          'objective.name'
-        )
-  if objective.name == 'mart':
-    _check_mart(config)
+  objective.check(config)
   if config.awp.warmup and not config.awp.gamma:
     raise UserError(
       f'awp.warmup {config.awp.warmup}: nothing starts after it while '
@@ -54,7 +38,7 @@ def check(config, method: Method) -> None:
 
 
 def _check_values(config) -> None:
-  objectives.check_name(config.objective.name)
+  objectives.get(config.objective.name)
   for part, field, below in (
     ('objective', 'beta', float('inf')),
     ('objective', 'label_smoothing', 1),
@@ -91,21 +75,3 @@ def _check_clean(config) -> None:
         f'method {config.method} trains without an adversary, so {field} '
         f'{value} would do nothing; give {field} {off}, or another method'
       )
-
-
-def _check_mart(config) -> None:
-  """Refuses soft labels: MART asks how likely the label is."""
-  augment = config.augment
-  if augment.mix_probability and (augment.mixup or augment.cutmix):
-    raise UserError(
-      'objective.name mart needs hard labels, but augment.mix_probability is '
-      f'{augment.mix_probability} with augment.mixup {augment.mixup} and '
-      f'augment.cutmix {augment.cutmix}; give augment.mix_probability 0, or '
-      'objective.name pgd_at or trades'
-    )
-  if config.objective.label_smoothing:
-    raise UserError(
-      'objective.name mart needs hard labels, but objective.label_smoothing is '
-      f'{config.objective.label_smoothing}; give 0, or objective.name pgd_at '
-      'or trades'
-    )

@@ -1,10 +1,11 @@
 """Outer losses: what the trainable parameters minimise, per example.
 
 Each follows the formula of its authors' published code, in float32; docs/
-objectives.md has them in a table. The inner maximisation that belongs to each
-is built beside it (algorithm.py).
+objectives.md has them in a table. OBJECTIVES, at the end, has each with the
+inner maximisation that belongs to it and with what it does not go with.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,11 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import losses
+from fulllora_jax.attacks import Threat, losses
+from fulllora_jax.attacks.pgd import LogitsFn, Loss
 from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.training.inner_attack import AttackLoss, AttackStart
 
-LogitsFn = Callable[[jax.Array], jax.Array]
-NEAR = 0.001  # deviation of the noise that TRADES and MART attack from
+# Where the attacks of TRADES and MART begin: at x and a little normal noise.
+_near: AttackStart = functools.partial(Threat.near_start, deviation=0.001)
 
 
 class Outcome(NamedTuple):
@@ -24,9 +27,9 @@ class Outcome(NamedTuple):
 
   Attributes:
     loss: [B], to be averaged and minimised.
-    logits: [B, K], of the images that were trained on; the adversarial ones
-      where there are two sorts.
-    passes: forward-backward passes through the model, as a mean over images.
+    logits: [B, K], those of the images that were trained on; where clean and
+      adversarial images were, those of the adversarial ones.
+    passes: how often it went forward and back through the model.
   """
 
   loss: jax.Array
@@ -35,7 +38,32 @@ class Outcome(NamedTuple):
 
 
 # (logits_fn, x, x_adv, labels) -> Outcome
-Objective = Callable[[LogitsFn, jax.Array, jax.Array, jax.Array], Outcome]
+OuterLoss = Callable[[LogitsFn, jax.Array, jax.Array, jax.Array], Outcome]
+
+
+def _goes_with_all(config) -> None:
+  pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """An outer loss, and what goes with it.
+
+  Attributes:
+    loss: the outer loss, which also takes the fields it reads by their names.
+    reads: the fields of config.objective that the loss takes.
+    attack_loss: what its attack raises; None: what config.attack.loss names.
+    start: where its attack begins, unless that is at x; None: at a uniform
+      point of the ball.
+    check: takes the config and raises UserError, in one line that names the
+      field, where the objective does not go with it.
+  """
+
+  loss: Callable[..., Outcome]
+  reads: tuple[str, ...]
+  attack_loss: AttackLoss | None = None
+  start: AttackStart | None = None
+  check: Callable[..., None] = _goes_with_all
 
 
 def pgd_at(
@@ -50,10 +78,10 @@ def pgd_at(
 
   Args:
     logits_fn: images [B, H, W, C] -> logits [B, K], in training mode.
-    x: clean images [B, H, W, C] in [0, 1], unused here.
-    x_adv: adversarial images, likewise.
+    x: clean images [B, H, W, C] in [0, 1].
+    x_adv: adversarial images [B, H, W, C] in [0, 1].
     labels: int [B] or soft float [B, K].
-    label_smoothing: of `smooth`.
+    label_smoothing: the amount of `smooth`.
   """
   logits = logits_fn(x_adv)
   return Outcome(_cross_entropy(logits, labels, label_smoothing), logits)
@@ -86,18 +114,37 @@ def trades(
   Both terms move the clean prediction. Source: Zhang et al., 2019 (arXiv
   1901.08573), equation 5, as their code has it.
 
-  Args:
-    logits_fn: images [B, H, W, C] -> logits [B, K], in training mode.
-    x: clean images [B, H, W, C] in [0, 1].
-    x_adv: adversarial images, likewise.
-    labels: int [B] or soft float [B, K].
+  Args: those of `pgd_at`, and:
     beta: the weight of stability, 1 / lambda of the paper.
-    label_smoothing: of `smooth`, in the cross entropy.
   """
   clean, adversarial = logits_fn(x), logits_fn(x_adv)
   stability = losses.kl_from(adversarial, losses.log_softmax(clean))
   accuracy = _cross_entropy(clean, labels, label_smoothing)
   return Outcome(accuracy + beta * stability, adversarial, 2)
+
+
+def kl(logits_fn: LogitsFn, x: jax.Array, labels: jax.Array) -> Loss:
+  """Returns what the attack of TRADES raises: KL(p(x) || p(x_adv)) of p(x)."""
+  return functools.partial(
+    losses.kl_from, target=losses.log_softmax(logits_fn(x))
+  )
+
+
+def _check_trades(config) -> None:
+  """Refuses every attack but PGD on the divergence from near x."""
+  noise = 'noise, for at x itself the divergence has no slope'
+  for field, needed, what in (
+    ('name', 'pgd', 'PGD'),
+    ('loss', 'ce', 'a divergence, which attack.loss does not change'),
+    ('random_start', True, noise),
+    ('carry', False, noise),
+  ):
+    if config.attack[field] != needed:
+      raise UserError(
+        f'objective.name trades attacks by {what}, but attack.{field} is '
+        f'{config.attack[field]}; give attack.{field} {needed}, or another '
+        'objective.name'
+      )
 
 
 def mart(
@@ -115,11 +162,7 @@ def mart(
   Source: Wang et al., 2020 (ICLR, openreview rklOg6EFwS), equations 8 to 11.
   The small numbers that keep the logarithms finite are those of their code.
 
-  Args:
-    logits_fn: images [B, H, W, C] -> logits [B, K], in training mode.
-    x: clean images [B, H, W, C] in [0, 1].
-    x_adv: adversarial images, likewise.
-    labels: int [B]; a soft label has no y.
+  Args: those of `pgd_at` but label_smoothing, with labels int [B], and:
     beta: the weight of the last term, lambda of the paper.
   """
   clean = losses.log_softmax(logits_fn(x))
@@ -133,6 +176,24 @@ def mart(
   divergence = (p * (clean - jnp.log(q + 1e-12))).sum(axis=-1)
   doubt = 1.0000001 - jnp.where(true, p, 0.0).sum(axis=-1)
   return Outcome(boosted + beta * divergence * doubt, adversarial, 2)
+
+
+def _check_mart(config) -> None:
+  """Refuses soft labels: MART asks how likely the label is."""
+  augment = config.augment
+  if augment.mix_probability and (augment.mixup or augment.cutmix):
+    raise UserError(
+      'objective.name mart needs hard labels, but augment.mix_probability is '
+      f'{augment.mix_probability} with augment.mixup {augment.mixup} and '
+      f'augment.cutmix {augment.cutmix}; give augment.mix_probability 0, or '
+      'objective.name pgd_at or trades'
+    )
+  if config.objective.label_smoothing:
+    raise UserError(
+      'objective.name mart needs hard labels, but objective.label_smoothing is '
+      f'{config.objective.label_smoothing}; give 0, or objective.name pgd_at '
+      'or trades'
+    )
 
 
 def smooth(labels: jax.Array, num_classes: int, amount: float) -> jax.Array:
@@ -157,20 +218,27 @@ def smooth(labels: jax.Array, num_classes: int, amount: float) -> jax.Array:
   return (1 - amount) * labels + amount / num_classes
 
 
-OBJECTIVES = {'pgd_at': pgd_at, 'trades': trades, 'mart': mart}
+_BOTH = ('beta', 'label_smoothing')
+OBJECTIVES = {
+  'pgd_at': Objective(pgd_at, ('label_smoothing',)),
+  'trades': Objective(trades, _BOTH, kl, _near, _check_trades),
+  'mart': Objective(mart, ('beta',), start=_near, check=_check_mart),
+}
+_CLEAN = Objective(erm, ('label_smoothing',))  # of methods without an attack
 
 
-def check_name(name: str) -> None:
-  """Raises UserError for an unknown objective, with the nearest names."""
+def get(name: str) -> Objective:
+  """Returns an objective; raises UserError with the nearest names."""
   if name not in OBJECTIVES:
     hint = did_you_mean(name.lower(), OBJECTIVES, most=2, cutoff=0.4)
     raise UserError(
       f'objective.name: unknown objective {name!r}; {hint}known: '
       + ', '.join(OBJECTIVES)
     )
+  return OBJECTIVES[name]
 
 
-def create(objective, *, adversarial: bool) -> Objective:
+def create(objective, *, adversarial: bool) -> OuterLoss:
   """Returns the loss that `config.objective` describes.
 
   Args:
@@ -180,14 +248,11 @@ def create(objective, *, adversarial: bool) -> Objective:
   Raises:
     UserError: unknown name.
   """
-  check_name(objective.name)
-  chosen = OBJECTIVES[objective.name] if adversarial else erm
-  options = {}
-  if chosen in (trades, mart):
-    options['beta'] = objective.beta
-  if objective.label_smoothing:
-    options['label_smoothing'] = objective.label_smoothing
-  return functools.partial(chosen, **options) if options else chosen
+  chosen = get(objective.name) if adversarial else _CLEAN
+  options = {field: objective[field] for field in chosen.reads}
+  if not options.get('label_smoothing'):
+    options.pop('label_smoothing', None)
+  return functools.partial(chosen.loss, **options) if options else chosen.loss
 
 
 def _cross_entropy(logits, labels, label_smoothing: float) -> jax.Array:

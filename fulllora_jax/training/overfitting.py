@@ -17,11 +17,11 @@ FLAG = 'catastrophic_overfitting'  # in the rows of validation, 0 or 1
 
 
 class Alarm:
-  """Compares robust accuracy in training with that of each validation.
+  """Compares robust accuracy in training with that in each validation.
 
   Args:
-    attack: trained with, as the warning calls it.
-    notes: of an earlier `notes`, to go on from.
+    attack: the name that the warning gives the attack trained with.
+    notes: what an earlier alarm's `notes` gave, to go on from.
   """
 
   def __init__(self, attack: str, notes: Mapping[str, Any] | None = None):
@@ -45,8 +45,8 @@ class Alarm:
     """Compares; warns in one line when the collapse begins, and once.
 
     Args:
-      step: of the validation.
-      label: its attack, e.g. 'pgd-10'.
+      step: the training step at which it was validated.
+      label: the attack of the validation, e.g. 'pgd-10'.
       score: robust accuracy on the held-out images, 0..1.
       best: the best score of an earlier validation; -1 where there is none.
 

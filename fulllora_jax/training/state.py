@@ -15,8 +15,8 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32 [], the number of finished steps
   trainable: Tree  # variables with the frozen leaves masked out
   opt_state: optax.OptState
-  # int8 [N, H, W, C], in eps / 127: where the attack on each training example
-  # ended last (attack.carry); else no leaf.
+  # int8 [N, H, W, C]: where the attack on each training example ended last
+  # (carry.py); else no leaf.
   deltas: jax.Array | None = None
   # Like `trainable`, float32: its moving average (ema.py); else no leaf.
   ema: Tree | None = None
@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
 def create(
   trainable: Tree,
   tx: optax.GradientTransformation,
-  carried: tuple[int, ...] | None = None,
+  deltas: jax.Array | None = None,
   ema: Tree | None = None,
 ) -> TrainState:
   """Returns the state before the first step.
@@ -33,10 +33,9 @@ def create(
   Args:
     trainable: the leaves that learn.
     tx: the optimizer.
-    carried: the shape [N, H, W, C] of the training images whose deltas are
-      carried from epoch to epoch; None: they are not.
+    deltas: where the attacks on the training examples begin, of `carry.begin`;
+      None: nothing is carried from epoch to epoch.
     ema: the moving average, of `ema.begin`; None: there is none.
   """
-  deltas = None if carried is None else jnp.zeros(carried, jnp.int8)
   step = jnp.zeros((), jnp.int32)
   return TrainState(step, trainable, tx.init(trainable), deltas, ema)

@@ -5,12 +5,11 @@
       phi   <- phi - lr * grad_phi L(f_{theta, phi}(x_adv), y)       (optax)
 
 phi are the trainable leaves (the LNLoRA branches and the head in FullLoRA),
-theta the frozen ones. `compile_train_step` wraps jit, shardings and donation
-around it; to read what a step does, read `train_step`.
+theta the frozen ones. To read what a step does, read `train_step`;
+`compile_train_step` wraps attack.carry, jit, shardings and donation around it.
 """
 
 import dataclasses
-import enum
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,20 +25,13 @@ from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.training import ema
 from fulllora_jax.training.awp import WeightPerturbation
+from fulllora_jax.training.carry import carrying
 from fulllora_jax.training.inner_attack import InnerAttack
-from fulllora_jax.training.objectives import Objective
+from fulllora_jax.training.keys import Purpose, for_purpose, of_images, of_step
+from fulllora_jax.training.objectives import OuterLoss
 from fulllora_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
-
-
-class Purpose(enum.IntEnum):
-  """What a random number is for: folded into the key of the step."""
-
-  AUGMENT = 0
-  ATTACK = 1
-  DROPOUT = 2
-  WARMUP = 3  # of the attack: ARD and PRM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +44,23 @@ class Algorithm:
     learning_rate: step -> learning rate, for the metrics.
     objective: the outer loss.
     attack: the inner maximisation; None trains on clean images.
-    augment: (key, images, labels) -> (images, labels). An Augmentation where
-      the state has deltas: they move with the pixels.
+    augment: (key, images, labels) -> (images, labels).
     fold: variables -> what `apply` takes in their place, once for all of
       the attack's calls.
-    accumulate: microbatches of a step.
-    remat: as config.model.remat, which the model already follows.
+    accumulate: the number of microbatches of a step.
+    remat: config.model.remat, which the model already follows.
     dropout: whether the training forward pass draws random numbers.
-    log_every: steps; of the others nobody reads the clean scores, which cost
-      a forward pass of their own.
-    total_steps: the last step is logged too.
-    awp: perturbs the weights before the gradient is taken; None: does not.
-    ema_decay: of the average in the state, where there is one.
+    log_every: the number of steps from one that is logged to the next; nobody
+      reads the clean scores of others, which cost a forward pass of their own.
+    total_steps: the length of training; its last step is logged too.
+    awp: perturbs the weights before the gradient is taken; None: nothing does.
+    ema_decay: the decay of the average in the state, where there is one.
   """
 
   apply: Callable[..., jax.Array]
   tx: optax.GradientTransformation
   learning_rate: optax.Schedule
-  objective: Objective
+  objective: OuterLoss
   attack: InnerAttack | None
   augment: Callable[..., tuple[jax.Array, jax.Array]]
   fold: Callable[[Tree], Tree] = lambda variables: variables
@@ -96,11 +87,11 @@ def train_step(
 
   Args:
     algorithm: what stays the same; static.
-    state: before the step.
+    state: the state before the step.
     frozen: the other half of the variables; no gradient is taken of it.
-    batch: image uint8 [B, H, W, C] and label int32 [B]; with deltas in the
-      state also index int32 [B], which examples of the training set.
-    root_key: of the run; every random number follows from it and the step.
+    batch: image uint8 [B, H, W, C] and label int32 [B].
+    root_key: the key of the run; every random number follows from it and the
+      step.
 
   Returns:
     The new state, and metrics: scalars, and `nonfinite`, bool [1 + leaves],
@@ -109,56 +100,63 @@ def train_step(
     forward and back through the model, as a mean over the images; beside an
     attack, the clean scores are NaN in a step that is not logged.
   """
-  key = jax.random.fold_in(root_key, state.step)
-  augment_key = jax.random.fold_in(key, Purpose.AUGMENT)
-  x, labels = algorithm.augment(
-    augment_key, augment.to_unit(batch['image']), batch['label']
-  )
-  places = jnp.arange(x.shape[0])
-  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
+  key = of_step(root_key, state.step)
+  x, labels = _augmented(algorithm, key, batch)
+  gradient, metrics = _mean_gradient(algorithm, state, frozen, key, x, labels)
+  updated = _updated(algorithm, state, gradient)
+  return _guarded(state, updated, gradient, metrics)
 
-  def microbatch_gradient(microbatch):
+
+def _augmented(algorithm, key, batch) -> tuple[jax.Array, jax.Array]:
+  """Returns images float32 in [0, 1] and labels, augmented."""
+  return algorithm.augment(
+    for_purpose(key, Purpose.AUGMENT),
+    augment.to_unit(batch['image']),
+    batch['label'],
+  )
+
+
+def _mean_gradient(algorithm, state, frozen, key, x, labels):
+  """Returns the gradient of the batch's mean loss, and metrics."""
+
+  def gradient(microbatch):
     return _gradient(algorithm, state, frozen, key, *microbatch)
 
-  if state.deltas is None:
-    gradient, metrics = _mean_over_microbatches(
-      microbatch_gradient, (keys, x, labels), algorithm.accumulate
-    )
-  else:  # which are one for each image, so there is one microbatch
-    last = state.deltas[batch['index']]
-    start = algorithm.augment.move(augment_key, last)
-    gradient, metrics = microbatch_gradient((keys, x, labels, start))
-    ended = algorithm.augment.undo_move(
-      augment_key, metrics.pop('deltas'), last
-    )
+  gradient, metrics = _mean_over_microbatches(
+    gradient, (of_images(key, x.shape[0]), x, labels), algorithm.accumulate
+  )
+  metrics['learning_rate'] = jnp.asarray(algorithm.learning_rate(state.step))
+  return gradient, metrics
+
+
+def _updated(algorithm, state: TrainState, gradient: Tree) -> TrainState:
+  """Returns the state after the optimizer's update."""
   updates, opt_state = algorithm.tx.update(
     gradient, state.opt_state, state.trainable
   )
   trainable = optax.apply_updates(state.trainable, updates)
   average = ema.update(state.ema, trainable, algorithm.ema_decay)
+  return TrainState(state.step + 1, trainable, opt_state, state.deltas, average)
 
+
+def _guarded(
+  state: TrainState, updated: TrainState, gradient: Tree, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+  """Takes the update back, but for the step, where a number is not finite."""
   # A sum is finite only where all of its terms are.
   squares = [
     jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(gradient)
   ]
   metrics['nonfinite'] = ~jnp.isfinite(jnp.stack([metrics['loss'], *squares]))
   metrics['gradient_norm'] = jnp.sqrt(sum(squares))
-  metrics['learning_rate'] = jnp.asarray(algorithm.learning_rate(state.step))
   good = ~metrics['nonfinite'].any()
   trainable, opt_state, average = jax.tree.map(
     lambda new, old: jnp.where(good, new, old),
-    (trainable, opt_state, average),
+    (updated.trainable, updated.opt_state, updated.ema),
     (state.trainable, state.opt_state, state.ema),
   )
-  deltas = state.deltas
-  if deltas is not None:
-    # What was found for a mixture is neither image's.
-    keep = good & ~algorithm.augment.is_mixed(augment_key)
-    deltas = deltas.at[batch['index']].set(jnp.where(keep, ended, last))
-  return (
-    TrainState(state.step + 1, trainable, opt_state, deltas, average),
-    metrics,
-  )
+  kept = updated._replace(trainable=trainable, opt_state=opt_state, ema=average)
+  return kept, metrics
 
 
 def _gradient(
@@ -169,58 +167,41 @@ def _gradient(
   keys: jax.Array,
   x: jax.Array,
   labels: jax.Array,
-  deltas: jax.Array | None = None,
 ) -> tuple[Tree, Metrics]:
-  """The two lines of Algorithm 1, up to the optimizer."""
+  """The two lines of Algorithm 1, up to the optimizer, on a microbatch."""
   folded = algorithm.fold(merge(state.trainable, frozen))
 
   def logits_fn(images):  # deterministic, as every attack needs it
     return algorithm.apply(folded, images)
 
-  fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-  x_adv, passes = x, 0
+  metrics: dict[str, Any] = {'passes': 0}
+  x_adv = x
   if algorithm.attack is not None:
-    x_adv, passes = algorithm.attack(
-      fold_in(keys, Purpose.ATTACK),
-      logits_fn,
-      x,
-      labels,
-      state.step,
-      deltas,
-      jax.random.fold_in(key, Purpose.WARMUP),
+    own, shared = (keys, Purpose.ATTACK), (key, Purpose.WARMUP)
+    x_adv, metrics = algorithm.attack(
+      for_purpose(*own), logits_fn, x, labels, state.step, for_purpose(*shared)
     )
 
   def mean_loss(trainable):
-    outcome = algorithm.objective(
-      lambda images: _training_logits(
-        algorithm, merge(trainable, frozen), images, keys
-      ),
-      x,
-      x_adv,
-      labels,
-    )
+    variables = merge(trainable, frozen)
+
+    def training_logits(images):
+      return _training_logits(algorithm, variables, images, keys)
+
+    outcome = algorithm.objective(training_logits, x, x_adv, labels)
     return outcome.loss.mean(), (outcome.logits, outcome.passes)
 
-  weights = state.trainable
-  if algorithm.awp is not None:
-    weights, (unperturbed, more), started = algorithm.awp(
-      mean_loss, weights, state.step
-    )
-    passes += more
-  (loss, (logits, more)), gradient = jax.value_and_grad(
-    mean_loss, has_aux=True
-  )(weights)
-  if algorithm.awp is not None:  # the scores are those of the weights we have
-    logits = jnp.where(started, unperturbed, logits)
-  metrics = {'loss': loss, 'passes': jnp.asarray(passes + more, jnp.float32)}
-  if algorithm.attack is None:
-    metrics |= _scores('clean', logits, labels)
+  if algorithm.awp is None:
+    found = jax.value_and_grad(mean_loss, has_aux=True)(state.trainable)
   else:
-    metrics |= _clean_scores(algorithm, logits_fn, x, labels, state.step)
-    metrics |= _scores('robust', logits, labels)
-  if deltas is not None:
-    metrics['deltas'] = algorithm.attack.pack(x, x_adv)
-  return gradient, metrics
+    found = algorithm.awp.value_and_grad(mean_loss, state.trainable, state.step)
+  (loss, (logits, passes)), gradient = found
+  passes = jnp.asarray(metrics['passes'] + passes, jnp.float32)
+  metrics |= {'loss': loss, 'passes': passes}
+  if algorithm.attack is None:
+    return gradient, metrics | _scores('clean', logits, labels)
+  metrics |= _clean_scores(algorithm, logits_fn, x, labels, state.step)
+  return gradient, metrics | _scores('robust', logits, labels)
 
 
 def _clean_scores(algorithm, logits_fn, x, labels, step) -> Metrics:
@@ -241,7 +222,7 @@ def _clean_scores(algorithm, logits_fn, x, labels, step) -> Metrics:
 def _training_logits(algorithm, variables, images, keys) -> jax.Array:
   if not algorithm.dropout:
     return algorithm.apply(variables, images)
-  key = jax.random.fold_in(keys[0], Purpose.DROPOUT)
+  key = for_purpose(keys[0], Purpose.DROPOUT)
   return algorithm.apply(variables, images, train=True, rngs={'dropout': key})
 
 
@@ -276,7 +257,9 @@ def _mean_over_microbatches(
 
 
 def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> Callable:
-  """Wraps `train_step` in jit: batch sharded, state replicated and donated.
+  """Wraps `train_step` in `carrying` and in jit.
+
+  The batch is sharded, the state replicated and donated.
 
   Returns:
     (state, frozen, batch, root_key) -> (state, metrics). The state given is
@@ -292,7 +275,7 @@ def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> Callable:
     # it too early to save anything.
     options = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
   return jax.jit(
-    functools.partial(train_step, algorithm),
+    functools.partial(carrying(train_step), algorithm),
     compiler_options=options,
     donate_argnums=0,
     # The frozen leaves stay where they are (sharding.shard_frozen).

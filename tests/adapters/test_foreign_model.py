@@ -35,10 +35,6 @@ PGD_1 = train_step.InnerAttack(
   threat=Threat('linf', 8 / 255),
   steps=1,
   step_size=8 / 255,
-  restarts=1,
-  loss='ce',
-  random_start=True,
-  eps_warmup=0.0,
   total_steps=3,
 )
 

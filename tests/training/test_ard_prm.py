@@ -13,8 +13,6 @@ from test_train_step import ATTACK, BATCH, ROOT_KEY, TOY, toy, toy_step
 from fulllora_jax import models
 from fulllora_jax.adapters import adapted
 from fulllora_jax.attacks import losses
-from fulllora_jax.attacks.hooks import Hooks
-from fulllora_jax.attacks.pgd import counted_pgd
 from fulllora_jax.training.ard_prm import Warmup, gated, kept_patches
 
 KEY = jax.random.key(0)
@@ -177,7 +175,7 @@ def test_masked_pgd_is_a_loop_by_hand():
   attack = dataclasses.replace(ATTACK, steps=3, warmup=warmup(prm=0.4))
   keys = jax.random.split(ROOT_KEY, 8)
   step = jnp.int32(0)  # (0 + 1) / 4 of the patches keep their perturbation
-  found, passes = attack(keys, lambda x: toy(TOY, x), X, Y, step, key=KEY)
+  found, metrics = attack(keys, lambda x: toy(TOY, x), X, Y, step, KEY)
   starts = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
   x_adv = attack.threat.random_start(starts, X)
   prm_key = jax.random.split(KEY)[1]
@@ -192,7 +190,7 @@ def test_masked_pgd_is_a_loop_by_hand():
     )
     x_adv = attack.threat.project(X, x_adv + 0.05 * jnp.sign(ascent))
   np.testing.assert_allclose(found, x_adv, atol=1e-6)
-  assert passes == 3
+  assert metrics['passes'] == 3
   assert all(mask.sum() == 16 for mask in masks)  # one patch of four
   assert not all(np.array_equal(mask, masks[0]) for mask in masks)
 
@@ -202,7 +200,7 @@ def test_after_the_warm_up_the_attack_is_the_plain_one():
   held = dataclasses.replace(ATTACK, warmup=warmup(prm=0.4))
 
   def run(attack, step):
-    return attack(keys, lambda x: toy(TOY, x), X, Y, jnp.int32(step))[0]
+    return attack(keys, lambda x: toy(TOY, x), X, Y, jnp.int32(step), KEY)[0]
 
   np.testing.assert_array_equal(run(held, 3), run(ATTACK, 3))
   assert not np.array_equal(run(held, 2), run(ATTACK, 2))
@@ -220,18 +218,19 @@ def test_the_draw_is_the_same_however_a_batch_is_split(parts):
   )
 
 
-def test_hooks_are_told_the_step_over_restarts():
+def test_draws_are_new_in_each_step_over_restarts(monkeypatch):
   seen = []
 
-  def logits(logits_fn, x_adv, t):
-    jax.debug.callback(lambda t: seen.append(int(t)), t)
-    return logits_fn(x_adv)
+  def noted(self, step, *_):
+    def told(x_adv, t):
+      jax.debug.callback(lambda t: seen.append(int(t)), t)
+      return step(x_adv, t)
 
-  def linear(x):
-    return x.reshape(8, -1) @ TOY['lnlora']['b']
+    return told
 
-  options = {'steps': 2, 'step_size': 0.01, 'hooks': Hooks(logits=logits)}
+  monkeypatch.setattr(Warmup, 'held_back', noted)
+  attack = dataclasses.replace(ATTACK, restarts=2, warmup=warmup(prm=0.4))
   keys = jax.random.split(KEY, 8)
-  counted_pgd(keys, linear, X, Y, ATTACK.threat, restarts=2, **options)
+  attack(keys, lambda x: toy(TOY, x), X, Y, jnp.int32(0), KEY)
   jax.effects_barrier()
   assert seen == [0, 1, 2, 3]

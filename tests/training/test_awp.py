@@ -1,5 +1,6 @@
 """Adversarial weight perturbation against numpy, and inside of a step."""
 
+import dataclasses
 import functools
 
 import jax
@@ -67,9 +68,7 @@ def test_it_starts_after_the_warm_up(step, started):
 
 
 def test_a_step_takes_the_gradient_there_and_applies_it_here():
-  attack = ATTACK.__class__(
-    **ATTACK.__dict__ | {'steps': 1, 'random_start': False}
-  )
+  attack = dataclasses.replace(ATTACK, steps=1, start=None)
   after, metrics = toy_step(attack=attack, awp=AWP)
   _, plain = toy_step(attack=attack)
   x, labels = jnp.asarray(BATCH['image']) / 255, jnp.asarray(BATCH['label'])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from test_train_step import (
   ALGORITHM,
-  ATTACK,
   BATCH,
   FROZEN,
   ROOT_KEY,
@@ -23,14 +22,15 @@ from fulllora_jax import config
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.data.augment import Augmentation
 from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.training import carry, checks, loop, memory
 from fulllora_jax.training import checkpoints as checkpoints_lib
-from fulllora_jax.training import checks, loop, memory
 from fulllora_jax.training import state as state_lib
-from fulllora_jax.training.train_step import Purpose, compile_train_step
+from fulllora_jax.training.keys import Purpose
+from fulllora_jax.training.train_step import compile_train_step
 
-CARRY = dataclasses.replace(ATTACK, carry=True)
 INDEX = np.array([4, 9, 0, 11, 2, 7, 5, 1], np.int32)
 X = jnp.asarray(BATCH['image']) / 255
+DELTAS = jnp.zeros((12, 8, 8, 3), jnp.int8)
 UNCHANGED = Augmentation(
   num_classes=4,
   crop_padding=0,
@@ -45,14 +45,13 @@ def make_step(devices=1, apply=toy, augmentation=UNCHANGED):
   """Returns the state before the first step, and (state, index) -> state."""
   algorithm = dataclasses.replace(
     ALGORITHM,
-    attack=CARRY,
     apply=apply,
     augment=augmentation,
     log_every=100,
   )
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
   step_fn = compile_train_step(algorithm, mesh)
-  state = state_lib.create(TRAINABLE, algorithm.tx, (12, 8, 8, 3))
+  state = state_lib.create(TRAINABLE, algorithm.tx, DELTAS)
   state, frozen = mesh_lib.replicate((state, FROZEN), mesh)
 
   def step(state, index=INDEX):
@@ -143,13 +142,13 @@ def test_what_is_found_for_a_mixture_is_kept_of_neither_image():
 
 def test_deltas_are_kept_to_half_a_level():
   x_adv = X + np.random.default_rng(0).uniform(-0.1, 0.1, X.shape)
-  packed = np.asarray(CARRY.pack(X, x_adv), np.float32)
+  packed = np.asarray(carry.pack(X, x_adv, 0.1), np.float32)
   np.testing.assert_allclose(packed * 0.1 / 127, x_adv - X, atol=0.05 / 126)
 
 
 def test_without_carry_the_state_has_no_leaf_more():
   plain = state_lib.create(TRAINABLE, ALGORITHM.tx)
-  carried = state_lib.create(TRAINABLE, ALGORITHM.tx, (12, 8, 8, 3))
+  carried = state_lib.create(TRAINABLE, ALGORITHM.tx, DELTAS)
   leaves = len(jax.tree.leaves(plain))
   assert plain.deltas is None and len(jax.tree.leaves(carried)) == leaves + 1
   assert memory.per_device(carried) - memory.per_device(plain) == 12 * 192
@@ -238,9 +237,9 @@ def test_many_deltas_are_warned_of(
       if 'attack.carry' in line
     ]
 
-  monkeypatch.setattr(loop, '_MANY_DELTAS', of_all + 1)
+  monkeypatch.setattr(carry, '_MANY', of_all + 1)
   assert warned() == []
-  monkeypatch.setattr(loop, '_MANY_DELTAS', of_all)
+  monkeypatch.setattr(carry, '_MANY', of_all)
   assert warned() == [
     f'warning: attack.carry keeps {memory.readable(of_all)} of deltas on every '
     'device and in each of up to 3 checkpoints (train.keep)'

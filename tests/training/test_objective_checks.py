@@ -3,9 +3,10 @@
 import pytest
 
 from fulllora_jax import config as config_lib
+from fulllora_jax.attacks import Threat
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.reports import facts
-from fulllora_jax.training import checks, train_step
+from fulllora_jax.training import checks, objectives, train_step
 
 _PLAIN = {'augment.mix_probability': 0.0}
 _MART = {'objective.name': 'mart'} | _PLAIN
@@ -138,11 +139,6 @@ def test_a_report_lists_what_is_on():
 
 
 def test_the_alarm_names_the_attack_of_trades():
-  options = dict.fromkeys(
-    ('threat', 'restarts', 'random_start', 'eps_warmup', 'total_steps')
-  )
-  for loss, label in (('ce', 'pgd-3'), ('kl', 'pgd-3 on kl')):
-    attack = train_step.InnerAttack(
-      **options, steps=3, step_size=0.1, loss=loss
-    )
+  for loss, label in (('ce', 'pgd-3'), (objectives.kl, 'pgd-3 on kl')):
+    attack = train_step.InnerAttack(Threat(), 3, 0.1, 10, loss=loss)
     assert attack.label == label

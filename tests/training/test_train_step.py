@@ -212,10 +212,6 @@ ATTACK = InnerAttack(
   threat=Threat('linf', 0.1),
   steps=2,
   step_size=0.05,
-  restarts=1,
-  loss='ce',
-  random_start=True,
-  eps_warmup=0.0,
   total_steps=10,
 )
 ALGORITHM = Algorithm(
@@ -246,7 +242,7 @@ def toy_step(
 
 
 def test_a_step_is_algorithm_one_by_hand():
-  attack = dataclasses.replace(ATTACK, steps=1, random_start=False)
+  attack = dataclasses.replace(ATTACK, steps=1, start=None)
   state, metrics = toy_step(attack=attack)
   x, labels = jnp.asarray(BATCH['image']) / 255, jnp.asarray(BATCH['label'])
 
@@ -343,16 +339,15 @@ def test_soft_labels_are_trained_on():
   ('steps', 'reached'), [(2, 0.1), (1, 0.05)], ids=['eps', 'step_size']
 )
 def test_eps_and_step_size_rise_with_the_warm_up(steps, reached):
-  attack = dataclasses.replace(
-    ATTACK, eps_warmup=0.4, steps=steps, random_start=False
-  )
+  attack = dataclasses.replace(ATTACK, eps_warmup=0.4, steps=steps, start=None)
   x = jnp.full((8, 8, 8, 3), 0.5)
   labels = jnp.asarray(BATCH['label'])
   keys = jax.random.split(ROOT_KEY, 8)
 
   @jax.jit
   def distance(step):
-    x_adv, _ = attack(keys, functools.partial(toy, TOY), x, labels, step)
+    logits_fn = functools.partial(toy, TOY)
+    x_adv, _ = attack(keys, logits_fn, x, labels, step, ROOT_KEY)
     return attack.threat.distance(x, x_adv).max()
 
   found = [float(distance(step)) for step in (0, 1, 3, 9)]

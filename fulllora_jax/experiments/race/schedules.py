@@ -99,7 +99,7 @@ def race(
   Args:
     config: config.py; what all schedules have in common. Its base is trained
       or read once.
-    dataset: of `config.data`.
+    dataset: the data set that `config.data` names.
     workdir: base/, schedules/*.json, road.json, road.md, road.svg.
     target: robust accuracy on validation images, in (0, 1).
     schedules: names in SCHEDULES.
