@@ -1,10 +1,12 @@
 """Every array of a checkpoint to its leaf, resized where it must be."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
 
 import numpy as np
+from flax import linen as nn
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import resize
@@ -21,10 +23,11 @@ from fulllora_jax.pretrained.load_report import (
 _HEAD = re.compile(r'head(_dist)?/(kernel|bias)')
 
 
+@dataclasses.dataclass(frozen=True)
 class Filler:
   """Takes every array of a checkpoint to its leaf.
 
-  Args:
+  Attributes:
     opened: the checkpoint.
     model: the linen module that is filled.
     leaves: path -> shape, of the module's `params`.
@@ -33,19 +36,16 @@ class Filler:
     patch_resize: how the patch kernel is resized, of `resize.PATCH_RESIZES`.
   """
 
-  def __init__(
-    self,
-    opened: Opened,
-    model,
-    leaves: Mapping[str, tuple[int, ...]],
-    label_map: tuple[int, ...],
-    patch_resize: str,
-  ):
-    self.opened, self.leaves = opened, leaves
-    self.source = opened.identity['source']
-    self.label_map, self.patch_resize = label_map, patch_resize
-    tokens = ('class_token', 'dist_token')
-    self.prefix = sum(bool(getattr(model, token, False)) for token in tokens)
+  opened: Opened
+  model: nn.Module
+  leaves: Mapping[str, tuple[int, ...]]
+  label_map: tuple[int, ...]
+  patch_resize: str
+
+  @property
+  def source(self) -> str:
+    """The source of the checkpoint, for messages."""
+    return self.opened.identity['source']
 
   def fill(self) -> tuple[dict[str, np.ndarray], list[Row]]:
     """Returns path -> array, and the account of it.
@@ -175,16 +175,18 @@ class Filler:
     )
 
   def _positions(self, stored, shape):
-    side = round((shape[1] - self.prefix) ** 0.5)
+    tokens = ('class_token', 'dist_token')
+    prefix = sum(bool(getattr(self.model, token, False)) for token in tokens)
+    side = round((shape[1] - prefix) ** 0.5)
     count, notes = stored.shape[1], []
-    if self.prefix and round(count**0.5) ** 2 == count:
+    if prefix and round(count**0.5) ** 2 == count:
       # Stored for the patches alone: the other tokens have no position.
-      zeros = np.zeros((1, self.prefix, stored.shape[2]), stored.dtype)
+      zeros = np.zeros((1, prefix, stored.shape[2]), stored.dtype)
       stored = np.concatenate([zeros, stored], axis=1)
       notes.append('zeros for the tokens without a place')
     if stored.shape != shape:
       notes.append('bicubic')
-      stored = resize.position_embedding(stored, (side, side), self.prefix)
+      stored = resize.position_embedding(stored, (side, side), prefix)
     return stored, ', '.join(notes)
 
   def _patches(self, stored, shape):

@@ -268,6 +268,6 @@ LAYOUTS = (
     lambda shapes: _recognises(shapes, _HF_TABLE, _HF_PATCH, _HF_HIDDEN),
     _describe_transformers,
     _HF_RULES,
-    r'swin\.',
+    r'swin\.(?!classifier)',
   ),
 )

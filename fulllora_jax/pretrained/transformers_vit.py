@@ -182,13 +182,13 @@ LAYOUTS = (
     _is_transformers,
     _describe,
     _RULES,
-    r'(?:vit|deit|dinov2|dinov2_with_registers)\.',
+    r'(?:vit|deit|dinov2|dinov2_with_registers)\.(?!\w*classifier)',
   ),
   Layout(
     'transformers CLIP or SigLIP',
     _is_tower,
     _describe_tower,
     _TOWER_RULES,
-    r'vision_model\.',
+    r'vision_model\.(?!classifier)',
   ),
 )
