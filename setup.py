@@ -19,7 +19,7 @@ _OTHER = (
   'platform_machine not in "x86_64 AMD64" or sys_platform not in "linux win32"'
 )
 
-# Orbax imports the second one to write to gs://.
+# The second one writes for Orbax, and holds the lock of a work directory.
 _BUCKETS = ['gcsfs>=2024.6', 'google-cloud-storage>=2.18']
 
 setup(
