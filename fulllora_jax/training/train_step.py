@@ -256,7 +256,7 @@ def _mean_over_microbatches(
   return jax.tree.map(lambda t: t / accumulate, total)
 
 
-def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> Callable:
+def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> jax.stages.Wrapped:
   """Wraps `train_step` in `carrying` and in jit.
 
   The batch is sharded, the state replicated and donated.
