@@ -6,6 +6,7 @@ the module at which it stands. Whatever attaches, serves or exports a branch
 asks the branch itself, through `Branch`, and never which class it has.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
@@ -41,10 +42,11 @@ class Branch(Protocol):
   MAY_DIFFER: ClassVar[tuple[str, ...]] = ()
   FITS_HEAD: ClassVar[bool] = False
 
+  @abc.abstractmethod
   def names(self) -> tuple[str, ...]:
     """Returns the names of its parameters."""
-    ...
 
+  @abc.abstractmethod
   def run(self, call: 'Call') -> tuple[jax.Array, jax.Array | None]:
     """Computes a module with this branch at it.
 
@@ -52,7 +54,6 @@ class Branch(Protocol):
       What the module gives, and what is added to that, of the same shape.
       None in place of the second: the first holds both.
     """
-    ...
 
   @property
   def kind(self) -> str:
@@ -70,12 +71,9 @@ class Branch(Protocol):
 
   def settings(self) -> dict[str, Any]:
     """Returns what an exported file says of it beside its arrays."""
-    fields = {
-      field.name: getattr(self, field.name)
-      for field in dataclasses.fields(self)  # type: ignore[arg-type]
-      if field.name != 'dtype'  # which the arrays have
-    }
-    return {'kind': self.kind, **fields}
+    fields = {'kind': self.kind, **vars(self)}
+    fields.pop('dtype', None)  # which the arrays have
+    return fields
 
   def per_example(self, index: jax.Array) -> 'Branch | None':
     """Returns the branch of a batch whose examples have arrays of their own.

@@ -190,8 +190,7 @@ class LNLoRA(Branch):
 
   def per_example(self, index: jax.Array) -> 'LNLoRA':
     """Returns the branch of a batch whose examples have their own A and B."""
-    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    return _PerExample(**fields, index=index)
+    return _PerExample(**vars(self), index=index)
 
   def common(self, others: Sequence['LNLoRA']) -> 'LNLoRA':
     """Returns the branch of the largest rank, at scale one."""

@@ -113,8 +113,7 @@ def _settings(adapter: Adapter) -> dict[str, Any]:
   targets = adapter.built.model.targets
   fields['adapter.targets'] = list(targets)
   for target, branch in targets.items():
-    settings = dataclasses.asdict(branch)
-    settings['type'] = type(branch).__name__
+    settings = {**vars(branch), 'type': type(branch).__name__}
     fields |= {
       f'{name} of the branch {target}': value
       for name, value in settings.items()
