@@ -48,8 +48,8 @@ class Notice:
     JAX, which listens from its initialisation on.
 
     Args:
-      ask: the others; where False only JAX's notice and, in one process,
-        SIGTERM count. The same on all.
+      ask: whether to ask the other processes for SIGTERM too, which waits for
+        them; the same on all. Without it JAX's notice alone counts.
     """
     if processes.count() == 1:
       return self.given
