@@ -363,18 +363,15 @@ def _check_was_off(field: str, value: Any) -> None:
 
 def flat(config: ConfigDict) -> dict[str, Any]:
   """Flattens to {'train.steps': 100, ...}, for comparing and printing."""
-  items = {}
-  for key, value in as_plain(config).items():
-    _flatten(key, value, items)
-  return items
+  return dict(_flatten('', as_plain(config)))
 
 
-def _flatten(prefix, value, items):
-  if isinstance(value, dict):
-    for key, inner in value.items():
-      _flatten(f'{prefix}.{key}', inner, items)
-  else:
-    items[prefix] = value
+def _flatten(prefix: str, values: Mapping[str, Any]):
+  for key, value in values.items():
+    if isinstance(value, Mapping):
+      yield from _flatten(f'{prefix}{key}.', value)
+    else:
+      yield f'{prefix}{key}', value
 
 
 def base_config(config: ConfigDict) -> ConfigDict:

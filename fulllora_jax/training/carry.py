@@ -22,7 +22,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.evaluation import settings
 from fulllora_jax.training import memory
 from fulllora_jax.training.inner_attack import InnerAttack
-from fulllora_jax.training.keys import Purpose, for_purpose, of_step
+from fulllora_jax.training.keys import Purpose
 
 _LEVELS = 127  # of an int8, each way
 _MANY = 2**30  # bytes of deltas that are worth a word
@@ -92,7 +92,8 @@ def carrying(step: Callable) -> Callable:
     if state.deltas is None:
       return step(algorithm, state, frozen, batch, root_key)
     augment, index = algorithm.augment, batch['index']
-    key = for_purpose(of_step(root_key, state.step), Purpose.AUGMENT)
+    key = jax.random.fold_in(root_key, state.step)
+    key = jax.random.fold_in(key, Purpose.AUGMENT)
     last = state.deltas[index]
     attack = beginning_at(augment.move(key, last), algorithm.attack)
     new, metrics = step(

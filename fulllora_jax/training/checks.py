@@ -14,7 +14,7 @@ from fulllora_jax.core.errors import (
 )
 from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
-from fulllora_jax.training import carry, objective_checks, optim
+from fulllora_jax.training import carry, objectives, optim
 from fulllora_jax.training.inner_attack import ATTACKS, FIXED
 
 
@@ -64,7 +64,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   _check_mesh(config, num_devices)
   _check_fetching(config)
   _check_attack(config)
-  objective_checks.check(config, method)
+  _check_objective(config, method)
   _check_patches(config)
   _check_recipe('', config, num_devices)
   if config.base.source == 'train':
@@ -159,6 +159,73 @@ def _check_fixed(config: ConfigDict, norms: tuple[str, ...]) -> None:
         f'attack.name {attack.name} makes one step from one start, but '
         f'attack.{field} is {attack[field]}; give attack.name pgd, or '
         f'attack.{field} {off}'
+      )
+
+
+def _check_objective(config: ConfigDict, method: methods.Method) -> None:
+  """Checks objective, awp, ema, attack.ard and attack.prm."""
+  _check_values(config)
+  if not method.adversarial:
+    _check_clean(config)
+  name, beta = config.objective.name, config.objective.beta
+  objective, usual = objectives.get(name), default().objective.beta
+  if 'beta' not in objective.reads and beta != usual:
+    readers = [n for n, o in objectives.OBJECTIVES.items() if 'beta' in o.reads]
+    raise UserError(
+      f'objective.beta {beta}: {name} has no such weight; give objective.name '
+      f'{" or ".join(readers)}, or objective.beta {usual}'
+    )
+  objective.check(config)
+  if config.awp.warmup and not config.awp.gamma:
+    raise UserError(
+      f'awp.warmup {config.awp.warmup}: nothing starts after it while '
+      'awp.gamma is 0; give e.g. awp.gamma 0.005, or awp.warmup 0'
+    )
+  if config.awp.gamma and config.train.accumulate > 1:
+    raise UserError(
+      'awp.gamma perturbs the weights by the gradient of the whole batch, but '
+      f'train.accumulate is {config.train.accumulate}; give train.accumulate 1 '
+      '(model.remat saves memory too), or awp.gamma 0'
+    )
+
+
+def _check_values(config: ConfigDict) -> None:
+  objectives.get(config.objective.name)
+  for part, field, below in (
+    ('objective', 'beta', float('inf')),
+    ('objective', 'label_smoothing', 1),
+    ('awp', 'gamma', 1),
+    ('awp', 'warmup', 1),
+    ('ema', 'decay', 1),
+  ):
+    value = config[part][field]
+    if not 0 <= value < below:
+      raise UserError(
+        f'{part}.{field} {value}: it must be at least 0 and below {below}'
+      )
+  for field in ('ard', 'prm'):
+    value = config.attack[field]
+    if not 0 <= value <= 1:
+      raise UserError(f'attack.{field} {value}: it must be in 0..1')
+    if value and config.attack.name != 'pgd':
+      raise UserError(
+        f'attack.{field} {value} is drawn in each step of PGD, but attack.name '
+        f'is {config.attack.name}; give attack.name pgd, or attack.{field} 0.0'
+      )
+
+
+def _check_clean(config: ConfigDict) -> None:
+  """Refuses what a training without an adversary would not do."""
+  for field, value, off in (
+    ('objective.name', config.objective.name, 'pgd_at'),
+    ('awp.gamma', config.awp.gamma, 0.0),
+    ('attack.ard', config.attack.ard, 0.0),
+    ('attack.prm', config.attack.prm, 0.0),
+  ):
+    if value != off:
+      raise UserError(
+        f'method {config.method} trains without an adversary, so {field} '
+        f'{value} would do nothing; give {field} {off}, or another method'
       )
 
 

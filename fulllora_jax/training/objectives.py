@@ -41,10 +41,6 @@ class Outcome(NamedTuple):
 OuterLoss = Callable[[LogitsFn, jax.Array, jax.Array, jax.Array], Outcome]
 
 
-def _goes_with_all(config) -> None:
-  pass
-
-
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """An outer loss, and what goes with it.
@@ -63,7 +59,7 @@ class Objective:
   reads: tuple[str, ...]
   attack_loss: AttackLoss | None = None
   start: AttackStart | None = None
-  check: Callable[..., None] = _goes_with_all
+  check: Callable[..., None] = lambda config: None
 
 
 def pgd_at(
@@ -87,17 +83,10 @@ def pgd_at(
   return Outcome(_cross_entropy(logits, labels, label_smoothing), logits)
 
 
-def erm(
-  logits_fn: LogitsFn,
-  x: jax.Array,
-  x_adv: jax.Array,
-  labels: jax.Array,
-  *,
-  label_smoothing: float = 0.0,
-) -> Outcome:
+def erm(logits_fn, x, x_adv, labels, **options) -> Outcome:
   """Cross entropy at the clean image: standard training."""
-  logits = logits_fn(x)
-  return Outcome(_cross_entropy(logits, labels, label_smoothing), logits)
+  del x_adv
+  return pgd_at(logits_fn, x, x, labels, **options)
 
 
 def trades(

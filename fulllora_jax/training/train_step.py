@@ -27,7 +27,7 @@ from fulllora_jax.training import ema
 from fulllora_jax.training.awp import WeightPerturbation
 from fulllora_jax.training.carry import carrying
 from fulllora_jax.training.inner_attack import InnerAttack
-from fulllora_jax.training.keys import Purpose, for_purpose, of_images, of_step
+from fulllora_jax.training.keys import Purpose
 from fulllora_jax.training.objectives import OuterLoss
 from fulllora_jax.training.state import TrainState
 
@@ -100,7 +100,7 @@ def train_step(
     forward and back through the model, as a mean over the images; beside an
     attack, the clean scores are NaN in a step that is not logged.
   """
-  key = of_step(root_key, state.step)
+  key = jax.random.fold_in(root_key, state.step)
   x, labels = _augmented(algorithm, key, batch)
   gradient, metrics = _mean_gradient(algorithm, state, frozen, key, x, labels)
   updated = _updated(algorithm, state, gradient)
@@ -110,7 +110,7 @@ def train_step(
 def _augmented(algorithm, key, batch) -> tuple[jax.Array, jax.Array]:
   """Returns images float32 in [0, 1] and labels, augmented."""
   return algorithm.augment(
-    for_purpose(key, Purpose.AUGMENT),
+    jax.random.fold_in(key, Purpose.AUGMENT),
     augment.to_unit(batch['image']),
     batch['label'],
   )
@@ -119,11 +119,11 @@ def _augmented(algorithm, key, batch) -> tuple[jax.Array, jax.Array]:
 def _mean_gradient(algorithm, state, frozen, key, x, labels):
   """Returns the gradient of the batch's mean loss, and metrics."""
 
-  def gradient(microbatch):
-    return _gradient(algorithm, state, frozen, key, *microbatch)
-
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0]))
   gradient, metrics = _mean_over_microbatches(
-    gradient, (of_images(key, x.shape[0]), x, labels), algorithm.accumulate
+    lambda part: _gradient(algorithm, state, frozen, key, *part),
+    (keys, x, labels),
+    algorithm.accumulate,
   )
   metrics['learning_rate'] = jnp.asarray(algorithm.learning_rate(state.step))
   return gradient, metrics
@@ -177,9 +177,10 @@ def _gradient(
   metrics: dict[str, Any] = {'passes': 0}
   x_adv = x
   if algorithm.attack is not None:
-    own, shared = (keys, Purpose.ATTACK), (key, Purpose.WARMUP)
+    own = jax.vmap(jax.random.fold_in, (0, None))(keys, Purpose.ATTACK)
+    shared = jax.random.fold_in(key, Purpose.WARMUP)
     x_adv, metrics = algorithm.attack(
-      for_purpose(*own), logits_fn, x, labels, state.step, for_purpose(*shared)
+      own, logits_fn, x, labels, state.step, shared
     )
 
   def mean_loss(trainable):
@@ -222,7 +223,7 @@ def _clean_scores(algorithm, logits_fn, x, labels, step) -> Metrics:
 def _training_logits(algorithm, variables, images, keys) -> jax.Array:
   if not algorithm.dropout:
     return algorithm.apply(variables, images)
-  key = for_purpose(keys[0], Purpose.DROPOUT)
+  key = jax.random.fold_in(keys[0], Purpose.DROPOUT)
   return algorithm.apply(variables, images, train=True, rngs={'dropout': key})
 
 
