@@ -131,7 +131,7 @@ def fetching(apply: Callable, mesh: Mesh) -> Callable:
     token = _fetches.set(mesh)
     try:
       flat = traverse_util.flatten_dict(variables)
-      outside = {k: v for k, v in flat.items() if not _is_in_block(k)}
+      outside = {k: v for k, v in flat.items() if not is_in_block(k)}
       flat |= fetch(outside, images)
       return apply(traverse_util.unflatten_dict(flat), images, **kwargs)
     finally:
@@ -158,7 +158,8 @@ def fetches() -> bool:
   return _fetches.get() is not None
 
 
-def _is_in_block(path: tuple[str, ...]) -> bool:
+def is_in_block(path: tuple[str, ...]) -> bool:
+  """Returns whether a leaf of this path belongs to a block of the model."""
   return any(_BLOCK.search(name) for name in path)
 
 

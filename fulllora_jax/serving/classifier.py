@@ -134,11 +134,7 @@ def _load_many(
   first = next(iter(adapters.values()))
   # The others' too: it has the fingerprint that all of them name.
   params = _load_base(first.directory, first.metadata, base, first.frozen)
-  return ManyAdapters(
-    stacking.stack(adapters, params),
-    trees.select({'params': params}, trees.named_leaves(first.frozen)),
-    {name: adapter.metadata for name, adapter in adapters.items()},
-  )
+  return ManyAdapters(adapters, params)
 
 
 class Published(NamedTuple):

@@ -10,11 +10,13 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from fulllora_jax.adapters import mixed
+from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.serving import stacking
 from fulllora_jax.serving.image_checks import check_images
-from fulllora_jax.serving.stacking import BASE, Stack
+from fulllora_jax.serving.stacking import BASE
 
 
 class ManyAdapters:
@@ -33,16 +35,15 @@ class ManyAdapters:
     frozen: the base's variables that were not trained.
   """
 
-  def __init__(
-    self,
-    stack: Stack,
-    frozen: Tree,
-    metadata: Mapping[str, Mapping[str, Any]],
-  ):
+  def __init__(self, adapters: Mapping[str, stacking.Adapter], params: Tree):
+    """Stacks adapters that `stacking.check_set` has seen on a base's params."""
+    stack = stacking.stack(adapters, params)
+    first = next(iter(adapters.values()))
+    frozen = trees.select({'params': params}, trees.named_leaves(first.frozen))
     self.names = stack.names
-    self.metadata = dict(metadata)
+    self.metadata = {name: each.metadata for name, each in adapters.items()}
     if BASE in self.names:
-      self.metadata[BASE] = _of_the_base(next(iter(metadata.values())))
+      self.metadata[BASE] = _of_the_base(first.metadata)
     self.stack, self.frozen = jax.device_put((stack.leaves, frozen))
     self._no_base = stack.no_base
     self._one = jax.jit(functools.partial(mixed.apply_one, stack.model))

@@ -31,11 +31,12 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
   Raises:
     UserError: the runs have different data, base, threat or evaluation.
   """
-  check_comparable(
+  _check_comparable(
     {f'{row}, seed {seed}': r for (row, seed), r in reports.items()}
   )
   rows = {
-    row: _row(row, [(s, reports[row, s]) for s in comparison.seeds])
+    row: {'method': row, 'seeds': list(comparison.seeds)}
+    | _averaged([reports[row, seed] for seed in comparison.seeds])
     for row in comparison.rows
   }
   references = list(comparison.references)
@@ -69,15 +70,10 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
   }
 
 
-def check_comparable(reports: Mapping[str, Mapping[str, Any]]) -> None:
-  """Refuses reports whose numbers do not belong in one table.
+def _check_comparable(reports: Mapping[str, Mapping[str, Any]]) -> None:
+  """Refuses reports, by the title of the run, that do not belong in one table.
 
-  Args:
-    reports: by the title of the run.
-
-  Raises:
-    UserError: the first two that differ in data, base, threat or evaluation,
-      and in what.
+  The UserError names two that differ in data, base, threat or evaluation.
   """
   (first, expected), *others = (
     (title, _identity(title, report)) for title, report in reports.items()
@@ -122,8 +118,8 @@ def _label(evaluation: Mapping[str, Any]) -> str:
   return f'{name}-{steps}' if iterated else name
 
 
-def _row(row: str, found: Sequence[tuple[int, Mapping]]) -> dict[str, Any]:
-  reports = [report for _, report in found]
+def _averaged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns what a row says of its runs, one for each seed."""
   attacks = {}
   for evaluations in zip(*map(_own, reports), strict=True):
     each = [e['accuracy'] for e in evaluations]
@@ -134,8 +130,6 @@ def _row(row: str, found: Sequence[tuple[int, Mapping]]) -> dict[str, Any]:
     }
   counts = reports[0]['parameters']
   return {
-    'method': row,
-    'seeds': [seed for seed, _ in found],
     'trainable': counts['trainable'],
     'share': counts['fraction'],
     'adapter_bytes': reports[0]['adapter_bytes'],
@@ -208,9 +202,8 @@ def _difference_table(comparison, reference: str) -> str:
   for row in comparison['rows']:
     found = row['difference'].get(reference)
     if found:
-      table.append(
-        [row['method'], *(page.difference(found[n]) for n in labels)]
-      )
+      differences = (page.difference(found[label]) for label in labels)
+      table.append([row['method'], *differences])
   return tables.markdown(table) if len(table) > 1 else ''
 
 

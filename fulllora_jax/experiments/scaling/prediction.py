@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import jax
+from flax import traverse_util
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import models
@@ -24,7 +25,6 @@ from fulllora_jax.experiments.scaling.costs import (
 # Zhai et al., 2022, arXiv 2106.04560; the registry has no plain ViT of it.
 _GIANT = dict(name='vit', width=1408, depth=40, num_heads=16, mlp_dim=6144)
 _SIZES = ('ti', 's', 'b', 'l', 'h', 'g')
-_BLOCK = re.compile(r'block_\d+$')  # as the models name their blocks
 # A split base saves nothing within a step that keeps what was fetched.
 _FETCHED_WITH = 'blocks'
 Table = tuple[str, list[list]]  # title; rows, the header first
@@ -93,13 +93,12 @@ def counted(
 def _split(frozen, fsdp: int, shard_from: int) -> tuple[int, int]:
   """Returns the parameters that live split: in blocks, and in the rest."""
   mesh = jax.sharding.AbstractMesh((1, fsdp), ('data', 'fsdp'))
-  counts = [0, 0]
-  for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
-    own = mesh_lib.frozen_sharding(leaf.shape, mesh, shard_from)
-    if not own.is_fully_replicated:
-      in_block = any(_BLOCK.search(str(entry.key)) for entry in path)
-      counts[0 if in_block else 1] += math.prod(leaf.shape)
-  return counts[0], counts[1]
+  shapes = mesh_lib.frozen_shapes(trees.prune(frozen), mesh, shard_from)
+  counts = {True: 0, False: 0}
+  for path, leaf in traverse_util.flatten_dict(shapes).items():
+    if not leaf.sharding.is_fully_replicated:
+      counts[mesh_lib.is_in_block(path)] += leaf.size
+  return counts[True], counts[False]
 
 
 def experiment(text: str, rank: int | None, attack_steps: int):

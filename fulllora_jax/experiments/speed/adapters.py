@@ -110,31 +110,26 @@ def _prepare(
   shape = (config.data.image_size, config.data.image_size, 3)
   adapters, base = _random_adapters(config, count, num_classes, shape)
   stacking.check_set(adapters)
+  many = ManyAdapters(adapters, base)
   names, base = list(adapters), {'params': base}
-  frozen = trees.named_leaves(trees.prune(adapters[names[0]].frozen))
-  many = ManyAdapters(
-    stacking.stack(adapters, base['params']),
-    trees.select(base, frozen),
-    {name: each.metadata for name, each in adapters.items()},
-  )
   model = adapted.build(config, num_classes).model
 
   def loaded(variables):
-    """Has arrays and a program of its own, as `load` makes them."""
-    variables = jax.device_put(variables)
-    return functools.partial(
-      jax.jit(functools.partial(model.apply)), variables
-    ), _bytes(variables)
+    """Returns a model with arrays and a program of its own, as from `load`."""
+    function = jax.jit(functools.partial(model.apply))
+    return functools.partial(function, jax.device_put(variables))
 
-  bare, base_bytes = loaded(base)
-  apart, bytes_apart = zip(
-    *(loaded(trees.override(base, each.leaves)) for each in adapters.values()),
-    strict=True,
-  )
+  bare = loaded(base)
+  apart = [
+    loaded(trees.override(base, each.leaves)) for each in adapters.values()
+  ]
   pixels = np.random.default_rng(0).uniform(size=(batch_size, *shape))
   images = jax.device_put(pixels.astype(np.float32))
   parts = [images[i::count] for i in range(count)]
   turn = itertools.cycle(range(count))
+
+  def one_of_many():
+    return many.logits_fn(names[next(turn)])(images)
 
   def mixed():
     first = next(turn)
@@ -144,18 +139,16 @@ def _prepare(
   batches = {
     'base alone': lambda: bare(images),
     'whole model, another at each call': lambda: apart[next(turn)](images),
-    'many adapters, another at each call': lambda: many.logits_fn(
-      names[next(turn)]
-    )(images),
+    'many adapters, another at each call': one_of_many,
     f'a mixed batch, as {count} calls of whole models': lambda: [
       model(part) for model, part in zip(apart, parts, strict=True)
     ],
     'a mixed batch, many adapters': mixed,
   }
   sizes = {
-    'whole models': sum(bytes_apart),
+    'whole models': sum(_bytes(each.args) for each in apart),
     'many adapters': _bytes((many.stack, many.frozen)),
-    'base alone': base_bytes,
+    'base alone': _bytes(bare.args),
   }
   return batches, sizes
 

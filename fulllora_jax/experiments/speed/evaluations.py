@@ -1,5 +1,6 @@
 """How many images a second an evaluation gets through."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,11 +64,11 @@ def measure(
     runs = {ours: timing.stopwatch(evaluate)}
     if attack.name == 'pgd':
       for name, peer in peers.items():
-        runs[name] = lambda peer=peer, steps=attack.steps: (
-          images / peer.attack(steps=steps)[0]
-        )
+        runs[name] = functools.partial(peer.attack, attack.steps)
     for name, taken in timing.take_turns(runs, _REPEATS, warmup=1).items():
-      rates = [images / seconds for seconds in taken.all]
+      # A peer attacks a batch at a time.
+      count = images if name == ours else case.config.train.batch_size
+      rates = [count / seconds for seconds in taken.all]
       records.append(
         {'attack': attack.label, 'name': name, 'images_per_second': rates}
       )

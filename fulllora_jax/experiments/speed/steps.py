@@ -109,8 +109,7 @@ def measure(
   parts = Parts(ours)
   runs = {name: case.step for name, case in cases.items()}
   runs |= {f'part {name}': run for name, run in parts.runs.items()}
-  for name, peer in peers.items():
-    runs[name] = lambda peer=peer: peer.run(steps=1)[0]
+  runs |= {name: peer.step for name, peer in peers.items()}
   taken = timing.take_turns(runs, rounds, warmup)
   say('measuring the peak: large products, and reading memory')
   best = {

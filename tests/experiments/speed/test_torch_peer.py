@@ -65,10 +65,8 @@ def test_requests_and_answers(stand_in):
   """)
   with peer:
     assert (peer.trainable, peer.compile_seconds) == (4, 1.5)
-    assert peer.run(steps=2) == [('run', {'steps': 2})]
-    assert peer.attack(20, repeats=3) == [
-      ('run_attack', {'steps': 20, 'repeats': 3})
-    ]
+    assert peer.step() == [('step', {})]
+    assert peer.attack(20) == [('attack', {'steps': 20})]
     assert peer.peak_memory == [('peak_memory', {})]
 
 
@@ -98,7 +96,7 @@ def test_the_last_words_of_the_dead(stand_in, end, words):
   refused(words, stand_in(f'pipe.recv(); {end}').__enter__)
   peer = stand_in(f'pipe.recv(); pipe.send(FACTS); pipe.recv(); {end}')
   with peer:
-    refused(words, peer.run, 1)
+    refused(words, peer.step)
 
 
 def test_much_on_stderr_stops_nobody(stand_in):

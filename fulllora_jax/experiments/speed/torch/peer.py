@@ -2,7 +2,7 @@
 
   spec = spec_of(config, num_classes=10, image_shape=(32, 32, 3))
   with TorchPeer(spec) as peer:
-    seconds = peer.run(steps=3)
+    seconds = peer.step()
 
 Imports no PyTorch: worker.py does, in the other process. What PyTorch does, and
 where that differs from ours, step.py says.
@@ -75,28 +75,22 @@ class TorchPeer:
   def __exit__(self, *_: object) -> None:
     self._cleaning.close()
 
-  def run(self, steps: int) -> list[float]:
-    """Makes training steps; returns the seconds of each, synchronised.
+  def step(self) -> float:
+    """Makes a training step; returns its seconds, synchronised.
 
     Raises:
       UserError: the process has died, with what it said last.
     """
-    return self._ask(('run', {'steps': steps}))
+    return self._ask(('step', {}))
 
-  def attack(self, steps: int = 20, repeats: int = 1) -> list[float]:
-    """Attacks a batch as an evaluation does, `repeats` times.
+  def attack(self, steps: int) -> float:
+    """Attacks a batch as an evaluation does; returns the seconds.
 
     Args:
-      steps: of PGD, from a random start; a forward pass on the result follows.
-      repeats: how many times.
-
-    Returns:
-      Images per second of each.
-
-    Raises:
-      UserError: the process has died, with what it said last.
+      steps: how many steps PGD makes from its random start; a forward pass on
+        the result follows.
     """
-    return self._ask(('run_attack', {'steps': steps, 'repeats': repeats}))
+    return self._ask(('attack', {'steps': steps}))
 
   @property
   def peak_memory(self) -> int:

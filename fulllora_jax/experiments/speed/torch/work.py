@@ -81,7 +81,7 @@ class Work:
     try:
       for _ in range(_WARM_UP.get(self.spec.mode, 1)):
         self.train_step(log=True)
-        self.attack(steps=1)
+        self.evaluate(steps=1)
       self._synchronize()
     except torch.OutOfMemoryError:
       raise
@@ -98,7 +98,17 @@ class Work:
       torch.cuda.reset_peak_memory_stats()
     self._compile_seconds = time.perf_counter() - begin
 
-  def train_step(self, *, log: bool) -> dict[str, Tensor]:
+  def step(self) -> float:
+    """Makes a training step; returns its seconds."""
+    log = self._steps % self.spec.log_every == 0
+    self._steps += 1
+    return self._timed(self.train_step, log)
+
+  def attack(self, steps: int) -> float:
+    """Attacks a batch as an evaluation does; returns the seconds."""
+    return self._timed(self.evaluate, steps)
+
+  def train_step(self, log: bool) -> dict[str, Tensor]:
     """Makes one step; returns its scalars, on the device.
 
     Args:
@@ -119,27 +129,11 @@ class Work:
       metrics['clean_accuracy'] = _score(self._logits(x), labels)
     return metrics
 
-  def attack(self, steps: int) -> Tensor:
-    """Attacks a batch as an evaluation does; returns the robust accuracy."""
+  def evaluate(self, steps: int) -> Tensor:
+    """Returns the robust accuracy of a batch, on the device."""
     x, labels = self._batch()
     x_adv = self._attacked(x, labels, steps, self.spec.eval_step_size, True)
     return _score(self._logits(x_adv), labels)
-
-  def run(self, steps: int) -> list[float]:
-    """Returns the seconds that each of `steps` training steps took."""
-    seconds = []
-    for _ in range(steps):
-      log = self._steps % self.spec.log_every == 0
-      self._steps += 1
-      seconds.append(self._timed(self.train_step, log=log))
-    return seconds
-
-  def run_attack(self, steps: int, repeats: int) -> list[float]:
-    """Returns images per second of each of `repeats` attacks of a batch."""
-    return [
-      self.spec.batch_size / self._timed(self.attack, steps)
-      for _ in range(repeats)
-    ]
 
   def peak_memory(self) -> int:
     """Returns bytes: of the GPU since the warm-up, or of the whole process."""
@@ -178,10 +172,10 @@ class Work:
       self._generator if random_start else None,
     )
 
-  def _timed(self, function: Callable, *args, **kwargs) -> float:
+  def _timed(self, function: Callable, argument: int) -> float:
     self._synchronize()
     begin = time.perf_counter()
-    function(*args, **kwargs)
+    function(argument)
     self._synchronize()
     return time.perf_counter() - begin
 

@@ -4,9 +4,9 @@
 
 The number is that of an open end of a multiprocessing.Pipe. A Spec comes
 through it first, and is answered by what Work.facts returns, or by the
-UserError that stands in the way; then requests such as ('run', {'steps': 3}),
-which name a method of Work and its arguments. The process ends when its stdin
-does, whatever it is doing.
+UserError that stands in the way; then requests, ('attack', {'steps': 20}) for
+one, which name a method of Work and its arguments. The process ends when its
+stdin does, whatever it is doing.
 
 Imports no JAX, and PyTorch only once it was asked for something.
 """
