@@ -287,7 +287,7 @@ def test_evaluation_knows_l1_where_training_does_not():
   attacks = ('clean', 'apgd-ce', 'apgd-t')
   config = changed(threat__norm='l1', threat__eps='12', eval__attacks=attacks)
   checks_lib.validate_evaluation(config)
-  assert [a.name for a in settings.evaluation_attacks(config)] == [*attacks]
+  assert [a.name for a in settings.Plan.of(config).all_attacks()] == [*attacks]
   with pytest.raises(UserError, match='threat.norm l1: training knows'):
     checks.validate(config, num_devices=8)
   config.eval.attacks = ('pgd-20',)
@@ -305,7 +305,7 @@ def test_a_ball_of_no_size_is_refused_for_ensembles(eps):
 def test_a_picture_shows_the_attack_of_most_steps_that_is_one():
   def shown(*attacks):
     config = changed(eval__attacks=attacks)
-    found = settings.picture_attack(settings.evaluation_attacks(config))
+    found = settings.picture_attack(settings.Plan.of(config).all_attacks())
     return found and found.label
 
   assert shown('clean', 'pgd-20', 'autoattack', 'cw_linf-5') == 'pgd-20'

@@ -3,7 +3,7 @@
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import WEIGHTS, ConfigDict
 from fulllora_jax.core.errors import UserError, check_positive, choose
-from fulllora_jax.evaluation.settings import Plan, evaluation_attacks
+from fulllora_jax.evaluation.settings import Plan
 
 
 def validate_plan(plan: Plan) -> None:
@@ -39,7 +39,7 @@ def validate_evaluation(config: ConfigDict) -> None:
 
 def refuse_rand(config: ConfigDict) -> None:
   """Raises UserError for an attack on noise that our models do not have."""
-  for attack in evaluation_attacks(config):
+  for attack in Plan.of(config).all_attacks():
     if attack.version == 'rand':
       raise UserError(
         f'attack: {attack.label} is for stochastic models, and this one always '

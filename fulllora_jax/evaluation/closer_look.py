@@ -83,7 +83,7 @@ def _attack(run: FinishedRun) -> Attack | None:
   """Returns the validation attack, or another of the config; None: none."""
   plan = run.evaluator.plan
   validation = plan.attack(run.config.eval.validation_attack)
-  others = settings.picture_attack(settings.evaluation_attacks(run.config))
+  others = settings.picture_attack(settings.Plan.of(run.config).all_attacks())
   for attack in (validation, others):
     if attack and attack.name != 'clean' and plan.threat.eps:
       return attack

@@ -110,34 +110,13 @@ class Evaluations:
       **self._records[key],
     }
 
-  def evaluate_all(
-    self,
-    weights: Sequence[str],
-    attacks: Sequence[Attack],
-    split: str,
-    num_examples: int = 0,
-  ) -> list[dict[str, Any]]:
-    """Evaluates every weights under every attack, saying each result."""
-    records = []
-    for attack in attacks:
-      for name in weights:
-        record = self.evaluate(name, attack, split, num_examples)
-        records.append(record)
-        say(
-          f'{name:<5} {attack.label:<10}  {record["accuracy"]:.1%} of '
-          f'{record["num_examples"]} {split} images'
-        )
-    return records
-
   def evaluate_under(
     self, plans: Sequence[Plan], weights: Sequence[str], split: str
   ) -> list[dict[str, Any]]:
-    """Evaluates under plan after plan, clean images once.
+    """Evaluates weights under plan after plan, saying each result.
 
-    Args:
-      plans: which differ in their radius; the last one is kept.
-      weights: to evaluate.
-      split: of the data set.
+    The plans differ in their radius, so clean images are evaluated once. The
+    last plan is kept.
     """
     records = []
     for number, plan in enumerate(plans):
@@ -145,23 +124,20 @@ class Evaluations:
         self.evaluator = Evaluator(self._apply, plan, self.mesh)
       if len(plans) > 1:
         say(f'eps {plan.eps}')
-      attacks = [
-        attack
-        for attack in plan.all_attacks()
-        if not number or attack.name != 'clean'
-      ]
-      records += self.evaluate_all(weights, attacks, split, plan.num_examples)
+      for attack in plan.all_attacks():
+        for name in weights if not number or attack.name != 'clean' else ():
+          record = self.evaluate(name, attack, split, plan.num_examples)
+          records.append(record)
+          say(
+            f'{name:<5} {attack.label:<10}  {record["accuracy"]:.1%} of '
+            f'{record["num_examples"]} {split} images'
+          )
     return records
 
   def report(
     self, evaluations: list[dict[str, Any]], seconds: dict[str, float]
   ) -> dict[str, Any]:
-    """Returns what a result says, as JSON values.
-
-    Args:
-      evaluations: the records of what was evaluated.
-      seconds: what each part of the work took.
-    """
+    """Returns what a result says, as JSON values, beside its `evaluations`."""
     plan, threat = self.evaluator.plan, self.evaluator.threat
     config = config_lib.copy(self.config)
     config.threat.eps, config.eval.step_size = plan.eps, plan.step_size

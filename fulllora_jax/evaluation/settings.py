@@ -80,11 +80,6 @@ def threat(config: ConfigDict) -> Threat:
   return Threat(norm=config.threat.norm, eps=config.threat.eps)
 
 
-def evaluation_attacks(config: ConfigDict) -> list[Attack]:
-  """Returns the attacks of `config.eval`."""
-  return Plan.of(config).all_attacks()
-
-
 def picture_attack(chosen: list[Attack]) -> Attack | None:
   """Returns the attack that a report's picture shows: of most steps."""
   single = [attack for attack in chosen if not attack.version]

@@ -1,5 +1,6 @@
 """Evaluating a finished run again, and what its records say."""
 
+import dataclasses
 import json
 import shutil
 
@@ -58,12 +59,15 @@ def evaluated(monkeypatch):
 CLEAN = attacks.parse('clean', attacks.Threat(), 0.01)
 
 
+def evaluate_clean(run):
+  plan = dataclasses.replace(run.evaluator.plan, attacks=('clean',))
+  return run.evaluate_under([plan], ('base', 'best', 'last'), 'test')
+
+
 def test_best_that_is_last_is_evaluated_once(run_of, finished_copy, evaluated):
   shutil.rmtree(finished_copy / 'best')
   shutil.copytree(finished_copy / 'last', finished_copy / 'best')
-  records = run_of(finished_copy).evaluate_all(
-    ('base', 'best', 'last'), [CLEAN], 'test'
-  )
+  records = evaluate_clean(run_of(finished_copy))
   assert evaluated == ['clean', 'clean']
   base, best, last = records
   assert best | {'weights': 'last'} == last
@@ -75,7 +79,7 @@ def test_best_that_is_not_last_is_evaluated_too(
 ):
   tree, metadata = artefact.read_artefact(finished_copy / 'best')
   artefact.save_artefact(finished_copy / 'best', 1, tree, metadata)
-  run_of(finished_copy).evaluate_all(('base', 'best', 'last'), [CLEAN], 'test')
+  evaluate_clean(run_of(finished_copy))
   assert evaluated == ['clean'] * 3
 
 

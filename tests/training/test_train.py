@@ -352,15 +352,13 @@ def test_one_device_and_eight_train_the_same_adapter(
 def test_one_device_and_eight_count_the_same(
   small_config, finished, digits, monkeypatch, result
 ):
-  from fulllora_jax.evaluation import settings
-
   on_devices(8, monkeypatch)
   run = finished_run.FinishedRun(
     small_config,
     finished.workdir,
     digits,
   )
-  records = run.evaluate_all(
-    ('best', 'last'), settings.evaluation_attacks(small_config), 'test', 60
-  )
+  plan = run.evaluator.plan
+  assert plan.num_examples == 60
+  records = run.evaluate_under([plan], ('best', 'last'), 'test')
   assert records == [e for e in result['evaluations'] if e['weights'] != 'base']

@@ -125,7 +125,9 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
         f'{", ".join(map(str, comparison.seeds))}; give one of them, or add it '
         'to config.seeds'
       )
-  labels = [a.label for a in settings.evaluation_attacks(comparison.experiment)]
+  labels = [
+    a.label for a in settings.Plan.of(comparison.experiment).all_attacks()
+  ]
   if comparison.headline and comparison.headline not in labels:
     raise UserError(
       f'headline: {comparison.headline!r} is not of experiment.eval.attacks, '
