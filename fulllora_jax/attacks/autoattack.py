@@ -40,8 +40,9 @@ class Cascade:
 
   Attributes:
     attacks: 'clean' and the names of the attacks, in order.
-    accuracy: after each of them, in [0, 1]; the last is the worst case.
-    seconds: each of them took.
+    accuracy: the accuracy after each attack, in [0, 1]; the last is the worst
+      case.
+    seconds: what each attack took.
     broken_by: int [N], the place in `attacks` of what broke an image; 0 where
       it is misclassified without an attack, -1 where it is robust.
     notes: on attacks that could not run.
@@ -140,8 +141,8 @@ def autoattack(
   stochastic = any(member.draws > 1 for member in chosen)
   num_classes = inputs.num_classes(logits_fn, x, size, stochastic, labels)
   chosen, notes = ensemble.fit(chosen, num_classes)
-  run = _Run(key, logits_fn, threat, chosen, size, precision, mesh)
-  run.place(x, labels, indices)
+  images = (x, labels, indices)
+  run = _Run(key, logits_fn, images, threat, chosen, size, precision, mesh)
   logits = run.clean_logits()
   inputs.check_finite(logits)
   progress = Progress(
@@ -154,16 +155,16 @@ def autoattack(
 class _Run:
   """One evaluation: the images, and the programs that attack them."""
 
-  def __init__(self, key, logits_fn, threat, members, size, precision, mesh):
+  def __init__(
+    self, key, logits_fn, images, threat, members, size, precision, mesh
+  ):
     self.threat, self.members, self.size = threat, members, size
     self.key, self.precision, self.mesh = key, precision, mesh
     if not isinstance(logits_fn, Partial):
       logits_fn = Partial(logits_fn)
     self.logits_fn = mesh_lib.on_mesh(logits_fn, mesh)
     self.draws = max(member.draws for member in members)
-
-  def place(self, x, labels, indices):
-    self.x, self.labels, self.indices = x, labels, indices
+    self.x, self.labels, self.indices = images
 
   def identity(self) -> dict[str, Any]:
     """Returns what the result depends on, but for the model."""

@@ -12,15 +12,16 @@ class Plan:
   """What a model is evaluated under.
 
   Attributes:
-    norm: of the threat: 'linf', 'l2' or 'l1'.
+    norm: the norm of the ball: 'linf', 'l2' or 'l1'.
     eps: the radius in [0, 1] pixels, as text: '8/255'.
     attacks: the names of the attacks, such as 'pgd-20'.
-    step_size: of PGD, in [0, 1] pixels, as text.
-    restarts: random starts of PGD.
-    batch_size: images at once; rounded up to a multiple of the devices.
+    step_size: the length of a step of PGD in [0, 1] pixels, as text.
+    restarts: the number of random starts of PGD.
+    batch_size: how many images are attacked at once; rounded up to a multiple
+      of the devices.
     num_examples: how many images of the split; 0 for all.
-    seed: of the attacks, and of the choice of images.
-    precision: of matrix products: 'highest' or 'default'.
+    seed: the attacks' random numbers and the choice of images follow from it.
+    precision: the precision of matrix products: 'highest' or 'default'.
   """
 
   norm: str = 'linf'
@@ -61,7 +62,7 @@ class Plan:
     """Returns the plan at another radius.
 
     Args:
-      eps: as text.
+      eps: the other radius, as text.
       scale_steps: keeps the step size in proportion to eps.
 
     >>> Plan(eps='8/255', step_size='2/255').at('4/255').attack('pgd').step_size

@@ -38,7 +38,7 @@ def make_algorithm(
     config: config.py.
     built: the model and its method.
     mask: which leaves learn.
-    steps: the length of training.
+    steps: the length of training in steps.
     num_classes: K.
   """
   learning_rate = optim.learning_rate(

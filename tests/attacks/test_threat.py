@@ -194,3 +194,9 @@ def test_scaled_multiplies_eps_also_when_traced():
 
   np.testing.assert_allclose(farthest(0.5), 0.1, rtol=1e-5)
   np.testing.assert_allclose(farthest(0.0), 0.0)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
+def test_rounding_reaches_past_the_sphere_and_no_more(norm):
+  threat = Threat(norm, 0.5)
+  assert 0.5 + 1e-7 < threat.reach < 0.5 + 2e-5

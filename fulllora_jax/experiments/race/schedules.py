@@ -100,15 +100,15 @@ def race(
     config: config.py; what all schedules have in common. Its base is trained
       or read once.
     dataset: the data set that `config.data` names.
-    workdir: base/, schedules/*.json, road.json, road.md, road.svg.
-    target: robust accuracy on validation images, in (0, 1).
+    workdir: gets base/, schedules/*.json, road.json, road.md, road.svg.
+    target: a robust accuracy on validation images, in (0, 1).
     schedules: names in SCHEDULES.
-    attack: that measures on the way, e.g. 'pgd-20'.
-    points: measurements of each schedule, and one of the base.
-    num_validation: images of the validation split to measure on; 0: all.
+    attack: the attack that measures on the way, e.g. 'pgd-20'.
+    points: how often each schedule is measured; the base is measured once more.
+    num_validation: how many validation images are measured on; 0: all.
     final: the attacks on the finished models, joined by '+', or 'autoattack';
       empty: none.
-    num_test: images of the test split for it, chosen by the seed; 0: all.
+    num_test: how many test images they attack, chosen by the seed; 0: all.
 
   Returns:
     target, attack, final, num_validation, num_test, batch_size, config_name,
