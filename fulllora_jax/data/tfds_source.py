@@ -122,23 +122,16 @@ def _not_prepared(name: str, directory: str, reason: str) -> str:
 
 
 def _prepare(data: ConfigDict, directory: str) -> str:
-  """Prepares a set in a child process; returns why it failed, or ''."""
+  """Prepares a set in a child process, passing on its progress.
+
+  Returns:
+    Why it failed, or ''.
+  """
   if not data.prepare:
     return 'data.prepare is false'
   console.say(f'preparing {data.name} in {directory}, once')
-  return _run_preparation(data.name, directory)
-
-
-def _run_preparation(name: str, directory: str) -> str:
-  """Runs the command, passing on its progress; returns why it failed, or ''."""
-  module = 'fulllora_jax.data.prepare'
-  command = [
-    sys.executable,
-    '-m',
-    module,
-    f'--name={name}',
-    f'--dir={directory}',
-  ]
+  command = [sys.executable, '-m', 'fulllora_jax.data.prepare']
+  command += [f'--name={data.name}', f'--dir={directory}']
   paths = [_PACKAGE_PARENT, os.environ.get('PYTHONPATH', '')]
   env = dict(
     os.environ,
@@ -195,12 +188,9 @@ def _split(name: str, field: str, builder: tfds.core.DatasetBuilder) -> str:
 
 
 def _test_split(data: ConfigDict, builder: tfds.core.DatasetBuilder) -> str:
-  if data.test_split:
-    return _split(data.test_split, 'test_split', builder)
-  for name in ('test', 'validation'):
-    if name in builder.info.splits:
-      return name
-  return _split('test', 'test_split', builder)
+  usual = (n for n in ('test', 'validation') if n in builder.info.splits)
+  name = data.test_split or next(usual, 'test')
+  return _split(name, 'test_split', builder)
 
 
 def _reader(data, builder, split, keys, channels):

@@ -214,13 +214,14 @@ def test_another_process_may_have_prepared_it(
 ):
   from fulllora_jax.data import tfds_source
 
-  def lose_the_race(name, directory):
+  def lose_the_race(data, directory):
+    del data
     shutil.copytree(digits_dir, directory)
     return 'the folder is there already'
 
   digits_dir, digits_data.dir = digits_data.dir, str(tmp_path / 'new')
   digits_data.prepare = True
-  monkeypatch.setattr(tfds_source, '_run_preparation', lose_the_race)
+  monkeypatch.setattr(tfds_source, '_prepare', lose_the_race)
   assert len(open_dataset(digits_data, 0).test) == 360
 
 

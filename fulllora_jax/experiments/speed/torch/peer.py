@@ -162,13 +162,10 @@ def start(
     stack: on leaving it the processes end.
     config: config.py.
     dataset: the peers' images have its shape and its number of classes.
-    modes: 'eager', or of COMPILE_MODES.
+    modes: 'eager', or keys of COMPILE_MODES.
 
   Returns:
     Name in tables -> the peer.
-
-  Raises:
-    UserError: what `spec_of` and `TorchPeer` refuse.
   """
   device = 'cpu' if jax.default_backend() == 'cpu' else 'cuda'
   running = {}

@@ -29,14 +29,7 @@ class Work:
 
   torch.compile gets one step of the attack, forward and backward, as a single
   graph; the loss of the training step, with its backward pass; and the logits.
-  Tried for the first, on one busy CPU core (PyTorch 2.13, ViT of width 192 and
-  3 blocks with LoRA, 16 images, float32), CPU seconds a step, the median of
-  12 that took turns: 0.150 eager; compiled 0.115 as one graph by
-  torch.func.grad, which is used, 0.128 with torch.autograd.grad inside, 0.125
-  for the loss alone, 0.123 for the loss with the parameters' gradients, which
-  torch.compile does not leave out by itself. max-autotune gave nothing more,
-  and in eager mode torch.func.grad nothing over torch.autograd.grad. bfloat16
-  weights took 0.103 in eager mode where autocast took 0.120 and float32 0.124.
+  docs/performance.md says what else was tried.
   """
 
   def __init__(self, spec: Spec):
