@@ -165,9 +165,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def check_leaves(expected: Tree, found: Tree, source: str) -> None:
   """Raises UserError at the first leaf missing, extra or misshaped."""
-  difference = trees.first_difference(
-    trees.named_leaves(expected), trees.named_leaves(found)
-  )
+  difference = trees.first_difference(expected, found)
   if difference:
     raise UserError(
       f'{source} does not fit this model: {difference}; it was made with '

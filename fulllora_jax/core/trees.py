@@ -7,7 +7,6 @@ checkpoint all see the trainable leaves only.
 
 import hashlib
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -162,19 +161,26 @@ def _is_masked(leaf: Any) -> bool:
 
 
 def first_difference(
-  expected: Mapping[str, Any], found: Mapping[str, Any]
+  expected: Tree, found: Tree, *, more_is_fine: bool = False
 ) -> str | None:
-  """Compares two {path: array or shape}; says the first difference in words.
+  """Compares shapes and dtypes; says the first difference in words.
+
+  Args:
+    expected: a tree of arrays or shapes, or path -> leaf.
+    found: the tree to compare with it.
+    more_is_fine: whether leaves that are not expected make no difference.
 
   Returns:
     None if the same paths have the same shapes and dtypes on both sides.
   """
-  for path in sorted(expected.keys() | found.keys()):
-    if path not in found:
+  wanted, leaves = named_leaves(expected), named_leaves(found)
+  more = set() if more_is_fine else leaves.keys()
+  for path in sorted(wanted.keys() | more):
+    if path not in leaves:
       return f'{path} is missing'
-    if path not in expected:
+    if path not in wanted:
       return f'{path} is not expected'
-    want, have = expected[path], found[path]
+    want, have = wanted[path], leaves[path]
     if tuple(want.shape) != tuple(have.shape):
       return (
         f'{path} has shape {tuple(have.shape)}, expected {tuple(want.shape)}'
@@ -182,10 +188,3 @@ def first_difference(
     if np.dtype(want.dtype) != np.dtype(have.dtype):
       return f'{path} has dtype {have.dtype}, expected {want.dtype}'
   return None
-
-
-def first_missing(expected: Tree, found: Tree) -> str | None:
-  """Says the first leaf of `expected` that `found` lacks or has otherwise."""
-  names = named_leaves(expected)
-  others = named_leaves(found)
-  return first_difference(names, {p: others[p] for p in names if p in others})

@@ -218,7 +218,9 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
       f'{directory} needs its base: {error} (fulllora_jax.load takes it as '
       'base=...)'
     ) from None
-  difference = trees.first_missing(frozen, {'params': params})
+  difference = trees.first_difference(
+    frozen, {'params': params}, more_is_fine=True
+  )
   if difference:
     raise UserError(f'{source} is not the base of {directory}: {difference}')
   kept = trees.select({'params': params}, trees.named_leaves(frozen))

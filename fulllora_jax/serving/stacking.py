@@ -198,4 +198,6 @@ def _no_base(
     if not branch.ZERO_MEANS_OFF:
       return f'{branch.kind} change it, whatever their numbers'
   wanted = {path: v for path, v in row.items() if path.startswith('params/')}
-  return trees.first_missing(wanted, {'params': base_params})
+  return trees.first_difference(
+    wanted, {'params': base_params}, more_is_fine=True
+  )
