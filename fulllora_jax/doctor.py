@@ -49,15 +49,8 @@ def main(argv: Sequence[str]) -> None:
     raise errors.UserError(
       '--workdir: give the work directory of a run, or --logits=module:function'
     )
-  config = workdir.config_of(given)
-  asked = {
-    'threat.norm': given.norm,
-    'threat.eps': given.eps,
-    'data.dir': given.data_dir,
-  }
-  config.update_from_flattened_dict(
-    {field: value for field, value in asked.items() if value is not None}
-  )
+  asked = {'threat.norm': given.norm, 'threat.eps': given.eps}
+  config = workdir.config_of(given, asked | {'data.dir': given.data_dir})
   healthy = examine_and_say(
     config,
     given.workdir,

@@ -85,7 +85,6 @@ def main(argv: Sequence[str]) -> None:
       '--data, --image_size: they go with --logits; a run is evaluated on '
       'the data it was made for'
     )
-  config = workdir.config_of(given)
   asked = {
     'eval.attacks': tuple(given.attack) or None,
     'eval.step_size': given.step_size,
@@ -96,9 +95,7 @@ def main(argv: Sequence[str]) -> None:
     'model.dtype': given.dtype,
     'data.dir': given.data_dir,
   }
-  config.update_from_flattened_dict(
-    {field: value for field, value in asked.items() if value is not None}
-  )
+  config = workdir.config_of(given, asked)
   evaluate_again(
     config,
     given.workdir,

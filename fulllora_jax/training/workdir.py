@@ -13,8 +13,9 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fulllora_jax import config as config_lib
 from fulllora_jax.core import locks
@@ -145,28 +146,33 @@ def read_config(workdir: str | os.PathLike):
   return config_lib.from_mapping(values)
 
 
-def config_of(given):
+def config_of(given, asked: Mapping[str, Any]):
   """Returns the config of what a command is to evaluate.
 
   Args:
     given: its flags. A run's config is read from `workdir`; a function, named
       by `logits`, has the images that `data` and `image_size` say.
+    asked: the fields to change, such as 'threat.eps'; None leaves a field.
 
   Raises:
     UserError: there is no run; `data` or `image_size` is missing.
   """
-  if not given.logits:
-    return read_config(given.workdir)
-  for flag in ('data', 'image_size'):
+  for flag in ('data', 'image_size') if given.logits else ():
     if not given[flag].value:
       raise UserError(
         f'--{flag}: say what the images for --logits are, as in --data=cifar10 '
         '--image_size=32'
       )
-  config = config_lib.default()
-  config.name = 'logits'
-  config.data.name, config.data.image_size = given.data, given.image_size
-  config.eval.attacks = ('clean', 'autoattack')
+  if given.logits:
+    config = config_lib.default()
+    config.name = 'logits'
+    config.data.update(name=given.data, image_size=given.image_size)
+    config.eval.attacks = ('clean', 'autoattack')
+  else:
+    config = read_config(given.workdir)
+  config.update_from_flattened_dict(
+    {field: value for field, value in asked.items() if value is not None}
+  )
   return config
 
 
