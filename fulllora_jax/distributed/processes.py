@@ -69,6 +69,8 @@ def start(values: flags.FlagValues) -> None:
     return
   _initialize(given, values.start_timeout, values.peer_timeout)
   introduce()
+  if 'num_processes' in given:  # JAX goes by that of process 0
+    check_same('command', {'--num_processes': given['num_processes']})
 
 
 def parameters(

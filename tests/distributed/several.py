@@ -16,6 +16,8 @@ def main(argv):
   values = flags.FLAGS
   if values.mode == 'uneven':
     jax.config.update('jax_num_cpu_devices', 1 + values.process_id)
+  if values.mode == 'miscounted':
+    values.num_processes += values.process_id
   if values.mode == 'own start':
     jax.distributed.initialize(
       values.coordinator, values.num_processes, values.process_id
@@ -78,6 +80,7 @@ def _refuse():
 
 
 _MODES = {
+  'miscounted': talk,
   'talk': talk,
   'own start': talk,
   'uneven': talk,

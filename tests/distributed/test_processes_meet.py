@@ -334,7 +334,7 @@ def several():
   """Starts all that several.py knows at once: most of it is waiting."""
   modes = (
     *('talk', 'own start', 'differ', 'primary refuses', 'one refuses'),
-    *('uneven', 'alone refuses', 'alone crashes'),
+    *('uneven', 'miscounted', 'alone refuses', 'alone crashes'),
   )
   pods = {mode: Pod([str(SEVERAL), f'--mode={mode}'], 2) for mode in modes}
   return {mode: pod.end() for mode, pod in pods.items()}
@@ -354,6 +354,11 @@ def test_real_processes_agree(several, mode):
     ('primary refuses', 'data.dir: nothing there'),
     ('uneven', 'processes 0..1 have 1, 2 devices; give all of them as many'),
     ('one refuses', f'process 1 ({HOST}): data.dir: nothing there'),
+    (
+      'miscounted',
+      f'process 1 ({HOST}) has another command: --num_processes 3, process 0 '
+      f'({HOST}) has 2; start all with the same',
+    ),
     (
       'differ',
       f'process 1 ({HOST}) has another thing: b 1, process 0 ({HOST}) has 0; '
