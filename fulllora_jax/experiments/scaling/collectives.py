@@ -81,13 +81,16 @@ def _result_bytes(shape: str, kind: str, start: str | None) -> int:
   return sum(arrays)
 
 
-def trace_step(config, num_classes: int, images: int = 1) -> jax.stages.Traced:
+def trace_step(
+  config, num_classes: int, images: int = 1, channels: int = 3
+) -> jax.stages.Traced:
   """Traces the train step of a config on all devices, without arrays.
 
   Args:
     config: config.py.
     num_classes: how many logits.
     images: how many images of a batch each device has.
+    channels: channels of an image.
 
   Returns:
     The step: its `jaxpr`, and what `.lower().compile()` tells of it.
@@ -97,15 +100,17 @@ def trace_step(config, num_classes: int, images: int = 1) -> jax.stages.Traced:
   """
   mesh = mesh_lib.make_mesh(fsdp=config.mesh.fsdp)
   side = config.data.image_size
-  job = assemble(config, num_classes, (side, side, 3), mesh, steps=10)
+  shape, rows = (side, side, channels), images * mesh.size
+  job = assemble(config, num_classes, shape, mesh, steps=10)
   trainable, frozen = trees.split(job.shapes, job.mask)
-  begun = jax.eval_shape(job.begin, trainable)
+  begun = jax.eval_shape(lambda t: job.begin(t, rows), trainable)
   frozen = mesh_lib.frozen_shapes(frozen, mesh, config.mesh.shard_from)
-  rows = images * mesh.size
   batch = {
-    'image': jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
+    'image': jax.ShapeDtypeStruct((rows, *shape), jnp.uint8),
     'label': jax.ShapeDtypeStruct((rows,), jnp.int32),
   }
+  if begun.deltas is not None:  # attack.carry
+    batch['index'] = batch['label']
   key = jax.eval_shape(lambda: jax.random.key(0))
   step = compile_train_step(job.algorithm, mesh)
   return step.trace(begun, frozen, batch, key)

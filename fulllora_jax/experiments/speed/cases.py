@@ -16,11 +16,10 @@ from fulllora_jax import data, models
 from fulllora_jax.core import trees
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh
-from fulllora_jax.experiments.scaling import costs, prediction
+from fulllora_jax.experiments.scaling import collectives, costs, prediction
 from fulllora_jax.experiments.speed import flops
 from fulllora_jax.experiments.speed.timing import stopwatch
 from fulllora_jax.training import checks, memory, train_step
-from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.stepper import Stepper
 
 _EXAMPLES = 1024  # how many random images there are, or two batches
@@ -121,16 +120,11 @@ class Case:
     """
     config = config_lib.copy(self.config)
     config.model.remat = 'none'
-    stepper = self.stepper
-    plain = assemble(
-      config,
-      stepper.dataset.num_classes,
-      stepper.dataset.image_shape,
-      stepper.assembly.mesh,
-      stepper.total_steps,
+    dataset = self.stepper.dataset
+    images = config.train.batch_size // jax.device_count()
+    traced = collectives.trace_step(
+      config, dataset.num_classes, images, dataset.image_shape[-1]
     )
-    step = train_step.compile_train_step(plain.algorithm, plain.mesh)
-    traced = step.trace(*self._arguments())
     counted = flops.compiled(self.compiled)
     return {
       'model': flops.traced(traced.jaxpr),

@@ -15,9 +15,7 @@ SPEC = peer_lib.Spec(
   image_size=8, channels=3, patch_size=4, width=8, depth=1, num_heads=2,
   mlp_dim=16, num_classes=5, batch_size=4,
 )  # fmt: skip
-FACTS = dict(
-  compile_seconds=1.5, trainable=7, versions={}, device='cpu', threads=1
-)
+FACTS = dict(compile_seconds=1.5, trainable=7)
 HEAD = f"""
 import os, signal, sys, time
 from multiprocessing.connection import Connection
@@ -106,7 +104,7 @@ def test_much_on_stderr_stops_nobody(stand_in):
     pipe.send(FACTS)
   """)
   with peer:
-    assert peer.device == 'cpu'
+    assert peer.trainable == 7
 
 
 def test_who_does_not_end_is_ended_with_its_children(stand_in):
@@ -114,11 +112,11 @@ def test_who_does_not_end_is_ended_with_its_children(stand_in):
     import subprocess
     pipe.recv()
     child = subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL)
-    pipe.send(FACTS | {'threads': [os.getpid(), child.pid]})
+    pipe.send(FACTS | {'trainable': [os.getpid(), child.pid]})
     time.sleep(60)
   """)
   with peer:
-    pids = peer.threads
+    pids = peer.trainable
     begin = time.monotonic()
   assert time.monotonic() - begin < 10
   assert all(map(ended, pids))

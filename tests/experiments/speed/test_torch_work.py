@@ -228,6 +228,12 @@ def test_clean_images_are_scored_now_and_then(monkeypatch):
   assert step(log=True).keys() - step(log=False).keys() == {'clean_accuracy'}
 
 
+def test_threads_are_as_many_as_asked_for():
+  for threads in (1, 2):
+    work_of(threads=threads)
+    assert torch.get_num_threads() == threads
+
+
 def test_cuda_is_not_there(monkeypatch):
   monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
   with pytest.raises(UserError, match='device cuda: PyTorch .* finds no GPU'):
@@ -250,8 +256,6 @@ def test_the_process():
   with peer_lib.TorchPeer(SPEC) as peer:
     assert peer.compile_seconds > 0
     assert peer.trainable == work_of().facts()['trainable']
-    assert peer.versions['torch'] == torch.__version__
-    assert (peer.device, peer.threads) == ('cpu', 1)
     assert all(peer.step() > 0 for _ in range(3))
     assert all(peer.attack(steps=2) > 0 for _ in range(2))
     assert 2**25 < peer.peak_memory < 2**35

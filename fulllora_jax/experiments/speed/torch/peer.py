@@ -52,9 +52,6 @@ class TorchPeer:
   # cache of compiled programs is kept.
   compile_seconds: float
   trainable: int  # count of the parameters that learn
-  versions: dict[str, str]  # the versions of torch, timm and peft
-  device: str  # 'cpu', or the GPU's name
-  threads: int  # how many CPU threads it uses
 
   def __init__(self, spec: Spec, command: Sequence[str] = _COMMAND):
     self.spec, self._command = spec, command

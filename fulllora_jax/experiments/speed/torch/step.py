@@ -190,13 +190,11 @@ def pgd(
 ) -> Tensor:
   """Attacks by PGD in an Linf ball, as attacks/pgd.py does.
 
-  Args:
+  Args: those of `ascend`, and:
     ascend: `ascend`, with its gradient and its model given already.
-    x: float32 [B, C, H, W].
-    labels: int64 [B].
+    x: the images, float32 [B, C, H, W].
     eps: radius in [0, 1] pixels.
     steps: how many ascents.
-    step_size: in [0, 1] pixels.
     generator: draws the random start; None starts at x.
   """
   low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)

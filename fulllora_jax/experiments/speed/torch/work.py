@@ -9,8 +9,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,14 +133,11 @@ class Work:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == 'darwin' else 1024)
 
-  def facts(self) -> dict[str, Any]:
+  def facts(self) -> dict[str, float]:
     """Returns the attributes of a TorchPeer, by name."""
     return {
       'compile_seconds': self._compile_seconds,
       'trainable': sum(p.numel() for p in step.trainable(self.model)),
-      'versions': {n: metadata.version(n) for n in ('torch', 'timm', 'peft')},
-      'device': torch.cuda.get_device_name() if self._cuda else 'cpu',
-      'threads': torch.get_num_threads(),
     }
 
   def _batch(self, padding: int = 0, flip: bool = False):
@@ -179,14 +174,13 @@ class Work:
 
 def _random_batches(spec: Spec) -> list[tuple[Tensor, Tensor]]:
   """Returns uint8 [B, H, W, C] images and int64 [B] labels, on the host."""
-  shape = (spec.batch_size, spec.image_size, spec.image_size, spec.channels)
-  batches = [
-    (
-      torch.randint(256, shape, dtype=torch.uint8),
-      torch.randint(spec.num_classes, (spec.batch_size,)),
+  count, side = spec.batch_size, spec.image_size
+  batches = []
+  for _ in range(_BATCHES):
+    images = torch.randint(
+      256, (count, side, side, spec.channels), dtype=torch.uint8
     )
-    for _ in range(_BATCHES)
-  ]
+    batches.append((images, torch.randint(spec.num_classes, (count,))))
   if spec.device == 'cuda':
     return [(x.pin_memory(), y.pin_memory()) for x, y in batches]
   return batches
