@@ -106,6 +106,12 @@ def test_images_that_do_not_count_change_nothing_for_the_others():
   np.testing.assert_array_equal(found[:5], whole[:5])
 
 
+@BALLS
+def test_copies_of_an_image_begin_apart(threat):
+  same = jitted(threat, queries=1)(KEYS, X[:1].repeat(8, 0), LABELS)
+  assert len({image.tobytes() for image in np.asarray(same)}) == 8
+
+
 def test_linf_spends_all_of_eps_on_every_pixel():
   x = 0.3 + 0.4 * X
   found = jitted(LINF, queries=60)(KEYS, x, LABELS)
