@@ -1,5 +1,6 @@
 #!/bin/bash
-# Lints, checks the format and runs the tests; exits non-zero if any fails.
+# Lints, checks format and types, and runs the tests; exits non-zero if any
+# fails.
 #
 #   launch/test.sh [--all] [-k wilson ...]
 #
