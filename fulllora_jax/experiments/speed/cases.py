@@ -199,7 +199,8 @@ class Parts:
     keys = jax.random.split(key, x.shape[0])
     logits_fn = functools.partial(self._logits, trainable, frozen)
     step = self._case.stepper.total_steps  # at full strength
-    return self._algorithm.attack(keys, logits_fn, x, labels, step)
+    x_adv, found = self._algorithm.attack(keys, logits_fn, x, labels, step, key)
+    return x_adv, found['passes']
 
   def breakdown(
     self, step: float, seconds: Mapping[str, float]
