@@ -262,6 +262,7 @@ def test_a_split_base_is_fetched_and_images_stay():
   assert one['found'] == many['found']  # nothing that grows with the batch
 
 
+@pytest.mark.slow
 def test_a_split_base_takes_less_memory():
   # Two branches a block: the base is the same, and there is less to compile.
   whole, split = (

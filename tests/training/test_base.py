@@ -291,6 +291,7 @@ def full(run, tmp_path_factory, digits_dir):
   return workdir
 
 
+@pytest.mark.slow
 def test_all_of_a_published_model_may_learn(full, run, evaluate, tmp_path):
   workdir = pathlib.Path(shutil.copytree(full, tmp_path / 'run'))
   loaded = fulllora_jax.load(workdir)

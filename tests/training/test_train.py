@@ -175,6 +175,7 @@ def test_another_config_in_its_directory_is_refused(
     run_lib.train_and_evaluate(small_config, finished_copy)
 
 
+@pytest.mark.slow
 def test_autoattack_may_be_one_of_the_attacks_of_a_run(
   small_config, finished, tmp_path, digits, one_device, monkeypatch
 ):
@@ -329,6 +330,7 @@ def on_devices(count, monkeypatch):
   monkeypatch.setattr(mesh_lib, 'make_mesh', lambda *_, **__: mesh)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_train_the_same_adapter(
   small_config, tmp_path, digits, base, monkeypatch
 ):

@@ -152,6 +152,7 @@ def test_a_compiler_that_tells_nothing_leaves_gaps(record):
   assert 'does not tell the bytes' in text and '| - | - |' in text
 
 
+@pytest.mark.slow
 def test_evaluations_attack_every_image(case):
   found = evaluations.measure(
     case, ['pgd-2', 'apgd-ce'], images=16, peers={'torch': Peer()}
