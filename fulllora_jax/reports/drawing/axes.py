@@ -13,21 +13,13 @@ LETTER = 7.3  # how wide a letter is at most, on average, in the same units
 
 
 class Scale(NamedTuple):
-  """A straight line, or a logarithm, from values to places in the drawing.
+  """A straight line, or a logarithm, from values to places in the drawing."""
 
-  Attributes:
-    low: the value that is drawn at `first`.
-    high: the value that is drawn at `last`.
-    first: the place of the lowest value.
-    last: the place of the highest value.
-    logarithmic: equal distances are equal ratios; all values are above 0.
-  """
-
-  low: float
-  high: float
+  low: float  # the value that is drawn at `first`
+  high: float  # the value that is drawn at `last`
   first: float
   last: float
-  logarithmic: bool = False
+  logarithmic: bool = False  # equal distances are equal ratios; all above 0
 
   def __call__(self, value: float) -> float:
     low, high = self.low, self.high
@@ -105,12 +97,10 @@ def x_axis(
     marks = [(value, number(value)) for value in x.ticks()]
   end, look = (top, 'grid') if grid else (bottom + 4, 'axis')
   return join(
-    [
-      line(x.first, bottom, x.last, bottom, 'axis'),
-      [line(x(value), bottom, x(value), end, look) for value, _ in marks],
-      [text(x(value), bottom + 18, words) for value, words in marks],
-      text((x.first + x.last) / 2, bottom + 37, title),
-    ]
+    line(x.first, bottom, x.last, bottom, 'axis'),
+    [line(x(value), bottom, x(value), end, look) for value, _ in marks],
+    [text(x(value), bottom + 18, words) for value, words in marks],
+    text((x.first + x.last) / 2, bottom + 37, title),
   )
 
 

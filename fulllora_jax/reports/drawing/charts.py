@@ -20,23 +20,16 @@ LOOKS = ('', 'dashed', 'dotted')
 
 
 class Line(NamedTuple):
-  """One line of a chart.
+  """One line of a chart."""
 
-  Attributes:
-    name: what the legend and the tooltips call it.
-    points: (x, y); where y is None there is a gap.
-    colour: a colour of the style sheet.
-    look: '', or some of 'dashed', 'dotted' and 'faint'.
-    marked: draws a mark at every point.
-    band: the (low, high) of a shade at every point; empty for no shade.
-  """
-
-  name: str
-  points: Sequence[tuple[float, float | None]]
-  colour: str
-  look: str = ''
-  marked: bool = False
-  band: Sequence[tuple[float, float]] = ()
+  name: str  # what the legend and the tooltips call it
+  points: Sequence[tuple[float, float | None]]  # (x, y); None is a gap
+  colour: str  # a colour of the style sheet
+  look: str = ''  # or some of 'dashed', 'dotted' and 'faint'
+  marked: bool = False  # draws a mark at every point
+  band: Sequence[
+    tuple[float, float]
+  ] = ()  # a shade's (low, high) at each point
 
 
 class Bars(NamedTuple):
@@ -48,42 +41,24 @@ class Bars(NamedTuple):
 
 
 class Dots(NamedTuple):
-  """One row of a dot plot.
+  """One row of a dot plot."""
 
-  Attributes:
-    name: the words at the left.
-    values: each is drawn as a hollow mark.
-    middle: the value of the filled mark, or None.
-    low: the lower end of a span around the middle, or None.
-    high: the upper end of that span, or None.
-    colour: a colour of the style sheet.
-  """
-
-  name: str
-  values: Sequence[float]
-  middle: float | None
-  low: float | None = None
-  high: float | None = None
-  colour: str = 'robust'
+  name: str  # the words at the left
+  values: Sequence[float]  # each is drawn as a hollow mark
+  middle: float | None  # the value of the filled mark
+  low: float | None = None  # the lower end of a span around the middle
+  high: float | None = None  # the upper end of that span
+  colour: str = 'robust'  # a colour of the style sheet
 
 
 class Chart(NamedTuple):
-  """A drawing that can be put into a page, or into a picture of its own.
+  """A drawing that can be put into a page, or into a picture of its own."""
 
-  Attributes:
-    title: the words above the chart.
-    label: describes the chart to readers who cannot see it.
-    height: the height of the drawing.
-    content: the drawing, from (0, 0) to (width, height).
-    series: what the legend explains; empty for no legend.
-    width: the width of the drawing.
-  """
-
-  title: str
-  label: str
+  title: str  # the words above the chart
+  label: str  # describes the chart to readers who cannot see it
   height: float
-  content: Markup
-  series: Sequence[Line | Bars] = ()
+  content: Markup  # the drawing, from (0, 0) to (width, height)
+  series: Sequence[Line | Bars] = ()  # what the legend explains
   width: float = axes.WIDTH
 
 
@@ -130,15 +105,14 @@ def line_chart(
   top = 100.0 if percent else max(y_values) * 1.05 or 1.0
   y = Scale(0.0 if percent else min(y_values), top, 214, 10)
   x = Scale(min(x_values), max(x_values), 44, axes.WIDTH - 14, logarithmic)
-  level = None
-  if marked_y is not None:
-    level = axes.line(x.first, y(marked_y), x.last, y(marked_y), 'mark')
   words = dict(x_marks or ())
   content = [
     axes.y_axis(x, y, _PERCENT if percent else y.ticks()),
     axes.x_axis(x, y, x_marks, x_title),
     _upright(x, y, marked_x),
-    level,
+    None
+    if marked_y is None
+    else axes.line(x.first, y(marked_y), x.last, y(marked_y), 'mark'),
     [_line(line, x, y, words) for line in lines],
   ]
   label = _label(title, f'against {x_title}', lines)
@@ -146,7 +120,6 @@ def line_chart(
 
 
 def _label(title: str, x_title: str, series: Sequence[Line | Bars]) -> str:
-  """Describes a chart to readers who cannot see it."""
   return f'{title} {x_title}: {", ".join(part.name for part in series)}'
 
 
@@ -163,10 +136,9 @@ def _line(line: Line, x: Scale, y: Scale, words) -> Markup:
       path.append(f'{"L" if pen_down else "M"}{x(at)} {y(value)}')
     pen_down = value is not None
   places = [x(at) for at, _ in line.points]
-  lower = [y(low) for low, _ in line.band]
-  upper = [y(high) for _, high in line.band]
-  corners = [*zip(places, upper, strict=False)]
-  corners += reversed([*zip(places, lower, strict=False)])
+  band = [*zip(places, line.band, strict=False)]
+  corners = [(at, y(high)) for at, (_, high) in band]
+  corners += [(at, y(low)) for at, (low, _) in reversed(band)]
   outline = ' '.join(f'{a},{b}' for a, b in corners)
   dots = [
     mark(
@@ -251,10 +223,7 @@ def columns(
 
 
 def bars(
-  title: str,
-  names: Sequence[str],
-  series: Sequence[Bars],
-  x_title: str,
+  title: str, names: Sequence[str], series: Sequence[Bars], x_title: str
 ) -> Chart:
   """Draws a row of bars for each name, in % from 0 to 100."""
   thick, gap = 9, 8
@@ -288,7 +257,6 @@ def bars(
 def _bar(
   series: Bars, words: str, x: float, y: float, width: float, height: float
 ) -> Markup:
-  """Draws a bar that says its words when pointed at."""
   box = {'x': x, 'y': y, 'width': width, 'height': height}
   box = {name: round(value, 2) for name, value in box.items()}
   bar = tag('rect', tag('title', words), **box, class_='fill')
@@ -338,16 +306,11 @@ def _dots(row: Dots, at: float, x: Scale, unit: str) -> Markup:
     mark(x(value), at, 4, f'{row.name}: {value:.1f} {unit}', hollow=True)
     for value in row.values
   ]
-  return join(
-    [
-      _side_name(x, at, row.name),
-      coloured(row.colour, tag('title', words), span, each, middle),
-    ]
-  )
+  marks = coloured(row.colour, tag('title', words), span, each, middle)
+  return join(_side_name(x, at, row.name), marks)
 
 
 def _side_name(x: Scale, middle: float, name: str) -> Markup:
-  """Writes the name of a row at the left of a chart."""
   shown = limited(name, _LONGEST)
   return axes.text(x.first - 8, middle + 4, shown, 'end', 'strong')
 

@@ -32,18 +32,20 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
   )
   if name in _VOID:
     return Markup(f'<{name}{written}>')
-  return Markup(f'<{name}{written}>{join(children)}</{name}>')
+  return Markup(f'<{name}{written}>{join(*children)}</{name}>')
 
 
-def join(children: Any) -> Markup:
+def join(*children: Any) -> Markup:
   """Returns one after another the children that `tag` takes."""
-  if children is None:
-    return Markup('')
-  if isinstance(children, Markup):
-    return children
-  if isinstance(children, str) or not isinstance(children, Iterable):
-    return Markup(html.escape(str(children)))
-  return Markup(''.join(join(child) for child in children))
+  return Markup(''.join(_written(child) for child in children))
+
+
+def _written(child: Any) -> str:
+  if child is None or isinstance(child, Markup):
+    return child or ''
+  if isinstance(child, str) or not isinstance(child, Iterable):
+    return html.escape(str(child))
+  return join(*child)
 
 
 def limited(text: Any, limit: int) -> str:

@@ -54,7 +54,7 @@ def _legend_rows(
       yield row
       row, left = [], 0.0
     words = axes.text(32, 0, name, 'start')
-    row.append((left, join([moved(0, -10, charts.swatch(entry)), words])))
+    row.append((left, join(moved(0, -10, charts.swatch(entry)), words)))
     left += room + 12
   if row:
     yield row

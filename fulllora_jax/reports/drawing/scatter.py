@@ -37,13 +37,9 @@ def scatter(
 
 
 def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
-  """Writes the name of a point where nothing else is, as near as can be.
+  """Writes the name of a point at (x, y) as near as nothing else is.
 
-  Args:
-    name: the words.
-    x: the place of the point.
-    y: the height of the point.
-    taken: boxes (left, right, top, bottom); that of the name is added.
+  Its box (left, right, top, bottom) joins those that are `taken`.
   """
   width = LETTER * len(name)
   places = [
@@ -55,7 +51,7 @@ def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
     (at if at > x else at - width, at + width if at > x else at, b - 11, b + 2)
     for at, b in places
   ]
-  free = [
+  free = (
     number
     for number, box in enumerate(boxes)
     if box[0] > 40 and box[1] < axes.WIDTH and box[2] > 0 and box[3] < 213
@@ -63,8 +59,8 @@ def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
       box[0] < t[1] and t[0] < box[1] and box[2] < t[3] and t[2] < box[3]
       for t in taken
     )
-  ]
-  chosen = free[0] if free else 0
+  )
+  chosen = next(free, 0)
   taken.append(boxes[chosen])
   at, baseline = places[chosen]
   return axes.text(at, baseline, name, 'start' if at > x else 'end', 'strong')

@@ -1,5 +1,6 @@
 """The page that compares many runs: methods, each over several seeds."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,10 +72,8 @@ def _found(
 
 def labels(comparison: Mapping[str, Any]) -> list[str]:
   """Returns the attacks of all methods, in order."""
-  found = (
-    label for row in comparison['rows'] for label in row.get('attacks') or ()
-  )
-  return list(dict.fromkeys(found))
+  every = (row.get('attacks') or () for row in comparison['rows'])
+  return list(dict.fromkeys(itertools.chain.from_iterable(every)))
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -144,11 +143,9 @@ def _results(comparison: Mapping[str, Any]) -> Markup:
     f'Images: {num_images(comparison)}.'
   )
   return join(
-    [
-      document.table(table, 'Accuracy of each method under each attack'),
-      document.note(note),
-      document.details('Every seed', _every_seed(comparison)),
-    ]
+    document.table(table, 'Accuracy of each method under each attack'),
+    document.note(note),
+    document.details('Every seed', _every_seed(comparison)),
   )
 
 
@@ -198,7 +195,7 @@ def _seeds(comparison: Mapping[str, Any]) -> Markup | None:
     'A ring is a seed; the dot is their mean, and the line one standard '
     'deviation of the seeds on either side.'
   )
-  return join([tag('div', figures, class_='charts'), document.note(note)])
+  return join(tag('div', figures, class_='charts'), document.note(note))
 
 
 def parameters_chart(comparison: Mapping[str, Any]) -> Chart | None:
@@ -248,11 +245,9 @@ def _differences(comparison: Mapping[str, Any]) -> Markup | None:
   )
   whole = document.table(table, 'Differences')
   return join(
-    [
-      tag('div', figures, class_='charts'),
-      document.note(note),
-      document.details('All attacks, as a table', whole),
-    ]
+    tag('div', figures, class_='charts'),
+    document.note(note),
+    document.details('All attacks, as a table', whole),
   )
 
 
@@ -263,9 +258,7 @@ def _cost(comparison: Mapping[str, Any]) -> Markup:
     'A pass is one image once forward and back through the model, those of the '
     'attack included; the time is that of a training.'
   )
-  return join(
-    [document.table(table, 'Cost of each method'), document.note(note)]
-  )
+  return join(document.table(table, 'Cost of each method'), document.note(note))
 
 
 def _provenance(comparison: Mapping[str, Any]) -> Markup:
@@ -281,4 +274,4 @@ def _provenance(comparison: Mapping[str, Any]) -> Markup:
   ]
   whole = document.facts(document.flat(config))
   folded = document.details('The whole configuration', whole)
-  return join([document.facts(facts), folded if config else None])
+  return join(document.facts(facts), folded if config else None)

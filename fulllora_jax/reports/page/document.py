@@ -99,12 +99,9 @@ def details(summary: str, content: Markup) -> Markup:
 
 
 def figure(chart: Chart, note: str = '', single: bool = False) -> Markup:
-  """Returns a chart with its title, its legend and a note.
+  """Returns a chart with its title, its legend and a note below it.
 
-  Args:
-    chart: what is drawn.
-    note: the words below it.
-    single: whether no other figure stands beside it.
+  A figure is `single` where no other stands beside it.
   """
   box = f'0 0 {chart.width} {chart.height}'
   alone = {'role': 'img', 'aria_label': chart.label}

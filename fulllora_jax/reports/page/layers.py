@@ -55,15 +55,16 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
     images=found.get('num_images'), attack=found.get('attack') or 'nothing'
   )
   series = [Bars(words, [], colour) for _, words, colour in keys]
+  scales = 'Each chart has a scale of its own, for the roles differ much.'
+  if len(set(tops.values())) == 1:
+    scales = 'All charts have the same scale.'
   below = 'The numbers below are of the blocks, in network order.'
   return join(
-    [
-      document.note(note),
-      document.legend(series) if len(series) > 1 else None,
-      tag('div', figures, class_='columns'),
-      document.note(f'{_scales(tops)} {below}'),
-      document.details('The same as a table', document.table(rows, 'By map')),
-    ]
+    document.note(note),
+    document.legend(series) if len(series) > 1 else None,
+    tag('div', figures, class_='columns'),
+    document.note(f'{scales} {below}'),
+    document.details('The same as a table', document.table(rows, 'By map')),
   )
 
 
@@ -90,12 +91,6 @@ def _tops(maps: Sequence[Mapping[str, Any]], keys) -> dict[str, float]:
   if top <= 4 * statistics.median(largest.values()):
     largest = dict.fromkeys(largest, top)
   return {role: 1.1 * value for role, value in largest.items()}
-
-
-def _scales(tops: Mapping[str, float]) -> str:
-  if len(set(tops.values())) == 1:
-    return 'All charts have the same scale.'
-  return 'Each chart has a scale of its own, for the roles differ much.'
 
 
 def _short(paths: Sequence[str]) -> list[str]:

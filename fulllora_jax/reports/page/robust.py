@@ -54,7 +54,7 @@ def classes(report: Mapping[str, Any]) -> Markup | None:
   if not worst or not worst.get('per_class'):
     return None
   labels = report.get('label_names') or ()
-  rows = [
+  drawn = rows = [
     (
       results.class_name(labels, row['label']),
       row['num_examples'],
@@ -64,7 +64,6 @@ def classes(report: Mapping[str, Any]) -> Markup | None:
     for row in worst['per_class']
     if row['num_examples']
   ]
-  drawn = rows
   note = f'{weights} weights, on the images of the table above.'
   if len(rows) > _MAX_CLASSES:
     rows = sorted(rows, key=lambda row: row[3])
@@ -88,12 +87,8 @@ def classes(report: Mapping[str, Any]) -> Markup | None:
 
 def _with_table(chart: Chart, note: str, table: list[list[str]]) -> Markup:
   whole = document.table(table, chart.title)
-  return join(
-    [
-      document.figure(chart, note, single=True),
-      document.details('The same as a table', whole),
-    ]
-  )
+  figure = document.figure(chart, note, single=True)
+  return join(figure, document.details('The same as a table', whole))
 
 
 def extremes(
@@ -119,17 +114,17 @@ def extremes(
     'the logits decides. The difference is magnified as stated; grey is no '
     'change.'
   )
-  return join([document.note(note), shown])
+  return join(document.note(note), shown)
 
 
 def _example(example: Mapping[str, Any], labels) -> Markup:
-  """Shows an image, the same attacked, and their difference, side by side."""
   true, before, after = (
     results.class_name(labels, example[key])
     for key in ('label', 'clean_prediction', 'prediction')
   )
-  eps = example['eps']
-  clean, adversarial = example['clean'], example['adversarial']
+  eps, clean, adversarial = (
+    example[k] for k in ('eps', 'clean', 'adversarial')
+  )
   difference, scale = images.difference(clean, adversarial)
   shown = (
     (

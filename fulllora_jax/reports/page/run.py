@@ -50,6 +50,7 @@ def run_page(
   """Returns the page; the arguments are those of `write_page`."""
   title = f'{report["config_name"]}: {report["method"]} on {report["dataset"]}'
   method = (facts.model_facts(report), facts.training_facts(report))
+  method, limits = join(map(document.facts, method)), facts.limits(report)
   examples = robust.extremes(report, extreme_examples or {})
   sections = (
     ('results', 'Results', _results(report)),
@@ -58,16 +59,8 @@ def run_page(
     ('classes', 'Class by class', robust.classes(report)),
     ('images', 'The most and the least robust images', examples),
     ('layers', layers.title(report), layers.influence(report)),
-    (
-      'method',
-      'How it was trained and attacked',
-      join(map(document.facts, method)),
-    ),
-    (
-      'limits',
-      'What these numbers mean',
-      document.facts(facts.limits(report)),
-    ),
+    ('method', 'How it was trained and attacked', method),
+    ('limits', 'What these numbers mean', document.facts(limits)),
     ('provenance', 'Where it comes from', _provenance(report)),
   )
   version = (report.get('versions') or {}).get('fulllora_jax', '')
@@ -76,18 +69,15 @@ def run_page(
 
 
 def _results(report: Mapping[str, Any]) -> Markup:
-  """Returns the headline numbers and the table behind them."""
   collapsed = facts.overfitting_note(report).replace('*', '')
   caption = 'Accuracy of each weights under each attack'
   note = 'Accuracy in % [95 % Wilson interval]; n is the number of images.'
   note += facts.steps_note(report).replace('`', '')
   return join(
-    [
-      tag('p', collapsed, class_='warning') if collapsed else None,
-      document.cards(_headline_numbers(report)),
-      document.table(results.table(report), caption),
-      document.note(note),
-    ]
+    tag('p', collapsed, class_='warning') if collapsed else None,
+    document.cards(_headline_numbers(report)),
+    document.table(results.table(report), caption),
+    document.note(note),
   )
 
 
@@ -129,15 +119,14 @@ def _learning(report: Mapping[str, Any], history) -> Markup | None:
   if not figures:
     return None
   note = document.note(curves.learning_note(best))
-  return join([tag('div', figures, class_='charts'), note])
+  return join(tag('div', figures, class_='charts'), note)
 
 
 def _provenance(report: Mapping[str, Any]) -> Markup:
-  """Returns command, seed, versions, device, base and the whole config."""
   found = dict(facts.provenance_facts(report))
   for name in ('command', 'base'):
     found[name] = tag('code', found[name]) if found[name] else None
   whole = document.facts(document.flat(report.get('config') or {}))
   folded = document.details('The whole configuration', whole)
   shown = document.facts(found.items())
-  return join([shown, folded if report.get('config') else None])
+  return join(shown, folded if report.get('config') else None)
