@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import say, warn
@@ -112,21 +111,16 @@ def measure(
     batch: global arrays.
     config: its `mesh.shard_from` is read.
   """
-  device = _device(state)
-  base, adapter = per_device(frozen), per_device(state.trainable)
-  optimizer = per_device((state.step, state.opt_state, state.deltas, state.ema))
-  held = base + adapter + optimizer + per_device(batch)
-  activations, program = _planned(compiled, held)
+  device, placed = _device(state), state.step.sharding
+  assert isinstance(placed, jax.sharding.NamedSharding)  # by `mesh.replicate`
+  rest = (state.step, state.opt_state, state.deltas, state.ema)
+  held = [per_device(tree) for tree in (frozen, state.trainable, rest, batch)]
   return Memory(
-    device=device.device_kind,
-    base=base,
-    adapter=adapter,
-    optimizer=optimizer,
-    batch=per_device(batch),
-    activations=activations,
-    program=program,
+    device.device_kind,
+    *held,
+    *_planned(compiled, sum(held)),
     limit=device_limit(device),
-    split=_split(frozen, _mesh(state), config.mesh.shard_from),
+    split=_split(frozen, placed.mesh, config.mesh.shard_from),
   )
 
 
@@ -150,7 +144,15 @@ def check(
   memory = measure(compiled, state, frozen, batch, config)
   say(memory.table())
   if not memory.fits:
-    message = _too_much(memory, config)
+    parts = ', '.join(
+      f'{_LABELS[part]} {readable(getattr(memory, part) or 0)}'
+      for part in ('base', 'adapter', 'optimizer', 'activations')
+    )
+    message = (
+      f'the train step needs {readable(memory.total)} on each device, and a '
+      f'{memory.device} has {readable(memory.limit or 0)} ({parts})'
+      + _one_of(advice(config, memory))
+    )
     if _device(state).platform != 'cpu':
       raise UserError(message)
     if jax.process_index() == 0:
@@ -214,12 +216,6 @@ def readable(size: int) -> str:
   return f'{size / 1024:.1f} KiB'
 
 
-def _mesh(state: TrainState) -> Mesh:
-  mesh = getattr(state.step.sharding, 'mesh', None)
-  assert isinstance(mesh, Mesh)  # `mesh.replicate` has put it there
-  return mesh
-
-
 def _device(state: TrainState) -> jax.Device:
   """Returns a device of this process that the state lives on."""
   devices: set[Any] = state.step.sharding.addressable_devices
@@ -246,12 +242,11 @@ def _split(frozen: Tree, mesh, shard_from: int) -> dict[int, int]:
   devices = list(mesh.devices.flat)
   sizes, least = {}, per_device(frozen)
   for fsdp in range(mesh.shape['fsdp'] + 1, mesh.size + 1):
-    if mesh.size % fsdp:
-      continue
-    other = mesh_lib.make_mesh(devices, fsdp=fsdp)
-    size = per_device(mesh_lib.frozen_shapes(frozen, other, shard_from))
-    if size < least:
-      sizes[fsdp] = least = size
+    if mesh.size % fsdp == 0:
+      other = mesh_lib.make_mesh(devices, fsdp=fsdp)
+      size = per_device(mesh_lib.frozen_shapes(frozen, other, shard_from))
+      if size < least:
+        sizes[fsdp] = least = size
   return sizes
 
 
@@ -264,18 +259,6 @@ def _machine_limit() -> int | None:
     with contextlib.suppress(OSError, ValueError):  # 'max': no limit
       found.append(int(path.read_text()))
   return min(found, default=None)
-
-
-def _too_much(memory: Memory, config) -> str:
-  parts = ', '.join(
-    f'{_LABELS[part]} {readable(getattr(memory, part) or 0)}'
-    for part in ('base', 'adapter', 'optimizer', 'activations')
-  )
-  return (
-    f'the train step needs {readable(memory.total)} on each device, and a '
-    f'{memory.device} has {readable(memory.limit or 0)} ({parts})'
-    + _one_of(advice(config, memory))
-  )
 
 
 def _one_of(changes: list[str]) -> str:
@@ -303,55 +286,44 @@ def advice(config, memory: Memory | None = None) -> list[str]:
   if config.method == 'standard' and config.base.source == 'scratch':
     where = 'train (base.train of a base that is trained first)'
   rows = train.batch_size // (train.accumulate * devices)
+  total, size = (memory.total, memory.activations or 0) if memory else (0, 0)
   splits = {
-    m: _with_activations(memory, 1 / m)
+    m: total - size + round(size * (1 / m))
     for m in range(2, rows + 1)
     if rows % m == 0
   }
   changes = []
   if splits:
-    times, total = _least(splits, memory)
-    changes.append(f'{where}.accumulate={train.accumulate * times}{total}')
+    times, about = _least(splits, memory)
+    changes.append(f'{where}.accumulate={train.accumulate * times}{about}')
   # Without remat a step keeps what it fetches, and a split base saves nothing.
   also = ' with model.remat=dots' if remat == 'none' else ''
   if also:
     changes.append('model.remat=dots')
   if memory and memory.split:
-    rest = memory.total - memory.base
-    fsdp, total = _least(
-      {k: rest + base for k, base in memory.split.items()}, memory
-    )
-    changes.append(f'mesh.fsdp={fsdp}{also}{total}')
+    rest = total - memory.base
+    totals = {k: rest + base for k, base in memory.split.items()}
+    fsdp, about = _least(totals, memory)
+    changes.append(f'mesh.fsdp={fsdp}{also}{about}')
   if not memory and config.mesh.fsdp < devices:
     changes.append(f'mesh.fsdp={devices}{also}')
   if remat != 'blocks':
     changes.append('model.remat=blocks (least memory, a third more compute)')
   smaller = {m: size for m, size in splits.items() if train.batch_size % m == 0}
   if smaller:
-    times, total = _least(smaller, memory)
+    times, about = _least(smaller, memory)
     changes.append(
-      f'{where}.batch_size={train.batch_size // times}{total}, which trains '
+      f'{where}.batch_size={train.batch_size // times}{about}, which trains '
       'differently'
     )
   return changes
-
-
-def _with_activations(memory: Memory | None, factor: float) -> int:
-  """Returns the total with the activations times `factor`."""
-  if memory is None:
-    return 0
-  size = memory.activations or 0
-  return memory.total - size + round(size * factor)
 
 
 def _least(totals: Mapping[int, int], memory: Memory | None) -> tuple[int, str]:
   """Returns the smallest change that fits, or the largest, and its total."""
   if memory is None or memory.activations is None:
     return min(totals), ''
-  fitting = [
-    change
-    for change, total in totals.items()
-    if memory.limit is None or total <= memory.limit
-  ]
+  limit = math.inf if memory.limit is None else memory.limit
+  fitting = [change for change, total in totals.items() if total <= limit]
   change = min(fitting) if fitting else max(totals)
   return change, f' (about {readable(totals[change])})'

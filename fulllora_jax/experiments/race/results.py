@@ -16,7 +16,12 @@ def write(directory: Path, result: Mapping[str, Any]) -> None:
   """Writes road.json, road.md and road.svg."""
   text = json.dumps(result, indent=2) + '\n'
   replace_file(directory / 'road.json', text.encode())
-  draw(result, directory / 'road.svg')
+  shown = [
+    _chart(result, 'passes', 'passes of an image'),
+    _chart(result, 'seconds', 'seconds of training'),
+  ]
+  note = f'The level line is the target, {result["target"]:.0%}.'
+  picture.save_charts(directory / 'road.svg', shown, note)
   parts = [
     f'# The road to {result["target"]:.0%} robust accuracy: '
     f'{result["config_name"]}',
@@ -38,16 +43,12 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     reached, final = lap['to_target'], lap['final']
     row = [name, f'{lap["steps"]:,}', f'{lap["passes"]:,.0f}']
     row += [duration(lap['seconds']), duration(lap['seconds_compile'])]
+    row += ['-', '-', f'{lap["curve"][-1]["robust"]:.1%}', '-', '-']
     if reached:
-      row += [f'{reached["passes"]:,.0f}', duration(reached['seconds'])]
-    else:
-      row += ['-', '-']
-    row.append(f'{lap["curve"][-1]["robust"]:.1%}')
+      row[5:7] = f'{reached["passes"]:,.0f}', duration(reached['seconds'])
     if final:
-      row.append(tables.with_interval(final['accuracy'], final['interval']))
-      row.append(f'{final["clean"]:.1%}')
-    else:
-      row += ['-', '-']
+      shown = tables.with_interval(final['accuracy'], final['interval'])
+      row[8:] = shown, f'{final["clean"]:.1%}'
     rows.append(row)
   return tables.markdown(rows)
 
@@ -71,16 +72,6 @@ def _notes(result: Mapping[str, Any]) -> str:
 
 def _count(number: int) -> str:
   return f'{number:,}' if number else 'all'
-
-
-def draw(result: Mapping[str, Any], path: Path) -> None:
-  """Draws robust accuracy against passes and against seconds, as an SVG."""
-  shown = [
-    _chart(result, 'passes', 'passes of an image'),
-    _chart(result, 'seconds', 'seconds of training'),
-  ]
-  note = f'The level line is the target, {result["target"]:.0%}.'
-  picture.save_charts(path, shown, note)
 
 
 def _chart(result: Mapping[str, Any], name: str, x_title: str) -> Chart:

@@ -5,6 +5,7 @@ robust accuracy is measured at regular intervals. The cost is counted in passes:
 one image once forward and back through the model.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,6 @@ class Schedule(NamedTuple):
 _PGD = {'attack.steps': 10}
 _PGD_2 = {'attack.steps': 2}
 _CARRY = _PGD_2 | {'attack.carry': True}
-_CARRY_1 = _CARRY | {'attack.steps': 1}
 _N_FGSM = {'attack.name': 'n_fgsm'}
 PLAIN = 'pgd-10'
 SCHEDULES: Mapping[str, Schedule] = {
@@ -59,7 +59,7 @@ SCHEDULES: Mapping[str, Schedule] = {
   'fgsm_rs': Schedule({'attack.name': 'fgsm_rs'}),
   'n_fgsm': Schedule(_N_FGSM),
   'carry': Schedule(_CARRY),
-  'carry-1': Schedule(_CARRY_1),
+  'carry-1': Schedule(_CARRY | {'attack.steps': 1}),
   'half-pgd-10': Schedule(_PGD, 0.5),
   'half-carry': Schedule(_CARRY, 0.5),
   'half-n_fgsm': Schedule(_N_FGSM, 0.5),
@@ -182,19 +182,14 @@ def crossing(
   ...           {'passes': 10, 'seconds': 4, 'robust': 0.5}], 0.25)
   {'passes': 5.0, 'seconds': 2.0}
   """
-  before = None
-  for after in curve:
+  for before, after in itertools.pairwise([*curve[:1], *curve]):
     if after['robust'] >= target:
-      share = 1.0
-      if before is not None:
-        rise = after['robust'] - before['robust']
-        share = (target - before['robust']) / rise
-      start = before or after
+      rise = after['robust'] - before['robust']
+      share = (target - before['robust']) / rise if rise else 1.0
       return {
-        name: start[name] + share * (after[name] - start[name])
+        name: before[name] + share * (after[name] - before[name])
         for name in ('passes', 'seconds')
       }
-    before = after
   return None
 
 
@@ -205,15 +200,13 @@ def _check(config, target, schedules, points) -> None:
     )
   if points < 1:
     raise UserError(f'points {points}: measure at least once')
+  known = f'known: {", ".join(SCHEDULES)}'
   for name in schedules:
     if name not in SCHEDULES:
-      raise UserError(
-        f'schedules: unknown {name!r}; '
-        f'{did_you_mean(name, SCHEDULES, cutoff=0.3)}'
-        f'known: {", ".join(SCHEDULES)}'
-      )
+      hint = did_you_mean(name, SCHEDULES, cutoff=0.3)
+      raise UserError(f'schedules: unknown {name!r}; {hint}{known}')
   if not schedules:
-    raise UserError(f'schedules: none given; known: {", ".join(SCHEDULES)}')
+    raise UserError(f'schedules: none given; {known}')
   if not methods.get(config.method).adversarial:
     raise UserError(
       f'method {config.method} trains without an attack, so there is no road '
@@ -244,13 +237,6 @@ def _finished(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _result(config, target, common, laps) -> dict[str, Any]:
-  shown = {}
-  for name, lap in laps.items():
-    shown[name] = {
-      'changes': dict(SCHEDULES[name].changes),
-      **lap,
-      'to_target': crossing(lap['curve'], target),
-    }
   return {
     'target': target,
     'config_name': config.name,
@@ -258,7 +244,14 @@ def _result(config, target, common, laps) -> dict[str, Any]:
     'batch_size': config.train.batch_size,
     'device': jax.devices()[0].device_kind,
     **common,
-    'schedules': shown,
+    'schedules': {
+      name: {
+        'changes': dict(SCHEDULES[name].changes),
+        **lap,
+        'to_target': crossing(lap['curve'], target),
+      }
+      for name, lap in laps.items()
+    },
   }
 
 
@@ -267,8 +260,7 @@ class _Lap:
 
   def __init__(self, stepper: Stepper, common: Mapping[str, Any], title: str):
     self.stepper, self.title = stepper, title
-    self.num_validation = common['num_validation']
-    self.num_test = common['num_test']
+    self.common = common
     plan, assembly = Plan.of(stepper.config), stepper.assembly
     self.attack = plan.attack(common['attack'])
     self.evaluator = Evaluator(assembly.built.model.apply, plan, assembly.mesh)
@@ -309,9 +301,11 @@ class _Lap:
     }
 
   def _measure(self, step: int) -> dict[str, float]:
-    clean, robust = self._evaluate(
-      self.stepper.dataset.validation, self.attack, self.num_validation
+    split, count = (
+      self.stepper.dataset.validation,
+      self.common['num_validation'],
     )
+    clean, robust = self._evaluate(split, self.attack, count)
     return {
       'step': step,
       'passes': self.passes,
@@ -324,18 +318,15 @@ class _Lap:
     """Attacks the finished model on test images."""
     if attack is None:
       return None
-    test = self.stepper.dataset.test
-    clean, robust = self._evaluate(test, attack, self.num_test, self.title)
+    split, count = self.stepper.dataset.test, self.common['num_test']
+    clean, robust = self._evaluate(split, attack, count, self.title)
     kept = ('accuracy', 'interval', 'num_examples', 'examples')
     return {name: robust[name] for name in kept} | {'clean': clean}
 
   def _evaluate(self, split, attack, count, title='') -> tuple[float, dict]:
     """Returns the clean accuracy, and the record of the robust one."""
+    variables = trees.merge(self.stepper.state.trainable, self.stepper.frozen)
     outcome = self.evaluator.evaluate(
-      trees.merge(self.stepper.state.trainable, self.stepper.frozen),
-      split,
-      attack,
-      count,
-      title=title,
+      variables, split, attack, count, title=title
     )
     return float(outcome.clean.mean()), outcome.record()
