@@ -183,11 +183,10 @@ class _Run:
   def clean_logits(self) -> np.ndarray:
     """Returns the logits of the images, [N, K]; odds for a stochastic model."""
     program = _clean_program(self.mesh, self.precision, self.draws)
-    rows = []
+    rows, key = [], mesh_lib.put_key(self.key, self.mesh)
     for first in range(0, len(self.x), self.size):
       chosen = np.arange(len(self.x))[first : first + self.size]
       batch = self._batch(chosen, np.zeros_like(chosen))
-      key = mesh_lib.put_key(self.key, self.mesh)
       logits = program(self.logits_fn, batch['x'], key)
       rows.append(np.asarray(logits)[: len(chosen)])
     return np.concatenate(rows)
@@ -217,8 +216,10 @@ class _Run:
         spent += outcome.seconds
         clock.finished(member, len(rows), outcome.seconds)
         if fresh and clock.due():
+          stage = f' {runs.stages[-1] + 1}/{member.stages}'
           say(
-            f'{_title(member, runs)}, {robust.mean():.1%} robust so far, '
+            f'{member.name}{stage * (member.stages > 1)}, {runs.left} runs to '
+            f'go, {robust.mean():.1%} robust so far, '
             f'{clock.left(place - 1, runs.left, robust.sum())}'
           )
       names.append(member.name)
@@ -238,18 +239,13 @@ class _Run:
     )
     # Its own stream for each attack, the same one in every version.
     stream = jax.random.fold_in(self.key, zlib.crc32(member.name.encode()))
-    x_adv, broken = jax.device_get(
-      program(
-        self.logits_fn,
-        self._batch(rows, runs.stages),
-        mesh_lib.put_key(stream, self.mesh),
-        np.float32(self.threat.eps),
-      )
+    batch, key = (
+      self._batch(rows, runs.stages),
+      mesh_lib.put_key(stream, self.mesh),
     )
-    broken = np.asarray(broken[: len(rows)])
-    x_adv = np.where(
-      broken[:, None, None, None], x_adv[: len(rows)], self.x[rows]
-    )
+    found = program(self.logits_fn, batch, key, np.float32(self.threat.eps))
+    x_adv, broken = (a[: len(rows)] for a in jax.device_get(found))
+    x_adv = np.where(broken[:, None, None, None], x_adv, self.x[rows])
     return Outcome(broken, x_adv, time.monotonic() - started)
 
   def _batch(
@@ -298,23 +294,17 @@ def _attack_program(
       threat = Threat(norm, eps)
       x, labels, mask = batch['x'], batch['labels'], batch['mask']
       stage = batch['stage']
-      keys = jax.vmap(_fold_twice, in_axes=(None, 0, 0))(
-        stream, stage, batch['index']
+      fold_in = jax.random.fold_in
+      keys = jax.vmap(lambda s, i: fold_in(fold_in(stream, s), i))(
+        stage, batch['index']
       )
       x_adv = member(stage, keys, logits_fn, x, labels, mask, threat)
       logits = _classify(logits_fn, x_adv, stream, draws)
       inside = threat.distance(x, x_adv) <= threat.reach
       return x_adv, mask & inside & ~losses.correct(logits, labels)
 
-  return jax.jit(
-    attack,
-    in_shardings=(None, rows, whole, whole),
-    out_shardings=whole,
-  )
-
-
-def _fold_twice(key: jax.Array, stage: jax.Array, index: jax.Array):
-  return jax.random.fold_in(jax.random.fold_in(key, stage), index)
+  sharded = (None, rows, whole, whole)
+  return jax.jit(attack, in_shardings=sharded, out_shardings=whole)
 
 
 def _classify(logits_fn, x, key, draws: int) -> jax.Array:
@@ -351,10 +341,7 @@ class _Clock(Pace):
   def left(self, place: int, runs: int, robust: int) -> str:
     """Returns e.g. '1m15s left at most': images may break on the way.
 
-    Args:
-      place: which attack of the ensemble is running.
-      runs: how many runs of that attack are still to do.
-      robust: how many images no attack has broken so far.
+    `runs` are those still to do of the attack at `place`, which is running.
     """
     member, *later = self._members[place:]
     work = member.cost * runs
@@ -387,11 +374,6 @@ def _batches(member: Member, robust: np.ndarray, size: int) -> Iterator[_Runs]:
       return
     yield _Runs(images[:size], stages[:size], max(len(images) - size, 0))
     images, stages = images[size:], stages[size:]
-
-
-def _title(member: Member, runs: _Runs) -> str:
-  stage = f' {runs.stages[-1] + 1}/{member.stages}' * (member.stages > 1)
-  return f'{member.name}{stage}, {runs.left} runs to go'
 
 
 def _sha256(array: np.ndarray) -> str:

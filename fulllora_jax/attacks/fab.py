@@ -150,10 +150,7 @@ def nearest_boundary(
     (w,) = pull_back(direction)
     f = (direction * logits).sum(axis=1)
     flat = w.reshape(len(labels), -1)
-    if norm == 'linf':
-      dual = jnp.abs(flat).sum(axis=1)
-    else:
-      dual = jnp.sqrt(jnp.square(flat).sum(axis=1))
+    dual = jnp.linalg.norm(flat, 1 if norm == 'linf' else 2, axis=1)
     away = jnp.where(k == labels, jnp.inf, jnp.abs(f) / (dual + 1e-12))
     nearer = away < best[0]
     chosen = Boundary(

@@ -36,14 +36,6 @@ class Outcome(NamedTuple):
   seconds: float
 
 
-def _unreadable(directory: Path, error: Exception) -> UserError:
-  if isinstance(error, UserError):
-    return error
-  return UserError(
-    f'cannot read the progress in {directory}; remove it to start over'
-  )
-
-
 class Progress:
   """A directory of finished batches; with no directory, none is kept."""
 
@@ -73,15 +65,17 @@ class Progress:
         f'cannot keep the progress in {directory}: {error.strerror}; choose '
         'another place'
       ) from None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-      raise _unreadable(directory, error) from None
+    except UserError:
+      raise
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+      raise UserError(
+        f'cannot read the progress in {directory}; remove it to start over'
+      ) from None
 
   def read(self, name: str, x: np.ndarray) -> Outcome | None:
     """Returns the outcome of a batch, or None if it is not there whole.
 
-    Args:
-      name: the name of the batch.
-      x: the images of the batch, [b, H, W, C].
+    Its images are x, [b, H, W, C].
     """
     if self.directory is None:
       return None

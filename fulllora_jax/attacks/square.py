@@ -8,7 +8,6 @@ are drawn for each image by itself and over all places, as the paper has it
 (that code draws one for the whole batch, and never the last row and column).
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,10 +100,7 @@ def first_change(
 ) -> jax.Array:
   """Returns how many queries to skip, int [B] in [0, most): they are idle.
 
-  Args:
-    tried: number of queries ahead -> the points they try, [B, H, W, C].
-    x_adv: the points now.
-    most: how many to look at.
+  `tried` gives the points [B, H, W, C] that so many queries ahead try.
   """
   if most == 1:
     return jnp.zeros(len(x_adv), jnp.int32)
@@ -121,11 +117,7 @@ def keep_better(
 ) -> Search:
   """Takes what was tried where the margin fell; broken images stay.
 
-  Args:
-    search: before.
-    tried: [B, H, W, C].
-    margin: there, [B].
-    asked: bool [B], False where an image has no query left.
+  `asked`, bool [B], is False where an image has no query left.
   """
   better = (margin < search.margin) | (margin <= 0)
   better &= asked & (search.margin > 0)
@@ -144,13 +136,10 @@ def window_sides(
   is 3, the next odd number.
   """
   shares = P_INIT / 2.0 ** np.searchsorted(HALVED_AFTER, np.arange(queries))
-  sides = []
-  for share in shares:
-    side = max(round(math.sqrt(share * height * width)), smallest)
-    if smallest == 3 and side % 2 == 0:
-      side += 1
-    sides.append(min(side, height, width))
-  return np.array(sides)
+  sides = np.rint(np.sqrt(shares * height * width)).astype(int).clip(smallest)
+  if smallest == 3:
+    sides += sides % 2 == 0
+  return sides.clip(max=min(height, width))
 
 
 def _propose_linf(
@@ -179,7 +168,7 @@ def _propose_l2(
 ) -> Propose:
   """Puts the budget of one window into another one, in the shape of `eta`."""
   kinds, kind_of = np.unique(sides, return_inverse=True)
-  shapes = jnp.array([_padded(eta(side), kinds[-1]) for side in kinds])
+  shapes = jnp.array([np.pad(eta(n), (0, kinds[-1] - n)) for n in kinds])
   side_at, kind_at = jnp.array(sides), jnp.array(kind_of)
 
   def draw(key, delta, query):
@@ -233,10 +222,6 @@ def _heap(rows: int, columns: int) -> np.ndarray:
     ] += 1 / (n + 1) ** 2
   norm = np.linalg.norm(heap)
   return heap / norm if norm else heap
-
-
-def _padded(window: np.ndarray, side: int) -> np.ndarray:
-  return np.pad(window, (0, side - len(window)))
 
 
 def _stripes(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:

@@ -163,11 +163,8 @@ class Threat:
   def distance(self, x: jax.Array, x_adv: jax.Array) -> jax.Array:
     """Returns the norm of x_adv - x for each image, [B]."""
     delta = (x_adv - x).reshape(x.shape[0], -1)
-    if self.norm == 'linf':
-      return jnp.abs(delta).max(axis=1)
-    if self.norm == 'l1':
-      return jnp.abs(delta).sum(axis=1)
-    return jnp.sqrt(jnp.square(delta).sum(axis=1))
+    order = {'linf': jnp.inf, 'l2': 2, 'l1': 1}[self.norm]
+    return jnp.linalg.norm(delta, order, axis=1)
 
 
 def l2_norm(a: jax.Array) -> jax.Array:

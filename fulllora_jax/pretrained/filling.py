@@ -127,9 +127,9 @@ class Filler:
       The array, its row, and rows for stored arrays that are not used.
     """
     zeros = np.zeros(shape, np.float32)
+    new = Row(NEW, path, shape, (), 'zeros; the checkpoint has no head')
     if stored is None:
-      why = 'zeros; the checkpoint has no head'
-      return zeros, Row(NEW, path, shape, (), why), []
+      return zeros, new, []
     own = (*shape[:-1], self.opened.architecture.num_classes)
     if stored.shape != own:  # damaged, whatever becomes of it
       raise self._misfit(path, own, stored)
@@ -141,11 +141,9 @@ class Filler:
     if stored.shape == shape:
       return stored, Row(LOADED, path, shape, stored.shape), []
     classes = f'{stored.shape[-1]} classes'
-    return (
-      zeros,
-      Row(NEW, path, shape, (), f'zeros; the checkpoint has {classes}'),
-      [Row(UNUSED, path, stored.shape, stored.shape, f'a head of {classes}')],
-    )
+    left = Row(UNUSED, path, stored.shape, stored.shape, f'a head of {classes}')
+    new = new._replace(note=f'zeros; the checkpoint has {classes}')
+    return zeros, new, [left]
 
   def _misfit(self, path, shape, stored) -> UserError:
     return UserError(
@@ -169,10 +167,8 @@ class Filler:
       array = stored.reshape(shape)  # into heads
     if array.shape != shape:
       raise self._misfit(path, shape, stored)
-    action = RESIZED if note else LOADED
-    return np.ascontiguousarray(array), Row(
-      action, path, shape, stored.shape, note
-    )
+    row = Row(RESIZED if note else LOADED, path, shape, stored.shape, note)
+    return np.ascontiguousarray(array), row
 
   def _positions(self, stored, shape):
     tokens = ('class_token', 'dist_token')

@@ -20,7 +20,7 @@ from collections.abc import (
 )
 from io import BytesIO
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes  # teaches NumPy, and so safetensors, bfloat16
 import numpy as np
@@ -72,11 +72,7 @@ class Checkpoint(NamedTuple):
 class _Lazy(Mapping):
   """Key -> array, read when it is looked up."""
 
-  def __init__(
-    self,
-    paths: Mapping[str, Path],
-    load: Callable[[Path, str], np.ndarray],
-  ):
+  def __init__(self, paths: Mapping[str, Path], load: Callable):
     self._paths, self._load = paths, load
 
   def __getitem__(self, key: str) -> np.ndarray:
@@ -195,27 +191,21 @@ def recognise(path: Path) -> str:
     return 'safetensors'
   if re.match(rb'\x80[\x02-\x05]', head) or _OLD_PICKLE.match(head):
     raise pickle_error(str(path), path.name)
-  why = (
-    f'neither .npz nor safetensors (it begins with {head[:12]!r}); give a file '
-    'of one of these formats, whole'
-  )
   if not head:
-    why = 'the file is empty; download it again'
-  elif head.startswith(b'version https://git-lfs'):
-    why = (
-      'a Git LFS pointer, not the weights; run git lfs pull there, or download '
-      'the file itself'
+    raise UserError(f'{path}: the file is empty; download it again')
+  if head.startswith(b'version https://git-lfs'):
+    raise UserError(
+      f'{path}: a Git LFS pointer, not the weights; run git lfs pull there, or '
+      'download the file itself'
     )
-  raise UserError(f'{path}: {why}')
+  raise UserError(
+    f'{path}: neither .npz nor safetensors (it begins with {head[:12]!r}); '
+    'give a file of one of these formats, whole'
+  )
 
 
 def pickle_error(what: str, name: str) -> UserError:
-  """Returns the refusal of a pickle.
-
-  Args:
-    what: the file in the user's words.
-    name: name of the file, for the recipe.
-  """
+  """Returns the refusal of a pickle: `what` to the user, `name` on the disk."""
   return UserError(
     f'{what}: a pickle, which may run code when it is opened; convert it once, '
     'where PyTorch is, and give model.safetensors instead: python -c "import '
@@ -292,7 +282,10 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
       key = name.removesuffix('.npy')
       try:
         with archive.open(name) as member:
-          shapes[key], dtype = _npy_header(member)
+          version = np.lib.format.read_magic(member)
+          if version not in _NPY_HEADERS:
+            raise ValueError(f'version {version} of the .npy format')
+          shapes[key], _, dtype = _NPY_HEADERS[version](member)
       except _DAMAGE as error:
         raise _damaged(path, error, key) from None
       if dtype.hasobject:
@@ -301,14 +294,6 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
           'that may run code; save plain arrays with np.savez'
         )
   return shapes
-
-
-def _npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-  version = np.lib.format.read_magic(member)
-  if version not in _NPY_HEADERS:
-    raise ValueError(f'version {version} of the .npy format')
-  shape, _, dtype = _NPY_HEADERS[version](member)
-  return shape, dtype
 
 
 def _npz_array(path: Path, key: str) -> np.ndarray:

@@ -78,12 +78,10 @@ def _download(source: str, name: str, revision: str) -> Path:
 
 
 def _config_of_hub(name: str, revision: str) -> Path | None:
-  import huggingface_hub
-  from huggingface_hub import errors
+  from huggingface_hub import errors, hf_hub_download
 
-  get = huggingface_hub.hf_hub_download
   try:
-    return Path(get(name, 'config.json', revision=revision))
+    return Path(hf_hub_download(name, 'config.json', revision=revision))
   except errors.RemoteEntryNotFoundError:
     return None  # the cache remembers that there is none
 
@@ -121,14 +119,7 @@ def _refusal(
 
 
 def _cached(source: str, name: str, revision: str, error: Exception) -> Path:
-  """Returns the whole weights that the cache has of a repository.
-
-  Args:
-    source: the user's words.
-    name: the repository, which is out of reach.
-    revision: commit, branch or tag.
-    error: why it is out of reach.
-  """
+  """Returns the whole weights that the cache has; `error` hid the hub."""
   import huggingface_hub
   from huggingface_hub import constants, errors
 

@@ -133,11 +133,6 @@ class Opened(NamedTuple):
   identity: Mapping[str, Any]
 
 
-def linear(weight: np.ndarray) -> np.ndarray:
-  """Turns a PyTorch kernel [out, in] into ours [in, out]."""
-  return weight.T
-
-
 def conv(weight: np.ndarray) -> np.ndarray:
   """Turns a PyTorch kernel [out, in, H, W] into ours [H, W, in, out]."""
   return weight.transpose(2, 3, 1, 0)
@@ -156,7 +151,7 @@ def norm(key: str, to: str) -> tuple[Rule, Rule]:
   )
 
 
-def dense(key: str, to: str, how: Callable = linear) -> tuple[Rule, Rule]:
+def dense(key: str, to: str, how: Callable = np.transpose) -> tuple[Rule, Rule]:
   """Returns the rules of a PyTorch Linear, or with `conv` of a Conv2d."""
   return (
     Rule(rf'{key}\.weight', f'{to}/kernel', how),
@@ -179,14 +174,11 @@ def fused(
   def split(array: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(part.T for part in np.split(array, len(parts)))
 
-  return tuple(
-    Rule(
-      f'{key}{separator}{theirs}',
-      tuple(f'{to}/{part}/{ours}' for part in parts),
-      split,
-    )
-    for theirs, ours in (('weight', 'kernel'), ('bias', 'bias'))
-  )
+  def rule(theirs: str, ours: str) -> Rule:
+    paths = tuple(f'{to}/{part}/{ours}' for part in parts)
+    return Rule(f'{key}{separator}{theirs}', paths, split)
+
+  return rule('weight', 'kernel'), rule('bias', 'bias')
 
 
 def unused(key: str, why: str) -> Rule:
@@ -203,16 +195,10 @@ def find(shapes: Shapes, key: str) -> tuple[int, ...]:
 def shape_of(
   shapes: Shapes, key: str, ndim: int, what: str = ''
 ) -> tuple[int, ...]:
-  """Returns the shape of the first key that matches.
-
-  Args:
-    shapes: every key of the checkpoint, with its shape.
-    key: regular expression of the whole key.
-    ndim: number of axes that it must have.
-    what: name of the array in a message; '' for the key.
+  """Returns the shape of the first key that matches; messages call it `what`.
 
   Raises:
-    UserError: there is none, or it has other axes.
+    UserError: there is none, or it has not `ndim` axes.
   """
   what, shape = what or key, find(shapes, key)
   if not shape:
@@ -240,18 +226,14 @@ def count(shapes: Shapes, key: str) -> int:
 def side(positions: int, prefix: int = 0) -> int:
   """Returns the side of the grid of patches.
 
-  Args:
-    positions: number of position embeddings.
-    prefix: how many of them are for tokens without a place.
+  Of the position embeddings, `prefix` are for tokens without a place.
 
   Raises:
     UserError: the patches make no square.
   """
   side = math.isqrt(positions - prefix)
   if side**2 != positions - prefix:
-    others = (
-      f', {prefix:d} of them for tokens without a place' if prefix else ''
-    )
+    others = f', {prefix:d} of them for tokens without a place' * bool(prefix)
     raise UserError(
       f'the checkpoint has {positions} positions{others}, which are no square '
       'grid; give a checkpoint that was trained on square images'

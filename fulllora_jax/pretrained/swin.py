@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from fulllora_jax.models.swin import NAMES
@@ -25,7 +27,6 @@ from fulllora_jax.pretrained.layout import (
   find,
   fused,
   hidden_act,
-  linear,
   named,
   norm,
   normalisation,
@@ -49,7 +50,7 @@ def _downsample(key: str, stage: str) -> tuple[Rule, ...]:
   to = f'stage_{stage}/downsample'
   return (
     *norm(rf'{key}\.norm', f'{to}/norm'),
-    Rule(rf'{key}\.reduction\.weight', f'{to}/reduction/kernel', linear),
+    Rule(rf'{key}\.reduction\.weight', f'{to}/reduction/kernel', np.transpose),
   )
 
 
@@ -169,16 +170,8 @@ def _describe(
 ) -> Architecture:
   """Puts together what both ways of writing have in common.
 
-  Args:
-    shapes: shapes of the checkpoint, without the layout's prefix.
-    table: regular expression of the bias tables' keys: stage, block.
-    window: the window in config.json; without one number there, the largest
-      that a table is for.
-    image_size: the side in config.json; None: that of the tables.
-    patch: shape of the embedding's kernel, [width, C, H, W].
-    hidden: width of the first MLP.
-    num_classes: rows of the head.
-    **fields: the other fields of `config.model`.
+  `window` and `image_size` are those in config.json. Without one number there,
+  the window is the largest that a table is for, the size that of the tables.
   """
   width, _, patch_size, _ = patch
   if hidden != 4 * width:

@@ -76,13 +76,8 @@ def _parse_url(source: str) -> tuple[str, str]:
 def _download(source: str, part: Path, url: str, output: str, _) -> None:
   """Downloads a file for pooch, going on where a broken download ended.
 
-  Tries again for as long as a try brings something.
-
-  Args:
-    source: the user's words, for messages.
-    part: where the beginning of the file is kept, whatever happens.
-    url: address of the file.
-    output: where pooch wants the whole file.
+  Tries again for as long as a try brings something. The beginning of the file
+  is kept in `part`, whatever happens.
   """
   while True:
     before = part.stat().st_size if part.exists() else 0

@@ -7,6 +7,7 @@ the config.json that timm and transformers put beside their weights, or else
 from the registry's name.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -75,12 +76,9 @@ def architecture(
   )
 
 
-def _has_pre_logits(shapes: Shapes) -> bool:
-  return 'pre_logits/kernel' in shapes
-
-
-def _is_augreg(shapes: Shapes) -> bool:
-  return POSITIONS in shapes and 'embedding/kernel' in shapes
+def _is_augreg(shapes: Shapes, *, pre_logits: bool) -> bool:
+  is_ours = POSITIONS in shapes and 'embedding/kernel' in shapes
+  return is_ours and ('pre_logits/kernel' in shapes) == pre_logits
 
 
 def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
@@ -89,7 +87,9 @@ def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   query = f'{first}/MultiHeadDotProductAttention_1/query/kernel'
   has_token = 'cls' in shapes
   # A new head goes without the layer that the first ViTs have before it.
-  head = (0,) if _has_pre_logits(shapes) else shapes.get('head/bias', (0,))
+  head = (
+    (0,) if 'pre_logits/kernel' in shapes else shapes.get('head/bias', (0,))
+  )
   return architecture(
     'vit',
     width=width,
@@ -208,13 +208,13 @@ _TIMM_RULES = (
 LAYOUTS = (
   Layout(
     'AugReg ViT',
-    lambda shapes: _is_augreg(shapes) and not _has_pre_logits(shapes),
+    functools.partial(_is_augreg, pre_logits=False),
     _describe_augreg,
     (Rule(r'(cls|(embedding|Transformer|head)/.*)', r'\1'),),
   ),
   Layout(
     'AugReg ViT with pre_logits',
-    lambda shapes: _is_augreg(shapes) and _has_pre_logits(shapes),
+    functools.partial(_is_augreg, pre_logits=True),
     _describe_augreg,
     (
       unused(r'(pre_logits|head)/.*', 'a head of two layers'),

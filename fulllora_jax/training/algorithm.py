@@ -32,15 +32,7 @@ def make_algorithm(
   steps: int,
   num_classes: int,
 ) -> train_step.Algorithm:
-  """Builds Algorithm 1 from a config.
-
-  Args:
-    config: config.py.
-    built: the model and its method.
-    mask: which leaves learn.
-    steps: the length of training in steps.
-    num_classes: K.
-  """
+  """Builds Algorithm 1 from a config; its training is `steps` long."""
   learning_rate = optim.learning_rate(
     config.schedule, config.optimizer.learning_rate, steps
   )

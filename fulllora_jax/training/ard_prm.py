@@ -46,26 +46,19 @@ class Warmup:
   def held_back(
     self, step: Step, x: jax.Array, done: jax.Array, key: jax.Array
   ) -> Step:
-    """Wraps a step of the attack on the images of a training step.
+    """Wraps a step (x_adv, t) -> x_adv, where t counts those of all restarts.
 
-    Args:
-      step: (x_adv, t) -> x_adv, where t counts the steps of all restarts.
-      x: the images [B, H, W, C].
-      done: the number of training steps that are done, int [].
-      key: a PRNG key of the training step.
+    Args: those of `InnerAttack`.
     """
     ard_key, prm_key = jax.random.split(key)
 
-    def masked(x_adv, t):
-      keep = optim.warmup_factor(done, self.total_steps, self.prm)
-      key = jax.random.fold_in(prm_key, t)
-      size = (x.shape[1], x.shape[2])
-      mask = kept_patches(key, size, self.patch_size, keep)
-      return jnp.where(mask[None, :, :, None], x_adv, x)
-
     def held(x_adv, t):
       if self.prm:
-        x_adv = masked(x_adv, t)
+        keep = optim.warmup_factor(done, self.total_steps, self.prm)
+        key = jax.random.fold_in(prm_key, t)
+        size = (x.shape[1], x.shape[2])
+        mask = kept_patches(key, size, self.patch_size, keep)
+        x_adv = jnp.where(mask[None, :, :, None], x_adv, x)
       if not self.ard:
         return step(x_adv, t)
       keep = optim.warmup_factor(done, self.total_steps, self.ard)

@@ -49,10 +49,7 @@ class Assembly:
   def begin(self, trainable: Tree, num_examples: int = 0) -> TrainState:
     """Returns the state before the first step.
 
-    Args:
-      trainable: the variables that learn, as `trees.split` gives them.
-      num_examples: how many images there are to train on; attack.carry keeps a
-        delta of each.
+    Of each of the `num_examples` to train on, attack.carry keeps a delta.
     """
     return state_lib.create(
       trainable,
@@ -64,14 +61,9 @@ class Assembly:
   def place(
     self, variables: Tree, num_examples: int = 0
   ) -> tuple[TrainState, Tree]:
-    """Puts variables on the mesh.
+    """Returns the state before the first step, and the frozen leaves, placed.
 
-    Args:
-      variables: arrays of `shapes`.
-      num_examples: see `begin`.
-
-    Returns:
-      The state before the first step, and the frozen leaves.
+    Args: those of `begin`, but all the variables, arrays of `shapes`.
     """
     config = self.config
     trainable, frozen = trees.split(variables, self.mask)

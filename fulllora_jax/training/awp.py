@@ -84,9 +84,8 @@ class WeightPerturbation:
     if not begin:
       return *perturbed(trainable), jnp.asarray(True)
 
-    shapes = jax.eval_shape(loss_fn, trainable)[1]
-
     def untouched(trainable):
+      shapes = jax.eval_shape(loss_fn, trainable)[1]
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
       return trainable, zeros
 

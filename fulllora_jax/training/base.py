@@ -116,13 +116,9 @@ def ensure_base(
 def store_base(
   opened: pretrained.Opened, config, workdir: Path, dataset: data.Dataset
 ) -> None:
-  """Converts a published checkpoint to the run's shapes, and stores it.
+  """Converts a published checkpoint to the run's shapes, into its base/.
 
-  Args:
-    opened: by `open_base`.
-    config: as `open_base` left it.
-    workdir: of the run; the checkpoint goes to its base/.
-    dataset: says the images' shape and the classes.
+  Args: those of `ensure_base`.
 
   Raises:
     UserError: it does not fit; images that are not square.
@@ -140,10 +136,8 @@ def store_base(
   own = config_lib.base_config(config)
   variables = {'params': params}
   mask = adapted.build(own, dataset.num_classes).mask(variables)
-  identity = dict(report.identity) | {
-    'layout': report.layout,
-    'new_head': report.new_head,
-  }
+  made = {'layout': report.layout, 'new_head': report.new_head}
+  identity = dict(report.identity) | made
   publish(
     directory,
     0,

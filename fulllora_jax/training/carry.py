@@ -56,9 +56,8 @@ def begin(
 
   None where the config carries none, or trains without an attack.
   """
-  if not _carries(config):
-    return None
-  return jnp.zeros((num_examples, *image_shape), jnp.int8)
+  shape = (num_examples, *image_shape)
+  return jnp.zeros(shape, jnp.int8) if _carries(config) else None
 
 
 def warn_of_many(config: ConfigDict, dataset) -> None:
@@ -96,13 +95,8 @@ def carrying(step: Callable) -> Callable:
     key = jax.random.fold_in(key, Purpose.AUGMENT)
     last = state.deltas[index]
     attack = beginning_at(augment.move(key, last), algorithm.attack)
-    new, metrics = step(
-      dataclasses.replace(algorithm, attack=attack),
-      state,
-      frozen,
-      batch,
-      root_key,
-    )
+    algorithm = dataclasses.replace(algorithm, attack=attack)
+    new, metrics = step(algorithm, state, frozen, batch, root_key)
     ended = augment.undo_move(key, metrics.pop('deltas'), last)
     # What was found for a mixture is neither image's.
     keep = ~metrics['nonfinite'].any() & ~augment.is_mixed(key)

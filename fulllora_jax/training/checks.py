@@ -62,7 +62,6 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
   choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))
   _check_mesh(config, num_devices)
-  _check_fetching(config)
   _check_attack(config)
   _check_objective(config, method)
   _check_patches(config)
@@ -103,18 +102,16 @@ def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
 
 
 def _check_mesh(config: ConfigDict, num_devices: int) -> None:
-  check_positive('mesh.fsdp', config.mesh.fsdp)
-  if num_devices % config.mesh.fsdp:
+  fsdp = config.mesh.fsdp
+  check_positive('mesh.fsdp', fsdp)
+  if num_devices % fsdp:
     raise UserError(
-      f'mesh.fsdp {config.mesh.fsdp} does not divide the {num_devices} devices;'
+      f'mesh.fsdp {fsdp} does not divide the {num_devices} devices;'
       ' give a divisor of them, or 1'
     )
-
-
-def _check_fetching(config: ConfigDict) -> None:
-  if config.mesh.fsdp > 1 and config.model.remat == 'none':
+  if fsdp > 1 and config.model.remat == 'none':
     warn(
-      f'mesh.fsdp {config.mesh.fsdp} saves no memory with model.remat none, '
+      f'mesh.fsdp {fsdp} saves no memory with model.remat none, '
       'which keeps every part of the base that was fetched until the backward '
       'pass is over; give model.remat dots or blocks'
     )
@@ -276,10 +273,8 @@ def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
     'checkpoint_every', 'keep',
   ):  # fmt: skip
     check_positive(f'{prefix}train.{field}', train[field])
-  if train.steps is None:
-    check_positive(f'{prefix}train.epochs', train.epochs)
-  else:
-    check_positive(f'{prefix}train.steps', train.steps)
+  length = 'epochs' if train.steps is None else 'steps'
+  check_positive(f'{prefix}train.{length}', train[length])
   if train.batch_size % (train.accumulate * num_devices):
     raise UserError(
       f'{prefix}train.batch_size {train.batch_size} does not divide into '

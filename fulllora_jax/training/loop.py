@@ -104,11 +104,8 @@ class Training:
     """Returns process 0's writer of metrics; the others have none."""
     if not processes.is_primary():
       return contextlib.nullcontext()
-    return MetricWriter(
-      self.workdir,
-      tensorboard=self.config.log.tensorboard,
-      start_step=start,
-    )
+    tensorboard = self.config.log.tensorboard
+    return MetricWriter(self.workdir, tensorboard=tensorboard, start_step=start)
 
   def _loop(self, start: int, checkpoints, notice: Notice) -> None:
     """Makes the steps, and what happens every so many of them."""
@@ -154,12 +151,7 @@ class Training:
     checkpoints.save(self.stepper.state, notes)
 
   def _count(self, step: int, metrics: dict[str, Any]) -> None:
-    """Counts what a finished step did.
-
-    Raises:
-      NonFiniteError: more steps than allowed had a loss or gradient that was
-        not finite.
-    """
+    """Counts what a finished step did."""
     nonfinite = metrics.pop('nonfinite')
     if nonfinite.any():
       self._skip(step, float(metrics['loss']), nonfinite)

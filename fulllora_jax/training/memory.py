@@ -113,12 +113,18 @@ def measure(
   """
   device, placed = _device(state), state.step.sharding
   assert isinstance(placed, jax.sharding.NamedSharding)  # by `mesh.replicate`
-  rest = (state.step, state.opt_state, state.deltas, state.ema)
-  held = [per_device(tree) for tree in (frozen, state.trainable, rest, batch)]
+  base, adapter, images = map(per_device, (frozen, state.trainable, batch))
+  optimizer = per_device((state.step, state.opt_state, state.deltas, state.ema))
+  held = base + adapter + optimizer + images
+  activations, program = _planned(compiled, held)
   return Memory(
-    device.device_kind,
-    *held,
-    *_planned(compiled, sum(held)),
+    device=device.device_kind,
+    base=base,
+    adapter=adapter,
+    optimizer=optimizer,
+    batch=images,
+    activations=activations,
+    program=program,
     limit=device_limit(device),
     split=_split(frozen, placed.mesh, config.mesh.shard_from),
   )

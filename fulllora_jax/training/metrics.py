@@ -74,8 +74,7 @@ class MetricWriter:
       return
     self._last_step[kind] = step
     values = {name: finite(value) for name, value in scalars.items()}
-    line = json.dumps({'step': int(step), 'kind': kind, **values}) + '\n'
-    self._file.write(line)
+    self._file.write(json.dumps({'step': int(step), 'kind': kind, **values}))
 
   def flush(self) -> None:
     """Returns once the lines so far are where a restart will find them."""
@@ -143,9 +142,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     row = json.loads(line)
   except ValueError:  # also UnicodeDecodeError
     return None
-  if not isinstance(row, dict) or not isinstance(row.get('step'), int):
-    return None
-  return row
+  is_row = isinstance(row, dict) and isinstance(row.get('step'), int)
+  return row if is_row else None
 
 
 def _drop_after(path: Path, step: int) -> tuple[bytes, list[dict[str, Any]]]:
@@ -176,7 +174,7 @@ class _Lines:
     self.flush()
 
   def write(self, line: str) -> None:
-    self._lines += line.encode()
+    self._lines += f'{line}\n'.encode()
     waited = time.monotonic() - self._last
     if not self._in_bucket or waited >= _REWRITE_SECONDS:
       self.flush()

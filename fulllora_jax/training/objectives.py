@@ -228,11 +228,7 @@ def get(name: str) -> Objective:
 
 
 def create(objective, *, adversarial: bool) -> OuterLoss:
-  """Returns the loss that `config.objective` describes.
-
-  Args:
-    objective: config.objective.
-    adversarial: False for methods that train on clean images.
+  """Returns the loss that `config.objective` describes, or `erm`.
 
   Raises:
     UserError: unknown name.

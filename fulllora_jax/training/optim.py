@@ -14,10 +14,8 @@ SCHEDULES = ('constant', 'step', 'cosine')
 def learning_rate(schedule, peak: float, total_steps: int) -> optax.Schedule:
   """Builds the learning rate as a function of the step.
 
-  Args:
-    schedule: `config.schedule`; its times are fractions of training.
-    peak: the learning rate after the warm-up.
-    total_steps: the length of training in steps.
+  The times of `config.schedule` are fractions of training; `peak` is the rate
+  after the warm-up.
 
   Raises:
     UserError: unknown name.
@@ -63,10 +61,7 @@ def create(
   Gradients are clipped by their global norm first. SGD adds its weight decay
   to the gradient, as PyTorch's does in Mo et al. (2022); AdamW decouples it.
 
-  Args:
-    optimizer: `config.optimizer`.
-    schedule: step -> learning rate.
-    mask: a tree of bools like the variables; frozen leaves get no state.
+  Frozen leaves get no state.
 
   Raises:
     UserError: unknown name.

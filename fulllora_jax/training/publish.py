@@ -37,10 +37,10 @@ def publish(
   origin: Origin,
   validation: dict[str, Any],
 ) -> None:
-  """Writes an artefact: leaves and their metadata.
+  """Writes an artefact, a `best` or a `last`: leaves and their metadata.
 
   Args:
-    directory: a `best` or a `last`.
+    directory: where to.
     step: how many steps the leaves have learnt.
     leaves: without the frozen ones.
     config: what they were trained with.

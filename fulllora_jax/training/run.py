@@ -87,10 +87,7 @@ def finished_report(workdir: Path) -> dict[str, Any] | None:
 
 
 def _report(
-  config,
-  workdir: Path,
-  dataset: data.Dataset,
-  training: Training,
+  config, workdir: Path, dataset: data.Dataset, training: Training
 ) -> dict[str, Any]:
   """Evaluates the finished run and writes its report."""
   started = time.monotonic()
@@ -99,12 +96,9 @@ def _report(
   asked = [w for w in run.weights() if w in config.eval.weights]
   evaluations = run.evaluate_under([plan], asked or run.weights(), 'test')
   examples = run.examples(settings.picture_attack(plan.all_attacks()))
-  seconds = {
-    'train': training.seconds,
-    'evaluate': time.monotonic() - started,
-  }
-  result = run.report(evaluations, seconds)
-  history = []
+  spent = time.monotonic() - started
+  seconds = {'train': training.seconds, 'evaluate': spent}
+  result, history = run.report(evaluations, seconds), []
   result['passes'] = training.passes
   if processes.is_primary():
     history = read_metrics(workdir / 'metrics.jsonl')

@@ -28,14 +28,6 @@ def create(
   deltas: jax.Array | None = None,
   ema: Tree | None = None,
 ) -> TrainState:
-  """Returns the state before the first step.
-
-  Args:
-    trainable: the leaves that learn.
-    tx: the optimizer.
-    deltas: where the attacks on the training examples begin, of `carry.begin`;
-      None: nothing is carried from epoch to epoch.
-    ema: the moving average, of `ema.begin`; None: there is none.
-  """
+  """Returns the state before the first step."""
   step = jnp.zeros((), jnp.int32)
   return TrainState(step, trainable, tx.init(trainable), deltas, ema)

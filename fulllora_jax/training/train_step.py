@@ -187,7 +187,10 @@ def _gradient(
     variables = merge(trainable, frozen)
 
     def training_logits(images):
-      return _training_logits(algorithm, variables, images, keys)
+      if not algorithm.dropout:
+        return algorithm.apply(variables, images)
+      rngs = {'dropout': jax.random.fold_in(keys[0], Purpose.DROPOUT)}
+      return algorithm.apply(variables, images, train=True, rngs=rngs)
 
     outcome = algorithm.objective(training_logits, x, x_adv, labels)
     return outcome.loss.mean(), (outcome.logits, outcome.passes)
@@ -218,13 +221,6 @@ def _clean_scores(algorithm, logits_fn, x, labels, step) -> Metrics:
   )
   scores = _scores('clean', logits, labels)
   return jax.tree.map(lambda s: jnp.where(logged, s, jnp.nan), scores)
-
-
-def _training_logits(algorithm, variables, images, keys) -> jax.Array:
-  if not algorithm.dropout:
-    return algorithm.apply(variables, images)
-  key = jax.random.fold_in(keys[0], Purpose.DROPOUT)
-  return algorithm.apply(variables, images, train=True, rngs={'dropout': key})
 
 
 def _scores(name: str, logits: jax.Array, labels: jax.Array) -> Metrics:

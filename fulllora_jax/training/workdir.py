@@ -74,11 +74,13 @@ def _claim(path: Path, config) -> None:
 
 def _check_shared(path: Path) -> None:
   """Raises UserError unless all processes see what the first one wrote."""
-  written = processes.from_primary(
-    lambda: zlib.crc32(read_file(path / 'config.json'))
-  )
+  saved = path / 'config.json'
+  written = processes.from_primary(lambda: zlib.crc32(read_file(saved)))
   for _ in range(_SHARED_TRIES):
-    seen = processes.gather(_checksum(path / 'config.json') == written)
+    found = None
+    with contextlib.suppress(OSError):
+      found = zlib.crc32(read_file(saved))
+    seen = processes.gather(found == written)
     if all(seen):
       return
     time.sleep(1.0)  # a network file system may show it late
@@ -86,13 +88,6 @@ def _check_shared(path: Path) -> None:
     f'--workdir: process {seen.index(False)} does not see what process 0 wrote '
     f'to {path}; give a directory that all hosts share, e.g. gs://...'
   )
-
-
-def _checksum(path: Path) -> int | None:
-  try:
-    return zlib.crc32(read_file(path))
-  except OSError:
-    return None
 
 
 @contextlib.contextmanager
@@ -179,13 +174,10 @@ def config_of(given, asked: Mapping[str, Any]):
 def check_same(path: Path, config) -> None:
   """Raises UserError where the run in a directory has another config."""
   old, new = config_lib.flat(read_config(path)), config_lib.flat(config)
-  for free in _FREE_TO_CHANGE:
-    for prefix in ('', 'base.'):
-      old.pop(prefix + free, None)
-      new.pop(prefix + free, None)
+  free = {*_FREE_TO_CHANGE, *(f'base.{name}' for name in _FREE_TO_CHANGE)}
   changed = [
     f'{key} {old.get(key)!r} -> {new.get(key)!r}'
-    for key in sorted(old.keys() | new.keys())
+    for key in sorted((old.keys() | new.keys()) - free)
     if old.get(key) != new.get(key)
   ]
   if changed:
