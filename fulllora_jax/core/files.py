@@ -105,7 +105,6 @@ def beside(directory: str | os.PathLike, way: str) -> str:
 
 
 def _bucket(path: str | os.PathLike) -> str:
-  """Returns the bucket that a path is in; '' on a disk."""
   return os.fspath(path).split('/')[2] if is_remote(path) else ''
 
 
@@ -124,9 +123,8 @@ def os_errors(path: str | os.PathLike) -> Iterator[None]:
   except Exception as error:
     if not is_remote(path) or is_remote(getattr(error, 'filename', '') or ''):
       raise  # of a disk, or as it is to be already
-    number = errno.EIO
-    if isinstance(error, FileNotFoundError):
-      number = errno.ENOENT
+    missing = isinstance(error, FileNotFoundError)
+    number = errno.ENOENT if missing else errno.EIO
     # OSError picks the class by the number, so FileNotFoundError stays one.
     raise OSError(number, reason(error), os.fspath(path)) from error
 
@@ -281,9 +279,6 @@ def remove_tree(path: Path | epath.Path) -> None:
 
 def tree_size(path: Path | epath.Path) -> int:
   """Returns the bytes of all files below a directory."""
-  total = 0
   with os_errors(path):
-    for inner in epath.Path(path).iterdir():
-      found = inner.stat()
-      total += tree_size(inner) if found.is_directory else found.length
-  return total
+    found = ((inner, inner.stat()) for inner in epath.Path(path).iterdir())
+    return sum(tree_size(p) if s.is_directory else s.length for p, s in found)

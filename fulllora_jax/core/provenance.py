@@ -18,13 +18,11 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
   """Returns the versions of fulllora_jax, Python and what computes."""
-  found = {
+  return {
     'fulllora_jax': fulllora_jax.__version__,
     'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in _PACKAGES},
   }
-  for package in _PACKAGES:
-    found[package] = importlib.metadata.version(package)
-  return found
 
 
 def command(without: Mapping[str, bool] | None = None) -> str:

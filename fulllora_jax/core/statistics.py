@@ -48,11 +48,8 @@ def paired_difference(
 
   half = float(stats.t.ppf((1 + confidence) / 2, n - 1))
   half *= stdev(differences) / math.sqrt(n)
-  return {
-    'mean': round(mean, 12),
-    'low': round(mean - half, 12),
-    'high': round(mean + half, 12),
-  }
+  found = {'mean': mean, 'low': mean - half, 'high': mean + half}
+  return {name: round(value, 12) for name, value in found.items()}
 
 
 def wilson_interval(

@@ -5,6 +5,7 @@ half it has `Masked`, which holds no array. So the optimizer, `jax.grad` and the
 checkpoint all see the trainable leaves only.
 """
 
+import collections
 import hashlib
 import re
 from typing import Any, NamedTuple
@@ -80,19 +81,13 @@ def prune(tree: Tree) -> dict[str, Any]:
 def override(variables: Tree, pruned: Tree) -> Tree:
   """Returns variables with the leaves of a pruned tree put in."""
   flat = traverse_util.flatten_dict(variables)
-  flat.update(traverse_util.flatten_dict(pruned))
-  return traverse_util.unflatten_dict(flat)
+  return traverse_util.unflatten_dict(flat | traverse_util.flatten_dict(pruned))
 
 
 def select(tree: Tree, names) -> Tree:
   """Returns the leaves whose path (joined by '/') is in `names`."""
-  return traverse_util.unflatten_dict(
-    {
-      tuple(n.split('/')): v
-      for n, v in named_leaves(tree).items()
-      if n in names
-    }
-  )
+  chosen = {n: v for n, v in named_leaves(tree).items() if n in names}
+  return traverse_util.unflatten_dict(chosen, sep='/')
 
 
 def named_leaves(tree: Tree) -> dict[str, Any]:
@@ -136,12 +131,11 @@ def parameter_table(variables: Tree, mask: Tree) -> str:
   The same leaf of every block makes one row, e.g.
   `params/Transformer/encoderblock_*/LayerNorm_0/scale  12 x (768,)`.
   """
-  groups: dict[tuple, int] = {}
+  groups: collections.Counter[tuple] = collections.Counter()
   learns = traverse_util.flatten_dict(mask, sep='/')
   for path, leaf in named_leaves(variables).items():
     name = re.sub(r'block_\d+', 'block_*', path)
-    group = (name, tuple(leaf.shape), learns[path])
-    groups[group] = groups.get(group, 0) + 1
+    groups[name, tuple(leaf.shape), learns[path]] += 1
   rows = [('parameters', 'shape', 'count', '')]
   for (name, shape, learning), times in groups.items():
     size = times * int(np.prod(shape))

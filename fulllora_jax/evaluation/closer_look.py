@@ -31,17 +31,13 @@ _SHOWN = 4  # images, most and least robust
 
 
 class CloserLook(NamedTuple):
-  """What a closer look found.
+  """What a closer look found."""
 
-  Attributes:
-    numbers: for the report: 'radii' and 'influence', where they are known.
-    extreme_examples: the images, for the page: 'most' and 'least' robust, lists
-      of dicts with label, clean, adversarial (float32 [H, W, C] in [0, 1]),
-      clean_prediction, prediction, eps (as text), broken and index. Empty where
-      nothing was attacked.
-  """
-
+  # For the report: 'radii' and 'influence', where they are known.
   numbers: dict[str, Any]
+  # The images, for the page: 'most' and 'least' robust, lists of dicts with
+  # label, clean, adversarial (float32 [H, W, C] in [0, 1]), clean_prediction,
+  # prediction, eps (as text), broken and index; empty where none was attacked.
   extreme_examples: dict[str, list[dict[str, Any]]]
 
 
@@ -83,11 +79,9 @@ def _attack(run: FinishedRun) -> Attack | None:
   """Returns the validation attack, or another of the config; None: none."""
   plan = run.evaluator.plan
   validation = plan.attack(run.config.eval.validation_attack)
-  others = settings.picture_attack(settings.Plan.of(run.config).all_attacks())
-  for attack in (validation, others):
-    if attack and attack.name != 'clean' and plan.threat.eps:
-      return attack
-  return None
+  other = settings.picture_attack(settings.Plan.of(run.config).all_attacks())
+  found = (a for a in (validation, other) if a and a.name != 'clean')
+  return next(found, None) if plan.threat.eps else None
 
 
 def _robustness(run: FinishedRun, sweep: EpsSweep, chosen, factors):
@@ -132,8 +126,7 @@ def _record(weights: str, factor: float, eps: str, robust) -> dict[str, Any]:
 
 def _extreme_examples(run, sweep: EpsSweep, chosen, factors, outcomes):
   """Attacks the extreme images at the radius that breaks each, or the last."""
-  _, best = run.variables('best')
-  split = run.dataset.test
+  (_, best), split = run.variables('best'), run.dataset.test
   labels = split.labels[chosen]
   first = broken_at(labels, outcomes)
   most, least = extremes(labels, outcomes, _SHOWN)
@@ -178,11 +171,9 @@ def _branches(run: FinishedRun, sweep, chosen, variables) -> dict[str, Any]:
   images = {'clean': run.dataset.test.fetch(chosen).astype(np.float32) / 255}
   if sweep:
     images['adversarial'] = sweep.adversarial(variables, chosen, 1.0)
-
-  @run.evaluator.jit
-  def ratios(variables, x):
-    return influence.branch_ratios(adapted, variables, x)
-
+  ratios = run.evaluator.jit(
+    functools.partial(influence.branch_ratios, adapted)
+  )
   found = {
     name: jax.device_get(ratios(variables, x)) for name, x in images.items()
   }

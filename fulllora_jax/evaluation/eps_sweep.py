@@ -5,6 +5,7 @@ share of eps, are arguments of it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,17 +21,11 @@ from fulllora_jax.evaluation.evaluator import Evaluator
 
 
 class Outcome(NamedTuple):
-  """What became of each image, [n], at one radius.
+  """What became of each image, [n], at one radius."""
 
-  Attributes:
-    clean: the class it is taken for without an attack.
-    attacked: the class it is taken for under the attack.
-    margin: under the attack, the label's logit less the largest other logit.
-  """
-
-  clean: np.ndarray
-  attacked: np.ndarray
-  margin: np.ndarray
+  clean: np.ndarray  # the class it is taken for without an attack
+  attacked: np.ndarray  # the class it is taken for under the attack
+  margin: np.ndarray  # attacked, the label's logit less the largest other
 
 
 class EpsSweep:
@@ -82,10 +77,7 @@ class EpsSweep:
     used = self.evaluator
     step_size = self.attack.step_size * factor
     attack = dataclasses.replace(self.attack, step_size=step_size)
-
-    def logits_fn(images):
-      return used.apply(variables, images)
-
+    logits_fn = functools.partial(used.apply, variables)
     x, labels = augment.to_unit(batch['image']), batch['label']
     threat = used.threat.scaled(factor)
     x_adv = attack(used.keys(batch['index']), logits_fn, x, labels, threat)

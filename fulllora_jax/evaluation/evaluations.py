@@ -204,8 +204,7 @@ class Evaluations:
       )
     processes.wait_for_all()
     with load_arrays(path) as saved:
-      x_adv, robust = saved['x_adv'], saved['robust']
-      labels = saved['labels']
+      x_adv, robust, labels = (saved[n] for n in ('x_adv', 'robust', 'labels'))
     outside = self._outside(outcome.x, x_adv)
     verified = {'file': path.name, 'outside': outside, 'mismatches': None}
     if attack.version != 'rand':
@@ -291,7 +290,6 @@ class LogitsFunction(Evaluations):
     return (weights, self.spec), {}
 
   def report(self, *args) -> dict[str, Any]:
-    """Returns what a result says, as JSON values."""
     return super().report(*args) | {'logits': self.spec}
 
 

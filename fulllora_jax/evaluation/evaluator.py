@@ -33,25 +33,15 @@ _EVALUATION_STREAM = 1 << 20
 
 
 class Evaluation(NamedTuple):
-  """The outcome for each evaluated example.
+  """The outcome for each evaluated example; the last three for ensembles."""
 
-  Attributes:
-    indices: [n] int, which examples of the split.
-    labels: [n] int.
-    clean: [n] bool, correct without an attack.
-    robust: [n] bool, correct without and under the attack.
-    x: [n, H, W, C] float32, the images; of an ensemble only.
-    x_adv: [n, H, W, C], what became of the images; of an ensemble only.
-    cascade: what each attack of an ensemble left; of an ensemble only.
-  """
-
-  indices: np.ndarray
-  labels: np.ndarray
-  clean: np.ndarray
-  robust: np.ndarray
-  x: np.ndarray | None = None
-  x_adv: np.ndarray | None = None
-  cascade: Cascade | None = None
+  indices: np.ndarray  # int [n], which examples of the split
+  labels: np.ndarray  # int [n]
+  clean: np.ndarray  # bool [n], correct without an attack
+  robust: np.ndarray  # bool [n], correct without and under the attack
+  x: np.ndarray | None = None  # float32 [n, H, W, C], the images
+  x_adv: np.ndarray | None = None  # [n, H, W, C], what became of them
+  cascade: Cascade | None = None  # what each attack left
 
   def record(self) -> dict[str, Any]:
     """Returns the counts, the accuracy and its 95 % interval, by class too.
@@ -236,7 +226,7 @@ class Evaluator:
 
     @self.jit
     def craft(variables, x, labels):
-      logits_fn = self._logits_fn(variables)
+      logits_fn = functools.partial(self.apply, variables)
       keys = self.keys(jnp.arange(x.shape[0]))
       x_adv = attack(keys, logits_fn, x, labels, self.threat)
       return x_adv, logits_fn(x_adv).argmax(axis=-1)
@@ -253,15 +243,12 @@ class Evaluator:
 
   def _correct(self, variables, batch, attack: Attack):
     x, labels = augment.to_unit(batch['image']), batch['label']
-    logits_fn = self._logits_fn(variables)
+    logits_fn = functools.partial(self.apply, variables)
     clean = losses.correct(logits_fn(x), labels)
     if attack.name == 'clean':
       return clean, clean
     x_adv = attack(self.keys(batch['index']), logits_fn, x, labels, self.threat)
     return clean, clean & losses.correct(logits_fn(x_adv), labels)
-
-  def _logits_fn(self, variables):
-    return lambda images: self.apply(variables, images)
 
   def keys(self, indices: jax.Array) -> jax.Array:
     """Returns the PRNG keys [B] of examples, by their indices [B]."""

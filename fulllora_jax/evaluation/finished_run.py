@@ -75,10 +75,9 @@ class FinishedRun(Evaluations):
     metadata = self.load('best').metadata
     published = metadata.get('base_source') or {}
     headless = metadata['base'] is None or published.get('new_head', False)
-    absent = {'base'} if headless else set()
-    if not (self.workdir / 'last').exists():
-      absent.add('last')
-    return tuple(name for name in config_lib.WEIGHTS if name not in absent)
+    last = (self.workdir / 'last').exists()
+    there = {'base': not headless, 'best': True, 'last': last}
+    return tuple(name for name in config_lib.WEIGHTS if there[name])
 
   def variables(self, weights: str) -> tuple[tuple, Any]:
     """Returns what identifies the weights, and the weights on the mesh."""

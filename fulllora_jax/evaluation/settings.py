@@ -9,30 +9,17 @@ from fulllora_jax.config import ConfigDict
 
 @dataclass(frozen=True)
 class Plan:
-  """What a model is evaluated under.
+  """What a model is evaluated under."""
 
-  Attributes:
-    norm: the norm of the ball: 'linf', 'l2' or 'l1'.
-    eps: the radius in [0, 1] pixels, as text: '8/255'.
-    attacks: the names of the attacks, such as 'pgd-20'.
-    step_size: the length of a step of PGD in [0, 1] pixels, as text.
-    restarts: the number of random starts of PGD.
-    batch_size: how many images are attacked at once; rounded up to a multiple
-      of the devices.
-    num_examples: how many images of the split; 0 for all.
-    seed: the attacks' random numbers and the choice of images follow from it.
-    precision: the precision of matrix products: 'highest' or 'default'.
-  """
-
-  norm: str = 'linf'
-  eps: str = '8/255'
-  attacks: tuple[str, ...] = ()
-  step_size: str = '2/255'
-  restarts: int = 1
-  batch_size: int = 256
-  num_examples: int = 0
-  seed: int = 0
-  precision: str = 'highest'
+  norm: str = 'linf'  # of the ball: 'linf', 'l2' or 'l1'
+  eps: str = '8/255'  # the radius in [0, 1] pixels
+  attacks: tuple[str, ...] = ()  # names, such as 'pgd-20'
+  step_size: str = '2/255'  # the length of a step of PGD in [0, 1] pixels
+  restarts: int = 1  # the number of random starts of PGD
+  batch_size: int = 256  # images at once; rounded up for the devices
+  num_examples: int = 0  # how many images of the split; 0 for all
+  seed: int = 0  # of the attacks and of the choice of images
+  precision: str = 'highest'  # of matrix products; or 'default'
 
   @classmethod
   def of(

@@ -55,15 +55,14 @@ def learning_note(best_step: int | None) -> str:
 
 
 def _line(history, kind: str, key: str, colour: str, name: str) -> Line | None:
+  scale = 100 if key.endswith('accuracy') else 1
   points = [
-    (row['step'], _known(row[key]))
+    (row['step'], _known(row[key], scale))
     for row in history
     if row.get('kind') == kind and key in row
   ]
   if not any(y is not None for _, y in points):
     return None
-  if key.endswith('accuracy'):
-    points = [(x, None if y is None else 100 * y) for x, y in points]
   validation = kind == 'validation'
   if not validation:
     points = thinned(points, max(len(points) // 40, 1))
@@ -72,8 +71,9 @@ def _line(history, kind: str, key: str, colour: str, name: str) -> Line | None:
   return Line(name, points, colour, look, marked)
 
 
-def _known(value: Any) -> float | None:
-  return None if value is None or not math.isfinite(value) else float(value)
+def _known(value: Any, scale: float) -> float | None:
+  unknown = value is None or not math.isfinite(value)
+  return None if unknown else scale * float(value)
 
 
 def thinned(
@@ -130,11 +130,7 @@ def eps_line(
 ) -> Line:
   """Returns a line of `against_eps`, shaded by the intervals of its points.
 
-  Args:
-    name: what the legend calls it.
-    records: in any order, each with eps_value, accuracy and interval.
-    colour: a colour of the style sheet.
-    look: '', 'dashed' or 'dotted'.
+  The records, each with eps_value, accuracy and interval, are in any order.
   """
   records = sorted(records, key=lambda record: record['eps_value'])
   points = [(r['eps_value'], 100 * r['accuracy']) for r in records]

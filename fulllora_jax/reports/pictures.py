@@ -23,11 +23,8 @@ def draw_curves(
 ) -> None:
   """Draws loss and accuracies against the step.
 
-  Args:
-    history: rows of metrics.jsonl (`metrics.read_metrics`); a missing or None
-      value leaves a gap.
+  Args: those of `curves.learning`, and:
     path: where the SVG goes.
-    best_step: marked in the picture, where given.
   """
   shown = list(curves.learning(history, best_step))
   picture.save_charts(path, shown, curves.learning_note(best_step))
@@ -110,7 +107,6 @@ def draw_examples(examples: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 
 def _checked(examples: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the images to draw, clean and adversarial."""
   clean = np.asarray(examples['clean'], np.float32)
   adversarial = np.asarray(examples['adversarial'], np.float32)
   if clean.ndim != 4 or clean.shape[-1] not in (1, 3) or not len(clean):

@@ -90,7 +90,6 @@ def summary_table(report: Mapping[str, Any]) -> str:
 
 
 def _markdown(report, drawn) -> str:
-  """Returns the text of report.md."""
   parts = [
     f'# {report["config_name"]}: {report["method"]} on {report["dataset"]}',
     results.headline(report),
@@ -106,7 +105,10 @@ def _markdown(report, drawn) -> str:
     '## How it was trained',
     _bullets(facts.training_facts(report)),
     '## Where it comes from',
-    _bullets(_provenance(report)),
+    _bullets(
+      (name, f'`{value}`' if name == 'command' and value else value)
+      for name, value in facts.provenance_facts(report)
+    ),
     '## What these numbers mean',
     _bullets(facts.limits(report)),
     'Everything above, and the whole configuration, is in `report.json`.',
@@ -114,13 +116,7 @@ def _markdown(report, drawn) -> str:
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def _provenance(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  for name, value in facts.provenance_facts(report):
-    yield name, f'`{value}`' if name == 'command' and value else value
-
-
 def _bullets(items: Iterator[tuple[str, Any]]) -> str:
-  """Writes the facts that are known as a list."""
   known = [(name, value) for name, value in items if value not in (None, '')]
   return '\n'.join(f'- **{name}**: {value}' for name, value in known)
 

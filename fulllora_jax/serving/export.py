@@ -59,6 +59,7 @@ def to_safetensors(
   output = _output(path, output, f'{contents}.safetensors')
   loaded = classifier.load(path, base, which)
   leaves = trees.named_leaves(loaded.variables)
+  branches = loaded.model.branches(loaded.variables).items()
   if not with_base:
     leaves = {name: leaves[name] for name in loaded.metadata['leaves']}
   content = adapter_file.encode(
@@ -67,12 +68,7 @@ def to_safetensors(
       'fulllora_jax': fulllora_jax.__version__,
       'contents': contents,
       'model': _module_fields(loaded.model.model),
-      'branches': {
-        path: branch.settings()
-        for path, (branch, _) in sorted(
-          loaded.model.branches(loaded.variables).items()
-        )
-      },
+      'branches': {path: b.settings() for path, (b, _) in sorted(branches)},
       'run': {
         name: value
         for name, value in loaded.metadata.items()
@@ -114,13 +110,12 @@ def to_stablehlo(
   output = _output(path, output, 'model.stablehlo')
   loaded = classifier.load(path, base, which)
   program.check_size(loaded.variables)
-
   model = loaded.model
   if hasattr(model.model, 'attention'):  # cuDNN's kernel is for one platform
     plain = model.model.clone(attention='xla')
     model = dataclasses.replace(model, model=plain)
 
-  def logits(images):
+  def logits(images):  # its name is in the program
     return model.apply(loaded.variables, images)
 
   content = program.encode(logits, tuple(loaded.metadata['image_shape']))
@@ -208,7 +203,6 @@ def _module_fields(module) -> dict[str, Any]:
   fields = {'class': type(module).__name__}
   for field in dataclasses.fields(module):
     value = getattr(module, field.name)
-    if field.name in ('parent', 'name') or value == field.default:
-      continue
-    fields[field.name] = value.name if isinstance(value, np.dtype) else value
+    if field.name not in ('parent', 'name') and value != field.default:
+      fields[field.name] = value.name if isinstance(value, np.dtype) else value
   return fields

@@ -81,8 +81,7 @@ def _difference(a: Adapter, b: Adapter) -> tuple[Any, ...] | None:
   """Returns what differs, its two values and a remedy; None: nothing does."""
   for own, other, missing, remedy in (
     (
-      {key: a.metadata[key] for key in _OF_THE_DATA},
-      {key: b.metadata[key] for key in _OF_THE_DATA},
+      *({key: each.metadata[key] for key in _OF_THE_DATA} for each in (a, b)),
       None,
       'train it on images and classes of the same number and shape',
     ),
@@ -103,15 +102,13 @@ def _difference(a: Adapter, b: Adapter) -> tuple[Any, ...] | None:
 
 def _settings(adapter: Adapter) -> dict[str, Any]:
   """Returns what makes the model and its branches; not ranks and alphas."""
-  model = adapter.built.model.model
+  model, targets = adapter.built.model.model, adapter.built.model.targets
   fields = {
     f'model.{field.name}': getattr(model, field.name)
     for field in dataclasses.fields(model)
     if field.name not in _IDLE
   }
-  fields['model'] = type(model).__name__
-  targets = adapter.built.model.targets
-  fields['adapter.targets'] = list(targets)
+  fields |= {'model': type(model).__name__, 'adapter.targets': list(targets)}
   for target, branch in targets.items():
     settings = {**vars(branch), 'type': type(branch).__name__}
     fields |= {

@@ -35,12 +35,9 @@ def gradients(model: Examined) -> Finding | None:
 
 def _zero_gradients(model: Examined, loss: str) -> int:
   def gradient(logits_fn, x, labels):
-    keys = jax.random.split(model.key, len(x))
-
-    def total(x):
-      return losses.LOSSES[loss](logits_fn(x), labels).sum()
-
-    return jax.grad(total)(model.threat.random_start(keys, x))
+    start = model.threat.random_start(jax.random.split(model.key, len(x)), x)
+    of = losses.LOSSES[loss]
+    return jax.grad(lambda x: of(logits_fn(x), labels).sum())(start)
 
   gradients = model.run(gradient, model.logits_fn, model.x, model.labels)
   gradients = gradients.reshape(len(model.x), -1)

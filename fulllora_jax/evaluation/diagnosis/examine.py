@@ -6,6 +6,7 @@ looks for one way in which an evaluation is known to flatter.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -80,23 +81,21 @@ def recorded(evaluations: Sequence[dict]) -> Finding:
         'evaluate again; compare precision and devices',
       )
   keys = ('weights', 'split', 'attack', 'steps', 'norm', 'examples')
-  for e in evaluations:
-    for other in evaluations:
-      same = all(e.get(k) == other.get(k) for k in keys)
-      if (
-        same and e['attack'] != 'clean' and e['eps_value'] < other['eps_value']
-      ):
-        gained = other['num_correct'] - e['num_correct']
-        if gained >= max(2, 0.01 * e['num_examples']):
-          return Finding(
-            name,
-            'wrong',
-            f'{e["attack"]} on {e["weights"]} leaves {e["accuracy"]:.1%} at '
-            f'eps {e["eps"]}, but {other["accuracy"]:.1%} at the larger '
-            f'{other["eps"]}',
-            'robust accuracy falls as eps grows; the attack fails at one',
-            'check its step size, or use autoattack, which has none',
-          )
+  attacked = [e for e in evaluations if e['attack'] != 'clean']
+  for e, other in itertools.permutations(attacked, 2):
+    same = all(e.get(k) == other.get(k) for k in keys)
+    gained = other['num_correct'] - e['num_correct']
+    much = gained >= max(2, 0.01 * e['num_examples'])
+    if same and much and e['eps_value'] < other['eps_value']:
+      return Finding(
+        name,
+        'wrong',
+        f'{e["attack"]} on {e["weights"]} leaves {e["accuracy"]:.1%} at '
+        f'eps {e["eps"]}, but {other["accuracy"]:.1%} at the larger '
+        f'{other["eps"]}',
+        'robust accuracy falls as eps grows; the attack fails at one',
+        'check its step size, or use autoattack, which has none',
+      )
   return Finding(name)
 
 
@@ -126,10 +125,10 @@ def examine_and_say(
   choose('--split', split, finished_run.SPLITS)
   choose('--weights', weights, WEIGHTS)
   threat = settings.threat(config)
-  path = None if logits else files.absolute_path(workdir)
   if logits:
-    logits_fn, exact_fn = evaluations.load_function(logits), None
+    path, logits_fn, exact_fn = None, evaluations.load_function(logits), None
   else:
+    path = files.absolute_path(workdir)
     logits_fn, exact_fn = finished_run.logits_functions(path, weights)
   dataset = data.open_dataset(config.data, config.seed)
   examples = getattr(dataset, split)
@@ -142,14 +141,14 @@ def examine_and_say(
     jax.random.key(seed),
     exact_fn,
   )
-  count = wrong = 0
+  levels = []
   for finding in _findings(examined, path):
     print(finding.text(), flush=True)
-    count += 1
-    wrong += finding.level == 'wrong'
+    levels.append(finding.level)
+  wrong = levels.count('wrong')
   print(
-    f'\n{wrong} of {count} checks found something wrong, on {len(chosen)} '
-    f'{split} images at {threat.norm}, eps {config.threat.eps}'
+    f'\n{wrong} of {len(levels)} checks found something wrong, on '
+    f'{len(chosen)} {split} images at {threat.norm}, eps {config.threat.eps}'
   )
   return not wrong
 

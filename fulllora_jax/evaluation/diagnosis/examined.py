@@ -15,21 +15,12 @@ from fulllora_jax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """The outcome of one check.
+  """The outcome of one check."""
 
-  Attributes:
-    check: the name of the check; `examine` puts it in.
-    level: 'ok'; 'note', which one should know; or 'wrong': do not believe the
-      number.
-    seen: what was seen.
-    why: why it matters.
-    advice: what to do.
-  """
-
-  check: str
-  level: str = 'ok'
+  check: str  # its name; `examine` puts it in
+  level: str = 'ok'  # or 'note', or 'wrong': do not believe the number
   seen: str = ''
-  why: str = ''
+  why: str = ''  # why it matters
   advice: str = ''
 
   def text(self) -> str:
@@ -44,14 +35,9 @@ class Finding:
     return '\n'.join(lines)
 
 
-def wrong(seen: str, why: str, advice: str) -> Finding:
-  """Returns a finding that says not to believe the number; see `Finding`."""
-  return Finding('', 'wrong', seen, why, advice)
-
-
-def note(seen: str, why: str, advice: str) -> Finding:
-  """Returns a finding that one should know of; see `Finding`."""
-  return Finding('', 'note', seen, why, advice)
+# Functions of (seen, why, advice).
+wrong = functools.partial(Finding, '', 'wrong')
+note = functools.partial(Finding, '', 'note')
 
 
 class Examined:
@@ -79,10 +65,8 @@ class Examined:
     self.classes = inputs.num_classes(
       logits_fn, self.x, len(self.x), self.stochastic, self.labels
     )
-    self.raw_fn = logits_fn
-    # One draw of the noise, the same in every check.
-    self.logits_fn = logits_fn
-    if self.stochastic:
+    self.raw_fn = self.logits_fn = logits_fn
+    if self.stochastic:  # one draw of the noise, the same in every check
       self.logits_fn = Partial(_with_key, logits_fn, key)
 
   @functools.cached_property

@@ -23,9 +23,10 @@ def randomness(model: Examined) -> Finding | None:
   accuracies = {int(model.right(r).sum()) for r in runs}
   if apart <= 1e-4 and len(accuracies) == 1:
     return None
+  count = ' to '.join(map(str, sorted({min(accuracies), max(accuracies)})))
   return wrong(
     f'the same images gave other logits in another run (up to {apart:.1%} of '
-    f'their norm; right: {_range(accuracies)} of {len(model.x)})',
+    f'their norm; right: {count} of {len(model.x)})',
     'an attack that follows one draw of the noise is weak against another',
     'switch off dropout and other noise, or, if it is the defence, evaluate '
     'with autoattack-rand and a function of (images, key)',
@@ -146,8 +147,3 @@ def eps(model: Examined) -> Finding | None:
       'write 8/255 if that is meant',
     )
   return None
-
-
-def _range(counts: set[int]) -> str:
-  low, high = min(counts), max(counts)
-  return str(low) if low == high else f'{low} to {high}'

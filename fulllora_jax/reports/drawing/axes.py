@@ -83,14 +83,10 @@ def x_axis(
   title: str,
   grid: bool = False,
 ) -> Markup:
-  """Draws the axis below a chart.
+  """Draws the axis below a chart, at the larger end of y.
 
-  Args:
-    x: the scale of the axis.
-    y: the other scale; the axis stands at its larger end, which is below.
-    marks: values and their words; None: round values.
-    title: the words below the axis.
-    grid: whether a line goes through the whole chart at each mark.
+  The marks are values and their words; None: round values. A grid is a line
+  through the whole chart at each mark.
   """
   bottom, top = max(y.first, y.last), min(y.first, y.last)
   if marks is None:

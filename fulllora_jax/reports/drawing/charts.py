@@ -27,9 +27,7 @@ class Line(NamedTuple):
   colour: str  # a colour of the style sheet
   look: str = ''  # or some of 'dashed', 'dotted' and 'faint'
   marked: bool = False  # draws a mark at every point
-  band: Sequence[
-    tuple[float, float]
-  ] = ()  # a shade's (low, high) at each point
+  band: Sequence[tuple[float, float]] = ()  # a shade's (low, high), each point
 
 
 class Bars(NamedTuple):
@@ -84,19 +82,16 @@ def line_chart(
   marked_y: float | None = None,
   legend: bool = True,
 ) -> Chart:
-  """Draws lines.
+  """Draws lines between the title above and the `x_title` below.
 
   Args:
-    title: the words above the chart.
     lines: what is drawn; accuracies are in %.
-    x_title: the words below the x axis.
     percent: the y axis goes from 0 to 100; otherwise from 0, or the lowest
       value below it, to a little more than the largest.
     logarithmic: the x axis is logarithmic; all x are above 0.
     x_marks: values of x and their words; None: round values.
     marked_x: an upright line is drawn here, such as the best step's.
     marked_y: a level line is drawn here, such as a target's.
-    legend: whether a legend explains the lines.
   """
   known = [(x, y) for line in lines for x, y in line.points if y is not None]
   known = known or [(1.0, 0.0)]
@@ -190,7 +185,7 @@ def columns(
 ) -> Chart:
   """Draws columns side by side for each name.
 
-  Args: `title` and `x_title` of `line_chart`, and:
+  Args:
     names: the words below the columns; where there are many, some are left out.
     series: values from 0 to `top`.
     top: the end of the y axis; several charts may share it.
@@ -272,7 +267,7 @@ def dot_plot(
 ) -> Chart:
   """Draws a row of marks for each name: every value, their middle, its span.
 
-  Args: `title` and `x_title` of `line_chart`, and:
+  Args:
     rows: what is drawn, from above.
     unit: the unit of the values, for the tooltips.
     zero: keeps 0 in the chart and marks it, for differences.

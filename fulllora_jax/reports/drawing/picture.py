@@ -68,14 +68,9 @@ def moved(x: float, y: float, *parts) -> Markup:
 def save(
   path: str | os.PathLike, parts, width: float, height: float, label: str
 ) -> None:
-  """Writes an SVG, with an edge around what is drawn.
+  """Writes an SVG of Markup from (0, 0) to (width, height), with an edge.
 
-  Args:
-    path: where the file goes.
-    parts: Markup, from (0, 0) to (width, height).
-    width: the width of what is drawn.
-    height: the height of what is drawn.
-    label: describes the picture to readers who cannot see it.
+  The label describes the picture to readers who cannot see it.
   """
   width, height = round(width + 2 * _EDGE), round(height + 2 * _EDGE)
   text = tag(

@@ -8,16 +8,11 @@ from fulllora_jax.reports.drawing.markup import Markup, join, limited
 
 
 def scatter(
-  title: str,
-  points: Sequence[tuple[str, float, float]],
-  x_title: str,
+  title: str, points: Sequence[tuple[str, float, float]], x_title: str
 ) -> charts.Chart:
-  """Draws points, each with its name where nothing else is.
+  """Draws points (name, x, y), each with its name where nothing else is.
 
-  Args:
-    title: the words above the chart.
-    points: (name, x, y); x is above 0 and logarithmic, y is in %.
-    x_title: the words below the x axis.
+  Every x is above 0, on a logarithmic axis; y is in %.
   """
   xs = [at for _, at, _ in points] or [1.0]
   low, high = charts.room([value for *_, value in points] or [0.0])

@@ -80,15 +80,13 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
   """Returns what tables of a comparison say of a method, by their columns."""
   size, seconds = row.get('adapter_bytes'), row.get('seconds')
   share = row.get('share')
-  found = {
+  return {
     'method': row['method'],
     'seeds': str(len(row['seeds'])),
     'learnable': _count(row.get('trainable')),
     'share': '-' if share is None else f'{100 * share:.2f} %',
     'on disk': '-' if size is None else f'{size / 1e6:.2f} MB',
-  }
-  found |= {n: _mean(each) for n, each in (row.get('attacks') or {}).items()}
-  return found | {
+    **{n: _mean(each) for n, each in (row.get('attacks') or {}).items()},
     'validation': _mean(row.get('validation') or {}),
     'steps': _count(row.get('steps')),
     'passes': _count(row.get('passes')),
@@ -155,9 +153,8 @@ def _every_seed(comparison: Mapping[str, Any]) -> Markup:
     for place, seed in enumerate(row['seeds']):
       line = [row['method'], str(seed)]
       for label in table[0][2:]:
-        each = ((row.get('attacks') or {}).get(label) or {}).get(
-          'per_seed'
-        ) or ()
+        found = (row.get('attacks') or {}).get(label) or {}
+        each = found.get('per_seed') or ()
         value = each[place] if place < len(each) else None
         line.append('-' if value is None else f'{100 * value:.1f}')
       table.append(line)
@@ -206,10 +203,10 @@ def parameters_chart(comparison: Mapping[str, Any]) -> Chart | None:
     for row, found in _found(comparison, headline)
     if row.get('trainable')
   ]
+  if not points:
+    return None
   title = f'Accuracy (%) under {headline}'
-  return (
-    scatter.scatter(title, points, 'learnable parameters') if points else None
-  )
+  return scatter.scatter(title, points, 'learnable parameters')
 
 
 def _parameters(comparison: Mapping[str, Any]) -> Markup | None:

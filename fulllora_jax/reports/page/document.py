@@ -22,14 +22,10 @@ def document(
   sections: Iterable[tuple[str, str, Markup | None]],
   footer: str,
 ) -> str:
-  """Returns a whole page.
+  """Returns a whole page; the lead stands below the title.
 
-  Args:
-    title: the title of the page, and its heading.
-    lead: what stands below the heading.
-    sections: in order, the name of each section's anchor, its heading and its
-      content; those without content are left out.
-    footer: the last line.
+  A section is the name of its anchor, its heading and its content; those
+  without content are left out.
   """
   links, parts = [], []
   for name, heading, content in sections:
@@ -69,9 +65,8 @@ def cards(facts: Iterable[tuple[str, str, str]]) -> Markup:
 def table(rows: Sequence[Sequence[Any]], caption: str) -> Markup:
   """Returns a table that scrolls in a box of its own.
 
-  Args:
-    rows: the header first; the first cell of each row names it.
-    caption: describes the table to readers who cannot see it.
+  The header is the first row, and the first cell of each row names it. The
+  caption describes the table to readers who cannot see it.
   """
   header = tag('tr', [tag('th', cell, scope='col') for cell in rows[0]])
   body = [

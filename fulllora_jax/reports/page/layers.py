@@ -48,7 +48,10 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
   ]
   rows = [['map', 'role', *(words for _, words, _ in keys)]]
   rows += [
-    [m['path'], m['role'], *(_written(m[name]) for name, *_ in keys)]
+    [
+      *(m['path'], m['role']),
+      *('-' if m[n] is None else f'{m[n]:.4f}' for n, *_ in keys),
+    ]
     for m in maps
   ]
   note = text.format(
@@ -110,7 +113,3 @@ def _short(paths: Sequence[str]) -> list[str]:
     or str(place)
     for place, found in enumerate(numbers)
   ]
-
-
-def _written(value: float | None) -> str:
-  return '-' if value is None else f'{value:.4f}'

@@ -122,9 +122,8 @@ def _example(example: Mapping[str, Any], labels) -> Markup:
     results.class_name(labels, example[key])
     for key in ('label', 'clean_prediction', 'prediction')
   )
-  eps, clean, adversarial = (
-    example[k] for k in ('eps', 'clean', 'adversarial')
-  )
+  eps = example['eps']
+  clean, adversarial = example['clean'], example['adversarial']
   difference, scale = images.difference(clean, adversarial)
   shown = (
     (
@@ -162,7 +161,6 @@ def _example(example: Mapping[str, Any], labels) -> Markup:
 
 
 def _taken_for(what: str, prediction: str, true: str) -> list[Markup]:
-  right = prediction == true
-  words = f'{"✓" if right else "✗"} {limited(prediction, 18)}'
-  look = 'good' if right else 'bad'
+  sign, look = ('✓', 'good') if prediction == true else ('✗', 'bad')
+  words = f'{sign} {limited(prediction, 18)}'
   return [tag('span', what), tag('b', words, class_=look)]
