@@ -15,9 +15,7 @@ _VERSION = re.search(
 # TensorFlow prepares data sets and writes TensorBoard files, on the CPU only.
 # tensorflow-cpu, which is far smaller, is built for x86-64 alone.
 _X86 = 'platform_machine in "x86_64 AMD64" and sys_platform in "linux win32"'
-_OTHER = (
-  'platform_machine not in "x86_64 AMD64" or sys_platform not in "linux win32"'
-)
+_OTHER = 'platform_machine not in "x86_64 AMD64" or sys_platform not in "linux win32"'
 
 # The second one writes for Orbax, and holds the lock of a work directory.
 _BUCKETS = ['gcsfs>=2024.6', 'google-cloud-storage>=2.18']
@@ -25,9 +23,7 @@ _BUCKETS = ['gcsfs>=2024.6', 'google-cloud-storage>=2.18']
 setup(
   name='fulllora_jax',
   version=_VERSION,
-  description=(
-    'Adversarial finetuning of frozen Vision Transformers with LNLoRA adapters'
-  ),
+  description=('Adversarial finetuning of frozen Vision Transformers with LNLoRA adapters'),
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['fulllora_jax', 'fulllora_jax.*']),

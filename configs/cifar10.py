@@ -36,9 +36,7 @@ def get_config(variant: str = ''):
 def cpu(config) -> None:
   """Takes a ViT of 0.47 M parameters, and few steps of a short attack."""
   config.name += '-cpu'
-  config.model.update(
-    name='vit', width=96, depth=4, num_heads=4, mlp_dim=384, patch_size=8
-  )
+  config.model.update(name='vit', width=96, depth=4, num_heads=4, mlp_dim=384, patch_size=8)
   config.adapter.rank, config.adapter.alpha = 4, 8.0
   config.attack.update(steps=3, step_size='4/255', eps_warmup=0.5)
   config.optimizer = config_lib.adamw(learning_rate=1e-2)

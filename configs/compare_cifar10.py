@@ -72,9 +72,7 @@ def get_config(variant: str = ''):
 def small(config) -> None:
   """A ViT that one accelerator trains and hardens in half an hour."""
   config.base.source = 'train'
-  config.model.update(
-    name='vit', width=256, depth=8, num_heads=4, mlp_dim=1024, dtype='bfloat16'
-  )
+  config.model.update(name='vit', width=256, depth=8, num_heads=4, mlp_dim=1024, dtype='bfloat16')
   config.adapter.rank, config.adapter.alpha = 8, 16.0
   config.optimizer = config_lib.adamw(learning_rate=2e-3)
   config.schedule = config_lib.cosine(warmup=0.05)

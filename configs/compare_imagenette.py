@@ -17,6 +17,4 @@ from fulllora_jax.experiments.compare import rows
 
 def get_config(variant: str = ''):
   """Returns the comparison; variant: '', ablations or a published model."""
-  return rows.paper_comparison(
-    Path(__file__).with_name('imagenette.py'), variant
-  )
+  return rows.paper_comparison(Path(__file__).with_name('imagenette.py'), variant)

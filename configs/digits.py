@@ -28,9 +28,7 @@ def get_config(variant: str = ''):
   """Returns the config; variants.py says what may follow the colon."""
   config = config_lib.default()
   config.name = 'digits'
-  config.model.update(
-    name='vit', width=96, depth=4, num_heads=4, mlp_dim=384, patch_size=4
-  )
+  config.model.update(name='vit', width=96, depth=4, num_heads=4, mlp_dim=384, patch_size=4)
   config.model.mean, config.model.std = (0.3,), (0.37,)  # of the train split
   config.adapter.rank, config.adapter.alpha = 4, 8.0
   config.data.update(name='digits', image_size=16, validation_fraction=0.1)

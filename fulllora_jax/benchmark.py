@@ -10,17 +10,15 @@
   python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
       --adapters 4 --batch_size 32
 
-Compile time, seconds of a step, images per second, FLOPs and how much of the
-measured peak they reach, memory, the parts of a step, and whether the input
-keeps up; beside other methods, and beside the same work in PyTorch. What is
-compared takes turns in one run. The base has random weights, and the images
-are noise, unless --data=config: neither changes how long a step takes.
+Compile time, seconds of a step, images per second, FLOPs and how much of the measured peak they
+reach, memory, the parts of a step, and whether the input keeps up; beside other methods, and beside
+the same work in PyTorch. What is compared takes turns in one run. The base has random weights, and
+the images are noise, unless --data=config: neither changes how long a step takes.
 
-A table goes to the terminal, with all numbers to WORKDIR/benchmark.json and
-benchmark.md. --to_robustness measures something else: how many passes and
-seconds training takes to a robust accuracy, by schedule of the inner attack
-(WORKDIR/road.md, .json, .svg); killed, it goes on with the same command.
---adapters measures so many adapters on one base, beside as many whole models:
+A table goes to the terminal, with all numbers to WORKDIR/benchmark.json and benchmark.md.
+--to_robustness measures something else: how many passes and seconds training takes to a robust
+accuracy, by schedule of the inner attack (WORKDIR/road.md, .json, .svg); killed, it goes on with
+the same command. --adapters measures so many adapters on one base, beside as many whole models:
 memory, seconds of a batch, compiled programs (WORKDIR/adapters.md, .json).
 """
 
@@ -40,9 +38,7 @@ def define_flags() -> None:
     'config', None, 'A file of configs/, with its variant after a colon.'
   )
   flags.mark_flag_as_required('config')
-  flags.DEFINE_string(
-    'workdir', None, 'For the results. Default: runs/benchmark-<config.name>.'
-  )
+  flags.DEFINE_string('workdir', None, 'For the results. Default: runs/benchmark-<config.name>.')
   flags.DEFINE_list(
     'methods',
     ['linear'],
@@ -50,40 +46,22 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer('rounds', 10, 'Timed steps of each.', lower_bound=1)
   flags.DEFINE_integer('warmup', 2, 'Steps before them.', lower_bound=1)
-  flags.DEFINE_enum(
-    'data', 'random', ['random', 'config'], 'Noise, or the data of the config.'
-  )
-  flags.DEFINE_integer(
-    'num_classes', 10, 'With --data=random or --adapters.', lower_bound=2
-  )
+  flags.DEFINE_enum('data', 'random', ['random', 'config'], 'Noise, or the data of the config.')
+  flags.DEFINE_integer('num_classes', 10, 'With --data=random or --adapters.', lower_bound=2)
   flags.DEFINE_enum('compare', None, ['torch'], 'The same work in PyTorch.')
-  flags.DEFINE_list(
-    'torch_modes', ['eager', 'compile'], 'With --compare: eager, compile.'
-  )
-  flags.DEFINE_list(
-    'attacks', [], 'Evaluations to time, e.g. pgd-20,autoattack.'
-  )
-  flags.DEFINE_integer(
-    'images', 256, 'That --attacks are timed on.', lower_bound=1
-  )
-  flags.DEFINE_integer(
-    'adapters', None, 'Time so many random adapters on one base.', lower_bound=2
-  )
-  flags.DEFINE_integer(
-    'batch_size', 64, 'With --adapters, images a call.', lower_bound=1
-  )
+  flags.DEFINE_list('torch_modes', ['eager', 'compile'], 'With --compare: eager, compile.')
+  flags.DEFINE_list('attacks', [], 'Evaluations to time, e.g. pgd-20,autoattack.')
+  flags.DEFINE_integer('images', 256, 'That --attacks are timed on.', lower_bound=1)
+  flags.DEFINE_integer('adapters', None, 'Time so many random adapters on one base.', lower_bound=2)
+  flags.DEFINE_integer('batch_size', 64, 'With --adapters, images a call.', lower_bound=1)
   flags.DEFINE_float(
     'to_robustness',
     None,
     'Race schedules to this robust accuracy, 0 to 1, on the data of --config.',
   )
-  flags.DEFINE_list(
-    'schedules', [], 'With --to_robustness; docs/road.md has them.'
-  )
+  flags.DEFINE_list('schedules', [], 'With --to_robustness; docs/road.md has them.')
   flags.DEFINE_string(
-    'final',
-    'apgd-ce+apgd-t',
-    'With --to_robustness: the attacks on what was trained; empty: none.',
+    'final', 'apgd-ce+apgd-t', 'With --to_robustness: the attacks on what was trained; empty: none.'
   )
   flags.DEFINE_integer(
     'validation_images',
@@ -91,9 +69,7 @@ def define_flags() -> None:
     'With --to_robustness, to measure on along the way; 0: all.',
     lower_bound=0,
   )
-  flags.DEFINE_integer(
-    'test_images', 200, 'With --to_robustness, for --final; 0: all.'
-  )
+  flags.DEFINE_integer('test_images', 200, 'With --to_robustness, for --final; 0: all.')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -149,8 +125,7 @@ def _refuse(given, unmeasured: Sequence[str], what: str, asked: str) -> None:
   for flag in unmeasured:
     if given[flag].value:
       raise errors.UserError(
-        f'--{flag}: {what} does not measure it; leave out --{asked}, or '
-        f'--{flag}'
+        f'--{flag}: {what} does not measure it; leave out --{asked}, or --{flag}'
       )
 
 

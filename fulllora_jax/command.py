@@ -10,13 +10,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import (
-  RESTART,
-  Preempted,
-  Unavailable,
-  UserError,
-  first_line,
-)
+from fulllora_jax.core.errors import RESTART, Preempted, Unavailable, UserError, first_line
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -43,9 +37,7 @@ def _without_traceback(text: str) -> str:
   if 'Error whilst parsing config file' not in text:
     return text
   last = text.strip().splitlines()[-1]
-  return (
-    f'config file: {last.removeprefix(f"{UserError.__module__}.UserError: ")}'
-  )
+  return f'config file: {last.removeprefix(f"{UserError.__module__}.UserError: ")}'
 
 
 def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
@@ -63,9 +55,7 @@ def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
   for argument in argv[1:]:
     flag = argument.split('=')[0]
     fields = flag.split('.')[1:]
-    if (part and part.group(1) in fields) or (
-      path and path.group(1) == '.'.join(fields)
-    ):
+    if (part and part.group(1) in fields) or (path and path.group(1) == '.'.join(fields)):
       hint = f'; did you mean "{similar.group(1)}"?' if similar else ''
       return f'unknown config field: {flag}{hint}'
   return None
@@ -78,9 +68,7 @@ def _config_fault(error: Exception) -> str:
     # The name under which config_flags loads the file of --config.
     if frame.f_globals.get('__name__', '').endswith('_config'):
       where = f'{frame.f_code.co_filename}, line {line}: '
-  return _without_traceback(
-    f'config file: {where}{type(error).__name__}: {error}'
-  )
+  return _without_traceback(f'config file: {where}{type(error).__name__}: {error}')
 
 
 def _exit(message: str, status: int = 2) -> NoReturn:
@@ -148,9 +136,8 @@ def start_up(*, every_core: bool = True) -> None:
   JAX_COMPILATION_CACHE_DIR names another place, or, set empty, keeps none.
 
   Args:
-    every_core: a CPU counts as one device for each core, 8 at most: small
-      models run faster so than with threads inside of each operation.
-      JAX_NUM_CPU_DEVICES decides where it is set.
+    every_core: a CPU counts as one device for each core, 8 at most: small models run faster so than
+      with threads inside of each operation. JAX_NUM_CPU_DEVICES decides where it is set.
   """
   import jax
 
@@ -158,9 +145,7 @@ def start_up(*, every_core: bool = True) -> None:
     cores = len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count()
     jax.config.update('jax_num_cpu_devices', min(cores or 1, 8))
   default = os.path.join(
-    os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'),
-    'fulllora_jax',
-    'xla',
+    os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'fulllora_jax', 'xla'
   )
   path = os.environ.get('JAX_COMPILATION_CACHE_DIR', default)
   if path:

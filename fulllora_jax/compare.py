@@ -4,11 +4,10 @@
   python -m fulllora_jax.compare --config configs/compare_digits.py \
       --rows fulllora,full --seeds 0
 
-Each row and seed is a run of its own in WORKDIR/runs, from one base in
-WORKDIR/base; killed, the same command goes on, and a finished run is taken as
-it is. --rows and --seeds execute a part, also beside another part on another
-machine that shares the directory. Once every run is finished, the table is
-written: WORKDIR/comparison.md, .csv, .json and .html.
+Each row and seed is a run of its own in WORKDIR/runs, from one base in WORKDIR/base; killed, the
+same command goes on, and a finished run is taken as it is. --rows and --seeds execute a part, also
+beside another part on another machine that shares the directory. Once every run is finished, the
+table is written: WORKDIR/comparison.md, .csv, .json and .html.
 """
 
 from collections.abc import Sequence
@@ -26,18 +25,12 @@ _PARTS = {'rows': True, 'seeds': True, 'table_only': False}
 
 def define_flags() -> None:
   """Defines what is compared, and which part of it to execute."""
-  config_flags.DEFINE_config_file(
-    'config', None, 'A comparison, e.g. configs/compare_digits.py.'
-  )
+  config_flags.DEFINE_config_file('config', None, 'A comparison, e.g. configs/compare_digits.py.')
   flags.mark_flag_as_required('config')
-  flags.DEFINE_string(
-    'workdir', None, 'Where it lives. Default: runs/<config.name>.'
-  )
+  flags.DEFINE_string('workdir', None, 'Where it lives. Default: runs/<config.name>.')
   flags.DEFINE_list('rows', [], 'Only these rows.')
   flags.DEFINE_list('seeds', [], 'Only these seeds.')
-  flags.DEFINE_bool(
-    'table_only', False, 'Train nothing; refuse if a run is missing.'
-  )
+  flags.DEFINE_bool('table_only', False, 'Train nothing; refuse if a run is missing.')
 
 
 def main(argv: Sequence[str]) -> None:

@@ -118,9 +118,8 @@ def _model() -> ConfigDict:
 
 def _adapter() -> ConfigDict:
   adapter = ConfigDict()
-  # Which linear maps get a branch: roles of the model's LINEAR_MAPS, or regular
-  # expressions of module paths. (): what the method says (docs/methods.md); in
-  # fulllora all roles but the head.
+  # Which linear maps get a branch: roles of the model's LINEAR_MAPS, or regular expressions of
+  # module paths. (): what the method says (docs/methods.md); in fulllora all roles but the head.
   adapter.targets = ()
   adapter.rank = 24  # 1..min(d_in, d_out) of each map; 24 is 4.9 % of ViT-B
   adapter.alpha = 24.0  # a branch is multiplied by alpha / rank
@@ -148,8 +147,7 @@ def _data() -> ConfigDict:
   data.validation_fraction = 0.02  # of the train split, held out; in (0, 1)
   # Chooses the images that are held out; None: config.seed.
   data.seed = config_dict.placeholder(int)
-  # Where decoded images are kept: memory | stream (nowhere) | auto (memory up
-  # to 4 GiB).
+  # Where decoded images are kept: memory | stream (nowhere) | auto (memory up to 4 GiB).
   data.cache = 'auto'
   data.on_broken = 'refuse'  # an unreadable image of a folder: refuse | skip
   data.prepare = True  # whether to download and prepare a set that is missing
@@ -159,9 +157,8 @@ def _data() -> ConfigDict:
 def _attack() -> ConfigDict:
   """The inner maximisation: the attack that is trained against."""
   attack = ConfigDict()
-  # pgd | fgsm_rs | n_fgsm. The last two, for linf, make one step of a size of
-  # their own from a random start, whatever steps and step_size say
-  # (attacks/single_step.py).
+  # pgd | fgsm_rs | n_fgsm. The last two, for linf, make one step of a size of their own from a
+  # random start, whatever steps and step_size say (attacks/single_step.py).
   attack.name = 'pgd'
   attack.steps = 10  # at least 1
   # In pixels of [0, 1], a number or a fraction as text, above 0.
@@ -170,13 +167,11 @@ def _attack() -> ConfigDict:
   attack.random_start = True  # False: PGD starts at the image
   attack.restarts = 1  # starts of PGD, at least 1; the strongest end is kept
   attack.eps_warmup = 0.0  # fraction of training over which eps rises, [0, 1]
-  # Whether to begin where the attack on the same example ended an epoch before,
-  # cropped and flipped as the example is; for linf. It takes N x H x W x C
-  # bytes on every device (training/carry.py).
+  # Whether to begin where the attack on the same example ended an epoch before, cropped and flipped
+  # as the example is; for linf. It takes N x H x W x C bytes on every device (training/carry.py).
   attack.carry = False
-  # The fraction of training over which what the attack may use rises to all, in
-  # [0, 1]; 0: off. ard: the gradient through attention; prm: the patches
-  # (training/ard_prm.py).
+  # The fraction of training over which what the attack may use rises to all, in [0, 1]; 0: off.
+  # ard: the gradient through attention; prm: the patches (training/ard_prm.py).
   attack.ard = 0.0
   attack.prm = 0.0
   return attack
@@ -188,8 +183,7 @@ def _augment() -> ConfigDict:
   # Pixels of zeros around an image, from which a window is cut; 0: no crop.
   augment.crop_padding = 4
   augment.flip = True  # mirrors an image left to right, with probability 1/2
-  # The shares of a mixture of two images are drawn from Beta(a, a), where a is
-  # at least 0; 0: off.
+  # The shares of a mixture of two images are drawn from Beta(a, a), where a is at least 0; 0: off.
   augment.mixup = 0.8
   augment.cutmix = 1.0
   # The probability with which a batch is mixed, by mixup or cutmix, in [0, 1].
@@ -217,10 +211,9 @@ def _train(epochs: float, batch_size: int) -> ConfigDict:
 def _base() -> ConfigDict:
   """The frozen model beneath the adapter, and how to train it where needed."""
   base = ConfigDict()
-  # train: it is trained first, by method `standard` and the recipe below;
-  # scratch: there is none (methods full and standard); the work directory of a
-  # run; or a published checkpoint: a file or folder,
-  # hf-hub:owner/name[@revision], or https://...#sha256=... (pretrained/).
+  # train: it is trained first, by method `standard` and the recipe below; scratch: there is none
+  # (methods full and standard); the work directory of a run; or a published checkpoint: a file or
+  # folder, hf-hub:owner/name[@revision], or https://...#sha256=... (pretrained/).
   base.source = 'train'
   # Of the frozen kernels in memory: float32 | bfloat16, which needs model.dtype
   # bfloat16 and changes no number, for each call would cast them anyway.
@@ -277,8 +270,7 @@ def _optimizer(name, learning_rate, weight_decay):
   # adamw: decay of the averages of the gradient and of its square, in [0, 1).
   optimizer.b1 = 0.9
   optimizer.b2 = 0.999
-  # The most that the norm of the gradient of all leaves together may be; 0: no
-  # limit.
+  # The most that the norm of the gradient of all leaves together may be; 0: no limit.
   optimizer.clip = 1.0
   return optimizer
 
@@ -355,9 +347,8 @@ def _fill(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
 def _check_was_off(field: str, value: Any) -> None:
   if value != _REMOVED[field]:
     raise UserError(
-      f'saved config: {field} is {value}, but this version of fulllora_jax has '
-      f'no {field} any more (docs/road.md has what it gave); use the version '
-      'that wrote it'
+      f'saved config: {field} is {value}, but this version of fulllora_jax has no {field} any more '
+      '(docs/road.md has what it gave); use the version that wrote it'
     )
 
 
@@ -377,9 +368,8 @@ def _flatten(prefix: str, values: Mapping[str, Any]):
 def base_config(config: ConfigDict) -> ConfigDict:
   """Returns the config of the standard training that makes the base.
 
-  Same model, data and seed; method `standard` with the recipe of
-  `config.base`; evaluated on clean images only, since the main run evaluates
-  the base under every attack.
+  Same model, data and seed; method `standard` with the recipe of `config.base`; evaluated on clean
+  images only, since the main run evaluates the base under every attack.
   """
   base = ConfigDict(config.to_dict())
   base.name = f'{config.name}-base'

@@ -24,8 +24,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'logits',
     None,
-    'module:function of images float32 [B, H, W, C] in [0, 1] to logits '
-    '[B, K], in place of a run.',
+    'module:function of images float32 [B, H, W, C] in [0, 1] to logits [B, K], in place of a run.',
   )
   flags.DEFINE_string('data', None, 'With --logits: a tfds set, or folder:...')
   flags.DEFINE_integer('image_size', None, 'With --logits, in pixels.')
@@ -52,13 +51,7 @@ def main(argv: Sequence[str]) -> None:
   asked = {'threat.norm': given.norm, 'threat.eps': given.eps}
   config = workdir.config_of(given, asked | {'data.dir': given.data_dir})
   healthy = examine_and_say(
-    config,
-    given.workdir,
-    given.weights,
-    given.logits,
-    given.split,
-    given.num_examples,
-    given.seed,
+    config, given.workdir, given.weights, given.logits, given.split, given.num_examples, given.seed
   )
   if not healthy:
     sys.exit(1)

@@ -6,9 +6,8 @@
   python -m fulllora_jax.evaluate --logits my_model:logits --data cifar10 \\
       --attack autoattack --num_examples 1000 --workdir evaluated/my_model
 
-The table goes to the terminal, the whole result, the picture of an eps sweep
-and the adversarial images of AutoAttack to WORKDIR/evaluations/. A killed
-AutoAttack goes on with the same command.
+The table goes to the terminal, the whole result, the picture of an eps sweep and the adversarial
+images of AutoAttack to WORKDIR/evaluations/. A killed AutoAttack goes on with the same command.
 """
 
 from collections.abc import Sequence
@@ -21,41 +20,25 @@ from fulllora_jax.core import errors
 
 def define_flags() -> None:
   """Defines what is evaluated, and under what."""
-  flags.DEFINE_string(
-    'workdir', None, 'Of the run; with --logits, where the result goes.'
-  )
+  flags.DEFINE_string('workdir', None, 'Of the run; with --logits, where the result goes.')
   flags.DEFINE_list(
     'attack',
     [],
-    'clean, fgsm, pgd-20, cw_linf-20, autoattack, autoattack-plus, '
-    'autoattack-rand, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, '
-    'square-1000, ... Default: as the run, or autoattack.',
+    'clean, fgsm, pgd-20, cw_linf-20, autoattack, autoattack-plus, autoattack-rand, apgd-ce, '
+    'apgd-dlr, apgd-t, fab, fab-t, square, square-1000, ... Default: as the run, or autoattack.',
   )
   flags.DEFINE_string('norm', None, 'linf, l2 or l1. Default: as the run.')
-  flags.DEFINE_list(
-    'eps', [], 'In [0, 1] pixels, e.g. 4/255,8/255. Default: as the run.'
-  )
-  flags.DEFINE_string(
-    'step_size', None, 'Of PGD. Default: as the run, in proportion to eps.'
-  )
+  flags.DEFINE_list('eps', [], 'In [0, 1] pixels, e.g. 4/255,8/255. Default: as the run.')
+  flags.DEFINE_string('step_size', None, 'Of PGD. Default: as the run, in proportion to eps.')
   flags.DEFINE_integer('restarts', None, 'Of PGD. Default: as the run.')
   flags.DEFINE_list('weights', [], 'Of base, best, last. Default: all')
   flags.DEFINE_string('split', 'test', 'train, validation or test.')
-  flags.DEFINE_integer(
-    'num_examples', None, 'Chosen at random by the seed; 0: all.'
-  )
-  flags.DEFINE_integer(
-    'seed', None, 'Of attacks and choice of examples. Default: as the run.'
-  )
+  flags.DEFINE_integer('num_examples', None, 'Chosen at random by the seed; 0: all.')
+  flags.DEFINE_integer('seed', None, 'Of attacks and choice of examples. Default: as the run.')
   flags.DEFINE_integer('batch_size', None, 'Default: as the run.')
+  flags.DEFINE_enum('precision', 'highest', ['highest', 'default'], 'Of matrix products.')
   flags.DEFINE_enum(
-    'precision', 'highest', ['highest', 'default'], 'Of matrix products.'
-  )
-  flags.DEFINE_enum(
-    'dtype',
-    None,
-    ['float32', 'bfloat16'],
-    'That the model computes in. Default: as the run.',
+    'dtype', None, ['float32', 'bfloat16'], 'That the model computes in. Default: as the run.'
   )
   flags.DEFINE_string(
     'logits',
@@ -82,8 +65,7 @@ def main(argv: Sequence[str]) -> None:
       raise errors.UserError(f'--{flag}: --logits has its own; leave one out')
   if not given.logits and (given.data or given.image_size):
     raise errors.UserError(
-      '--data, --image_size: they go with --logits; a run is evaluated on '
-      'the data it was made for'
+      '--data, --image_size: they go with --logits; a run is evaluated on the data it was made for'
     )
   asked = {
     'eval.attacks': tuple(given.attack) or None,

@@ -20,37 +20,20 @@ from absl import flags
 
 from fulllora_jax import command
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.serving.export import (
-  Written,
-  read_safetensors,
-  to_safetensors,
-  to_stablehlo,
-)
+from fulllora_jax.serving.export import Written, read_safetensors, to_safetensors, to_stablehlo
 from fulllora_jax.serving.program import read as load_stablehlo
 
-__all__ = [
-  'Written',
-  'load_stablehlo',
-  'read_safetensors',
-  'to_safetensors',
-  'to_stablehlo',
-]
+__all__ = ['Written', 'load_stablehlo', 'read_safetensors', 'to_safetensors', 'to_stablehlo']
 
 
 def define_flags() -> None:
   """Defines what is exported, and to where."""
   flags.DEFINE_string('workdir', None, 'Of the run; it may be gs://...')
-  flags.DEFINE_enum(
-    'to', None, ['safetensors', 'stablehlo'], 'The kind of file.'
-  )
+  flags.DEFINE_enum('to', None, ['safetensors', 'stablehlo'], 'The kind of file.')
   flags.DEFINE_enum('weights', 'best', ['best', 'last'], 'Of the run.')
   flags.DEFINE_string('output', None, 'The file. Default: in WORKDIR/export/.')
-  flags.DEFINE_string(
-    'base', None, 'Of the run, where it is not where the run had it.'
-  )
-  flags.DEFINE_bool(
-    'with_base', False, 'With --to=safetensors: the frozen leaves too.'
-  )
+  flags.DEFINE_string('base', None, 'Of the run, where it is not where the run had it.')
+  flags.DEFINE_bool('with_base', False, 'With --to=safetensors: the frozen leaves too.')
   flags.mark_flags_as_required(['workdir', 'to'])
 
 
@@ -63,9 +46,7 @@ def main(argv: Sequence[str]) -> None:
   if given.to == 'safetensors':
     written = to_safetensors(*common, with_base=given.with_base)
   elif given.with_base:
-    raise UserError(
-      '--with_base: a stablehlo program has the base inside; leave it out'
-    )
+    raise UserError('--with_base: a stablehlo program has the base inside; leave it out')
   else:
     written = to_stablehlo(*common)
   print(

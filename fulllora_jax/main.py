@@ -2,9 +2,8 @@
 
   python -m fulllora_jax.main --config configs/cifar10.py
 
-Any field can be set: --config.train.batch_size=128. A config may have
-variants: --config configs/cifar10.py:tiny. Killed runs resume with the same
-command.
+Any field can be set: --config.train.batch_size=128. A config may have variants: --config
+configs/cifar10.py:tiny. Killed runs resume with the same command.
 """
 
 import os
@@ -21,21 +20,13 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, with its variant after a colon.'
   )
-  flags.DEFINE_string(
-    'workdir', None, 'Where the run lives. Default: runs/<config.name>.'
-  )
+  flags.DEFINE_string('workdir', None, 'Where the run lives. Default: runs/<config.name>.')
   flags.mark_flag_as_required('config')
-  flags.DEFINE_string(
-    'coordinator', None, 'Several processes: host:port of process 0.'
-  )
+  flags.DEFINE_string('coordinator', None, 'Several processes: host:port of process 0.')
   flags.DEFINE_integer('num_processes', None, 'How many there are.')
   flags.DEFINE_integer('process_id', None, 'Which this one is, from 0.')
-  flags.DEFINE_float(
-    'start_timeout', 300.0, 'Seconds to wait for the others at the start.'
-  )
-  flags.DEFINE_float(
-    'peer_timeout', 60.0, 'Seconds of silence after which a host is dead.'
-  )
+  flags.DEFINE_float('start_timeout', 300.0, 'Seconds to wait for the others at the start.')
+  flags.DEFINE_float('peer_timeout', 60.0, 'Seconds of silence after which a host is dead.')
 
 
 def main(argv: Sequence[str]) -> None:

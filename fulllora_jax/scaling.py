@@ -6,11 +6,10 @@
   python -m fulllora_jax.scaling --compile=1 --models=vit_ti/4@32 \
       --images=64 --methods=fulllora --remat=none,dots,blocks
 
-The first two print the predictions of docs/scaling.md: parameter counts are
-those of the code, FLOPs and seconds follow from formulas (costs.py). The others
-compile the train step for so many virtual CPU devices, compute nothing, and
-print what its collectives move (collectives.py) and the memory that the
-compiler plans (docs/memory.md).
+The first two print the predictions of docs/scaling.md: parameter counts are those of the code,
+FLOPs and seconds follow from formulas (costs.py). The others compile the train step for so many
+virtual CPU devices, compute nothing, and print what its collectives move (collectives.py) and the
+memory that the compiler plans (docs/memory.md).
 """
 
 import re
@@ -31,9 +30,7 @@ def define_flags() -> None:
   flags.DEFINE_list('methods', list(METHODS), 'fulllora, full.')
   flags.DEFINE_list('batch', ['64', '256', '1024'], 'Global batch sizes.')
   flags.DEFINE_integer('attack_steps', 10, 'Of PGD.', lower_bound=1)
-  flags.DEFINE_integer(
-    'rank', None, 'Of the adapter. Default: width / 32.', lower_bound=1
-  )
+  flags.DEFINE_integer('rank', None, 'Of the adapter. Default: width / 32.', lower_bound=1)
   flags.DEFINE_float(
     'mfu',
     0.4,
@@ -41,24 +38,13 @@ def define_flags() -> None:
     lower_bound=0.01,
     upper_bound=1.0,
   )
-  flags.DEFINE_float(
-    'hop_us', 1.0, 'Microseconds to the next device: assumed.', lower_bound=0.0
-  )
+  flags.DEFINE_float('hop_us', 1.0, 'Microseconds to the next device: assumed.', lower_bound=0.0)
   flags.DEFINE_integer(
-    'fsdp',
-    None,
-    'Devices that share a base. Default: 4, with --compile 1.',
-    lower_bound=1,
+    'fsdp', None, 'Devices that share a base. Default: 4, with --compile 1.', lower_bound=1
   )
-  flags.DEFINE_integer(
-    'compile', None, 'Virtual CPU devices to compile for.', lower_bound=1
-  )
-  flags.DEFINE_integer(
-    'images', 1, 'With --compile, on each device.', lower_bound=1
-  )
-  flags.DEFINE_list(
-    'remat', ['none'], 'With --compile: none, dots, blocks (model.remat).'
-  )
+  flags.DEFINE_integer('compile', None, 'Virtual CPU devices to compile for.', lower_bound=1)
+  flags.DEFINE_integer('images', 1, 'With --compile, on each device.', lower_bound=1)
+  flags.DEFINE_list('remat', ['none'], 'With --compile: none, dots, blocks (model.remat).')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -76,8 +62,7 @@ def main(argv: Sequence[str]) -> None:
   else:
     batches, fsdp = [_batch_size(text) for text in given.batch], given.fsdp or 4
     models = [
-      prediction.describe(text, given.rank, given.attack_steps, fsdp)
-      for text in given.models
+      prediction.describe(text, given.rank, given.attack_steps, fsdp) for text in given.models
     ]
     assumed = costs.Assumptions(given.mfu, given.hop_us * 1e-6)
     tables = prediction.tables(models, given.methods, batches, assumed, fsdp)
@@ -92,8 +77,7 @@ def _set_devices(given) -> None:
 
   if given.compile % (given.fsdp or 1):
     raise errors.UserError(
-      f'--fsdp {given.fsdp}: it must divide the {given.compile} devices of '
-      '--compile'
+      f'--fsdp {given.fsdp}: it must divide the {given.compile} devices of --compile'
     )
   for remat in given.remat:
     errors.choose('--remat', remat, ('none', *layers.REMAT))

@@ -131,16 +131,9 @@ def run_here(monkeypatch, capsys):
   def run(dash_m, module, *arguments, **env):
     assert dash_m == '-m'
     door, status = importlib.import_module(module), 0
-    verbosity, cache = (
-      logging.get_verbosity(),
-      jax.config.jax_compilation_cache_dir,
-    )
+    verbosity, cache = (logging.get_verbosity(), jax.config.jax_compilation_cache_dir)
     capsys.readouterr()
-    with (
-      monkeypatch.context() as patch,
-      flags_of(door),
-      warnings.catch_warnings(),
-    ):
+    with monkeypatch.context() as patch, flags_of(door), warnings.catch_warnings():
       # ml_collections reads config files by it.
       warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
       for name, value in env.items():
@@ -149,11 +142,7 @@ def run_here(monkeypatch, capsys):
       patch.setattr(sys, 'argv', [module, *arguments])
       patch.setattr(command, 'start_up', lambda **_: None)
       # What app.run does besides, it does to the whole process.
-      patch.setattr(
-        command.app,
-        'run',
-        lambda main, flags_parser: main(flags_parser(sys.argv)),
-      )
+      patch.setattr(command.app, 'run', lambda main, flags_parser: main(flags_parser(sys.argv)))
       try:
         command.run(door.main)
       except SystemExit as ended:
@@ -190,9 +179,7 @@ def digits_dir(made_once, run_python):
   """A tfds data_dir in which digits is prepared by the command."""
 
   def prepare(root):
-    done = run_python(
-      '-m', 'fulllora_jax.data.prepare', '--name=digits', f'--dir={root}'
-    )
+    done = run_python('-m', 'fulllora_jax.data.prepare', '--name=digits', f'--dir={root}')
     assert done.returncode == 0, done.stderr
 
   return made_once('tfds', prepare)
@@ -247,9 +234,7 @@ def fill():
 
   def fill_tree(shapes, seed=0, scale=0.3):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-      lambda s: jnp.asarray(rng.normal(0, scale, s.shape), s.dtype), shapes
-    )
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, scale, s.shape), s.dtype), shapes)
 
   return fill_tree
 
@@ -297,9 +282,7 @@ def write_run(fill):
       {'params': params},
       metadata | dict(method='standard', base=None),
     )
-    artefact.save_artefact(
-      workdir / 'best', 1, trainable, metadata | dict(base='../base/best')
-    )
+    artefact.save_artefact(workdir / 'best', 1, trainable, metadata | dict(base='../base/best'))
 
   return write
 
@@ -324,12 +307,7 @@ def small_config(digits_dir):
 def small_command(digits_dir):
   """The arguments of `python` that train tests/small_digits.py."""
   file = pathlib.Path(small_digits.__file__)
-  return (
-    '-m',
-    'fulllora_jax.main',
-    f'--config={file}',
-    f'--config.data.dir={digits_dir}',
-  )
+  return ('-m', 'fulllora_jax.main', f'--config={file}', f'--config.data.dir={digits_dir}')
 
 
 @pytest.fixture(scope='session')
@@ -371,9 +349,7 @@ def finished_copy(finished, tmp_path):
 def one_device(monkeypatch):
   """Runs in this process use 1 of its 8 devices: they compile faster."""
   make_mesh = mesh.make_mesh
-  monkeypatch.setattr(
-    mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
-  )
+  monkeypatch.setattr(mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1]))
 
 
 _LINEAR_DIGITS = """

@@ -99,9 +99,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def do_CONNECT(self) -> None:
     self.send_response(200)
     self.end_headers()
-    self.connection = self.gcs.tls.wrap_socket(
-      self.connection, server_side=True
-    )
+    self.connection = self.gcs.tls.wrap_socket(self.connection, server_side=True)
     self.rfile = self.connection.makefile('rb')
     self.wfile = self.connection.makefile('wb', 0)
     self.close_connection = False
@@ -259,9 +257,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     else:
       headers = f'Content-Type: {self.headers["Content-Type"]}\r\n\r\n'
       parser = email.parser.BytesParser(policy=email.policy.HTTP)
-      about, content = parser.parsebytes(
-        headers.encode() + self.body
-      ).iter_parts()
+      about, content = parser.parsebytes(headers.encode() + self.body).iter_parts()
       name = json.loads(about.get_content())['name']
       self._store((bucket, name), content.get_payload(decode=True))
 

@@ -52,9 +52,7 @@ def _say(word: object) -> None:
   print(word, flush=True)
 
 
-def _run(
-  arguments: Sequence[str], stderr: str, moment: str, hours_back: float
-) -> None:
+def _run(arguments: Sequence[str], stderr: str, moment: str, hours_back: float) -> None:
   """Becomes the command; does not return.
 
   Args:
@@ -75,9 +73,7 @@ def _run(
   command.run(main.main)
 
 
-def _stop_before(
-  owner: object, name: str, argument: str | None, number: int
-) -> None:
+def _stop_before(owner: object, name: str, argument: str | None, number: int) -> None:
   """Stops the process before a function's call of that number, from 1.
 
   Args:

@@ -17,15 +17,11 @@ def get_config():
   c.data.prepare = False
   c.threat.eps, c.attack.step_size, c.attack.steps = '0.1', '0.03', 2
   c.optimizer.learning_rate = 0.01
-  c.train.update(
-    steps=12, batch_size=16, log_every=2, eval_every=5, checkpoint_every=4
-  )
+  c.train.update(steps=12, batch_size=16, log_every=2, eval_every=5, checkpoint_every=4)
   c.base.optimizer.learning_rate = 0.02
   c.base.schedule.name = 'constant'
   c.base.augment.mix_probability = 0.0
-  c.base.train.update(
-    steps=100, batch_size=32, log_every=20, eval_every=40, checkpoint_every=20
-  )
+  c.base.train.update(steps=100, batch_size=32, log_every=20, eval_every=40, checkpoint_every=20)
   c.eval.update(attacks=('clean', 'pgd-2'), num_examples=60, batch_size=16)
   c.eval.update(validation_attack='pgd-2', validation_examples=32)
   c.eval.radii = (0.5, 1.0)

@@ -96,17 +96,12 @@ class Pod:
     atexit.register(self.kill)
     if count > 1:
       port = free_port()
-      arguments = [
-        f'--coordinator=127.0.0.1:{port}',
-        f'--num_processes={count}',
-      ]
+      arguments = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}']
     for index in range(count):
       own = [*arguments, f'--process_id={index}'] if count > 1 else []
       with open(f'{log}.{index}', 'w') as stderr:
         self.processes.append(
-          subprocess.Popen(
-            [*command, *own], cwd=ROOT, stderr=stderr, stdout=subprocess.DEVNULL
-          )
+          subprocess.Popen([*command, *own], cwd=ROOT, stderr=stderr, stdout=subprocess.DEVNULL)
         )
 
   def has_ended(self) -> bool:
@@ -119,9 +114,7 @@ class Pod:
       for process in self.processes:
         process.wait(deadline and max(deadline - time.monotonic(), 0.1))
     except subprocess.TimeoutExpired:
-      raise Failure(
-        f'hangs {seconds:g} s after a kill, see {self.log}.*'
-      ) from None
+      raise Failure(f'hangs {seconds:g} s after a kill, see {self.log}.*') from None
     finally:
       self.kill()
     return [process.returncode for process in self.processes]
@@ -201,10 +194,7 @@ class Soak:
     self.record.older += pod.said().count('is damaged')
     found = re.findall(r'resuming at step (\d+)', pod.said())
     if found and int(found[-1]) < saved:
-      raise Failure(
-        f'step {saved} was saved, but a run resumed at {found[-1]}, see '
-        f'{pod.log}.*'
-      )
+      raise Failure(f'step {saved} was saved, but a run resumed at {found[-1]}, see {pod.log}.*')
     return int(found[-1]) if found else saved
 
   def _note(self, pod: Pod, workdir: Path, how: str, resumed: int) -> int:
@@ -281,9 +271,7 @@ def prepare(directory: Path, data_dir: str | None) -> None:
     (directory / 'data').symlink_to(Path(data_dir).absolute())
     return
   command = [sys.executable, '-m', 'fulllora_jax.data.prepare', '--name=digits']
-  subprocess.run(
-    [*command, f'--dir={directory / "data"}'], cwd=ROOT, check=True
-  )
+  subprocess.run([*command, f'--dir={directory / "data"}'], cwd=ROOT, check=True)
 
 
 def soak(job: Soak, minutes: float, steps: int) -> None:

@@ -180,11 +180,7 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
     ('eval__step_size', 'x', "eval.step_size: cannot read 'x'"),
     ('eval__step_size', '0', 'eval.step_size .*above 0'),
     ('eval__num_examples', -1, 'eval.num_examples -1: give 0 for all'),
-    (
-      'eval__radii',
-      (0.5, 0.0),
-      'eval.radii 0.0: give multiples of eps above 0',
-    ),
+    ('eval__radii', (0.5, 0.0), 'eval.radii 0.0: give multiples of eps above 0'),
     ('eval__radii', ('a',), "eval.radii: cannot read 'a'"),
     ('eval__validation_examples', -1, 'eval.validation_examples -1: give 0'),
   ],
@@ -199,12 +195,7 @@ def test_a_bad_field_is_refused_by_its_name(field, value, words):
   'method, field, value, words',
   [
     *[
-      (
-        method,
-        'targets',
-        ('fc1',),
-        f"'fc1'.*: method {method} reads no targets",
-      )
+      (method, 'targets', ('fc1',), f"'fc1'.*: method {method} reads no targets")
       for method in ('linear', 'full', 'bias', 'layernorm', 'vpt')
     ],
     *[
@@ -221,12 +212,7 @@ def test_a_bad_field_is_refused_by_its_name(field, value, words):
     ],
     ('vpt', 'overrides', ('query.rnk=2',), "cannot read 'query.rnk=2'"),
     ('vpt', 'prompts', 0, 'adapter.prompts 0: it must be at least 1'),
-    (
-      'adapter',
-      'overrides',
-      ('fc2.alpha=2',),
-      'adapter puts there has no alpha',
-    ),
+    ('adapter', 'overrides', ('fc2.alpha=2',), 'adapter puts there has no alpha'),
     ('lora', 'rank', 0, 'adapter.rank 0: it must be in 1'),
   ],
 )

@@ -9,13 +9,7 @@ import pytest
 import fulllora_jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = sorted(
-  [
-    ROOT / 'README.md',
-    ROOT / 'CONTRIBUTING.md',
-    *(ROOT / 'docs').rglob('*.md'),
-  ]
-)
+PAGES = sorted([ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').rglob('*.md')])
 
 
 def page_name(page):
@@ -40,9 +34,7 @@ def test_commands_and_files_exist(page):
     assert importlib.util.find_spec(module), module
   for config in re.findall(r'--config[ =](configs/\w+\.py)', text):
     assert (ROOT / config).exists(), config
-  for path in re.findall(
-    r'`((?:fulllora_jax|tests|launch)/[\w/]+\.\w+)`', text
-  ):
+  for path in re.findall(r'`((?:fulllora_jax|tests|launch)/[\w/]+\.\w+)`', text):
     assert (ROOT / path).exists(), path
 
 

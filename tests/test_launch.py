@@ -45,11 +45,7 @@ class Shell:
     shutil.copytree(_ROOT / 'launch', self.repository / 'launch')
     shutil.copytree(_ROOT / '.ci', self.repository / '.ci')
     shutil.copy(_ROOT / 'setup.py', self.repository)
-    for name, text in (
-      ('python3', _PYTHON),
-      ('apt-get', _APT_GET),
-      ('id', _ID),
-    ):
+    for name, text in (('python3', _PYTHON), ('apt-get', _APT_GET), ('id', _ID)):
       (self.bin / name).write_text(text)
       (self.bin / name).chmod(0o755)
 
@@ -132,9 +128,7 @@ def test_broken_environment_is_made_anew(shell):
 def test_other_environment_and_interpreter(shell, tmp_path):
   (shell.bin / 'python3').rename(shell.bin / 'my-python')
   venv = tmp_path / 'elsewhere'
-  process = shell.run(
-    'launch/quickstart.sh', VENV=str(venv), PYTHON='my-python'
-  )
+  process = shell.run('launch/quickstart.sh', VENV=str(venv), PYTHON='my-python')
   assert process.returncode == 0, process.stderr
   assert (venv / 'bin' / 'python').exists()
   assert not (shell.repository / '.venv').exists()
@@ -171,9 +165,7 @@ def test_missing_venv_module_as_root(shell):
 
 
 def test_missing_venv_module_as_root_offline(shell):
-  process = shell.run(
-    'launch/quickstart.sh', case='no-venv', CASE2='apt-fails', USER_ID='0'
-  )
+  process = shell.run('launch/quickstart.sh', case='no-venv', CASE2='apt-fails', USER_ID='0')
   assert 'python3.11-venv' in the_error(process)
 
 
@@ -183,9 +175,7 @@ def test_quickstart_passes_on_a_failure(shell):
   assert 'report.md' not in process.stderr
 
 
-@pytest.mark.parametrize(
-  'flags', [['--workdir=/tmp/a'], ['--workdir', '/tmp/a']]
-)
+@pytest.mark.parametrize('flags', [['--workdir=/tmp/a'], ['--workdir', '/tmp/a']])
 def test_quickstart_names_the_report(shell, flags):
   process = shell.run('launch/quickstart.sh', *flags)
   assert process.stderr.splitlines()[-1].endswith(' /tmp/a/report.md')
@@ -193,11 +183,7 @@ def test_quickstart_names_the_report(shell, flags):
 
 @pytest.mark.parametrize(
   'script, first, marks',
-  [
-    ('launch/test.sh', (), 'not slow '),
-    ('launch/test.sh', ('--all',), ' '),
-    ('.ci/run', (), ' '),
-  ],
+  [('launch/test.sh', (), 'not slow '), ('launch/test.sh', ('--all',), ' '), ('.ci/run', (), ' ')],
 )
 def test_tests_run_all_checks(shell, script, first, marks):
   process = shell.run(script, *first, '-k', 'two words')
@@ -212,9 +198,7 @@ def test_tests_run_all_checks(shell, script, first, marks):
     assert shell.calls(f'python {call}')
 
 
-@pytest.mark.parametrize(
-  'case, name', [('lint-fails', 'ruff check'), ('tests-fail', 'tests')]
-)
+@pytest.mark.parametrize('case, name', [('lint-fails', 'ruff check'), ('tests-fail', 'tests')])
 def test_tests_fail_after_all_checks(shell, case, name):
   process = shell.run('launch/test.sh', case=case)
   assert process.returncode == 1

@@ -90,13 +90,7 @@ def test_a_run_that_diverges_ends_with_one_line(
 def test_import_is_lazy(run_python):
   code = 'import fulllora_jax, sys; print(sorted(sys.modules))'
   done = run_python('-c', code)
-  for heavy in (
-    'jax',
-    'flax',
-    'numpy',
-    'tensorflow',
-    'fulllora_jax.training.run',
-  ):
+  for heavy in ('jax', 'flax', 'numpy', 'tensorflow', 'fulllora_jax.training.run'):
     assert f"'{heavy}'" not in done.stdout
 
 
@@ -107,8 +101,6 @@ def test_every_public_name_is_there():
     assert name in dir(fulllora_jax)
   assert fulllora_jax.attacks.Threat is fulllora_jax.Threat
   for module in ('adapters', 'attacks', 'data', 'models'):
-    assert (
-      getattr(fulllora_jax, module) is sys.modules[f'fulllora_jax.{module}']
-    )
+    assert getattr(fulllora_jax, module) is sys.modules[f'fulllora_jax.{module}']
   with pytest.raises(AttributeError, match="no attribute 'Thraet'"):
     _ = fulllora_jax.Thraet

@@ -39,10 +39,7 @@ def imports(tree, modules):
 
 def graph(root=ROOT / PACKAGE):
   """Returns module -> the modules of the package that it imports."""
-  trees = {
-    module_name(path): ast.parse(path.read_text())
-    for path in sorted(root.rglob('*.py'))
-  }
+  trees = {module_name(path): ast.parse(path.read_text()) for path in sorted(root.rglob('*.py'))}
   return {
     name: set(imports(tree, trees)) - {name, PACKAGE}
     for name, tree in trees.items()
@@ -89,9 +86,7 @@ def test_no_circle():
 
 def test_an_arrow_up_is_seen():
   found = {f'{PACKAGE}.core.errors': {f'{PACKAGE}.models.vit'}}
-  assert arrows_up(found, rooms()) == [
-    'fulllora_jax.core.errors imports fulllora_jax.models.vit'
-  ]
+  assert arrows_up(found, rooms()) == ['fulllora_jax.core.errors imports fulllora_jax.models.vit']
 
 
 def test_at_most_ten_files_at_the_root():
@@ -100,18 +95,13 @@ def test_at_most_ten_files_at_the_root():
 
 @pytest.fixture(scope='module')
 def imported_by_load(run_python):
-  done = run_python(
-    '-c',
-    'import sys, fulllora_jax; fulllora_jax.load; print(*sys.modules)',
-  )
+  done = run_python('-c', 'import sys, fulllora_jax; fulllora_jax.load; print(*sys.modules)')
   assert done.returncode == 0, done.stderr
   return done.stdout.split()
 
 
 def test_inference_imports_nothing_of_training(imported_by_load):
-  rooms_seen = {
-    name.split('.')[1] for name in imported_by_load if f'{PACKAGE}.' in name
-  }
+  rooms_seen = {name.split('.')[1] for name in imported_by_load if f'{PACKAGE}.' in name}
   assert 'serving' in rooms_seen
   assert not rooms_seen & set(TRAINING_ONLY)
   assert not set(imported_by_load) & set(NOT_FOR_INFERENCE)

@@ -15,10 +15,7 @@ if _HAS_SWITCH:
   QUICK += ' --xla_cpu_use_fusion_emitters=false'
 
 # jit's compiler_options that undo this, for what hangs on rounding.
-AS_USERS = {
-  'xla_backend_optimization_level': 3,
-  'xla_llvm_disable_expensive_passes': False,
-}
+AS_USERS = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False}
 # With these the authors' attacks are followed to the last decision.
 ROUNDS_AS_THE_AUTHORS = _HAS_SWITCH
 if _HAS_SWITCH:

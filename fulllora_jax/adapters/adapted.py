@@ -20,9 +20,7 @@ class Built(NamedTuple):
 
   def mask(self, variables: Tree) -> Tree:
     """Returns the tree of bools that says which leaves learn."""
-    return methods.trainable_mask(
-      variables, self.method, self.head, self.head_mode
-    )
+    return methods.trainable_mask(variables, self.method, self.head, self.head_mode)
 
 
 def build(config, num_classes: int) -> Built:
@@ -34,16 +32,11 @@ def build(config, num_classes: int) -> Built:
   """
   method = methods.get(config.method)
   maps = models.linear_maps(config.model.name)
-  model = attach(
-    models.create(config.model, num_classes),
-    methods.branches(config, method),
-  )
+  model = attach(models.create(config.model, num_classes), methods.branches(config, method))
   return Built(model, method, maps['head'], config.adapter.head)
 
 
-def init_params(
-  built: Built, key: jax.Array, image_shape: tuple[int, int, int]
-) -> Tree:
+def init_params(built: Built, key: jax.Array, image_shape: tuple[int, int, int]) -> Tree:
   """Draws fresh base parameters."""
   init = jax.jit(built.model.model.init)
   return init(key, _one_image(image_shape))['params']

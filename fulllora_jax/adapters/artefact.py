@@ -12,12 +12,7 @@ from flax import traverse_util
 
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import (
-  absolute_path,
-  bounded,
-  is_remote,
-  read_file,
-)
+from fulllora_jax.core.files import absolute_path, bounded, is_remote, read_file
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed.saving import (
   checksum,
@@ -33,8 +28,7 @@ from fulllora_jax.distributed.saving import (
 def base_fingerprint(base_params: Tree, frozen: Tree) -> str:
   """Returns the hash that ties an adapter to its base.
 
-  It covers the frozen leaves; where none is frozen (method `full`), all leaves
-  of the base.
+  It covers the frozen leaves; where none is frozen (method `full`), all leaves of the base.
   """
   pruned = trees.prune(frozen)
   return trees.fingerprint(pruned or {'params': base_params})
@@ -58,9 +52,7 @@ def body_fingerprint(base_params: Tree, head: str) -> str:
 FORMAT = 1  # format of an artefact; raised when its reading must change
 
 
-def save_artefact(
-  directory: Path, step: int, trainable: Tree, metadata: Mapping[str, Any]
-) -> None:
+def save_artefact(directory: Path, step: int, trainable: Tree, metadata: Mapping[str, Any]) -> None:
   """Writes the trainable leaves and metadata, in place of an older artefact.
 
   Returns once it is whole on disk; until then the older one stays.
@@ -73,11 +65,7 @@ def save_artefact(
     'format': FORMAT,
     'step': step,
     'leaves': {
-      path: {
-        'shape': list(leaf.shape),
-        'dtype': str(leaf.dtype),
-        'crc32': checksum(leaf),
-      }
+      path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'crc32': checksum(leaf)}
       for path, leaf in trees.named_leaves(adapter).items()
     },
   }
@@ -85,17 +73,14 @@ def save_artefact(
     _replace_artefact(directory, step, adapter, sealed(meta))
 
 
-def _replace_artefact(
-  directory: Path, step: int, adapter: Tree, meta: Mapping[str, Any]
-) -> None:
+def _replace_artefact(directory: Path, step: int, adapter: Tree, meta: Mapping[str, Any]) -> None:
   manager = open_manager(directory, keep=1, asynchronous=False)
   for later in [s for s in manager.all_steps() if s > step]:
     manager.delete(later)  # of a run that was killed and resumed before it
   manager.save(
     step,
     args=ocp.args.Composite(
-      adapter=ocp.args.StandardSave(adapter),
-      metadata=ocp.args.JsonSave(meta),
+      adapter=ocp.args.StandardSave(adapter), metadata=ocp.args.JsonSave(meta)
     ),
   )
   manager.close()
@@ -111,10 +96,7 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
   newest = _newest(directory)
   metadata = _read_metadata(newest)
   target = traverse_util.unflatten_dict(
-    {
-      path: np.empty(leaf['shape'], leaf['dtype'])
-      for path, leaf in metadata['leaves'].items()
-    },
+    {path: np.empty(leaf['shape'], leaf['dtype']) for path, leaf in metadata['leaves'].items()},
     sep='/',
   )
   try:
@@ -151,16 +133,13 @@ def _read_metadata(path: Path) -> dict[str, Any]:
   except (KeyError, OSError, TypeError, ValueError) as error:
     raise _damaged(path, error) from None
   raise UserError(
-    f'{path} has format {values["format"]!r}, this version of fulllora_jax '
-    f'reads {FORMAT}'
+    f'{path} has format {values["format"]!r}, this version of fulllora_jax reads {FORMAT}'
   )
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
   reason = ' '.join(str(error).split())[:200]
-  return UserError(
-    f'{path} is damaged: {reason}; restore it from a copy or train again'
-  )
+  return UserError(f'{path} is damaged: {reason}; restore it from a copy or train again')
 
 
 def check_leaves(expected: Tree, found: Tree, source: str) -> None:
@@ -188,8 +167,7 @@ def find_artefact(path: str | Path, which: str = 'best') -> Path:
     found = bounded(lambda: _look_in(path, which), path)
   except OSError as error:
     raise UserError(
-      f'{path} cannot be read: {error.strerror}; mend that, or give another '
-      'place'
+      f'{path} cannot be read: {error.strerror}; mend that, or give another place'
     ) from None
   if found:
     return found

@@ -1,10 +1,9 @@
 """Attaching branches to any linen model, from outside.
 
-`flax.linen.intercept_methods` sees every call of a module. Where a target
-matches the module's path, the branch of that target computes the call in its
-place (branch.py). The model's own `params` keep their tree; the branches'
-arrays live in the collection `lnlora`, under the path of the module that they
-stand at. The model needs no change.
+`flax.linen.intercept_methods` sees every call of a module. Where a target matches the module's
+path, the branch of that target computes the call in its place (branch.py). The model's own `params`
+keep their tree; the branches' arrays live in the collection `lnlora`, under the path of the module
+that they stand at. The model needs no change.
 """
 
 import dataclasses
@@ -27,23 +26,15 @@ Watch = Callable[[nn.Module, jax.Array, jax.Array], None]
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModel:
-  """A linen model with branches where its targets match.
+  """A linen model with branches where its targets match."""
 
-  Attributes:
-    model: the linen module, unchanged.
-    targets: regular expression of a whole module path (joined by '/') -> the
-      branch that stands there. The first that matches is taken.
-  """
-
-  model: nn.Module
+  model: nn.Module  # the linen module, unchanged
+  # Regular expression of a whole module path (joined by '/') -> the branch that stands there. The
+  # first that matches is taken.
   targets: Mapping[str, Branch]
 
   def init_adapter(
-    self,
-    key: jax.Array,
-    variables: Mapping[str, Any],
-    *args: Any,
-    **kwargs: Any,
+    self, key: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any
   ) -> dict[str, Any]:
     """Draws the branches' parameters for an existing base.
 
@@ -72,11 +63,7 @@ class AdaptedModel:
       base = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
       with nn.intercept_methods(self.interceptor(seen)):
         _, drawn = self.model.apply(
-          base,
-          *args,
-          **kwargs,
-          rngs={'params': key},
-          mutable=[COLLECTION],
+          base, *args, **kwargs, rngs={'params': key}, mutable=[COLLECTION]
         )
       return drawn
 
@@ -86,14 +73,11 @@ class AdaptedModel:
       anywhere = self.targets[unmatched[0]].anywhere
       raise UserError(
         f'adapter target {unmatched[0]!r} matches no '
-        f'{"module" if anywhere else "linear map"}; the model has: '
-        + ', '.join(sorted(seen))
+        f'{"module" if anywhere else "linear map"}; the model has: ' + ', '.join(sorted(seen))
       )
     return drawn[COLLECTION]
 
-  def apply(
-    self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
-  ) -> Any:
+  def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Runs the model; with no `lnlora` in `variables`, the bare base."""
     if not variables.get(COLLECTION):
       return self.model.apply(variables, *args, **kwargs)
@@ -115,13 +99,7 @@ class AdaptedModel:
     }
     return {**variables, COLLECTION: traverse_util.unflatten_dict(folded)}
 
-  def watched(
-    self,
-    watch: Watch,
-    variables: Mapping[str, Any],
-    *args: Any,
-    **kwargs: Any,
-  ) -> Any:
+  def watched(self, watch: Watch, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Runs the model as `apply` does and calls `watch` at every branch.
 
     Not at those that add nothing to what a module gives, as prompts.
@@ -129,11 +107,7 @@ class AdaptedModel:
     with nn.intercept_methods(self.interceptor(watch=watch)):
       return self.model.apply(variables, *args, **kwargs)
 
-  def interceptor(
-    self,
-    seen: dict[str, str | None] | None = None,
-    watch: Watch | None = None,
-  ):
+  def interceptor(self, seen: dict[str, str | None] | None = None, watch: Watch | None = None):
     """Makes what `flax.linen.intercept_methods` takes.
 
     Args:
@@ -149,18 +123,14 @@ class AdaptedModel:
       path = '/'.join(module.path)
       target = self.target_of(path)
       branch = None if target is None else self.targets[target]
-      if not isinstance(module, LINEAR_TYPES) and not (
-        branch and branch.anywhere
-      ):
+      if not isinstance(module, LINEAR_TYPES) and not (branch and branch.anywhere):
         return next_fun(*args, **kwargs)
       if seen is not None:
         seen[path] = target
       if branch is None:
         return next_fun(*args, **kwargs)
       x, run = _first_argument(path, next_fun, args, kwargs)
-      y, added = branch.run(
-        Call(module=module, path=path, x=x, run=run, shared=shared)
-      )
+      y, added = branch.run(Call(module=module, path=path, x=x, run=run, shared=shared))
       if added is None:
         return y
       if watch is not None:
@@ -173,9 +143,7 @@ class AdaptedModel:
     """Returns the target that matches a module's path, if any does."""
     return next((t for t in self.targets if re.fullmatch(t, path)), None)
 
-  def branches(
-    self, variables: Mapping[str, Any]
-  ) -> dict[str, tuple[Branch, dict[str, Any]]]:
+  def branches(self, variables: Mapping[str, Any]) -> dict[str, tuple[Branch, dict[str, Any]]]:
     """Returns path of a module -> the branch there, and its parameters."""
     found: dict[str, tuple[Branch, dict[str, Any]]] = {}
     flat = traverse_util.flatten_dict(variables.get(COLLECTION, {}))
@@ -219,9 +187,7 @@ def attach(model: nn.Module, targets: Mapping[str, Branch]) -> AdaptedModel:
     try:
       re.compile(target)
     except re.error as error:
-      raise UserError(
-        f'adapter target {target!r} is not a regular expression: {error}'
-      ) from None
+      raise UserError(f'adapter target {target!r} is not a regular expression: {error}') from None
   return AdaptedModel(model, dict(targets))
 
 

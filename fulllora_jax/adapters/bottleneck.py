@@ -4,8 +4,7 @@ Houlsby et al., 2019 (arXiv 1902.00751) put one behind a map, on its output y,
 
     y <- y + up(gelu(down(y)))
 
-and AdaptFormer (Chen et al., 2022, arXiv 2205.13535) one beside an MLP, on its
-input x,
+and AdaptFormer (Chen et al., 2022, arXiv 2205.13535) one beside an MLP, on its input x,
 
     mlp(x) <- mlp(x) + s up(relu(down(x)))
 
@@ -31,24 +30,17 @@ _ACTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bottleneck(Branch):
-  """One bottleneck, scale * up(act(down(x))).
-
-  Attributes:
-    rank: r, in 1..min(d_in, d_out).
-    scale: factor of what is added.
-    act: 'gelu' or 'relu'.
-    parallel: it reads the module's input, and may stand at any module; else it
-      reads the output of a linear map.
-    dtype: name of the parameters' dtype.
-  """
+  """One bottleneck, scale * up(act(down(x)))."""
 
   ZERO_MEANS_OFF = ('up', 'up_bias')
 
-  rank: int
-  scale: float = 1.0
-  act: str = 'gelu'
+  rank: int  # r, in 1..min(d_in, d_out)
+  scale: float = 1.0  # factor of what is added
+  act: str = 'gelu'  # 'gelu' or 'relu'
+  # It reads the module's input, and may stand at any module; else it reads the output of a linear
+  # map
   parallel: bool = False
-  dtype: str = 'float32'
+  dtype: str = 'float32'  # name of the parameters' dtype
 
   def init(self, key: jax.Array, d_in: int, d_out: int) -> dict[str, jax.Array]:
     """Draws the bottleneck's parameters.

@@ -26,21 +26,17 @@ class Branch(Protocol):
 
   A class inherits from `Branch`, defines `names` and `run`, and overrides what
   does not hold for it.
-
-  Attributes:
-    ZERO_MEANS_OFF: names of the parameters that make it add nothing where they
-      are zero; (): it always changes the model.
-    FOLDED: name of an array that only the result of `fold` has; '': `fold`
-      changes nothing.
-    MAY_DIFFER: fields in which the adapters of one stack may differ, because
-      `common` and `refit` bring them together.
-    FITS_HEAD: whether `config.adapter.head = lnlora` may put it at the head.
   """
 
+  # Names of the parameters that make it add nothing where they are zero; (): it always changes the
+  # model
   ZERO_MEANS_OFF: ClassVar[tuple[str, ...]] = ()
+  # Name of an array that only the result of `fold` has; '': `fold` changes nothing
   FOLDED: ClassVar[str] = ''
+  # Fields in which the adapters of one stack may differ, because `common` and `refit` bring them
+  # together
   MAY_DIFFER: ClassVar[tuple[str, ...]] = ()
-  FITS_HEAD: ClassVar[bool] = False
+  FITS_HEAD: ClassVar[bool] = False  # whether `config.adapter.head = lnlora` may put it at the head
 
   @abc.abstractmethod
   def names(self) -> tuple[str, ...]:
@@ -98,21 +94,13 @@ class Branch(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-  """One call of a module at which a branch stands.
+  """One call of a module at which a branch stands."""
 
-  Attributes:
-    module: the linen module, bound to its variables.
-    path: path of the module, joined by '/'.
-    x: the first argument of the call.
-    run: calls the module with another first argument.
-    shared: what the branches in one call of the model keep for each other.
-  """
-
-  module: nn.Module
-  path: str
-  x: jax.Array
-  run: Callable[[jax.Array], jax.Array]
-  shared: dict[Any, Any]
+  module: nn.Module  # the linen module, bound to its variables
+  path: str  # path of the module, joined by '/'
+  x: jax.Array  # the first argument of the call
+  run: Callable[[jax.Array], jax.Array]  # calls the module with another first argument
+  shared: dict[Any, Any]  # what the branches in one call of the model keep for each other
 
   def rows(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns input and output of the module as [..., d_in] and [..., d_out].
@@ -126,9 +114,7 @@ class Call:
     x = as_rows(self.module, self.path, x)
     return x, y.reshape(*y.shape[: x.ndim - 1], -1)
 
-  def parameters(
-    self, branch: Branch, init: Callable[[jax.Array], Parameters]
-  ) -> Parameters:
+  def parameters(self, branch: Branch, init: Callable[[jax.Array], Parameters]) -> Parameters:
     """Returns a branch's parameters, folded.
 
     Args:
@@ -144,11 +130,8 @@ class Call:
     if not all(module.has_variable(COLLECTION, n) for n in branch.names()):
       if not module.is_mutable_collection(COLLECTION):
         raise UserError(
-          f'the adapter has no parameters for {self.path}: it was made for '
-          'other targets'
+          f'the adapter has no parameters for {self.path}: it was made for other targets'
         )
       for name, value in init(module.make_rng('params')).items():
         module.put_variable(COLLECTION, name, value)
-    return branch.fold(
-      {n: module.get_variable(COLLECTION, n) for n in branch.names()}
-    )
+    return branch.fold({n: module.get_variable(COLLECTION, n) for n in branch.names()})

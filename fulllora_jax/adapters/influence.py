@@ -24,19 +24,16 @@ def branch_ratios(
 ) -> dict[str, jax.Array]:
   """Returns ||branch output|| / ||frozen output|| of every adapted map.
 
-  Both are Euclidean norms over all that a map gives for one image, in float32.
-  A map that is called more than once counts with the mean of its calls. The
-  function may be called under jit.
+  Both are Euclidean norms over all that a map gives for one image, in float32. A map that is called
+  more than once counts with the mean of its calls. The function may be called under jit.
 
   Args:
     adapted: the model with its branches.
     variables: the model's collections, `lnlora` among them.
-    images: [B, H, W, C], each taken by itself, so that a model may put the
-      batch where it likes.
+    images: [B, H, W, C], each taken by itself, so that a model may put the batch where it likes.
 
   Returns:
-    Path of the map -> the mean over the images, a number. Empty where there
-    is no adapter.
+    Path of the map -> the mean over the images, a number. Empty where there is no adapter.
   """
   if not variables.get(COLLECTION):
     return {}
@@ -48,10 +45,7 @@ def branch_ratios(
   def of_one(image):
     _, sown = adapted.watched(watch, variables, image[None], mutable=[_SOWN])
     flat = traverse_util.flatten_dict(sown[_SOWN])
-    return {
-      '/'.join(path[:-1]): jnp.stack(calls).mean()
-      for path, calls in flat.items()
-    }
+    return {'/'.join(path[:-1]): jnp.stack(calls).mean() for path, calls in flat.items()}
 
   each = jax.vmap(of_one)(images)
   return {path: ratio.mean() for path, ratio in each.items()}

@@ -17,11 +17,10 @@ The LayerNorm can be fused with A, though. With G = diag(scale) A,
 
     LN(x) A = (x G - mean(x) colsum(G)) / sqrt(var(x) + epsilon) + bias A
 
-where colsum(G): [r] holds the sums of the columns. A normalised array as wide
-as x is then never made: there are two numbers for each token (`Moments`) and r
-columns. G, colsum(G) and bias A depend on no image; `fold` computes them, once
-for all the steps of an attack, and `fused` the rest. Calling a branch computes
-the definition above; the tests compare `fused` with it.
+where colsum(G): [r] holds the sums of the columns. A normalised array as wide as x is then never
+made: there are two numbers for each token (`Moments`) and r columns. G, colsum(G) and bias A depend
+on no image; `fold` computes them, once for all the steps of an attack, and `fused` the rest.
+Calling a branch computes the definition above; the tests compare `fused` with it.
 """
 
 import dataclasses
@@ -39,28 +38,21 @@ from fulllora_jax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LNLoRA(Branch):
-  """One branch, (alpha / r) LN(x) A B, or (alpha / r) x A B.
-
-  Attributes:
-    rank: r, in 1..min(d_in, d_out).
-    alpha: the branch is scaled by alpha / rank.
-    layer_norm: False leaves out the LayerNorm: plain LoRA (Hu et al., 2021,
-      arXiv 2106.09685).
-    epsilon: added to the variance. Over raw pixels (patch embedding) a small
-      one divides by almost nothing and amplifies an attacker's noise.
-    dtype: name of the parameters' dtype.
-  """
+  """One branch, (alpha / r) LN(x) A B, or (alpha / r) x A B."""
 
   ZERO_MEANS_OFF = ('lora_b',)
   FOLDED = 'g'
   MAY_DIFFER = ('rank', 'alpha')
   FITS_HEAD = True
 
-  rank: int
-  alpha: float
+  rank: int  # r, in 1..min(d_in, d_out)
+  alpha: float  # the branch is scaled by alpha / rank
+  # False leaves out the LayerNorm: plain LoRA (Hu et al., 2021, arXiv 2106.09685)
   layer_norm: bool = True
+  # Added to the variance. Over raw pixels (patch embedding) a small one divides by almost nothing
+  # and amplifies an attacker's noise.
   epsilon: float = 1e-6
-  dtype: str = 'float32'
+  dtype: str = 'float32'  # name of the parameters' dtype
 
   def init(self, key: jax.Array, d_in: int, d_out: int) -> dict[str, jax.Array]:
     """Draws the branch's parameters.
@@ -78,9 +70,7 @@ class LNLoRA(Branch):
     dtype = jnp.dtype(self.dtype)
     bound = d_in**-0.5
     parameters = {
-      'lora_a': jax.random.uniform(
-        key, (d_in, self.rank), dtype, -bound, bound
-      ),
+      'lora_a': jax.random.uniform(key, (d_in, self.rank), dtype, -bound, bound),
       'lora_b': jnp.zeros((self.rank, d_out), dtype),
     }
     if self.layer_norm:
@@ -97,9 +87,8 @@ class LNLoRA(Branch):
     """Raises UserError if the rank is not in 1..min(d_in, d_out)."""
     if not 1 <= self.rank <= min(d_in, d_out):
       raise UserError(
-        f'adapter.rank {self.rank} does not fit {path} ({d_in} -> {d_out}): '
-        f'it must be in 1..{min(d_in, d_out)}; lower adapter.rank, or leave '
-        'this target out'
+        f'adapter.rank {self.rank} does not fit {path} ({d_in} -> {d_out}): it must be in '
+        f'1..{min(d_in, d_out)}; lower adapter.rank, or leave this target out'
       )
 
   def __call__(self, parameters: Parameters, x: jax.Array) -> jax.Array:
@@ -130,9 +119,8 @@ class LNLoRA(Branch):
       parameters: what `init` returned, possibly trained.
 
     Returns:
-      In float32: g [d_in, rank], which is G centred, and b [rank, d_out],
-      which is (alpha / r) B; with the LayerNorm also offset [rank], which is
-      bias A.
+      In float32: g [d_in, rank], which is G centred, and b [rank, d_out], which is (alpha / r) B;
+      with the LayerNorm also offset [rank], which is bias A.
     """
     wide = {n: p.astype(jnp.float32) for n, p in parameters.items()}
     a, b = wide['lora_a'], (self.alpha / self.rank) * wide['lora_b']
@@ -142,9 +130,7 @@ class LNLoRA(Branch):
     offset = (wide['ln_bias'][:, None] * a).sum(axis=0)
     return {'g': g - g.mean(axis=0), 'b': b, 'offset': offset}
 
-  def fused(
-    self, folded: Parameters, x: jax.Array, moments: 'Moments | None' = None
-  ) -> jax.Array:
+  def fused(self, folded: Parameters, x: jax.Array, moments: 'Moments | None' = None) -> jax.Array:
     """Computes what a call does, with the LayerNorm behind A.
 
     Args:
@@ -212,39 +198,26 @@ class LNLoRA(Branch):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _PerExample(LNLoRA):
-  """The branch of a batch whose examples have arrays of their own.
+  """The branch of a batch whose examples have arrays of their own."""
 
-  Attributes:
-    index: int [B], which entry of the arrays' first axis each example has.
-  """
-
-  index: jax.Array
+  index: jax.Array  # int [B], which entry of the arrays' first axis each example has
 
   def fold(self, parameters: Parameters) -> dict[str, jax.Array]:
     """Folds the parameters of every entry of the first axis."""
     return jax.vmap(super().fold)(parameters)
 
-  def fused(
-    self, folded: Parameters, x: jax.Array, moments: 'Moments | None' = None
-  ) -> jax.Array:
+  def fused(self, folded: Parameters, x: jax.Array, moments: 'Moments | None' = None) -> jax.Array:
     """Computes LNLoRA.fused; x holds one example's rows after another's."""
     own = {name: leaf[self.index] for name, leaf in folded.items()}
-    x, moments = jax.tree.map(
-      lambda a: a.reshape(len(self.index), -1, a.shape[-1]), (x, moments)
-    )
+    x, moments = jax.tree.map(lambda a: a.reshape(len(self.index), -1, a.shape[-1]), (x, moments))
     return jax.vmap(super().fused)(own, x, moments)
 
 
 class Moments(NamedTuple):
-  """What a LayerNorm subtracts and divides by: two numbers for each token.
+  """What a LayerNorm subtracts and divides by: two numbers for each token."""
 
-  Attributes:
-    mean: float32 [..., 1], over the last axis.
-    inverse_deviation: float32 [..., 1], 1 / sqrt(var + epsilon).
-  """
-
-  mean: jax.Array
-  inverse_deviation: jax.Array
+  mean: jax.Array  # float32 [..., 1], over the last axis
+  inverse_deviation: jax.Array  # float32 [..., 1], 1 / sqrt(var + epsilon)
 
   @classmethod
   def of(cls, x: jax.Array, epsilon: float) -> 'Moments':
@@ -252,22 +225,17 @@ class Moments(NamedTuple):
     return cls(*_moments(x, epsilon))
 
 
-def layer_norm(
-  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> jax.Array:
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
   """Normalises the last axis of x in float32; returns x's dtype.
 
-  Ba et al., 2016, arXiv 1607.06450, equation 3, with a learnable scale and
-  bias of shape [d].
+  Ba et al., 2016, arXiv 1607.06450, equation 3, with a learnable scale and bias of shape [d].
   """
   mean, inverse_deviation = _mean_and_inverse_deviation(x, epsilon)
   normed = (x.astype(jnp.float32) - mean) * inverse_deviation
   return (normed * scale + bias).astype(x.dtype)
 
 
-def _mean_and_inverse_deviation(
-  x: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array]:
+def _mean_and_inverse_deviation(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
   wide = x.astype(jnp.float32)
   mean = wide.mean(axis=-1, keepdims=True)
   # Not the mean square less the square of the mean: far from zero they cancel.
@@ -301,10 +269,9 @@ def _shared_moments(
 ) -> tuple[jax.Array, Moments]:
   """Returns x as rows [N, d], and their moments, once for maps of one input.
 
-  Query, key and value read one array. The compiler finds out that their moments
-  are the same, but not that the gradients of them can be added up before they
-  become as wide as x. It multiplies rows: reading another shape of x for the
-  moments, it would write x twice.
+  Query, key and value read one array. The compiler finds out that their moments are the same, but
+  not that the gradients of them can be added up before they become as wide as x. It multiplies
+  rows: reading another shape of x for the moments, it would write x twice.
 
   Args:
     shared: what has been computed in this call of the model. The arrays

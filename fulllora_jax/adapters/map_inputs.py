@@ -1,8 +1,7 @@
 """The input of a linear map, as the rows that its kernel multiplies.
 
-A Dense multiplies its input as it is, a DenseGeneral some of its axes, and a
-Conv the pixels below each of its places, flattened in (spatial, channel) order
-as its kernel [*size, C, d_out] is.
+A Dense multiplies its input as it is, a DenseGeneral some of its axes, and a Conv the pixels below
+each of its places, flattened in (spatial, channel) order as its kernel [*size, C, d_out] is.
 """
 
 import jax
@@ -32,8 +31,7 @@ def as_rows(module: nn.Module, path: str, x: jax.Array) -> jax.Array:
     return x
   if module.batch_dims not in ((), []):  # 0 is a batch dimension
     raise UserError(
-      f'{path}: DenseGeneral with batch_dims cannot be adapted; leave it out '
-      'of adapter.targets'
+      f'{path}: DenseGeneral with batch_dims cannot be adapted; leave it out of adapter.targets'
     )
   # DenseGeneral sorts its axes too.
   axes = sorted(axis % x.ndim for axis in _tuple(module.axis, 1))

@@ -1,9 +1,8 @@
 """The methods: what each attaches to a model, and which leaves then learn.
 
-A method is one predicate over (collection, path). From it come the optax mask,
-the split that `jax.grad` sees, the contents of a checkpoint and the parameter
-table. A method that adds parameters also says which branch it attaches, and
-where (docs/methods.md).
+A method is one predicate over (collection, path). From it come the optax mask, the split that
+`jax.grad` sees, the contents of a checkpoint and the parameter table. A method that adds parameters
+also says which branch it attaches, and where (docs/methods.md).
 """
 
 import dataclasses
@@ -50,29 +49,19 @@ def _norms_and_head(collection: str, path: str, head: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-  """What a method attaches, trains and trains against.
+  """What a method attaches, trains and trains against."""
 
-  Attributes:
-    name: the value of `config.method` that chooses it.
-    title: what a report calls it.
-    source: the publication that it is from.
-    learns: says of every leaf whether it learns.
-    branch: makes of a config what stands at each target; None: no adapter.
-    roles: roles of the model (models/__init__.py) at which the branch stands
-      unless `config.adapter.targets` names others; (): all linear maps but the
-      head.
-    reads: fields of `config.adapter` that it reads, beside head and dtype.
-    adversarial: False trains on clean images.
-  """
-
-  name: str
-  title: str
-  source: str
-  learns: Predicate = _adapter_and_head
+  name: str  # the value of `config.method` that chooses it
+  title: str  # what a report calls it
+  source: str  # the publication that it is from
+  learns: Predicate = _adapter_and_head  # says of every leaf whether it learns
+  # Makes of a config what stands at each target; None: no adapter
   branch: Callable[[Any], Branch] | None = None
+  # Roles of the model (models/__init__.py) at which the branch stands unless
+  # `config.adapter.targets` names others; (): all linear maps but the head
   roles: tuple[str, ...] = ()
-  reads: tuple[str, ...] = ()
-  adversarial: bool = True
+  reads: tuple[str, ...] = ()  # fields of `config.adapter` that it reads, beside head and dtype
+  adversarial: bool = True  # False trains on clean images
 
   def trains_less_than_all(self) -> bool:
     """Returns whether some of the base's parameters stay frozen."""
@@ -93,16 +82,12 @@ def _behind_a_map(config) -> Bottleneck:
 
 
 def _beside_the_mlp(config) -> Bottleneck:
-  return dataclasses.replace(
-    _behind_a_map(config), scale=0.1, act='relu', parallel=True
-  )
+  return dataclasses.replace(_behind_a_map(config), scale=0.1, act='relu', parallel=True)
 
 
 def _prompts(config) -> Prompts:
   return Prompts(
-    count=config.adapter.prompts,
-    patch_size=config.model.patch_size,
-    dtype=config.adapter.dtype,
+    count=config.adapter.prompts, patch_size=config.model.patch_size, dtype=config.adapter.dtype
   )
 
 
@@ -200,9 +185,7 @@ def get(name: str) -> Method:
   """Returns the method of that name; UserError if there is none."""
   if name not in METHODS:
     hint = did_you_mean(name, METHODS)
-    raise UserError(
-      f'method: unknown method {name!r}; {hint}known: {", ".join(METHODS)}'
-    )
+    raise UserError(f'method: unknown method {name!r}; {hint}known: {", ".join(METHODS)}')
   return METHODS[name]
 
 
@@ -259,8 +242,7 @@ def branches(config, method: Method) -> dict[str, Branch]:
     if target in chosen:
       if not hasattr(chosen[target], field):
         raise UserError(
-          f'adapter.overrides: {override!r}: what method {method.name} puts '
-          f'there has no {field}'
+          f'adapter.overrides: {override!r}: what method {method.name} puts there has no {field}'
         )
       chosen[target] = dataclasses.replace(chosen[target], **{field: value})
     # A role's rank, say, goes with every method, whether it adapts it or not.
@@ -273,11 +255,7 @@ def branches(config, method: Method) -> dict[str, Branch]:
 
 
 def _targets(
-  config,
-  method: Method,
-  branch: Branch,
-  maps: Mapping[str, str],
-  places: Mapping[str, str],
+  config, method: Method, branch: Branch, maps: Mapping[str, str], places: Mapping[str, str]
 ) -> tuple[str, ...]:
   """Returns the roles or patterns at which a method's branches stand."""
   adapter, model = config.adapter, config.model.name
@@ -285,16 +263,14 @@ def _targets(
   targets = tuple(adapter.targets) or own
   if 'block' in own and 'block' not in places:
     raise UserError(
-      f'method {method.name}: the blocks of a {model} take no tokens but their '
-      'own; give another method, or a plain Vision Transformer (vit_b, '
-      'deit_s, ...)'
+      f'method {method.name}: the blocks of a {model} take no tokens but their own; give another '
+      'method, or a plain Vision Transformer (vit_b, deit_s, ...)'
     )
   if adapter.head != 'lnlora':
     return targets
   if not branch.FITS_HEAD:
     raise UserError(
-      f'adapter.head lnlora: method {method.name} has no LNLoRA; give train or '
-      'frozen'
+      f'adapter.head lnlora: method {method.name} has no LNLoRA; give train or frozen'
     )
   return (*targets, 'head')
 

@@ -1,9 +1,8 @@
 """One batch, an adapter of its own for each image.
 
-The adapters of one base are stacked, leaf by leaf, on a first axis. The base
-computes its products over the whole batch at once, as ever; the leaves of each
-example are taken out of the stack where they are read, so that no more than one
-layer's are there B times.
+The adapters of one base are stacked, leaf by leaf, on a first axis. The base computes its products
+over the whole batch at once, as ever; the leaves of each example are taken out of the stack where
+they are read, so that no more than one layer's are there B times.
 """
 
 from collections.abc import Mapping
@@ -21,11 +20,7 @@ from fulllora_jax.core.trees import Tree
 
 
 def apply_one(
-  model: AdaptedModel,
-  stack: Tree,
-  frozen: Tree,
-  index: jax.Array,
-  images: jax.Array,
+  model: AdaptedModel, stack: Tree, frozen: Tree, index: jax.Array, images: jax.Array
 ) -> jax.Array:
   """Runs the model with one adapter of a stack.
 
@@ -43,18 +38,13 @@ def apply_one(
 
 
 def apply_mixed(
-  model: AdaptedModel,
-  stack: Tree,
-  frozen: Tree,
-  index: jax.Array,
-  images: jax.Array,
+  model: AdaptedModel, stack: Tree, frozen: Tree, index: jax.Array, images: jax.Array
 ) -> jax.Array:
   """Runs the model with an adapter for each image.
 
-  Branches, and Dense layers that were trained, read a batch whose examples
-  have leaves of their own. Where anything else was trained, or a branch cannot
-  do so, the whole model is mapped over the examples: the same logits, but
-  XLA:CPU moves more data.
+  Branches, and Dense layers that were trained, read a batch whose examples have leaves of their
+  own. Where anything else was trained, or a branch cannot do so, the whole model is mapped over the
+  examples: the same logits, but XLA:CPU moves more data.
 
   Args: those of `apply_one`, but for:
     index: int [B], the adapter of each image.
@@ -65,9 +55,7 @@ def apply_mixed(
   targets = {t: b.per_example(index) for t, b in model.targets.items()}
   each = {t: branch for t, branch in targets.items() if branch is not None}
   if len(each) == len(targets) and stack.keys() <= {'params', COLLECTION}:
-    logits, served = _apply_parts(
-      model.model, each, stack, frozen, index, images
-    )
+    logits, served = _apply_parts(model.model, each, stack, frozen, index, images)
     if served == _owners(stack.get('params', {})):
       return logits
 
@@ -79,10 +67,7 @@ def apply_mixed(
 
 def take(stack: Tree, index: jax.Array) -> Tree:
   """Takes one adapter out of a stack; index int []."""
-  return jax.tree.map(
-    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
-    stack,
-  )
+  return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
 
 
 def _apply_parts(
@@ -122,9 +107,7 @@ def _apply_parts(
   return logits, served
 
 
-def _dense(
-  module: nn.Dense, own: dict[str, jax.Array], count: int, inputs: jax.Array
-) -> jax.Array:
+def _dense(module: nn.Dense, own: dict[str, jax.Array], count: int, inputs: jax.Array) -> jax.Array:
   """Computes a Dense layer with leaves of each example, or of all."""
   x, kernel, bias = nn.dtypes.promote_dtype(
     inputs, own['kernel'], own.get('bias'), dtype=module.dtype

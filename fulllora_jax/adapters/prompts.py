@@ -1,7 +1,6 @@
 """Visual prompts: learned tokens beside a block's own, for that block alone.
 
-VPT-deep (Jia et al., 2022, arXiv 2203.12119, equations 6 and 7): each block
-computes
+VPT-deep (Jia et al., 2022, arXiv 2203.12119, equations 6 and 7): each block computes
 
     [x, _] <- block([x, prompts])
 
@@ -26,18 +25,12 @@ _COLOURS = 3  # channels of an image, in VPT's bound
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts(Branch):
-  """The prompts of one block. Those of zeros are attended to as well.
+  """The prompts of one block. Those of zeros are attended to as well."""
 
-  Attributes:
-    count: number of prompts, at least 1.
-    patch_size: side of the model's patches in pixels; sets the scale that the
-      prompts start with.
-    dtype: name of the prompts' dtype.
-  """
-
-  count: int
+  count: int  # number of prompts, at least 1
+  # Side of the model's patches in pixels; sets the scale that the prompts start with
   patch_size: int
-  dtype: str = 'float32'
+  dtype: str = 'float32'  # name of the prompts' dtype
 
   def init(self, key: jax.Array, width: int) -> dict[str, jax.Array]:
     """Draws the prompts.
@@ -47,9 +40,8 @@ class Prompts(Branch):
       width: dimension of a token.
 
     Returns:
-      prompts [count, width], uniform within sqrt(6 / (3 P^2 + width)), P the
-      patch size: Xavier's bound of a map from a patch to a token, as VPT has
-      it.
+      prompts [count, width], uniform within sqrt(6 / (3 P^2 + width)), P the patch size: Xavier's
+      bound of a map from a patch to a token, as VPT has it.
     """
     fan = _COLOURS * self.patch_size**2 + width
     bound = (6 / fan) ** 0.5
@@ -71,10 +63,7 @@ class Prompts(Branch):
       )
 
   def __call__(
-    self,
-    parameters: Parameters,
-    block: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
+    self, parameters: Parameters, block: Callable[[jax.Array], jax.Array], x: jax.Array
   ) -> jax.Array:
     """Calls a block with the prompts behind its tokens.
 

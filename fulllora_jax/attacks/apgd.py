@@ -75,13 +75,11 @@ def apgd(
     steps: the number of gradient steps, static, at least 2.
     loss: 'ce', 'margin' or 'dlr'.
     targets: int [B], ascends the targeted DLR towards these classes instead.
-    draws: how often the model's noise is drawn; loss, gradient and prediction
-      are averaged over it (expectation over transformations, Athalye et al.,
-      2018).
+    draws: how often the model's noise is drawn; loss, gradient and prediction are averaged over it
+      (expectation over transformations, Athalye et al., 2018).
 
   Returns:
-    x_adv [B, H, W, C]: the last misclassified point, or else the one of
-    highest loss.
+    x_adv [B, H, W, C]: the last misclassified point, or else the one of highest loss.
   """
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   state = begin(evaluate, x, start(keys, x, threat), threat.eps)
@@ -89,9 +87,7 @@ def apgd(
 
   def iterate(i, state):
     state = ascend(i, state, evaluate, x, threat)
-    return jax.lax.cond(
-      checkpoints[i], lambda s: check(s, stretches[i]), lambda s: s, state
-    )
+    return jax.lax.cond(checkpoints[i], lambda s: check(s, stretches[i]), lambda s: s, state)
 
   return adversarial(jax.lax.fori_loop(0, steps, iterate, state))
 
@@ -135,9 +131,7 @@ def objective(
     keys = jax.random.split(jax.random.fold_in(key, step), draws)
     shapes = jax.eval_shape(lambda: ascent(x_adv, keys[0]))
     (_, (per_example, logits)), gradient = shapes
-    zeros = jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype), (per_example, gradient, logits)
-    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (per_example, gradient, logits))
     sums, _ = jax.lax.scan(add, zeros, keys)
     mean, gradient, odds = jax.tree.map(lambda a: a / draws, sums)
     return Evaluated(mean, gradient, ~losses.correct(odds, labels))
@@ -148,13 +142,10 @@ def objective(
 def start(keys: jax.Array, x: jax.Array, threat: Threat) -> jax.Array:
   """Draws a starting point on the sphere of radius eps, cut by the box.
 
-  linf: a uniform draw scaled until one pixel touches the sphere; l2: a normal
-  direction.
+  linf: a uniform draw scaled until one pixel touches the sphere; l2: a normal direction.
   """
   if threat.norm == 'linf':
-    draw = jax.vmap(
-      lambda key: jax.random.uniform(key, x.shape[1:], minval=-1.0)
-    )(keys)
+    draw = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], minval=-1.0))(keys)
     size = jnp.abs(draw).max(axis=(1, 2, 3), keepdims=True)
   else:
     draw = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
@@ -162,9 +153,7 @@ def start(keys: jax.Array, x: jax.Array, threat: Threat) -> jax.Array:
   return jnp.clip(x + threat.eps * draw / (size + 1e-12), 0, 1)
 
 
-def begin(
-  evaluate: Evaluate, x: jax.Array, x_adv: jax.Array, eps: jax.Array | float
-) -> State:
+def begin(evaluate: Evaluate, x: jax.Array, x_adv: jax.Array, eps: jax.Array | float) -> State:
   """Returns the state at the starting point x_adv; steps begin at 2 eps."""
   at_start = evaluate(x_adv, 0)
   count = x.shape[0]
@@ -187,20 +176,14 @@ def begin(
 
 
 def ascend(
-  i: jax.Array | int,
-  state: State,
-  evaluate: Evaluate,
-  x: jax.Array,
-  threat: Threat,
+  i: jax.Array | int, state: State, evaluate: Evaluate, x: jax.Array, threat: Threat
 ) -> State:
   """Takes step i: a gradient step, then momentum (lines 3 and 4)."""
   z = threat.ascend(x, state.x_adv, state.gradient, state.step_size)
   momentum = jnp.where(i > 0, MOMENTUM, 1.0)
   x_adv = threat.project(
     x,
-    state.x_adv
-    + momentum * (z - state.x_adv)
-    + (1 - momentum) * (state.x_adv - state.x_previous),
+    state.x_adv + momentum * (z - state.x_adv) + (1 - momentum) * (state.x_adv - state.x_previous),
   )
   at_point = evaluate(x_adv, i + 1)
   return remember(state, x_adv, at_point)._replace(
@@ -227,9 +210,8 @@ def remember(state: State, x_adv: jax.Array, at_point: Evaluated) -> State:
 def check(state: State, stretch: jax.Array | int) -> State:
   """Ends a stretch of steps (lines 9 to 12).
 
-  The step size is halved where fewer than a share RHO of the steps raised the
-  loss (condition 1), or where neither the step size nor the best loss has
-  changed since the last check (condition 2).
+  The step size is halved where fewer than a share RHO of the steps raised the loss (condition 1),
+  or where neither the step size nor the best loss has changed since the last check (condition 2).
   """
   oscillates = state.increases <= stretch * RHO
   stuck = ~state.halved_before & (state.loss_best_before >= state.loss_best)

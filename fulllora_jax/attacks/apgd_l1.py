@@ -14,14 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import projections
-from fulllora_jax.attacks.apgd import (
-  Evaluate,
-  State,
-  adversarial,
-  begin,
-  objective,
-  remember,
-)
+from fulllora_jax.attacks.apgd import Evaluate, State, adversarial, begin, objective, remember
 from fulllora_jax.attacks.pgd import pick
 from fulllora_jax.attacks.threat import Threat
 
@@ -56,8 +49,7 @@ def apgd_l1(
   Args: those of `apgd`, with an l1 ball as the threat.
 
   Returns:
-    x_adv [B, H, W, C]: the last misclassified point in the ball, or else the
-    one of highest loss.
+    x_adv [B, H, W, C]: the last misclassified point in the ball, or else the one of highest loss.
   """
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
@@ -72,11 +64,7 @@ def apgd_l1(
 
 
 def search(
-  evaluate: Evaluate,
-  x: jax.Array,
-  x_adv: jax.Array,
-  eps: jax.Array | float,
-  steps: int,
+  evaluate: Evaluate, x: jax.Array, x_adv: jax.Array, eps: jax.Array | float, steps: int
 ) -> State:
   """Takes `steps` steps in the ball of radius eps, from x_adv projected."""
   x_adv = x + projections.onto_l1_ball(x, x_adv - x, eps)
@@ -87,10 +75,7 @@ def search(
     state, sparsity = carried
     state = ascend(i, state, sparsity, evaluate, x, eps)
     return jax.lax.cond(
-      (i + 1) % stretch == 0,
-      lambda c: check(c[0], c[1], x, eps),
-      lambda c: c,
-      (state, sparsity),
+      (i + 1) % stretch == 0, lambda c: check(c[0], c[1], x, eps), lambda c: c, (state, sparsity)
     )
 
   return jax.lax.fori_loop(0, steps, iterate, (state, sparsity))[0]
@@ -119,9 +104,7 @@ def ascend(
   total = size.shape[1]
   place = ((1 - sparsity.share) * total).astype(int).clip(0, total - 1)
   least = jnp.take_along_axis(jnp.sort(size), place[:, None], axis=1)
-  chosen = jnp.where(
-    size >= least, jnp.sign(state.gradient).reshape(size.shape), 0
-  )
+  chosen = jnp.where(size >= least, jnp.sign(state.gradient).reshape(size.shape), 0)
   chosen /= jnp.abs(chosen).sum(axis=1, keepdims=True) + 1e-10
   step = state.step_size * chosen.reshape(x.shape)
   delta = state.x_adv + step - x

@@ -1,9 +1,8 @@
 """AutoAttack (Croce & Hein, 2020, arXiv 2003.01690) in fixed shapes.
 
-Each attack of the ensemble runs on the images that all before it left robust,
-restart after restart and target after target. The host packs these runs into
-batches of one shape, the last one filled up and masked, so each attack compiles
-once, whatever the number of images left.
+Each attack of the ensemble runs on the images that all before it left robust, restart after restart
+and target after target. The host packs these runs into batches of one shape, the last one filled up
+and masked, so each attack compiles once, whatever the number of images left.
 """
 
 import dataclasses
@@ -36,23 +35,16 @@ ROBUST = -1  # in Cascade.broken_by
 
 @dataclasses.dataclass(frozen=True)
 class Cascade:
-  """What each attack of the ensemble left.
+  """What each attack of the ensemble left."""
 
-  Attributes:
-    attacks: 'clean' and the names of the attacks, in order.
-    accuracy: the accuracy after each attack, in [0, 1]; the last is the worst
-      case.
-    seconds: what each attack took.
-    broken_by: int [N], the place in `attacks` of what broke an image; 0 where
-      it is misclassified without an attack, -1 where it is robust.
-    notes: on attacks that could not run.
-  """
-
-  attacks: tuple[str, ...]
+  attacks: tuple[str, ...]  # 'clean' and the names of the attacks, in order
+  # The accuracy after each attack, in [0, 1]; the last is the worst case
   accuracy: tuple[float, ...]
-  seconds: tuple[float, ...]
+  seconds: tuple[float, ...]  # what each attack took
+  # Int [N], the place in `attacks` of what broke an image; 0 where it is misclassified without an
+  # attack, -1 where it is robust
   broken_by: np.ndarray
-  notes: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()  # on attacks that could not run
 
   def rows(self) -> list[dict[str, Any]]:
     """Returns one dict for each attack: attack, accuracy, broken, seconds."""
@@ -68,17 +60,11 @@ class Cascade:
 
 
 class Result(NamedTuple):
-  """What `autoattack` returns.
+  """What `autoattack` returns."""
 
-  Attributes:
-    x_adv: float32 [N, H, W, C]; the image itself where no attack broke it.
-    robust: bool [N], right without an attack and under every one.
-    cascade: how it came about.
-  """
-
-  x_adv: np.ndarray
-  robust: np.ndarray
-  cascade: Cascade
+  x_adv: np.ndarray  # float32 [N, H, W, C]; the image itself where no attack broke it
+  robust: np.ndarray  # bool [N], right without an attack and under every one
+  cascade: Cascade  # how it came about
 
 
 def autoattack(
@@ -99,20 +85,17 @@ def autoattack(
   """Measures how many images are robust under an ensemble of attacks.
 
   Args:
-    key: a PRNG key. An attack's draws for an image follow from it and the
-      image's index, not from its batch; the noise of a stochastic model is
-      one for a batch.
-    logits_fn: any jittable function, images [B, H, W, C] -> logits [B, K];
-      for version 'rand' (images, key) -> logits. Weights that it closes over
-      become constants of the program; jax.tree_util.Partial(apply, variables)
-      passes large ones as arguments.
+    key: a PRNG key. An attack's draws for an image follow from it and the image's index, not from
+      its batch; the noise of a stochastic model is one for a batch.
+    logits_fn: any jittable function, images [B, H, W, C] -> logits [B, K]; for version 'rand'
+      (images, key) -> logits. Weights that it closes over become constants of the program;
+      jax.tree_util.Partial(apply, variables) passes large ones as arguments.
     x: float32 [N, H, W, C] in [0, 1].
     labels: int [N] in [0, K).
     threat: norm and eps; linf, l2, and for the APGD attacks l1.
     version: 'standard', 'plus', 'rand', or a list of 'apgd-ce', 'apgd-dlr',
       'apgd-t', 'fab', 'fab-t', 'square', 'square-1000', ...
-    batch_size: how many images are attacked at once, on all devices together;
-      they must divide it.
+    batch_size: how many images are attacked at once, on all devices together; they must divide it.
     indices: int [N], what identifies each image in its draws; default 0..N-1.
     progress_dir: keeps finished batches there, and takes them up again.
     precision: the precision of matrix products, 'highest' or 'default'.
@@ -145,9 +128,7 @@ def autoattack(
   run = _Run(key, logits_fn, images, threat, chosen, size, precision, mesh)
   logits = run.clean_logits()
   inputs.check_finite(logits)
-  progress = Progress(
-    None if progress_dir is None else files.absolute_path(progress_dir)
-  )
+  progress = Progress(None if progress_dir is None else files.absolute_path(progress_dir))
   processes.from_primary(progress.begin, run.identity(), logits)
   return run.cascade(logits, progress, notes, say or (lambda line: None))
 
@@ -155,9 +136,7 @@ def autoattack(
 class _Run:
   """One evaluation: the images, and the programs that attack them."""
 
-  def __init__(
-    self, key, logits_fn, images, threat, members, size, precision, mesh
-  ):
+  def __init__(self, key, logits_fn, images, threat, members, size, precision, mesh):
     self.threat, self.members, self.size = threat, members, size
     self.key, self.precision, self.mesh = key, precision, mesh
     if not isinstance(logits_fn, Partial):
@@ -218,39 +197,29 @@ class _Run:
         if fresh and clock.due():
           stage = f' {runs.stages[-1] + 1}/{member.stages}'
           say(
-            f'{member.name}{stage * (member.stages > 1)}, {runs.left} runs to '
-            f'go, {robust.mean():.1%} robust so far, '
-            f'{clock.left(place - 1, runs.left, robust.sum())}'
+            f'{member.name}{stage * (member.stages > 1)}, {runs.left} runs to go, '
+            f'{robust.mean():.1%} robust so far, {clock.left(place - 1, runs.left, robust.sum())}'
           )
       names.append(member.name)
       accuracy.append(float(robust.mean()))
       seconds.append(spent)
       say(f'{accuracy[-1]:.1%} robust after {member.name}, {duration(spent)}')
     return Result(
-      x_adv,
-      robust,
-      Cascade(tuple(names), tuple(accuracy), tuple(seconds), broken_by, notes),
+      x_adv, robust, Cascade(tuple(names), tuple(accuracy), tuple(seconds), broken_by, notes)
     )
 
   def _attack(self, member: Member, runs: '_Runs') -> Outcome:
     started, rows = time.monotonic(), runs.images
-    program = _attack_program(
-      member, self.threat.norm, self.mesh, self.precision, self.draws
-    )
+    program = _attack_program(member, self.threat.norm, self.mesh, self.precision, self.draws)
     # Its own stream for each attack, the same one in every version.
     stream = jax.random.fold_in(self.key, zlib.crc32(member.name.encode()))
-    batch, key = (
-      self._batch(rows, runs.stages),
-      mesh_lib.put_key(stream, self.mesh),
-    )
+    batch, key = (self._batch(rows, runs.stages), mesh_lib.put_key(stream, self.mesh))
     found = program(self.logits_fn, batch, key, np.float32(self.threat.eps))
     x_adv, broken = (a[: len(rows)] for a in jax.device_get(found))
     x_adv = np.where(broken[:, None, None, None], x_adv, self.x[rows])
     return Outcome(broken, x_adv, time.monotonic() - started)
 
-  def _batch(
-    self, rows: np.ndarray, stages: np.ndarray
-  ) -> dict[str, jax.Array]:
+  def _batch(self, rows: np.ndarray, stages: np.ndarray) -> dict[str, jax.Array]:
     """Returns a batch of the one shape."""
     rows, mask = fill_up(rows, self.size)
     stages, _ = fill_up(stages, self.size)
@@ -279,9 +248,7 @@ def _clean_program(mesh: Mesh, precision: str, draws: int) -> Callable:
 
 
 @functools.cache
-def _attack_program(
-  member: Member, norm: str, mesh: Mesh, precision: str, draws: int
-) -> Callable:
+def _attack_program(member: Member, norm: str, mesh: Mesh, precision: str, draws: int) -> Callable:
   """Compiles one attack; eps is an argument of the program.
 
   It returns (x_adv [B, H, W, C], broken [B]). Broken is what a fresh forward
@@ -295,9 +262,7 @@ def _attack_program(
       x, labels, mask = batch['x'], batch['labels'], batch['mask']
       stage = batch['stage']
       fold_in = jax.random.fold_in
-      keys = jax.vmap(lambda s, i: fold_in(fold_in(stream, s), i))(
-        stage, batch['index']
-      )
+      keys = jax.vmap(lambda s, i: fold_in(fold_in(stream, s), i))(stage, batch['index'])
       x_adv = member(stage, keys, logits_fn, x, labels, mask, threat)
       logits = _classify(logits_fn, x_adv, stream, draws)
       inside = threat.distance(x, x_adv) <= threat.reach
@@ -315,9 +280,7 @@ def _classify(logits_fn, x, key, draws: int) -> jax.Array:
   if draws == 1:
     return logits_fn(x).astype(jnp.float32)
   keys = jax.random.split(jax.random.fold_in(key, draws), draws)
-  odds = jax.lax.map(
-    lambda k: jax.nn.softmax(logits_fn(x, k).astype(jnp.float32)), keys
-  )
+  odds = jax.lax.map(lambda k: jax.nn.softmax(logits_fn(x, k).astype(jnp.float32)), keys)
   return odds.mean(axis=0)
 
 
@@ -360,9 +323,8 @@ class _Runs(NamedTuple):
 def _batches(member: Member, robust: np.ndarray, size: int) -> Iterator[_Runs]:
   """Packs the runs of an attack, stage after stage, into batches.
 
-  `robust` is read before each batch: an image that was broken has no further
-  run. A batch may hold the end of one stage and the start of the next, so
-  only the attack's last batch is not full.
+  `robust` is read before each batch: an image that was broken has no further run. A batch may hold
+  the end of one stage and the start of the next, so only the attack's last batch is not full.
   """
   alive = np.flatnonzero(robust)
   stages = np.repeat(np.arange(member.stages), len(alive))

@@ -1,8 +1,7 @@
 """The attacks AutoAttack is made of, and its versions.
 
-Croce & Hein, 2020 (arXiv 2003.01690), section 5; the numbers are those of the
-authors' code. Each attack runs in stages, one for each restart and target, on
-what the stages before it left robust.
+Croce & Hein, 2020 (arXiv 2003.01690), section 5; the numbers are those of the authors' code. Each
+attack runs in stages, one for each restart and target, on what the stages before it left robust.
 """
 
 import dataclasses
@@ -24,22 +23,13 @@ _TARGETS = 9
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-  """One attack of an ensemble.
+  """One attack of an ensemble."""
 
-  Attributes:
-    name: 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t' or 'square'.
-    restarts: how often it starts over on what is still robust.
-    targets: the most likely other classes it aims at, one after another; 0:
-      untargeted.
-    steps: gradient steps, or queries for square.
-    draws: how often a stochastic model's noise is drawn for each gradient.
-  """
-
-  name: str
-  restarts: int = 1
-  targets: int = 0
-  steps: int = 100
-  draws: int = 1
+  name: str  # 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t' or 'square'
+  restarts: int = 1  # how often it starts over on what is still robust
+  targets: int = 0  # the most likely other classes it aims at, one after another; 0: untargeted
+  steps: int = 100  # gradient steps, or queries for square
+  draws: int = 1  # how often a stochastic model's noise is drawn for each gradient
 
   @property
   def stages(self) -> int:
@@ -67,8 +57,7 @@ class Member:
     Args:
       stage: int in [0, stages), may be traced; for all images or int [B].
       keys: PRNG keys [B].
-      logits_fn: images [B, H, W, C] -> logits [B, K]; takes a key too where
-        draws > 1.
+      logits_fn: images [B, H, W, C] -> logits [B, K]; takes a key too where draws > 1.
       x: images [B, H, W, C], float32 in [0, 1].
       labels: int [B].
       mask: bool [B], which images count.
@@ -83,20 +72,14 @@ class Member:
       rank = 1 + stage // self.restarts
       targets = losses.ranked_class(logits_fn(x), rank)
     if self.name == 'square':
-      return square(
-        keys, logits_fn, x, labels, threat, queries=self.steps, mask=mask
-      )
+      return square(keys, logits_fn, x, labels, threat, queries=self.steps, mask=mask)
     common: dict[str, Any] = {'steps': self.steps, 'targets': targets}
     if self.name in ('fab', 'fab-t'):
       again = stage % self.restarts > 0
-      return fab(
-        keys, logits_fn, x, labels, threat, random_start=again, **common
-      )
+      return fab(keys, logits_fn, x, labels, threat, random_start=again, **common)
     attack = apgd_l1 if threat.norm == 'l1' else apgd
     loss = 'ce' if self.name == 'apgd-ce' else 'dlr'
-    return attack(
-      keys, logits_fn, x, labels, threat, loss=loss, draws=self.draws, **common
-    )
+    return attack(keys, logits_fn, x, labels, threat, loss=loss, draws=self.draws, **common)
 
 
 _STANDARD = (
@@ -118,10 +101,7 @@ VERSIONS = {
   'rand': (Member('apgd-ce', draws=20), Member('apgd-dlr', draws=20)),
 }
 # A custom list takes each attack as `standard` has it, with one restart.
-MEMBERS = {
-  member.name: member
-  for member in (*_STANDARD, Member('apgd-dlr'), Member('fab'))
-}
+MEMBERS = {member.name: member for member in (*_STANDARD, Member('apgd-dlr'), Member('fab'))}
 _LEAST_CLASSES = {'apgd-dlr': 3, 'apgd-t': 4}
 
 
@@ -135,35 +115,26 @@ def members(version: str | Sequence[str], norm: str) -> tuple[Member, ...]:
       the authors do, and no other attack is known.
 
   Raises:
-    UserError: an unknown version or attack, an empty list, or an attack that
-      does not fit the norm.
+    UserError: an unknown version or attack, an empty list, or an attack that does not fit the norm.
   """
   if isinstance(version, str):
     if version not in VERSIONS:
       raise UserError(
-        f'version: unknown version {version!r}; known: {", ".join(VERSIONS)}, '
-        'or a list of attacks'
+        f'version: unknown version {version!r}; known: {", ".join(VERSIONS)}, or a list of attacks'
       )
     chosen = VERSIONS[version]
   else:
     if not version:
-      raise UserError(
-        f'version: the list of attacks is empty; known: {", ".join(MEMBERS)}'
-      )
+      raise UserError(f'version: the list of attacks is empty; known: {", ".join(MEMBERS)}')
     chosen = tuple(member(name) for name in version)
   if norm != 'l1':
     return chosen
   for attack in chosen:
     if not attack.name.startswith('apgd'):
-      raise UserError(
-        f'attack: {attack.name} knows linf and l2 only; for l1 give '
-        'apgd-ce,apgd-t'
-      )
+      raise UserError(f'attack: {attack.name} knows linf and l2 only; for l1 give apgd-ce,apgd-t')
   return tuple(
     dataclasses.replace(
-      attack,
-      restarts=attack.restarts if attack.targets else 5,
-      targets=min(attack.targets, 5),
+      attack, restarts=attack.restarts if attack.targets else 5, targets=min(attack.targets, 5)
     )
     for attack in chosen
   )
@@ -181,20 +152,14 @@ def member(text: str) -> Member:
   name, dash, count = text.partition('square-')
   if dash and not name:
     if not (count.isdecimal() and int(count) > 0):
-      raise UserError(
-        f'attack: {text!r} has no number of queries; write square-5000'
-      )
+      raise UserError(f'attack: {text!r} has no number of queries; write square-5000')
     return dataclasses.replace(MEMBERS['square'], steps=int(count))
   if text not in MEMBERS:
-    raise UserError(
-      f'attack: unknown attack {text!r}; known: {", ".join(MEMBERS)}'
-    )
+    raise UserError(f'attack: unknown attack {text!r}; known: {", ".join(MEMBERS)}')
   return MEMBERS[text]
 
 
-def fit(
-  chosen: Sequence[Member], num_classes: int
-) -> tuple[tuple[Member, ...], tuple[str, ...]]:
+def fit(chosen: Sequence[Member], num_classes: int) -> tuple[tuple[Member, ...], tuple[str, ...]]:
   """Fits an ensemble to the number of classes.
 
   Fewer than 10 classes have fewer targets. The DLR needs 3 logits, its
@@ -211,8 +176,7 @@ def fit(
     least = _LEAST_CLASSES.get(attack.name, 2)
     if num_classes < least:
       notes.append(
-        f'{attack.name} was left out: it needs {least} classes, and there are '
-        f'{num_classes}'
+        f'{attack.name} was left out: it needs {least} classes, and there are {num_classes}'
       )
       continue
     targets = min(attack.targets, num_classes - 1)

@@ -56,15 +56,10 @@ def fab(
       or bool [B].
 
   Returns:
-    x_adv [B, H, W, C]: the nearest point found, where it is in the ball; x
-    elsewhere.
+    x_adv [B, H, W, C]: the nearest point found, where it is in the ball; x elsewhere.
   """
   state = Search(
-    x_adv=pick(
-      jnp.broadcast_to(random_start, labels.shape),
-      start(keys, x, threat.scaled(0.5)),
-      x,
-    ),
+    x_adv=pick(jnp.broadcast_to(random_start, labels.shape), start(keys, x, threat.scaled(0.5)), x),
     nearest=x,
     distance=jnp.full(x.shape[0], jnp.inf),
   )
@@ -100,14 +95,11 @@ def advance(
 
   from_x_adv, from_x = move(state.x_adv), move(x)
   near, far = (
-    jnp.maximum(threat.distance(jnp.zeros_like(d), d), 1e-8)
-    for d in (from_x_adv, from_x)
+    jnp.maximum(threat.distance(jnp.zeros_like(d), d), 1e-8) for d in (from_x_adv, from_x)
   )
   alpha = jnp.minimum(near / (near + far), ALPHA_MAX).reshape(-1, 1, 1, 1)
   x_adv = jnp.clip(
-    (1 - alpha) * (state.x_adv + ETA * from_x_adv) + alpha * (x + ETA * from_x),
-    0,
-    1,
+    (1 - alpha) * (state.x_adv + ETA * from_x_adv) + alpha * (x + ETA * from_x), 0, 1
   )
   crossed = ~losses.correct(logits_fn(x_adv), labels)
   distance = threat.distance(x, x_adv)
@@ -153,9 +145,7 @@ def nearest_boundary(
     dual = jnp.linalg.norm(flat, 1 if norm == 'linf' else 2, axis=1)
     away = jnp.where(k == labels, jnp.inf, jnp.abs(f) / (dual + 1e-12))
     nearer = away < best[0]
-    chosen = Boundary(
-      jnp.where(nearer, f, best[1].f), pick(nearer, w, best[1].w)
-    )
+    chosen = Boundary(jnp.where(nearer, f, best[1].f), pick(nearer, w, best[1].w))
     return (jnp.minimum(away, best[0]), chosen), None
 
   nothing = Boundary(jnp.zeros(len(labels)), jnp.zeros_like(x_adv))

@@ -9,9 +9,7 @@ from fulllora_jax.attacks.threat import Threat
 from fulllora_jax.core.errors import UserError
 
 
-def check(
-  x, labels, indices, threat: Threat
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def check(x, labels, indices, threat: Threat) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns images, labels and indices as numpy arrays.
 
   Raises:
@@ -23,17 +21,14 @@ def check(
     indices = np.arange(len(x), dtype=np.int32)
   indices = _integers('indices', indices, len(x))
   if not threat.eps > 0:
-    raise UserError(
-      'threat.eps: 0 leaves nothing to attack; that is the clean accuracy'
-    )
+    raise UserError('threat.eps: 0 leaves nothing to attack; that is the clean accuracy')
   if threat.norm != 'linf':
     size = x[0].size
     radius = size if threat.norm == 'l1' else size**0.5
     if threat.eps >= radius:
       raise UserError(
-        f'threat.eps: {threat.eps:g} reaches across the whole [0, 1] box of '
-        f'{x.shape[1:]} images in {threat.norm} ({radius:g}); did you mean '
-        f'{threat.eps:g}/255?'
+        f'threat.eps: {threat.eps:g} reaches across the whole [0, 1] box of {x.shape[1:]} images '
+        f'in {threat.norm} ({radius:g}); did you mean {threat.eps:g}/255?'
       )
   return x, labels, indices
 
@@ -42,8 +37,7 @@ def _images(x) -> np.ndarray:
   dtype = getattr(x, 'dtype', type(x).__name__)
   if dtype != np.float32:
     raise UserError(
-      f'images have dtype {dtype}, expected float32 in [0, 1]; divide uint8 '
-      'pixels by 255'
+      f'images have dtype {dtype}, expected float32 in [0, 1]; divide uint8 pixels by 255'
     )
   x = np.asarray(x)
   if x.ndim != 4 or not x.size:
@@ -66,8 +60,7 @@ def _integers(name: str, values, count: int) -> np.ndarray:
   values = np.asarray(values)
   if values.dtype.kind not in 'iu' or values.shape != (count,):
     raise UserError(
-      f'{name} are {values.dtype} {list(values.shape)}, expected ints '
-      f'[{count}], one for each image'
+      f'{name} are {values.dtype} {list(values.shape)}, expected ints [{count}], one for each image'
     )
   return values.astype(np.int32)
 
@@ -76,10 +69,7 @@ def check_batch_size(batch_size: int, devices: int) -> None:
   """Raises UserError unless the devices can share a batch."""
   if batch_size < 1 or batch_size % devices:
     above = max(-(-batch_size // devices), 1) * devices
-    raise UserError(
-      f'batch_size: {batch_size} does not divide over {devices} devices; use '
-      f'{above}'
-    )
+    raise UserError(f'batch_size: {batch_size} does not divide over {devices} devices; use {above}')
 
 
 def num_classes(
@@ -121,14 +111,11 @@ def num_classes(
       f'logits [{batch_size}, K]'
     )
   if logits.dtype.kind != 'f' and logits.dtype.name != 'bfloat16':
-    raise UserError(
-      f'logits function: it gave {logits.dtype.name}, expected float logits'
-    )
+    raise UserError(f'logits function: it gave {logits.dtype.name}, expected float logits')
   low, high = int(labels.min()), int(labels.max())
   if low < 0 or high >= shape[1]:
     raise UserError(
-      f'labels are in [{low}, {high}], but the logits have {shape[1]} classes, '
-      f'0..{shape[1] - 1}'
+      f'labels are in [{low}, {high}], but the logits have {shape[1]} classes, 0..{shape[1] - 1}'
     )
   return shape[1]
 

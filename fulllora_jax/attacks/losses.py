@@ -31,9 +31,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Returns max_{k != y} logits_k - logits_y, [B]; positive where broken.
 
-  The loss f of Carlini & Wagner, 2017 (arXiv 1608.04644, section V) without
-  its bound; PGD on it in the linf ball is what papers call CW-20. It does not
-  saturate as the cross entropy does.
+  The loss f of Carlini & Wagner, 2017 (arXiv 1608.04644, section V) without its bound; PGD on it in
+  the linf ball is what papers call CW-20. It does not saturate as the cross entropy does.
 
   >>> import jax.numpy as jnp
   >>> margin(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([0])).tolist()
@@ -62,9 +61,7 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
-def targeted_dlr(
-  logits: jax.Array, labels: jax.Array, targets: jax.Array
-) -> jax.Array:
+def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
   """Returns the DLR towards one class, [B]; positive where it outdoes y.
 
   (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), equation 7 there.
@@ -148,11 +145,7 @@ def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return right & jnp.isfinite(logits).all(axis=-1)
 
 
-LOSSES: Mapping[str, Loss] = {
-  'ce': cross_entropy,
-  'margin': margin,
-  'dlr': dlr,
-}
+LOSSES: Mapping[str, Loss] = {'ce': cross_entropy, 'margin': margin, 'dlr': dlr}
 
 
 def of(name: str, labels: jax.Array) -> Callable[[jax.Array], jax.Array]:

@@ -11,33 +11,22 @@ from fulllora_jax.core.errors import UserError
 
 _DEFAULT_STEPS = 20
 NAMES = ('clean', 'fgsm', 'pgd', 'cw_linf')
-ENSEMBLES = {
-  'autoattack': 'standard',
-  'autoattack-plus': 'plus',
-  'autoattack-rand': 'rand',
-}
+ENSEMBLES = {'autoattack': 'standard', 'autoattack-plus': 'plus', 'autoattack-rand': 'rand'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-  """One evaluation attack.
+  """One evaluation attack."""
 
-  Attributes:
-    name: 'clean' (none), 'fgsm' (Goodfellow et al., 2015: one step of size
-      eps from x), 'pgd' (cross entropy) or 'cw_linf' (PGD on the margin, the
-      literature's CW-20 where it has 20 steps); or an ensemble: 'autoattack'
-      and its versions, or one of its attacks, such as 'apgd-t'.
-    steps: the number of gradient steps; 0 for clean and for ensembles.
-    step_size: the length of a step in [0, 1] pixels.
-    restarts: the number of random starts; 0 where the attack has none.
-    version: what `autoattack` takes as its version, for an ensemble; empty for
-      any other attack, which then can be called.
-  """
-
+  # 'clean' (none), 'fgsm' (Goodfellow et al., 2015: one step of size eps from x), 'pgd' (cross
+  # entropy) or 'cw_linf' (PGD on the margin, the literature's CW-20 where it has 20 steps); or an
+  # ensemble: 'autoattack' and its versions, or one of its attacks, such as 'apgd-t'
   name: str
-  steps: int
-  step_size: float
-  restarts: int
+  steps: int  # the number of gradient steps; 0 for clean and for ensembles
+  step_size: float  # the length of a step in [0, 1] pixels
+  restarts: int  # the number of random starts; 0 where the attack has none
+  # What `autoattack` takes as its version, for an ensemble; empty for any other attack, which then
+  # can be called
   version: str | tuple[str, ...] = ''
 
   @property
@@ -46,12 +35,7 @@ class Attack:
     return f'{self.name}-{self.steps}' if self.restarts else self.name
 
   def __call__(
-    self,
-    keys: jax.Array,
-    logits_fn: LogitsFn,
-    x: jax.Array,
-    labels: jax.Array,
-    threat: Threat,
+    self, keys: jax.Array, logits_fn: LogitsFn, x: jax.Array, labels: jax.Array, threat: Threat
   ) -> jax.Array:
     """Returns x_adv [B, H, W, C].
 
@@ -73,9 +57,7 @@ class Attack:
     )
 
 
-def parse(
-  text: str, threat: Threat, step_size: float, restarts: int = 1
-) -> Attack:
+def parse(text: str, threat: Threat, step_size: float, restarts: int = 1) -> Attack:
   """Reads 'clean', 'fgsm', 'pgd-20', 'autoattack', 'apgd-t', 'square', ...
 
   Args:
@@ -101,13 +83,10 @@ def parse(
   if name not in NAMES:
     known = (*NAMES, *ENSEMBLES, *ensemble.MEMBERS)
     raise UserError(
-      f'attack: unknown attack {text!r}; known: {", ".join(known)}, with '
-      'steps as in pgd-20'
+      f'attack: unknown attack {text!r}; known: {", ".join(known)}, with steps as in pgd-20'
     )
   if name != 'clean' and threat.norm == 'l1':
-    raise UserError(
-      f'attack: {name} knows linf and l2 only; for l1 give apgd-ce,apgd-t'
-    )
+    raise UserError(f'attack: {name} knows linf and l2 only; for l1 give apgd-ce,apgd-t')
   if name in ('clean', 'fgsm'):
     if dash:
       raise UserError(f'attack: {name} takes no steps, but got {text!r}')
@@ -116,9 +95,7 @@ def parse(
   if dash and not (count.isdecimal() and int(count) > 0):
     raise UserError(f'attack: {text!r} has no number of steps; write {name}-20')
   if name == 'cw_linf' and threat.norm != 'linf':
-    raise UserError(
-      f'attack: cw_linf needs threat.norm linf, but it is {threat.norm}'
-    )
+    raise UserError(f'attack: cw_linf needs threat.norm linf, but it is {threat.norm}')
   if restarts < 1:
     raise UserError(f'attack: restarts must be at least 1, but got {restarts}')
   steps = int(count) if dash else _DEFAULT_STEPS

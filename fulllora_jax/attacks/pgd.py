@@ -51,8 +51,7 @@ def pgd(
     random_start: False starts at x (and makes restarts pointless).
 
   Returns:
-    x_adv [B, H, W, C], float32, in the ball and the box; no gradient flows
-    through it.
+    x_adv [B, H, W, C], float32, in the ball and the box; no gradient flows through it.
   """
   loss_fn = losses.of(loss, labels)
 
@@ -120,9 +119,7 @@ def search(
     x_best, broken_best, loss_best = best
     x_new = attempt(restart)
     broken, value = strength(x_new)
-    stronger = (broken & ~broken_best) | (
-      (broken == broken_best) & (value > loss_best)
-    )
+    stronger = (broken & ~broken_best) | ((broken == broken_best) & (value > loss_best))
     return (
       pick(stronger, x_new, x_best),
       broken | broken_best,

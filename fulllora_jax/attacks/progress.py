@@ -23,17 +23,11 @@ from fulllora_jax.core.files import (
 
 
 class Outcome(NamedTuple):
-  """What an attack did to a batch of images.
+  """What an attack did to a batch of images."""
 
-  Attributes:
-    broken: bool [b].
-    x_adv: float32 [b, H, W, C]; the image itself where it is not broken.
-    seconds: what the attack took.
-  """
-
-  broken: np.ndarray
-  x_adv: np.ndarray
-  seconds: float
+  broken: np.ndarray  # bool [b]
+  x_adv: np.ndarray  # float32 [b, H, W, C]; the image itself where it is not broken
+  seconds: float  # what the attack took
 
 
 class Progress:
@@ -50,8 +44,7 @@ class Progress:
       logits: [N, K] of the images attacked, which identify the model.
 
     Raises:
-      UserError: the directory holds the progress of something else, or cannot
-        be written.
+      UserError: the directory holds the progress of something else, or cannot be written.
     """
     directory = self.directory
     if directory is None:
@@ -62,15 +55,12 @@ class Progress:
       _check_model(directory, logits)
     except OSError as error:
       raise UserError(
-        f'cannot keep the progress in {directory}: {error.strerror}; choose '
-        'another place'
+        f'cannot keep the progress in {directory}: {error.strerror}; choose another place'
       ) from None
     except UserError:
       raise
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
-      raise UserError(
-        f'cannot read the progress in {directory}; remove it to start over'
-      ) from None
+      raise UserError(f'cannot read the progress in {directory}; remove it to start over') from None
 
   def read(self, name: str, x: np.ndarray) -> Outcome | None:
     """Returns the outcome of a batch, or None if it is not there whole.
@@ -128,9 +118,7 @@ def _check_model(directory: Path, logits: np.ndarray) -> None:
     return
   with load_arrays(path) as file:
     saved = file['logits']
-  if saved.shape != logits.shape or not np.allclose(
-    saved, logits, rtol=1e-3, atol=1e-3
-  ):
+  if saved.shape != logits.shape or not np.allclose(saved, logits, rtol=1e-3, atol=1e-3):
     raise UserError(
       f'{directory} holds the progress on another model: its clean logits '
       'differ; give another directory'

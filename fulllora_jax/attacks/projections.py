@@ -8,16 +8,13 @@ and then solved for exactly on the coordinates that are still free.
 import jax
 import jax.numpy as jnp
 
-# Each step of Newton stops at least one more coordinate, in practice many at
-# once: of 64 to 150,528 coordinates of several kinds, linf took up to 9 steps
-# and l2 up to 15.
+# Each step of Newton stops at least one more coordinate, in practice many at once: of 64 to 150,528
+# coordinates of several kinds, linf took up to 9 steps and l2 up to 15.
 _NEWTON_STEPS = {'linf': 12, 'l2': 18}
 _BISECTIONS = 30
 
 
-def onto_l1_ball(
-  x: jax.Array, delta: jax.Array, eps: jax.Array | float
-) -> jax.Array:
+def onto_l1_ball(x: jax.Array, delta: jax.Array, eps: jax.Array | float) -> jax.Array:
   """Projects delta onto the l1 ball of radius eps around x, cut by the box.
 
   The nearest point shrinks every coordinate by one threshold t and clips it to
@@ -52,22 +49,17 @@ def onto_l1_ball(
   middle = (low + high) / 2
   free = (size > middle) & (size - middle < room)
   full = jnp.where(size - middle >= room, room, 0)
-  exact = (_sum(jnp.where(free, size, 0)) + _sum(full) - eps) / jnp.maximum(
-    _sum(free), 1
-  )
+  exact = (_sum(jnp.where(free, size, 0)) + _sum(full) - eps) / jnp.maximum(_sum(free), 1)
   threshold = jnp.where(inside, 0, jnp.clip(exact, low, high))
   return (jnp.sign(delta) * shrunk(threshold)).reshape(shape)
 
 
-def onto_hyperplane(
-  x: jax.Array, normal: jax.Array, offset: jax.Array, norm: str
-) -> jax.Array:
+def onto_hyperplane(x: jax.Array, normal: jax.Array, offset: jax.Array, norm: str) -> jax.Array:
   """Moves x the least, within the box, to the plane <normal, x> = offset.
 
-  Every coordinate goes towards the plane, by t (linf) or by t |normal| (l2),
-  until the box stops it; t is the least with which the plane is reached. If it
-  does not cut the box, each coordinate goes all its way. Croce & Hein, 2020
-  (arXiv 1907.02044), section 3.2.
+  Every coordinate goes towards the plane, by t (linf) or by t |normal| (l2), until the box stops
+  it; t is the least with which the plane is reached. If it does not cut the box, each coordinate
+  goes all its way. Croce & Hein, 2020 (arXiv 1907.02044), section 3.2.
 
   Args:
     x: [B, D] in [0, 1].

@@ -39,9 +39,7 @@ def fgsm_rs(
     x_adv [B, H, W, C], in the ball and the box.
   """
   size = STEP * threat.eps
-  return pgd(
-    keys, logits_fn, x, labels, threat, steps=1, step_size=size, loss=loss
-  )
+  return pgd(keys, logits_fn, x, labels, threat, steps=1, step_size=size, loss=loss)
 
 
 def n_fgsm(

@@ -105,16 +105,12 @@ def first_change(
   if most == 1:
     return jnp.zeros(len(x_adv), jnp.int32)
   pixels = tuple(range(1, x_adv.ndim))
-  changes = jax.vmap(lambda n: (tried(n) != x_adv).any(axis=pixels))(
-    jnp.arange(most)
-  )
+  changes = jax.vmap(lambda n: (tried(n) != x_adv).any(axis=pixels))(jnp.arange(most))
   changes = changes.at[-1].set(True)
   return changes.argmax(axis=0).astype(jnp.int32)
 
 
-def keep_better(
-  search: Search, tried: jax.Array, margin: jax.Array, asked: jax.Array
-) -> Search:
+def keep_better(search: Search, tried: jax.Array, margin: jax.Array, asked: jax.Array) -> Search:
   """Takes what was tried where the margin fell; broken images stay.
 
   `asked`, bool [B], is False where an image has no query left.
@@ -122,14 +118,11 @@ def keep_better(
   better = (margin < search.margin) | (margin <= 0)
   better &= asked & (search.margin > 0)
   return search._replace(
-    x_adv=pick(better, tried, search.x_adv),
-    margin=jnp.where(better, margin, search.margin),
+    x_adv=pick(better, tried, search.x_adv), margin=jnp.where(better, margin, search.margin)
   )
 
 
-def window_sides(
-  queries: int, height: int, width: int, smallest: int
-) -> np.ndarray:
+def window_sides(queries: int, height: int, width: int, smallest: int) -> np.ndarray:
   """Returns the side of the window at each query, int [queries].
 
   A window of share p has sqrt(p H W) pixels a side; for l2, whose `smallest`
@@ -142,9 +135,7 @@ def window_sides(
   return sides.clip(max=min(height, width))
 
 
-def _propose_linf(
-  keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat
-) -> Propose:
+def _propose_linf(keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat) -> Propose:
   """Moves the window's pixels to x +- eps, each channel up or down."""
   side_at = jnp.array(sides)
 
@@ -163,9 +154,7 @@ def _propose_linf(
   return propose
 
 
-def _propose_l2(
-  keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat
-) -> Propose:
+def _propose_l2(keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat) -> Propose:
   """Puts the budget of one window into another one, in the shape of `eta`."""
   kinds, kind_of = np.unique(sides, return_inverse=True)
   shapes = jnp.array([np.pad(eta(n), (0, kinds[-1] - n)) for n in kinds])
@@ -174,9 +163,7 @@ def _propose_l2(
   def draw(key, delta, query):
     """One image: delta [H, W, C]."""
     height, width, channels = delta.shape
-    here, there, turn, colour = jax.random.split(
-      jax.random.fold_in(key, query + 1), 4
-    )
+    here, there, turn, colour = jax.random.split(jax.random.fold_in(key, query + 1), 4)
     side = side_at[query]
     new, mask_new = _place(here, shapes[kind_at[query]], turn, side, delta)
     mask_old = _window(there, side, height, width)[..., None]
@@ -216,10 +203,9 @@ def _heap(rows: int, columns: int) -> np.ndarray:
   top, left = rows // 2, columns // 2
   for n in range(max(top, left) + 1):
     # n-th: 2 n + 1 pixels wide around the middle, cut at the border.
-    heap[
-      max(top - n, 0) : max(top + n + 1, 0),
-      max(left - n, 0) : max(left + n + 1, 0),
-    ] += 1 / (n + 1) ** 2
+    heap[max(top - n, 0) : max(top + n + 1, 0), max(left - n, 0) : max(left + n + 1, 0)] += (
+      1 / (n + 1) ** 2
+    )
   norm = np.linalg.norm(heap)
   return heap / norm if norm else heap
 
@@ -240,15 +226,9 @@ def _tiles(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
   turned = jax.random.bernoulli(turn, shape=(rows, columns, 1, 1))
   windows = jnp.where(turned, window.T, window)[..., None]
   windows = windows * _signs(colour, (rows, columns, 1, 1, channels))
-  grid = windows.transpose(0, 2, 1, 3, 4).reshape(
-    rows * side, columns * side, channels
-  )
+  grid = windows.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, channels)
   top, left = (height - rows * side) // 2, (width - columns * side) // 2
-  return (
-    jnp.zeros(shape)
-    .at[top : top + rows * side, left : left + columns * side]
-    .set(grid)
-  )
+  return jnp.zeros(shape).at[top : top + rows * side, left : left + columns * side].set(grid)
 
 
 def _place(key, window, turn, side, like):
@@ -271,20 +251,12 @@ def _window(key, side, height, width):
 
 def _corner(key, side, height, width):
   u, v = jax.random.uniform(key, (2,))
-  return (
-    (u * (height - side + 1)).astype(int),
-    (v * (width - side + 1)).astype(int),
-  )
+  return ((u * (height - side + 1)).astype(int), (v * (width - side + 1)).astype(int))
 
 
 def _inside(top, left, side, height, width):
   rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
-  return (
-    (rows >= top)
-    & (rows < top + side)
-    & (columns >= left)
-    & (columns < left + side)
-  )
+  return (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
 
 
 def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

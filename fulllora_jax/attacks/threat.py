@@ -47,10 +47,6 @@ def parse_fraction(text: str | float, name: str = 'eps') -> float:
 class Threat:
   """A ball around each image, cut by the box [0, 1].
 
-  Attributes:
-    norm: 'linf', 'l2', or 'l1' (which only APGD attacks, apgd_l1.py).
-    eps: the radius in [0, 1] pixels: a number, or text such as '8/255'.
-
   Raises:
     UserError: unknown norm, eps negative, or above 1 for linf.
 
@@ -58,14 +54,12 @@ class Threat:
   True
   """
 
-  norm: str = 'linf'
-  eps: float | jax.Array = 8 / 255
+  norm: str = 'linf'  # 'linf', 'l2', or 'l1' (which only APGD attacks, apgd_l1.py)
+  eps: float | jax.Array = 8 / 255  # the radius in [0, 1] pixels: a number, or text such as '8/255'
 
   def __post_init__(self):
     if self.norm not in NORMS:
-      raise UserError(
-        f'threat.norm: unknown norm {self.norm!r}; known: {", ".join(NORMS)}'
-      )
+      raise UserError(f'threat.norm: unknown norm {self.norm!r}; known: {", ".join(NORMS)}')
     if isinstance(self.eps, jax.Array):  # a scaled threat inside jit
       return
     eps = parse_fraction(self.eps, 'threat.eps')
@@ -73,16 +67,13 @@ class Threat:
       raise UserError(f'threat.eps: {self.eps} is negative')
     if self.norm == 'linf' and eps > 1:
       raise UserError(
-        f'threat.eps: {self.eps} is above 1, but pixels are in [0, 1]; did '
-        f'you mean {eps:g}/255?'
+        f'threat.eps: {self.eps} is above 1, but pixels are in [0, 1]; did you mean {eps:g}/255?'
       )
     object.__setattr__(self, 'eps', eps)
 
   def scaled(self, factor: jax.Array | float) -> 'Threat':
     """Returns the threat with eps times `factor`, which may be traced."""
-    return dataclasses.replace(
-      self, eps=jnp.asarray(self.eps * factor, jnp.float32)
-    )
+    return dataclasses.replace(self, eps=jnp.asarray(self.eps * factor, jnp.float32))
 
   @property
   def reach(self) -> jax.Array | float:
@@ -107,9 +98,7 @@ class Threat:
     delta = jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
     return self.project(x, x + self.eps * delta)
 
-  def near_start(
-    self, keys: jax.Array, x: jax.Array, deviation: float
-  ) -> jax.Array:
+  def near_start(self, keys: jax.Array, x: jax.Array, deviation: float) -> jax.Array:
     """Adds a little normal noise, then projects.
 
     TRADES and MART begin so, for at x itself the gradient of a divergence from
@@ -132,11 +121,7 @@ class Threat:
     return gradient / jnp.maximum(l2_norm(gradient), 1e-12)
 
   def ascend(
-    self,
-    x: jax.Array,
-    x_adv: jax.Array,
-    gradient: jax.Array,
-    step_size: jax.Array | float,
+    self, x: jax.Array, x_adv: jax.Array, gradient: jax.Array, step_size: jax.Array | float
   ) -> jax.Array:
     """Makes a step of PGD: project(x_adv + step_size direction(gradient)).
 
@@ -169,9 +154,7 @@ class Threat:
 
 def l2_norm(a: jax.Array) -> jax.Array:
   """Norm of each image, [B, 1, 1, 1]."""
-  return jnp.sqrt(
-    jnp.square(a).sum(axis=tuple(range(1, a.ndim)), keepdims=True)
-  )
+  return jnp.sqrt(jnp.square(a).sum(axis=tuple(range(1, a.ndim)), keepdims=True))
 
 
 def _uniform_linf(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -35,9 +35,7 @@ def choose(name: str, value: str, known: tuple[str, ...]) -> None:
     raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}')
 
 
-def did_you_mean(
-  name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.5
-) -> str:
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.5) -> str:
   """Returns 'did you mean a or b? ' of the nearest names, or nothing.
 
   >>> did_you_mean('fulllorra', ['fulllora', 'linear'])

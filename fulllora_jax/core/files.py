@@ -82,8 +82,7 @@ def absolute_path(path: str | os.PathLike) -> Path | epath.Path:
 def relative(path: str | os.PathLike, start: str | os.PathLike) -> str:
   """Returns the way from a directory to a path; `beside` goes that way.
 
-  It is the path itself where there is none: between a disk and a bucket, or
-  between two buckets.
+  It is the path itself where there is none: between a disk and a bucket, or between two buckets.
   """
   if _bucket(path) != _bucket(start):
     return os.fspath(path)
@@ -145,8 +144,7 @@ def reason(error: Exception) -> str:
   text = ' '.join(str(error).split()) or type(error).__name__
   if isinstance(error, ImportError):
     return (
-      f'{text}; install tensorflow-cpu or gcsfs, one of which reads gs://, and '
-      'google-cloud-storage'
+      f'{text}; install tensorflow-cpu or gcsfs, one of which reads gs://, and google-cloud-storage'
     )
   # An error's class says as much as its message: PermissionDeniedError.
   searched = f'{type(error).__name__} {text}'.lower()
@@ -157,9 +155,7 @@ def reason(error: Exception) -> str:
 
 
 def bounded(
-  call: Callable[[], Any],
-  path: str | os.PathLike,
-  seconds: float = PROBE_SECONDS,
+  call: Callable[[], Any], path: str | os.PathLike, seconds: float = PROBE_SECONDS
 ) -> Any:
   """Calls a function that asks a bucket, and waits no longer than it may.
 
@@ -199,9 +195,7 @@ def make_directory(path: Path | epath.Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def make_writable(
-  path: Path | epath.Path, seconds: float = PROBE_SECONDS
-) -> None:
+def make_writable(path: Path | epath.Path, seconds: float = PROBE_SECONDS) -> None:
   """Makes a directory, if it is missing; raises OSError if none can write.
 
   In a bucket an object is written and removed again, within `seconds`.

@@ -23,19 +23,15 @@ _PATIENCE = 3  # periods without a renewal, after which the owner is dead
 
 
 @contextlib.contextmanager
-def exclusive(
-  directory: Path | epath.Path, period: float = PERIOD
-) -> Iterator[None]:
+def exclusive(directory: Path | epath.Path, period: float = PERIOD) -> Iterator[None]:
   """Keeps other processes out of a directory that can be written.
 
-  On a disk the lock ends with the process, however that ends. In a bucket it
-  is an object that its owner rewrites every `period`. Each write is for one
-  generation of the object (`if_generation_match`), so that of several
-  processes that write at once one succeeds. A process that finds the object
-  looks at it for three periods: it refuses if the object changed, and takes
-  its place if not, since the owner is dead. No clocks of different hosts are
-  compared. An owner that was taken for dead, after a long break of its
-  network, is sent SIGTERM, so that it stops.
+  On a disk the lock ends with the process, however that ends. In a bucket it is an object that its
+  owner rewrites every `period`. Each write is for one generation of the object
+  (`if_generation_match`), so that of several processes that write at once one succeeds. A process
+  that finds the object looks at it for three periods: it refuses if the object changed, and takes
+  its place if not, since the owner is dead. No clocks of different hosts are compared. An owner
+  that was taken for dead, after a long break of its network, is sent SIGTERM, so that it stops.
 
   Args:
     directory: to be alone in; it exists.
@@ -78,11 +74,7 @@ class _Lease:
       self._bucket, self._name = storage.Client().bucket(bucket), name
     self._errors = exceptions
     self._text = json.dumps(
-      {
-        'id': uuid.uuid4().hex,
-        'host': socket.gethostname(),
-        'process': os.getpid(),
-      }
+      {'id': uuid.uuid4().hex, 'host': socket.gethostname(), 'process': os.getpid()}
     )
     self._generation = 0  # of the object as we know it; 0 is none
     self._stopped = threading.Event()
@@ -119,9 +111,7 @@ class _Lease:
     # One that cannot be removed is taken for dead in a while.
     with contextlib.suppress(OSError), os_errors(self._path):
       self._bucket.blob(self._name).delete(
-        if_generation_match=self._generation,
-        timeout=self._period,
-        retry=None,
+        if_generation_match=self._generation, timeout=self._period, retry=None
       )
 
   def _look(self) -> tuple[int, str]:
@@ -138,9 +128,7 @@ class _Lease:
     blob = self._bucket.blob(self._name)
     with os_errors(self._path):
       try:
-        blob.upload_from_string(
-          self._text, if_generation_match=self._generation, **limits
-        )
+        blob.upload_from_string(self._text, if_generation_match=self._generation, **limits)
         written = blob.generation
       except self._errors.PreconditionFailed:
         # Where an answer was lost, the object is there from the first try.
@@ -175,6 +163,5 @@ def _owner(lease: str) -> str:
 
 def _taken(directory: Path | epath.Path) -> UserError:
   return UserError(
-    f'--workdir: another process is at work in {directory}; wait for it, or '
-    'give another --workdir'
+    f'--workdir: another process is at work in {directory}; wait for it, or give another --workdir'
   )

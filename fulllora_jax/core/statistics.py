@@ -23,10 +23,9 @@ def paired_difference(
 ) -> dict[str, Any]:
   """Returns the mean of values - reference, and its interval.
 
-  The differences are taken seed by seed, so that what a seed does to both
-  cancels. The interval is Student's (1908) for the mean of paired differences,
-  which takes them as normal; with three seeds it reaches 4.3 standard errors
-  each way.
+  The differences are taken seed by seed, so that what a seed does to both cancels. The interval is
+  Student's (1908) for the mean of paired differences, which takes them as normal; with three seeds
+  it reaches 4.3 standard errors each way.
 
   Args:
     values: one value for each seed.
@@ -52,9 +51,7 @@ def paired_difference(
   return {name: round(value, 12) for name, value in found.items()}
 
 
-def wilson_interval(
-  correct: int, total: int, confidence: float = 0.95
-) -> tuple[float, float]:
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
   """Returns the Wilson score interval of a proportion, both ends in [0, 1].
 
   Source: E. B. Wilson, Probable inference, the law of succession, and
@@ -63,8 +60,7 @@ def wilson_interval(
   Args:
     correct: successes, 0..total.
     total: trials, at least 1.
-    confidence: probability that the two-sided interval covers the proportion,
-      in (0, 1).
+    confidence: probability that the two-sided interval covers the proportion, in (0, 1).
 
   Raises:
     UserError: if the counts or the confidence are out of range.
@@ -74,9 +70,7 @@ def wilson_interval(
   '0.3561 0.5476'
   """
   if not 0 <= correct <= total or total < 1 or not 0 < confidence < 1:
-    raise UserError(
-      f'no interval for {correct} correct of {total} at {confidence}'
-    )
+    raise UserError(f'no interval for {correct} correct of {total} at {confidence}')
   z = NormalDist().inv_cdf((1 + confidence) / 2)
   rate = correct / total
   centre = rate + z * z / (2 * total)

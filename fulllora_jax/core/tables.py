@@ -47,10 +47,7 @@ def markdown(rows: Rows, left: int = 1) -> str:
   """
   header, *body = rows
   rule = ['---' if number < left else '---:' for number in range(len(header))]
-  escaped = [
-    [str(cell).replace('|', r'\|') for cell in row]
-    for row in (header, rule, *body)
-  ]
+  escaped = [[str(cell).replace('|', r'\|') for cell in row] for row in (header, rule, *body)]
   return '\n'.join(f'| {" | ".join(row)} |' for row in escaped)
 
 
@@ -62,10 +59,7 @@ def as_csv(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def with_interval(
-  middle: float,
-  ends: Sequence[float | None],
-  form: str = '.1f',
-  scale: float = 100,
+  middle: float, ends: Sequence[float | None], form: str = '.1f', scale: float = 100
 ) -> str:
   """Writes a number and its interval, which is left out where it is unknown.
 
@@ -81,6 +75,4 @@ def with_interval(
   low, high = ends
   if low is None or high is None:
     return f'{scale * middle:{form}}'
-  return (
-    f'{scale * middle:{form}} [{scale * low:{form}}, {scale * high:{form}}]'
-  )
+  return f'{scale * middle:{form}} [{scale * low:{form}}, {scale * high:{form}}]'

@@ -25,12 +25,8 @@ class Masked(NamedTuple):
 
 def split(variables: Tree, mask: Tree) -> tuple[Tree, Tree]:
   """Splits variables into (trainable, frozen) by a tree of bools."""
-  trainable = jax.tree.map(
-    lambda learns, v: v if learns else Masked(), mask, variables
-  )
-  frozen = jax.tree.map(
-    lambda learns, v: Masked() if learns else v, mask, variables
-  )
+  trainable = jax.tree.map(lambda learns, v: v if learns else Masked(), mask, variables)
+  frozen = jax.tree.map(lambda learns, v: Masked() if learns else v, mask, variables)
   return trainable, frozen
 
 
@@ -62,12 +58,7 @@ def merge(trainable: Tree, frozen: Tree) -> Tree:
   >>> merge(*split(variables, {'w': True, 'b': False})) == variables
   True
   """
-  return jax.tree.map(
-    lambda t, f: f if _is_masked(t) else t,
-    trainable,
-    frozen,
-    is_leaf=_is_masked,
-  )
+  return jax.tree.map(lambda t, f: f if _is_masked(t) else t, trainable, frozen, is_leaf=_is_masked)
 
 
 def prune(tree: Tree) -> dict[str, Any]:
@@ -93,9 +84,7 @@ def select(tree: Tree, names) -> Tree:
 def named_leaves(tree: Tree) -> dict[str, Any]:
   """Returns path -> leaf, e.g. 'lnlora/embedding/lora_a'; masked ones not."""
   flat = traverse_util.flatten_dict(tree, sep='/')
-  return {
-    path: leaf for path, leaf in sorted(flat.items()) if not _is_masked(leaf)
-  }
+  return {path: leaf for path, leaf in sorted(flat.items()) if not _is_masked(leaf)}
 
 
 def count(tree: Tree) -> int:
@@ -154,9 +143,7 @@ def _is_masked(leaf: Any) -> bool:
   return isinstance(leaf, Masked)
 
 
-def first_difference(
-  expected: Tree, found: Tree, *, more_is_fine: bool = False
-) -> str | None:
+def first_difference(expected: Tree, found: Tree, *, more_is_fine: bool = False) -> str | None:
   """Compares shapes and dtypes; says the first difference in words.
 
   Args:
@@ -176,9 +163,7 @@ def first_difference(
       return f'{path} is not expected'
     want, have = wanted[path], leaves[path]
     if tuple(want.shape) != tuple(have.shape):
-      return (
-        f'{path} has shape {tuple(have.shape)}, expected {tuple(want.shape)}'
-      )
+      return f'{path} has shape {tuple(have.shape)}, expected {tuple(want.shape)}'
     if np.dtype(want.dtype) != np.dtype(have.dtype):
       return f'{path} has dtype {have.dtype}, expected {want.dtype}'
   return None

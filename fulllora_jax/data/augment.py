@@ -18,16 +18,14 @@ def to_unit(images: jax.Array) -> jax.Array:
 class Augmentation:
   """Crops and flips every image, then mixes the batch with its reverse.
 
-  Crop, flip and mixing are drawn from a key and the row alone, so that what was
-  done to a batch can be done to something else too, and undone. Mixing follows
-  timm's batch mode: with `mix_probability` the whole batch is mixed, by mixup
-  (Zhang et al., 2018, arXiv 1710.09412) or cutmix (Yun et al., 2019, arXiv
-  1905.04899), with equal chance where both are on.
+  Crop, flip and mixing are drawn from a key and the row alone, so that what was done to a batch can
+  be done to something else too, and undone. Mixing follows timm's batch mode: with
+  `mix_probability` the whole batch is mixed, by mixup (Zhang et al., 2018, arXiv 1710.09412) or
+  cutmix (Yun et al., 2019, arXiv 1905.04899), with equal chance where both are on.
   """
 
   num_classes: int  # K
-  # Pixels of zeros around the image, from which a window of its size is cut;
-  # 0: no crop.
+  # Pixels of zeros around the image, from which a window of its size is cut; 0: no crop.
   crop_padding: int
   flip: bool  # whether to mirror images left to right with probability 1/2
   mixup: float  # alpha of mixup's lambda ~ Beta(alpha, alpha); 0: no mixup
@@ -45,17 +43,14 @@ class Augmentation:
       labels: int [B].
 
     Returns:
-      float32 [B, H, W, C] images in [0, 1], and the labels: untouched if mixing
-      is off (mix_probability or both alphas 0), otherwise float32 [B, K] rows
-      that sum to 1.
+      float32 [B, H, W, C] images in [0, 1], and the labels: untouched if mixing is off
+      (mix_probability or both alphas 0), otherwise float32 [B, K] rows that sum to 1.
     """
     images = self.move(key, images)
     if not self._may_mix:
       return images, labels
     soft_labels = jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32)
-    return _mix(
-      *self._mixing(key), images, soft_labels, self.mixup, self.cutmix
-    )
+    return _mix(*self._mixing(key), images, soft_labels, self.mixup, self.cutmix)
 
   def move(self, key: jax.Array, images: jax.Array) -> jax.Array:
     """Crops and flips [B, H, W, C] of any dtype, as the key says."""
@@ -63,9 +58,7 @@ class Augmentation:
       return images
     return jax.vmap(self._move_one)(self._keys(key, images), images)
 
-  def undo_move(
-    self, key: jax.Array, moved: jax.Array, before: jax.Array
-  ) -> jax.Array:
+  def undo_move(self, key: jax.Array, moved: jax.Array, before: jax.Array) -> jax.Array:
     """Moves pixels back; those that were cut off stay as in `before`.
 
     Args:

@@ -33,8 +33,7 @@ def get(name: str, directory: str) -> tfds.core.DatasetBuilder:
     raise UserError(_unknown(name, directory)) from error
   except Exception as error:  # a wrong config name, damaged metadata, ...
     raise UserError(
-      f'data.name={name}: tfds cannot open it in {directory}: '
-      f'{first_line(error)}'
+      f'data.name={name}: tfds cannot open it in {directory}: {first_line(error)}'
     ) from error
 
 
@@ -55,9 +54,8 @@ def other_format(name: str, directory: str, found: set[str]) -> str:
   """Returns what to say of a set that is prepared in another file format."""
   command = prepare_command(name, f'{directory.rstrip("/")}-{FORMAT}')
   return (
-    f'{name} in {directory} is prepared as {", ".join(sorted(found))}, only '
-    f'{FORMAT} can be read; prepare it in another folder with `{command}` and '
-    'set data.dir to that folder'
+    f'{name} in {directory} is prepared as {", ".join(sorted(found))}, only {FORMAT} can be read; '
+    f'prepare it in another folder with `{command}` and set data.dir to that folder'
   )
 
 
@@ -73,9 +71,8 @@ def _unknown(name: str, directory: str) -> str:
     known += [entry.name for entry in pathlib.Path(directory).iterdir()]
   hint = did_you_mean(name.split('/')[0], known, most=4, cutoff=0.6)
   return (
-    f'data.name={name}: neither tfds nor {directory} has such a set; '
-    f'{hint or "see tfds "}'
-    '(a folder of images is written folder:/path)'
+    f'data.name={name}: neither tfds nor {directory} has such a set; {hint or "see tfds "}(a '
+    'folder of images is written folder:/path)'
   )
 
 

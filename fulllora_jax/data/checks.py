@@ -21,9 +21,8 @@ def check_labels(name, split, labels, label_names) -> None:
   low, high, count = int(labels.min()), int(labels.max()), len(label_names)
   if low < 0 or high >= count:
     raise UserError(
-      f'data.name={name}: split {split} has labels {low}..{high}, but there '
-      f'are {count} classes (0..{count - 1}); -1 means unlabelled: name '
-      'another data.test_split'
+      f'data.name={name}: split {split} has labels {low}..{high}, but there are {count} classes '
+      f'(0..{count - 1}); -1 means unlabelled: name another data.test_split'
     )
 
 
@@ -34,14 +33,12 @@ def check_classes(name, labels, label_names) -> None:
   if absent:
     more = ', ...' if len(absent) > 5 else ''
     console.warn(
-      f'{name}: no training example of {len(absent)} classes: '
-      f'{", ".join(absent[:5])}{more}'
+      f'{name}: no training example of {len(absent)} classes: {", ".join(absent[:5])}{more}'
     )
   present = counts[counts > 0]
   if present.max() > _IMBALANCE * present.min():
     console.warn(
-      f'{name}: the classes are unbalanced, {present.min()} to '
-      f'{present.max()} training examples'
+      f'{name}: the classes are unbalanced, {present.min()} to {present.max()} training examples'
     )
 
 

@@ -10,13 +10,7 @@ import numpy as np
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import console
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import (
-  as_path,
-  bounded,
-  is_remote,
-  os_errors,
-  read_file,
-)
+from fulllora_jax.core.files import as_path, bounded, is_remote, os_errors, read_file
 from fulllora_jax.data import images, records, rng
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
@@ -77,8 +71,7 @@ def _check_there(name: str, root: Path) -> None:
     there = bounded(lambda: root.exists() and root.is_dir(), root)
   except OSError as error:
     raise UserError(
-      f'data.name={name}: cannot read {root}: {error.strerror}; mend that, or '
-      'give another folder'
+      f'data.name={name}: cannot read {root}: {error.strerror}; mend that, or give another folder'
     ) from None
   if not there:
     raise UserError(f'data.name={name}: there is no folder {str(root)!r}')
@@ -94,8 +87,7 @@ def _split_dirs(data: ConfigDict, root: Path) -> tuple[Path, Path | None]:
   test = next((root / name for name in wanted if name in found), None)
   if data.test_split and not test:
     raise UserError(
-      f'data.test_split={data.test_split}: no such folder in {root}; '
-      f'found {_few(found)}'
+      f'data.test_split={data.test_split}: no such folder in {root}; found {_few(found)}'
     )
   if data.train_split in found:
     return root / data.train_split, test
@@ -131,9 +123,7 @@ def _list_files(name: str, folder: Path, names: list[str]) -> Files:
   for label, class_name in enumerate(names):
     with os_errors(folder):
       found = sorted((folder / class_name).iterdir())
-    files += [
-      (path, label) for path in found if path.name.lower().endswith(SUFFIXES)
-    ]
+    files += [(path, label) for path in found if path.name.lower().endswith(SUFFIXES)]
   if not files:
     raise UserError(
       f'data.name={name}: no image in the class folders of {folder}; '
@@ -167,9 +157,7 @@ def _verified(data: ConfigDict, files: Files) -> tuple[Files, bool]:
       kept.append(file)
       gray = gray and channels == 1
   if skipped:
-    console.warn(
-      f'{data.name}: skipped {skipped} broken of {len(files)} images'
-    )
+    console.warn(f'{data.name}: skipped {skipped} broken of {len(files)} images')
   return kept, gray
 
 
@@ -190,9 +178,7 @@ def _report_broken(data: ConfigDict, path: Path, error: Exception) -> None:
   console.warn(f'skipping broken image {path} ({error})')
 
 
-def _records(
-  name: str, files: Files, size: int, channels: int
-) -> records.Records:
+def _records(name: str, files: Files, size: int, channels: int) -> records.Records:
   labels = np.array([label for _, label in files], np.int32)
 
   def read(indices, with_images):
@@ -211,17 +197,14 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
   except images.BROKEN as error:
     cause = getattr(error, 'strerror', None) or error
     raise UserError(
-      f'cannot read image {path} any more ({cause}); put it back, then the '
-      'same command goes on'
+      f'cannot read image {path} any more ({cause}); put it back, then the same command goes on'
     ) from error
 
 
 def _subfolders(folder: Path) -> list[str]:
   with os_errors(folder):
     return sorted(
-      entry.name
-      for entry in folder.iterdir()
-      if not entry.name.startswith('.') and entry.is_dir()
+      entry.name for entry in folder.iterdir() if not entry.name.startswith('.') and entry.is_dir()
     )
 
 

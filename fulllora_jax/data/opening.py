@@ -132,9 +132,7 @@ def _hold_out(data: ConfigDict, split: Split, seed: int) -> tuple[Split, Split]:
     )
   order = rng.generator(seed, 'validation split').permutation(len(split))
   train, validation = np.sort(order[count:]), np.sort(order[:count])
-  return _subset(split, split.name, train), _subset(
-    split, 'validation', validation
-  )
+  return _subset(split, split.name, train), _subset(split, 'validation', validation)
 
 
 def _subset(split: Split, name: str, rows: np.ndarray) -> Split:

@@ -14,9 +14,7 @@ from fulllora_jax.data.rng import generator
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
-def batch_indices(
-  num_examples: int, batch_size: int, step: int, seed: int
-) -> np.ndarray:
+def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> np.ndarray:
   """Returns the examples of one training batch, a function of its arguments.
 
   Training reads an endless stream: a permutation of all examples, then another
@@ -33,12 +31,8 @@ def batch_indices(
     int64 [B], values in [0, n).
   """
   first = step * batch_size
-  epochs = range(
-    first // num_examples, (first + batch_size - 1) // num_examples + 1
-  )
-  stream = np.concatenate(
-    [_permutation(num_examples, seed, epoch) for epoch in epochs]
-  )
+  epochs = range(first // num_examples, (first + batch_size - 1) // num_examples + 1)
+  stream = np.concatenate([_permutation(num_examples, seed, epoch) for epoch in epochs])
   offset = first % num_examples
   return stream[offset : offset + batch_size]
 
@@ -72,16 +66,14 @@ def train_batches(
     process_count: P, a divisor of B.
 
   Yields:
-    {'image': uint8 [B/P, H, W, C], 'label': int32 [B/P], 'index': int32 [B/P]
-    (in the split)}.
+    {'image': uint8 [B/P, H, W, C], 'label': int32 [B/P], 'index': int32 [B/P] (in the split)}.
 
   Raises:
     UserError: if P does not divide B; later, if an image cannot be read.
   """
   if batch_size % process_count:
     raise UserError(
-      f'train.batch_size={batch_size} is not a multiple of the '
-      f'{process_count} processes'
+      f'train.batch_size={batch_size} is not a multiple of the {process_count} processes'
     )
   rows = batch_size // process_count
   mine = slice(process_index * rows, (process_index + 1) * rows)
@@ -103,8 +95,7 @@ def choose_examples(count: int, num_examples: int, seed: int) -> np.ndarray:
   Args:
     count: N, the size of the split.
     num_examples: n, how many to choose; 0 or at least N: all.
-    seed: the choice follows from it. With one seed, a smaller choice is part
-      of a larger one.
+    seed: the choice follows from it. With one seed, a smaller choice is part of a larger one.
 
   Returns:
     int64 [n], rising.
@@ -113,9 +104,7 @@ def choose_examples(count: int, num_examples: int, seed: int) -> np.ndarray:
     UserError: if num_examples is negative.
   """
   if num_examples < 0:
-    raise UserError(
-      f'evaluation of {num_examples} examples: give 0 for all, or a number'
-    )
+    raise UserError(f'evaluation of {num_examples} examples: give 0 for all, or a number')
   if not 0 < num_examples < count:
     return np.arange(count)
   order = generator(seed, 'evaluation examples').permutation(count)
@@ -123,10 +112,7 @@ def choose_examples(count: int, num_examples: int, seed: int) -> np.ndarray:
 
 
 def eval_batches(
-  split: Split,
-  batch_size: int,
-  chosen: np.ndarray | None = None,
-  rows: slice = slice(None),
+  split: Split, batch_size: int, chosen: np.ndarray | None = None, rows: slice = slice(None)
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every example once, in order, or those that are chosen.
 
@@ -134,8 +120,7 @@ def eval_batches(
     split: what to evaluate on.
     batch_size: B; the last batch is filled up with its mask False.
     chosen: int [n], at least one example of the split; None: all.
-    rows: the R of the B rows whose images are wanted, where several processes
-      share a batch.
+    rows: the R of the B rows whose images are wanted, where several processes share a batch.
 
   Yields:
     {'image': uint8 [R, H, W, C], 'label': int32 [B], 'index': int32 [B] (in
@@ -145,9 +130,7 @@ def eval_batches(
     UserError: if batch_size is not positive.
   """
   if batch_size < 1:
-    raise UserError(
-      f'evaluation in batches of {batch_size}: it must be above 0'
-    )
+    raise UserError(f'evaluation in batches of {batch_size}: it must be above 0')
   if chosen is None:
     chosen = np.arange(len(split))
 

@@ -24,14 +24,11 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path, is_remote, make_writable, os_errors
 from fulllora_jax.data import builders
 
-_NAME = flags.DEFINE_string(
-  'name', None, 'The tfds set, e.g. cifar10 or imagenette/full-size.'
-)
+_NAME = flags.DEFINE_string('name', None, 'The tfds set, e.g. cifar10 or imagenette/full-size.')
 _DIR = flags.DEFINE_string(
   'dir',
   '',
-  'The tfds folder, on a disk or gs://...; default $TFDS_DATA_DIR, '
-  '~/tensorflow_datasets.',
+  'The tfds folder, on a disk or gs://...; default $TFDS_DATA_DIR, ~/tensorflow_datasets.',
 )
 _CHECK_NETWORK = flags.DEFINE_boolean(
   'check_network', True, 'Fail at once where the download cannot be reached.'
@@ -86,21 +83,14 @@ def _prepare_elsewhere(builder) -> None:
       _copy(local.data_path, builder.data_path)
     except OSError as error:
       raise UserError(
-        f'cannot copy {_NAME.value} to {builder.data_path}: {error.strerror}; '
-        'run the command again'
+        f'cannot copy {_NAME.value} to {builder.data_path}: {error.strerror}; run the command again'
       ) from None
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
   """Copies the files of a folder; its metadata last, which make it a set."""
-  for path in sorted(
-    source.iterdir(), key=lambda path: path.name == 'dataset_info.json'
-  ):
-    with (
-      os_errors(target),
-      path.open('rb') as content,
-      (target / path.name).open('wb') as copy,
-    ):
+  for path in sorted(source.iterdir(), key=lambda path: path.name == 'dataset_info.json'):
+    with os_errors(target), path.open('rb') as content, (target / path.name).open('wb') as copy:
       shutil.copyfileobj(content, copy, _CHUNK)
 
 
@@ -111,8 +101,7 @@ def _prepare(builder) -> None:
     import tensorflow  # noqa: F401
   except ImportError as error:
     raise UserError(
-      'preparing a set needs TensorFlow (training does not): pip install '
-      f'tensorflow-cpu ({error})'
+      f'preparing a set needs TensorFlow (training does not): pip install tensorflow-cpu ({error})'
     ) from error
   try:
     builder.download_and_prepare(file_format=builders.FORMAT)
@@ -138,17 +127,13 @@ def _check_network(builder) -> None:
   parts = urllib.parse.urlsplit(url)
   if parts.scheme not in ('http', 'https'):
     parts = urllib.parse.urlsplit(_FALLBACK_URL)
-  request = urllib.request.Request(
-    f'{parts.scheme}://{parts.netloc}/', method='HEAD'
-  )
+  request = urllib.request.Request(f'{parts.scheme}://{parts.netloc}/', method='HEAD')
   try:
     urllib.request.urlopen(request, timeout=_TIMEOUT).close()
   except urllib.error.HTTPError:
     return  # an answer
   except OSError as error:
-    raise UserError(
-      f'no network: {parts.netloc} cannot be reached ({error})'
-    ) from error
+    raise UserError(f'no network: {parts.netloc} cannot be reached ({error})') from error
 
 
 if __name__ == '__main__':

@@ -70,8 +70,7 @@ def load(source: Source, records: Records, in_memory: bool):
 def _read_all(records: Records, with_images: bool, title: str) -> Iterator:
   """Yields (rows, what `read` returned) in order, read ahead by threads."""
   chunks = [
-    np.arange(first, min(first + _CHUNK, records.size))
-    for first in range(0, records.size, _CHUNK)
+    np.arange(first, min(first + _CHUNK, records.size)) for first in range(0, records.size, _CHUNK)
   ]
   progress = console.Progress(records.size)
   last = time.monotonic()

@@ -33,9 +33,8 @@ def open_tfds(data: ConfigDict) -> records.Source:
     The source, with images resized to data.image_size.
 
   Raises:
-    UserError: if the set is unknown, not prepared, prepared in another format,
-      damaged, lacks a split, or is no image classification set; or the bucket
-      cannot be read.
+    UserError: if the set is unknown, not prepared, prepared in another format, damaged, lacks a
+      split, or is no image classification set; or the bucket cannot be read.
   """
   directory = builders.data_dir(data.dir)
   with _reachable(directory):
@@ -51,9 +50,7 @@ def open_tfds(data: ConfigDict) -> records.Source:
   train_split = _split(data.train_split, 'train_split', builder)
   test_split = _test_split(data, builder)
   if train_split == test_split:
-    raise UserError(
-      f'data.test_split={test_split} is also data.train_split; name another'
-    )
+    raise UserError(f'data.test_split={test_split} is also data.train_split; name another')
 
   def records_of(split):
     read, size = _reader(data, builder, split, (image_key, label_key), channels)
@@ -106,9 +103,7 @@ def _prepared(data: ConfigDict, directory: str) -> tfds.core.DatasetBuilder:
       raise UserError(_not_prepared(data.name, directory, reason))
   found = builders.formats(builder)
   if builders.FORMAT not in found:
-    raise UserError(
-      'data.name: ' + builders.other_format(data.name, directory, found)
-    )
+    raise UserError('data.name: ' + builders.other_format(data.name, directory, found))
   return builder
 
 
@@ -167,10 +162,9 @@ def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     matching = [key for key in keys if isinstance(features[key], kind)]
     if len(matching) != 1:
       raise UserError(
-        f'data.name={name}: need one image and one class label in an example, '
-        f'found {len(matching)} {kind.__name__} among '
-        f'{", ".join(features) or "no features"}; another config of the set '
-        'may have them'
+        f'data.name={name}: need one image and one class label in an example, found '
+        f'{len(matching)} {kind.__name__} among {", ".join(features) or "no features"}; another '
+        'config of the set may have them'
       )
     found += matching
   return tuple(found)
@@ -216,8 +210,7 @@ def _reader(data, builder, split, keys, channels):
       if not with_images:
         return None, labels
       decoded = [
-        images.decode(example[image_key], data.image_size, channels)
-        for example in examples
+        images.decode(example[image_key], data.image_size, channels) for example in examples
       ]
     return np.stack(decoded), labels
 

@@ -23,9 +23,7 @@ _fetches: ContextVar[Mesh | None] = ContextVar('fetches', default=None)
 _BLOCK = re.compile(r'block_\d+$')  # as the models name their blocks
 
 
-def make_mesh(
-  devices: list[jax.Device] | None = None, *, fsdp: int = 1
-) -> Mesh:
+def make_mesh(devices: list[jax.Device] | None = None, *, fsdp: int = 1) -> Mesh:
   """Returns a mesh (data, fsdp) of all devices, or of those given.
 
   All devices are ordered by process, so that each process has its rows of a
@@ -33,8 +31,7 @@ def make_mesh(
 
   Args:
     devices: the devices in order; None: all.
-    fsdp: number of devices that share a copy of the frozen base; it divides
-      the number of devices.
+    fsdp: number of devices that share a copy of the frozen base; it divides the number of devices.
   """
   if devices is None:
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
@@ -60,9 +57,7 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def frozen_sharding(
-  shape: tuple[int, ...], mesh: Mesh, shard_from: int
-) -> NamedSharding:
+def frozen_sharding(shape: tuple[int, ...], mesh: Mesh, shard_from: int) -> NamedSharding:
   """Returns where a frozen array lives: over `fsdp`, or whole everywhere.
 
   Args:
@@ -86,9 +81,7 @@ def frozen_sharding(
 
 def shard_frozen(tree: Any, mesh: Mesh, shard_from: int) -> Any:
   """Puts frozen arrays on the mesh; NumPy arrays part by part."""
-  return jax.tree.map(
-    lambda leaf: put(leaf, frozen_sharding(leaf.shape, mesh, shard_from)), tree
-  )
+  return jax.tree.map(lambda leaf: put(leaf, frozen_sharding(leaf.shape, mesh, shard_from)), tree)
 
 
 def frozen_shapes(tree: Any, mesh: Mesh, shard_from: int) -> Any:
@@ -116,9 +109,8 @@ def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 def fetching(apply: Callable, mesh: Mesh) -> Callable:
   """Makes a model fetch a base that is split, part by part, as it needs it.
 
-  Left to itself XLA splits the products instead, and sends activations. The
-  weights that belong to no block are fetched here; each block fetches its own
-  (`fetch`).
+  Left to itself XLA splits the products instead, and sends activations. The weights that belong to
+  no block are fetched here; each block fetches its own (`fetch`).
 
   Args:
     apply: (variables, images, **kwargs) -> logits.
@@ -200,14 +192,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """Makes global arrays from this process's rows of a batch."""
   sharding = batch_sharded(mesh)
   return {
-    name: jax.make_array_from_process_local_data(sharding, rows)
-    for name, rows in batch.items()
+    name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
   }
 
 
-def put_whole_batch(
-  batch: Mapping[str, np.ndarray], mesh: Mesh
-) -> dict[str, Any]:
+def put_whole_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """Makes global arrays from a batch that every process has whole."""
   return {name: put(rows, batch_sharded(mesh)) for name, rows in batch.items()}
 

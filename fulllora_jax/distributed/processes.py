@@ -1,12 +1,11 @@
 """Many processes, one run: how they find each other, agree and end.
 
-Every process runs the same command on its own host. Who they are comes from
---coordinator, --num_processes and --process_id; from JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which Kubernetes
-sets); or, under srun and on TPU slices, from JAX itself. `jax.distributed`
-connects them: its coordination service, which runs in process 0, misses a
-process that sends no heartbeats, and then ends all the others with SIGABRT and
-a line that names the lost one. In one process every function here is trivial.
+Every process runs the same command on its own host. Who they are comes from --coordinator,
+--num_processes and --process_id; from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+(or JOB_COMPLETION_INDEX, which Kubernetes sets); or, under srun and on TPU slices, from JAX itself.
+`jax.distributed` connects them: its coordination service, which runs in process 0, misses a process
+that sends no heartbeats, and then ends all the others with SIGABRT and a line that names the lost
+one. In one process every function here is trivial.
 """
 
 import collections
@@ -28,12 +27,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import (
-  RESTART,
-  Unavailable,
-  UserError,
-  first_line,
-)
+from fulllora_jax.core.errors import RESTART, Unavailable, UserError, first_line
 
 _ENVIRONMENT = {
   'coordinator': ('JAX_COORDINATOR_ADDRESS',),
@@ -43,8 +37,7 @@ _ENVIRONMENT = {
 _GRACE = 5.0  # seconds in which processes that end for one reason all end
 _LATE = 10.0  # seconds after a heartbeat's time, in which JAX ends a process
 
-# Seconds after which a silent process is lost; JAX's own where it was started
-# by somebody else.
+# Seconds after which a silent process is lost; JAX's own where it was started by somebody else.
 _heartbeat = 100.0
 
 
@@ -73,14 +66,11 @@ def start(values: flags.FlagValues) -> None:
     check_same('command', {'--num_processes': given['num_processes']})
 
 
-def parameters(
-  values: flags.FlagValues, environment: Mapping[str, str]
-) -> dict[str, Any]:
+def parameters(values: flags.FlagValues, environment: Mapping[str, str]) -> dict[str, Any]:
   """Reads who this process is from flags or environment.
 
   Returns:
-    Arguments of `jax.distributed.initialize`; none where nothing says that
-    there are others.
+    Arguments of `jax.distributed.initialize`; none where nothing says that there are others.
 
   Raises:
     UserError: something is missing or makes no sense.
@@ -91,29 +81,22 @@ def parameters(
     flag = values[name].value
     given[name] = flag if flag is not None else next(iter(found), None)
   # JOB_COMPLETION_INDEX alone is no sign of other processes.
-  if values['process_id'].value is None and not (
-    given['coordinator'] or given['num_processes']
-  ):
+  if values['process_id'].value is None and not (given['coordinator'] or given['num_processes']):
     return {}
   for name, value in given.items():
     if value is None:
       raise UserError(
         f'--{name}: missing; several processes need --coordinator, '
-        '--num_processes and --process_id, or '
-        + ', '.join(v for v, *_ in _ENVIRONMENT.values())
+        '--num_processes and --process_id, or ' + ', '.join(v for v, *_ in _ENVIRONMENT.values())
       )
   count, index = _number(given, 'num_processes'), _number(given, 'process_id')
   if not 0 <= index < count:
-    raise UserError(
-      f'--process_id {index}: of {count} processes the ids are 0..{count - 1}'
-    )
+    raise UserError(f'--process_id {index}: of {count} processes the ids are 0..{count - 1}')
   address = given['coordinator']
   _port(address)
   if count == 1:
     return {}
-  return dict(
-    coordinator_address=address, num_processes=count, process_id=index
-  )
+  return dict(coordinator_address=address, num_processes=count, process_id=index)
 
 
 def _number(given: Mapping[str, Any], name: str) -> int:
@@ -127,8 +110,7 @@ def _port(coordinator: str) -> int:
   host, _, port = coordinator.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 65536:
     raise UserError(
-      f'--coordinator {coordinator!r}: write host:port of process 0, as in '
-      '10.0.0.1:8476'
+      f'--coordinator {coordinator!r}: write host:port of process 0, as in 10.0.0.1:8476'
     )
   return int(port)
 
@@ -139,9 +121,8 @@ def _check_port(port: int) -> None:
     socket.create_server(('', port)).close()
   except OSError as error:
     raise UserError(
-      f'--coordinator: cannot listen on port {port}: '
-      f'{os.strerror(error.errno or 0)}; another run may be on this host, give '
-      'another port'
+      f'--coordinator: cannot listen on port {port}: {os.strerror(error.errno or 0)}; another run '
+      'may be on this host, give another port'
     ) from None
 
 
@@ -208,9 +189,8 @@ def _watch(met: threading.Event, who: str, wait: float) -> None:
   console.say(f'waiting for the other processes of {who}, at most {wait:g} s')
   if not met.wait(wait - soon):
     print(
-      f'error: --start_timeout {wait:g}: not all processes of {who} are there; '
-      'start all of them, each with a --process_id of its own, and let them '
-      'reach process 0',
+      f'error: --start_timeout {wait:g}: not all processes of {who} are there; start all of them, '
+      'each with a --process_id of its own, and let them reach process 0',
       file=sys.stderr,
     )
     console.flush()
@@ -229,9 +209,8 @@ def introduce() -> None:
     numbers = collections.Counter(d.process_index for d in jax.devices())
     if len(set(numbers.values())) > 1:
       raise UserError(
-        f'processes 0..{count() - 1} have '
-        f'{", ".join(str(numbers[i]) for i in range(count()))} devices; give '
-        'all of them as many'
+        f'processes 0..{count() - 1} have {", ".join(str(numbers[i]) for i in range(count()))} '
+        'devices; give all of them as many'
       )
     hosts = ', '.join(dict.fromkeys(gather(socket.gethostname())))
     console.say(f'{count()} processes on {hosts}')
@@ -255,13 +234,8 @@ def gather(value: Any) -> list[Any]:
   sizes = multihost_utils.process_allgather(np.int32(text.size))
   # Of few lengths, since each is a program of its own.
   length = max(256, 1 << (int(sizes.max()) - 1).bit_length())
-  rows = multihost_utils.process_allgather(
-    np.pad(text, (0, length - text.size))
-  )
-  return [
-    json.loads(row[:size].tobytes())
-    for row, size in zip(rows, sizes, strict=True)
-  ]
+  rows = multihost_utils.process_allgather(np.pad(text, (0, length - text.size)))
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def from_primary(function: Callable, *args: Any) -> Any:
@@ -327,9 +301,8 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
     for name in sorted(first.keys() | other.keys()):
       if first.get(name) != other.get(name):
         raise UserError(
-          f'process {index} ({other_host}) has another {what}: {name} '
-          f'{other.get(name)!r}, process 0 ({host}) has '
-          f'{first.get(name)!r}; start all with the same'
+          f'process {index} ({other_host}) has another {what}: {name} {other.get(name)!r}, process '
+          f'0 ({host}) has {first.get(name)!r}; start all with the same'
         )
 
 
@@ -353,10 +326,9 @@ def finish() -> None:
 def leave(status: int) -> None:
   """Ends this process with an exit status; returns where it is alone.
 
-  What goes wrong on all of them ends all with this status: they wait here for
-  each other, so that none of them is lost to another one. After a wrong of its
-  own this process is out after a moment, and JAX ends the others once it misses
-  this one.
+  What goes wrong on all of them ends all with this status: they wait here for each other, so that
+  none of them is lost to another one. After a wrong of its own this process is out after a moment,
+  and JAX ends the others once it misses this one.
   """
   if jax.distributed.is_initialized():
     console.flush()

@@ -88,9 +88,7 @@ def _quieten() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
   if record.levelno < logging.ERROR:
     return True
-  return (
-    record.name == 'absl' and f'{os.sep}orbax{os.sep}' not in record.pathname
-  )
+  return record.name == 'absl' and f'{os.sep}orbax{os.sep}' not in record.pathname
 
 
 def step_folders(directory: Path) -> list[Path]:

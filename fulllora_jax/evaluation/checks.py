@@ -10,10 +10,7 @@ def validate_plan(plan: Plan) -> None:
   """Raises UserError where a plan cannot be carried out."""
   ensembles = any(attack.version for attack in plan.all_attacks())
   if ensembles and not plan.threat.eps:
-    raise UserError(
-      f'threat.eps {plan.eps}: leaves nothing to attack; that is the clean '
-      'accuracy'
-    )
+    raise UserError(f'threat.eps {plan.eps}: leaves nothing to attack; that is the clean accuracy')
   check_positive('eval.batch_size', plan.batch_size)
   step_size = parse_fraction(plan.step_size, 'eval.step_size')
   check_positive('eval.step_size', step_size)
@@ -25,16 +22,13 @@ def validate_evaluation(config: ConfigDict) -> None:
   for factor in config.eval.radii:
     if not parse_fraction(factor, 'eval.radii') > 0:
       raise UserError(
-        f'eval.radii {factor}: give multiples of eps above 0; clean images are '
-        'there without asking'
+        f'eval.radii {factor}: give multiples of eps above 0; clean images are there without asking'
       )
   for weights in config.eval.weights:
     choose('eval.weights', weights, WEIGHTS)
   for field in ('num_examples', 'validation_examples'):
     if config.eval[field] < 0:
-      raise UserError(
-        f'eval.{field} {config.eval[field]}: give 0 for all, or a number'
-      )
+      raise UserError(f'eval.{field} {config.eval[field]}: give 0 for all, or a number')
 
 
 def refuse_rand(config: ConfigDict) -> None:

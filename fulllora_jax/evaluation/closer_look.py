@@ -1,8 +1,7 @@
 """A closer look at a finished run, for its page.
 
-Robust accuracy against eps, the most and the least robust test images, and
-what the adapter changed, map by map. All of it is bounded: a few hundred
-images, however large the test split is.
+Robust accuracy against eps, the most and the least robust test images, and what the adapter
+changed, map by map. All of it is bounded: a few hundred images, however large the test split is.
 """
 
 import functools
@@ -96,10 +95,7 @@ def _robustness(run: FinishedRun, sweep: EpsSweep, chosen, factors):
     for factor, outcome in zip(factors, outcomes, strict=True):
       robust = right & (outcome.attacked == labels)
       records.append(_record(weights, factor, eps, robust))
-    say(
-      f'{weights:<5} {sweep.attack.label} at {len(factors)} radii of '
-      f'{len(chosen)} test images'
-    )
+    say(f'{weights:<5} {sweep.attack.label} at {len(factors)} radii of {len(chosen)} test images')
   numbers = {
     'attack': sweep.attack.label,
     'split': 'test',
@@ -148,10 +144,7 @@ def _extreme_examples(run, sweep: EpsSweep, chosen, factors, outcomes):
         'eps': radius_text(run.evaluator.plan.eps, factors[number]),
         'broken': bool(first[place] < len(factors)),
       }
-  return {
-    'most': [shown[place] for place in most],
-    'least': [shown[place] for place in least],
-  }
+  return {'most': [shown[place] for place in most], 'least': [shown[place] for place in least]}
 
 
 def _influence(run: FinishedRun, sweep: EpsSweep | None, chosen):
@@ -171,12 +164,8 @@ def _branches(run: FinishedRun, sweep, chosen, variables) -> dict[str, Any]:
   images = {'clean': run.dataset.test.fetch(chosen).astype(np.float32) / 255}
   if sweep:
     images['adversarial'] = sweep.adversarial(variables, chosen, 1.0)
-  ratios = run.evaluator.jit(
-    functools.partial(influence.branch_ratios, adapted)
-  )
-  found = {
-    name: jax.device_get(ratios(variables, x)) for name, x in images.items()
-  }
+  ratios = run.evaluator.jit(functools.partial(influence.branch_ratios, adapted))
+  found = {name: jax.device_get(ratios(variables, x)) for name, x in images.items()}
   roles = {p: r for r, p in models.linear_maps(run.config.model.name).items()}
   order = influence.network_order(adapted, variables, images['clean'][0])
   return {
@@ -212,8 +201,7 @@ def _weight_changes(run: FinishedRun, base, best) -> dict[str, Any]:
     {leaf: base[leaf] for leaf in roles}, {leaf: best[leaf] for leaf in roles}
   )
   rows = [
-    {'path': leaf.removesuffix('/kernel'), 'role': role}
-    | {'change': float(found[leaf])}
+    {'path': leaf.removesuffix('/kernel'), 'role': role} | {'change': float(found[leaf])}
     for leaf, role in roles.items()
   ]
   return {'kind': 'weights', 'maps': rows}

@@ -49,16 +49,12 @@ class EpsSweep:
     # The images are fetched where they are asked for alone.
     self._take = jax.jit(lambda x_adv: x_adv, out_shardings=whole)
 
-  def outcome(
-    self, variables: Any, chosen: np.ndarray, factor: float
-  ) -> Outcome:
+  def outcome(self, variables: Any, chosen: np.ndarray, factor: float) -> Outcome:
     """Returns what becomes of the chosen images at `factor` times eps."""
     parts = [part for part, _ in self._batches(variables, chosen, factor)]
     return Outcome(*map(np.concatenate, zip(*parts, strict=True)))
 
-  def adversarial(
-    self, variables: Any, chosen: np.ndarray, factor: float
-  ) -> np.ndarray:
+  def adversarial(self, variables: Any, chosen: np.ndarray, factor: float) -> np.ndarray:
     """Returns the images of `outcome`, float32 [n, H, W, C]."""
     parts = []
     for outcome, x_adv in self._batches(variables, chosen, factor):

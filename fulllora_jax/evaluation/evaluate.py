@@ -12,11 +12,7 @@ from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import choose
 from fulllora_jax.core.files import absolute_path, replace_file
 from fulllora_jax.evaluation import checks
-from fulllora_jax.evaluation.evaluations import (
-  Evaluations,
-  LogitsFunction,
-  next_name,
-)
+from fulllora_jax.evaluation.evaluations import Evaluations, LogitsFunction, next_name
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.reports import attack_report, pictures, report

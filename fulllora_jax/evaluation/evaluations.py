@@ -47,14 +47,7 @@ class Evaluations:
   """
 
   def __init__(
-    self,
-    config,
-    dataset: data.Dataset,
-    apply: Callable,
-    plan: Plan,
-    *,
-    folder: Path,
-    name: str,
+    self, config, dataset: data.Dataset, apply: Callable, plan: Plan, *, folder: Path, name: str
   ):
     self.config, self.dataset = config, dataset
     self.folder, self.name = folder, name
@@ -115,8 +108,7 @@ class Evaluations:
   ) -> list[dict[str, Any]]:
     """Evaluates weights under plan after plan, saying each result.
 
-    The plans differ in their radius, so clean images are evaluated once. The
-    last plan is kept.
+    The plans differ in their radius, so clean images are evaluated once. The last plan is kept.
     """
     records = []
     for number, plan in enumerate(plans):
@@ -134,20 +126,14 @@ class Evaluations:
           )
     return records
 
-  def report(
-    self, evaluations: list[dict[str, Any]], seconds: dict[str, float]
-  ) -> dict[str, Any]:
+  def report(self, evaluations: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
     """Returns what a result says, as JSON values, beside its `evaluations`."""
     plan, threat = self.evaluator.plan, self.evaluator.threat
     config = config_lib.copy(self.config)
     config.threat.eps, config.eval.step_size = plan.eps, plan.step_size
     return {
       'dataset': self.dataset.name,
-      'threat': {
-        'norm': plan.norm,
-        'eps': plan.eps,
-        'eps_value': threat.eps,
-      },
+      'threat': {'norm': plan.norm, 'eps': plan.eps, 'eps_value': threat.eps},
       'evaluations': evaluations,
       'label_names': list(self.dataset.label_names),
       'command': provenance.command(),
@@ -177,9 +163,7 @@ class Evaluations:
     self._progress.append(directory)
     return directory
 
-  def _verify(
-    self, outcome, weights: str, attack: Attack, variables
-  ) -> dict[str, Any]:
+  def _verify(self, outcome, weights: str, attack: Attack, variables) -> dict[str, Any]:
     """Saves the adversarial images, reads them back and looks again.
 
     Returns:
@@ -188,8 +172,7 @@ class Evaluations:
     """
     plan = self.evaluator.plan
     path = self.folder / (
-      f'{self.name}-{weights}-{attack.label}-{plan.norm}-'
-      f'{plan.eps.replace("/", "_")}.npz'
+      f'{self.name}-{weights}-{attack.label}-{plan.norm}-{plan.eps.replace("/", "_")}.npz'
     )
     if processes.is_primary():
       make_directory(self.folder)

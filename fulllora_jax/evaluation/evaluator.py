@@ -25,8 +25,7 @@ from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.settings import Plan
 
-# On a CPU the throughput is the same from here on, and small batches leave
-# fewer rows to fill up.
+# On a CPU the throughput is the same from here on, and small batches leave fewer rows to fill up.
 _CPU_BATCH = 32  # for each device
 # Evaluation draws from another stream than training: (seed, this, example).
 _EVALUATION_STREAM = 1 << 20
@@ -77,9 +76,8 @@ class Evaluator:
 
   Attributes:
     apply: (variables, images [B, H, W, C]) -> logits [B, K], deterministic.
-    plan: the threat, batch size, seed and precision. An example's draws follow
-      from the seed and its index, so they depend on neither the batch size nor
-      the devices.
+    plan: the threat, batch size, seed and precision. An example's draws follow from the seed and
+      its index, so they depend on neither the batch size nor the devices.
     mesh: batches are sharded over it.
     threat: the ball attacks stay in.
     batch_size: the plan's, rounded up to a multiple of the devices.
@@ -100,9 +98,7 @@ class Evaluator:
 
   def _batch_size_of(self, num_examples: int) -> int:
     """Returns the batch size for so many, of which few rows are filled up."""
-    return min(
-      self.ensemble_batch_size, mesh_lib.round_up(num_examples, self.mesh)
-    )
+    return min(self.ensemble_batch_size, mesh_lib.round_up(num_examples, self.mesh))
 
   def evaluate(
     self,
@@ -125,9 +121,7 @@ class Evaluator:
     """
     chosen = data.choose_examples(len(split), num_examples, self.plan.seed)
     if attack.version:
-      return self._ensemble(
-        variables, split, attack, chosen, title, progress_dir
-      )
+      return self._ensemble(variables, split, attack, chosen, title, progress_dir)
     step = self._step(attack)
     progress, rows, done = Progress(len(chosen)), [], 0
     size = self._batch_size_of(len(chosen))
@@ -140,9 +134,7 @@ class Evaluator:
       rate = progress.update(done)
       if title and rate and progress.due():
         say(f'{title} {done}/{len(chosen)} images, {rate}')
-    return Evaluation(
-      *(np.concatenate(part) for part in zip(*rows, strict=True))
-    )
+    return Evaluation(*(np.concatenate(part) for part in zip(*rows, strict=True)))
 
   def batches(
     self, split: data.Split, chosen: np.ndarray, size: int
@@ -159,9 +151,7 @@ class Evaluator:
       ours['image'] = batch['image']
       yield batch, mesh_lib.put_batch(ours, self.mesh)
 
-  def _ensemble(
-    self, variables, split, attack: Attack, chosen, title, progress_dir
-  ) -> Evaluation:
+  def _ensemble(self, variables, split, attack: Attack, chosen, title, progress_dir) -> Evaluation:
     x = np.concatenate(
       [
         np.asarray(augment.to_unit(jnp.asarray(batch['image'][batch['mask']])))
@@ -184,9 +174,7 @@ class Evaluator:
       say=(lambda line: say(f'{title} {line}')) if title else None,
     )
     clean = result.cascade.broken_by != 0
-    return Evaluation(
-      chosen, labels, clean, result.robust, x, result.x_adv, result.cascade
-    )
+    return Evaluation(chosen, labels, clean, result.robust, x, result.x_adv, result.cascade)
 
   def predict(self, variables: Any, x: np.ndarray) -> np.ndarray:
     """Returns classes [n] of images float32 [n, H, W, C], in a fresh pass."""
@@ -207,8 +195,7 @@ class Evaluator:
 
     Args:
       function: of arrays.
-      **options: of `jax.jit`; what is returned is whole on every device, unless
-        they say otherwise.
+      **options: of `jax.jit`; what is returned is whole on every device, unless they say otherwise.
     """
 
     @functools.wraps(function)
@@ -252,9 +239,7 @@ class Evaluator:
 
   def keys(self, indices: jax.Array) -> jax.Array:
     """Returns the PRNG keys [B] of examples, by their indices [B]."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-      self._stream(), indices
-    )
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self._stream(), indices)
 
   def _stream(self) -> jax.Array:
     key = jax.random.key(self.plan.seed)

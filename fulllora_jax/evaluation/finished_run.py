@@ -68,9 +68,8 @@ class FinishedRun(Evaluations):
   def weights(self) -> tuple[str, ...]:
     """Returns those there are of base, best, last.
 
-    A base classifies nothing where the run began from scratch, or from
-    published weights under a head of zeros; a run that was given to others may
-    have its best weights alone.
+    A base classifies nothing where the run began from scratch, or from published weights under a
+    head of zeros; a run that was given to others may have its best weights alone.
     """
     metadata = self.load('best').metadata
     published = metadata.get('base_source') or {}
@@ -88,14 +87,10 @@ class FinishedRun(Evaluations):
       # `best` may be the very step that is `last`: evaluate it once.
       identity, tree = ('step', loaded.metadata['step']), loaded.variables
     if identity not in self._variables:
-      self._variables[identity] = mesh.shard_frozen(
-        tree, self.mesh, self.config.mesh.shard_from
-      )
+      self._variables[identity] = mesh.shard_frozen(tree, self.mesh, self.config.mesh.shard_from)
     return identity, self._variables[identity]
 
-  def examples(
-    self, attack: Attack | None, count: int = 8
-  ) -> dict[str, Any] | None:
+  def examples(self, attack: Attack | None, count: int = 8) -> dict[str, Any] | None:
     """Attacks best, and the base if there is one, on a few test images."""
     if attack is None or attack.name == 'clean':
       return None
@@ -103,9 +98,7 @@ class FinishedRun(Evaluations):
     clean = self.dataset.test.fetch(chosen).astype(np.float32) / 255
     labels = self.dataset.test.labels[chosen]
     _, best = self.variables('best')
-    adversarial, predictions = self.evaluator.adversarial(
-      best, clean, labels, attack
-    )
+    adversarial, predictions = self.evaluator.adversarial(best, clean, labels, attack)
     shown = {
       'clean': clean,
       'adversarial': adversarial,
@@ -118,14 +111,10 @@ class FinishedRun(Evaluations):
     }
     if 'base' in self.weights():
       _, base = self.variables('base')
-      _, shown['base_predictions'] = self.evaluator.adversarial(
-        base, clean, labels, attack
-      )
+      _, shown['base_predictions'] = self.evaluator.adversarial(base, clean, labels, attack)
     return shown
 
-  def report(
-    self, evaluations: list[dict[str, Any]], seconds: dict[str, float]
-  ) -> dict[str, Any]:
+  def report(self, evaluations: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
     """Returns the report of the run, as report.json holds it."""
     best = self.load('best')
     last = self.load('last').metadata if 'last' in self.weights() else {}
@@ -135,21 +124,16 @@ class FinishedRun(Evaluations):
       'parameters': best.metadata['parameters'],
       'base_fingerprint': best.metadata['base_fingerprint'],
       'body_fingerprint': artefact.body_fingerprint(
-        best.base_variables['params'],
-        models.linear_maps(self.config.model.name)['head'],
+        best.base_variables['params'], models.linear_maps(self.config.model.name)['head']
       ),
       'best_step': best.metadata['step'],
       'best_validation': best.metadata['validation'],
       'last_step': last.get('step'),
-      'adapter_bytes': tree_size(
-        pretrained.find_artefact(self.workdir, 'best')
-      ),
+      'adapter_bytes': tree_size(pretrained.find_artefact(self.workdir, 'best')),
     }
 
 
-def logits_functions(
-  workdir: Path, weights: str
-) -> tuple[Partial, Partial | None]:
+def logits_functions(workdir: Path, weights: str) -> tuple[Partial, Partial | None]:
   """Returns images -> logits of a run, and the same in float32.
 
   Args:

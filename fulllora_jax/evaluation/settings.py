@@ -22,9 +22,7 @@ class Plan:
   precision: str = 'highest'  # of matrix products; or 'default'
 
   @classmethod
-  def of(
-    cls, config: ConfigDict, seed: int | None = None, precision: str = 'highest'
-  ) -> 'Plan':
+  def of(cls, config: ConfigDict, seed: int | None = None, precision: str = 'highest') -> 'Plan':
     """Returns the plan of a config; `seed` is in place of `config.seed`."""
     given = config.threat.to_dict() | config.eval.to_dict()
     given['seed'] = config.seed if seed is None else seed

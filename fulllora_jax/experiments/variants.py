@@ -34,9 +34,7 @@ _MODELS = (
   Published('vit_ti', 'vit_tiny_patch16_224.augreg_in21k', 6),
   Published('vit_s', 'vit_small_patch16_224.augreg_in21k', 12),
   Published('vit_b', 'vit_base_patch16_224.augreg_in21k', 24),
-  Published(
-    'vit_b', 'vit_base_patch16_224.augreg_in1k', 24, variant='vit_b_in1k'
-  ),
+  Published('vit_b', 'vit_base_patch16_224.augreg_in1k', 24, variant='vit_b_in1k'),
   Published('vit_l', 'vit_large_patch16_224.augreg_in21k', 32),
   Published('deit_ti', 'deit_tiny_patch16_224.fb_in1k', 6),
   Published('deit_s', 'deit_small_patch16_224.fb_in1k', 12),
@@ -71,12 +69,10 @@ def with_variant(
 
   Args:
     config: changed in place.
-    variant: '' for the config as it is; 'tiny'; a key of `own`; or, where
-      `published` is not empty, a name in PUBLISHED. Each may be followed by
-      ',fast', and 'fast' may stand alone.
+    variant: '' for the config as it is; 'tiny'; a key of `own`; or, where `published` is not empty,
+      a name in PUBLISHED. Each may be followed by ',fast', and 'fast' may stand alone.
     published: the name in PUBLISHED that '' stands for.
-    own: variants of this config file alone: name -> a function that changes
-      the config.
+    own: variants of this config file alone: name -> a function that changes the config.
 
   Raises:
     UserError: another variant.
@@ -84,9 +80,7 @@ def with_variant(
   size, *more = variant.split(',') if variant != 'fast' else ('', 'fast')
   own = {'tiny': tiny, **(own or {})}
   known = (*own, *(PUBLISHED if published else ()))
-  if variant not in ('', 'fast') and (
-    size not in known or more not in ([], ['fast'])
-  ):
+  if variant not in ('', 'fast') and (size not in known or more not in ([], ['fast'])):
     raise UserError(
       f'config variant: unknown {variant!r}; known: {", ".join(known)}, fast, '
       'and fast after another, as in tiny,fast'

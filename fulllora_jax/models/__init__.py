@@ -1,9 +1,8 @@
 """The registry of models: `config.model.name` to a linen module.
 
-Every model maps images float32 [B, H, W, C] in [0, 1] to logits [B, K] and
-knows nothing of adapters; `linear_maps` names the maps an adapter may target.
-A family is one file with NAMES (name -> settings), FIELDS (those of
-`config.model` that only it has), LINEAR_MAPS, MODULES and `create`.
+Every model maps images float32 [B, H, W, C] in [0, 1] to logits [B, K] and knows nothing of
+adapters; `linear_maps` names the maps an adapter may target. A family is one file with NAMES (name
+-> settings), FIELDS (those of `config.model` that only it has), LINEAR_MAPS, MODULES and `create`.
 """
 
 import types
@@ -47,8 +46,7 @@ def create(model, num_classes: int) -> nn.Module:
     num_classes: K, the number of logits.
 
   Raises:
-    UserError: unknown name, a free size with a missing field, or fields that
-      do not fit each other.
+    UserError: unknown name, a free size with a missing field, or fields that do not fit each other.
   """
   module = family(model.name)
   for field in model:
@@ -56,8 +54,7 @@ def create(model, num_classes: int) -> nn.Module:
     if value in (None, '', ()) or field in (*_COMMON, *module.FIELDS):
       continue
     raise UserError(
-      f'model.{field} {value}: a {model.name} has no such thing; it has '
-      + ', '.join(module.FIELDS)
+      f'model.{field} {value}: a {model.name} has no such thing; it has ' + ', '.join(module.FIELDS)
     )
   return module.create(model, num_classes)
 
@@ -100,6 +97,4 @@ def family(name: str) -> types.ModuleType:
     if name in module.NAMES:
       return module
   hint = did_you_mean(name, names(), cutoff=0.4)
-  raise UserError(
-    f'model.name: unknown model {name!r}; {hint}known: {", ".join(names())}'
-  )
+  raise UserError(f'model.name: unknown model {name!r}; {hint}known: {", ".join(names())}')

@@ -35,23 +35,15 @@ def function(choice: str, dtype: jnp.dtype, head_dim: int) -> Callable:
   # Last of all: asking for the devices starts them.
   obstacle = None if choice == 'xla' else _obstacle(dtype, head_dim)
   if choice == 'cudnn' and obstacle:
-    raise UserError(
-      f'model.attention cudnn: {obstacle}; leave it empty for what is possible'
-    )
+    raise UserError(f'model.attention cudnn: {obstacle}; leave it empty for what is possible')
   plain = choice == 'xla' or obstacle is not None
   return functools.partial(_attend, implementation='xla' if plain else 'cudnn')
 
 
 def _attend(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  *,
-  implementation: Literal['xla', 'cudnn'],
+  query: jax.Array, key: jax.Array, value: jax.Array, *, implementation: Literal['xla', 'cudnn']
 ) -> jax.Array:
-  return jax.nn.dot_product_attention(
-    query, key, value, implementation=implementation
-  )
+  return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
 
 
 def _obstacle(dtype: jnp.dtype, head_dim: int) -> str | None:

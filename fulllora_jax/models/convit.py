@@ -1,9 +1,8 @@
 """ConViT (d'Ascoli et al., 2021, arXiv 2103.10697).
 
-A Vision Transformer whose first blocks mix content with position: gated
-positional self-attention (GPSA) starts as a convolution and may unlearn it.
-The class token joins after those blocks. Images are float32 [B, H, W, C] in
-[0, 1]; normalisation is the first line.
+A Vision Transformer whose first blocks mix content with position: gated positional self-attention
+(GPSA) starts as a convolution and may unlearn it. The class token joins after those blocks. Images
+are float32 [B, H, W, C] in [0, 1]; normalisation is the first line.
 """
 
 import math
@@ -46,15 +45,11 @@ MODULES = {'mlp': r'block_\d+/mlp'}
 
 SIZE_FIELDS = ('width', 'depth', 'num_heads', 'local_layers')
 FIELDS = (*SIZE_FIELDS, 'mlp_dim', 'pool')
-_SETTINGS = dict(
-  pool='token', act='gelu', epsilon=1e-6, mean=IMAGENET_MEAN, std=IMAGENET_STD
-)
+_SETTINGS = dict(pool='token', act='gelu', epsilon=1e-6, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 # Registry name -> settings; 'convit' has a free size. The MLPs are 4 x width.
 NAMES: Mapping[str, Mapping[str, Any]] = {
   **{
-    f'convit_{size}': dict(
-      width=width, depth=12, num_heads=heads, local_layers=10, **_SETTINGS
-    )
+    f'convit_{size}': dict(width=width, depth=12, num_heads=heads, local_layers=10, **_SETTINGS)
     for size, width, heads in (('ti', 192, 4), ('s', 432, 9), ('b', 768, 16))
   },
   'convit': _SETTINGS,
@@ -71,9 +66,8 @@ def relative_positions(rows: int, columns: int) -> np.ndarray:
     columns: patches of the grid from left to right.
 
   Returns:
-    float32 [N, N, 3] for the N = rows x columns patches, row by row: to the
-    right, downwards, and the squared distance, in patches, from the patch of
-    the first axis to that of the second.
+    float32 [N, N, 3] for the N = rows x columns patches, row by row: to the right, downwards, and
+    the squared distance, in patches, from the patch of the first axis to that of the second.
   """
   y, x = np.divmod(np.arange(rows * columns), columns)
   right, down = x[None] - x[:, None], y[None] - y[:, None]
@@ -103,20 +97,13 @@ def _local(key, shape, dtype=jnp.float32):
 
 
 class Attention(nn.Module):
-  """Self-attention; gated with a positional one where positions are given.
+  """Self-attention; gated with a positional one where positions are given."""
 
-  Attributes:
-    num_heads: H; divides the width.
-    how: how it computes; softmax and gate compute in float32.
-  """
-
-  num_heads: int
-  how: Computation
+  num_heads: int  # H; divides the width
+  how: Computation  # how it computes; softmax and gate compute in float32
 
   @nn.compact
-  def __call__(
-    self, queries: jax.Array, x: jax.Array, positions: jax.Array | None
-  ) -> jax.Array:
+  def __call__(self, queries: jax.Array, x: jax.Array, positions: jax.Array | None) -> jax.Array:
     """Maps [B, Q, width], which look at x [B, N, width], to [B, Q, width].
 
     Args:
@@ -137,16 +124,12 @@ class Attention(nn.Module):
 
   def _heads(self, name: str, x: jax.Array, initial=_normal) -> jax.Array:
     """Computes [B, N, H, width / H]."""
-    x = self.how.dense(x.shape[-1], name, use_bias=False, kernel_init=initial)(
-      x
-    )
+    x = self.how.dense(x.shape[-1], name, use_bias=False, kernel_init=initial)(x)
     return x.reshape(*x.shape[:2], self.num_heads, -1)
 
   def _gated(self, weights: jax.Array, positions: jax.Array) -> jax.Array:
     """Mixes weights [B, H, N, N] with those of the positions alone."""
-    scores = nn.Dense(self.num_heads, kernel_init=_local, name='pos_proj')(
-      positions
-    )
+    scores = nn.Dense(self.num_heads, kernel_init=_local, name='pos_proj')(positions)
     positional = nn.softmax(scores.transpose(2, 0, 1))
     gate = self.param('gating_param', nn.initializers.ones, (self.num_heads,))
     gate = nn.sigmoid(gate)[:, None, None]
@@ -155,24 +138,15 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm attention and MLP, each with a residual connection.
+  """Pre-norm attention and MLP, each with a residual connection."""
 
-  Attributes:
-    num_heads: attention heads.
-    mlp_dim: hidden width of the MLP.
-    how: how all the parts compute.
-    token_only: computes the first token alone, from all of them.
-  """
-
-  num_heads: int
-  mlp_dim: int
-  how: Computation
-  token_only: bool
+  num_heads: int  # attention heads
+  mlp_dim: int  # hidden width of the MLP
+  how: Computation  # how all the parts compute
+  token_only: bool  # computes the first token alone, from all of them
 
   @nn.compact
-  def __call__(
-    self, x: jax.Array, positions: jax.Array | None, *, train: bool
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, positions: jax.Array | None, *, train: bool) -> jax.Array:
     """Maps tokens [B, N, width] to [B, N, width], or [B, 1, width]."""
     y = self.how.norm('norm1')(x)
     queries = slice(1 if self.token_only else None)
@@ -232,9 +206,8 @@ class ConViT(ImageModel, kw_only=True):
   def _check_sides(self, height: int, width: int) -> None:
     if height % self.patch_size or width % self.patch_size:
       raise UserError(
-        f'images of {height} x {width} pixels do not divide into patches of '
-        f'{self.patch_size}: make data.image_size a multiple of '
-        'model.patch_size'
+        f'images of {height} x {width} pixels do not divide into patches of {self.patch_size}: '
+        'make data.image_size a multiple of model.patch_size'
       )
 
 
@@ -246,9 +219,8 @@ def create(model, num_classes: int) -> ConViT:
     num_classes: K, the number of logits.
 
   Raises:
-    UserError: a free size with a missing field, a width that the heads do not
-      divide, local_layers outside 0..depth - 1, a pool that reads no class
-      token, or an unknown activation.
+    UserError: a free size with a missing field, a width that the heads do not divide, local_layers
+      outside 0..depth - 1, a pool that reads no class token, or an unknown activation.
   """
   # No local layers is a choice, and not a missing field.
   needed = SIZE_FIELDS if model.local_layers is None else SIZE_FIELDS[:3]
@@ -263,9 +235,8 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
   depth, local_layers = settings['depth'], settings['local_layers']
   if not 0 <= local_layers < depth:
     raise UserError(
-      f'model.local_layers {local_layers} is not in 0..{depth - 1}: the class '
-      f'token joins after the local ones of model.depth {depth} blocks and '
-      'needs one more to see the patches'
+      f'model.local_layers {local_layers} is not in 0..{depth - 1}: the class token joins after '
+      f'the local ones of model.depth {depth} blocks and needs one more to see the patches'
     )
   if settings['pool'] != 'token':
     raise UserError(

@@ -26,9 +26,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   """Returns the activation; UserError if there is none of that name."""
   if name not in ACTIVATIONS:
-    raise UserError(
-      f'model.act: unknown {name!r}; known: {", ".join(ACTIVATIONS)}'
-    )
+    raise UserError(f'model.act: unknown {name!r}; known: {", ".join(ACTIVATIONS)}')
   return ACTIVATIONS[name]
 
 
@@ -42,26 +40,15 @@ REMAT: Mapping[str, Callable[..., bool] | None] = {
 
 
 class Computation(NamedTuple):
-  """How all the parts of a model compute.
+  """How all the parts of a model compute."""
 
-  Attributes:
-    act: name of the MLPs' activation.
-    epsilon: added to the variance in every norm.
-    dropout: rate in [0, 1), active only with train=True.
-    dtype: dtype of the computation.
-    kernel_init: draws the kernels of the linear maps.
-    bias_init: draws the biases of the MLPs.
-    remat: what every block recomputes in the backward pass: 'none' or a key of
-      REMAT.
-  """
-
-  act: str
-  epsilon: float
-  dropout: float
-  dtype: jnp.dtype
-  kernel_init: Callable[..., jax.Array]
-  bias_init: Callable[..., jax.Array] = nn.initializers.zeros
-  remat: str = 'none'
+  act: str  # name of the MLPs' activation
+  epsilon: float  # added to the variance in every norm
+  dropout: float  # rate in [0, 1), active only with train=True
+  dtype: jnp.dtype  # dtype of the computation
+  kernel_init: Callable[..., jax.Array]  # draws the kernels of the linear maps
+  bias_init: Callable[..., jax.Array] = nn.initializers.zeros  # draws the biases of the MLPs
+  remat: str = 'none'  # what every block recomputes in the backward pass: 'none' or a key of REMAT
 
   def norm(self, name: str) -> nn.LayerNorm:
     """Returns a LayerNorm of that name."""
@@ -78,19 +65,12 @@ class Computation(NamedTuple):
 
 
 class Mlp(nn.Module):
-  """Two dense layers with an activation between them.
+  """Two dense layers with an activation between them."""
 
-  Attributes:
-    mlp_dim: width between the layers.
-    how: how it computes.
-    names: names of the two layers.
-    swiglu: the first layer makes a gate and a value (Shazeer, 2020, arXiv
-      2002.05202), each mlp_dim wide.
-  """
-
-  mlp_dim: int
-  how: Computation
-  names: tuple[str, str] = ('fc1', 'fc2')
+  mlp_dim: int  # width between the layers
+  how: Computation  # how it computes
+  names: tuple[str, str] = ('fc1', 'fc2')  # names of the two layers
+  # The first layer makes a gate and a value (Shazeer, 2020, arXiv 2002.05202), each mlp_dim wide
   swiglu: bool = False
 
   @nn.compact
@@ -133,9 +113,7 @@ def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
     return block(x, *args, **kwargs)
 
   def fetch_and_call(block, x):
-    fetching = nn.map_variables(
-      call, True, trans_in_fn=lambda own: mesh.fetch(own, x)
-    )
+    fetching = nn.map_variables(call, True, trans_in_fn=lambda own: mesh.fetch(own, x))
     return fetching(block, x)
 
   run = fetch_and_call if mesh.fetches() else call
@@ -151,43 +129,24 @@ def check_remat(name: str) -> None:
 
 
 class ImageModel(nn.Module, kw_only=True):
-  """Images float32 [B, H, W, C] in [0, 1] to logits [B, K], of any family.
+  """Images float32 [B, H, W, C] in [0, 1] to logits [B, K], of any family."""
 
-  Attributes:
-    num_classes: number of logits, K.
-    patch_size: side of a patch in pixels; must divide the image's sides.
-    width: dimension of a token, in Swin's first stage.
-    act: activation of the MLPs, a key of ACTIVATIONS.
-    epsilon: added to the variance in every norm.
-    dropout: rate in [0, 1), active only with train=True.
-    mean: mean of each channel of pixels in [0, 1], or one value for all.
-    std: standard deviation of each channel, or one value for all.
-    dtype: dtype of the computation; logits are always float32.
-    remat: what every block recomputes in the backward pass: 'none' or a key of
-      REMAT.
-  """
-
-  num_classes: int
-  patch_size: int
-  width: int
-  act: str = 'gelu'
-  epsilon: float = 1e-6
-  dropout: float = 0.0
+  num_classes: int  # number of logits, K
+  patch_size: int  # side of a patch in pixels; must divide the image's sides
+  width: int  # dimension of a token, in Swin's first stage
+  act: str = 'gelu'  # activation of the MLPs, a key of ACTIVATIONS
+  epsilon: float = 1e-6  # added to the variance in every norm
+  dropout: float = 0.0  # rate in [0, 1), active only with train=True
+  # Mean of each channel of pixels in [0, 1], or one value for all
   mean: tuple[float, ...] = IMAGENET_MEAN
-  std: tuple[float, ...] = IMAGENET_STD
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
+  std: tuple[float, ...] = IMAGENET_STD  # standard deviation of each channel, or one value for all
+  dtype: jnp.dtype = jnp.float32  # dtype of the computation; logits are always float32
+  remat: str = 'none'  # what every block recomputes in the backward pass: 'none' or a key of REMAT
 
   def how(self, kernel_init: Callable[..., jax.Array], **more) -> Computation:
     """Returns how all parts compute; `more` are fields of Computation."""
     return Computation(
-      self.act,
-      self.epsilon,
-      self.dropout,
-      self.dtype,
-      kernel_init,
-      remat=self.remat,
-      **more,
+      self.act, self.epsilon, self.dropout, self.dtype, kernel_init, remat=self.remat, **more
     )
 
   def patches(self, images: jax.Array, *, use_bias: bool = True) -> jax.Array:
@@ -207,10 +166,7 @@ class ImageModel(nn.Module, kw_only=True):
   def logits(self, x: jax.Array, name: str = 'head') -> jax.Array:
     """Applies the head to x [B, d]: float32, and zero when it is fresh."""
     return nn.Dense(
-      self.num_classes,
-      dtype=jnp.float32,
-      kernel_init=nn.initializers.zeros,
-      name=name,
+      self.num_classes, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name=name
     )(x.astype(jnp.float32))
 
 
@@ -218,14 +174,10 @@ def check_width(settings: Mapping[str, Any]) -> None:
   """Raises UserError where the heads do not divide the width."""
   width, num_heads = settings['width'], settings['num_heads']
   if width % num_heads:
-    raise UserError(
-      f'model.width {width} is not a multiple of model.num_heads {num_heads}'
-    )
+    raise UserError(f'model.width {width} is not a multiple of model.num_heads {num_heads}')
 
 
-def build(
-  kind: type[_Model], settings: Mapping[str, Any], num_classes: int
-) -> _Model:
+def build(kind: type[_Model], settings: Mapping[str, Any], num_classes: int) -> _Model:
   """Makes a model of those settings that are fields of it."""
   fields = {
     field.name: settings[field.name]
@@ -246,8 +198,7 @@ def resolve(
 
   Args:
     model: the `model` part of a config; None, '' and () are not set.
-    names: registry name -> settings, whose keys are fields of `model` or the
-      family's own.
+    names: registry name -> settings, whose keys are fields of `model` or the family's own.
     needed: fields that a name without a size must be given.
 
   Raises:

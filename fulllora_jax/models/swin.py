@@ -1,10 +1,9 @@
 """The Swin Transformer (Liu et al., 2021, arXiv 2103.14030).
 
-Attention stays within windows of a grid of patches; every second block shifts
-them by half a window, and each stage but the last merges 2x2 tokens. Where the
-publication leaves a choice (a window larger than the grid of a stage, windows
-that do not divide it), the computation is that of timm. Images are float32
-[B, H, W, C] in [0, 1]; normalisation is the first line.
+Attention stays within windows of a grid of patches; every second block shifts them by half a
+window, and each stage but the last merges 2x2 tokens. Where the publication leaves a choice (a
+window larger than the grid of a stage, windows that do not divide it), the computation is that of
+timm. Images are float32 [B, H, W, C] in [0, 1]; normalisation is the first line.
 """
 
 import jax
@@ -60,27 +59,17 @@ _INIT = nn.initializers.truncated_normal(0.02)
 
 
 class WindowAttention(nn.Module):
-  """Self-attention within windows, with a bias for each relative position.
+  """Self-attention within windows, with a bias for each relative position."""
 
-  Attributes:
-    heads: attention heads.
-    window: height and width of a window in tokens.
-    how: how all the parts compute.
-  """
-
-  heads: int
-  window: tuple[int, int]
-  how: layers.Computation
+  heads: int  # attention heads
+  window: tuple[int, int]  # height and width of a window in tokens
+  how: layers.Computation  # how all the parts compute
 
   @nn.compact
-  def __call__(
-    self, x: jax.Array, mask: np.ndarray | None, *, train: bool
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, mask: np.ndarray | None, *, train: bool) -> jax.Array:
     """Maps windows [B, N, T, d], T = h w tokens; mask [N, T, T] is added."""
     query, key, value = (
-      self.how.dense(x.shape[-1], name)(x).reshape(
-        *x.shape[:-1], self.heads, -1
-      )
+      self.how.dense(x.shape[-1], name)(x).reshape(*x.shape[:-1], self.heads, -1)
       for name in ('query', 'key', 'value')
     )
     query = query * query.shape[-1] ** -0.5
@@ -101,19 +90,12 @@ class WindowAttention(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm window attention and MLP, each with a residual connection.
+  """Pre-norm window attention and MLP, each with a residual connection."""
 
-  Attributes:
-    heads: attention heads.
-    window: side of a window in tokens; clamped to the grid.
-    shifted: moves the windows by half a window where the grid has several.
-    how: how all the parts compute.
-  """
-
-  heads: int
-  window: int
-  shifted: bool
-  how: layers.Computation
+  heads: int  # attention heads
+  window: int  # side of a window in tokens; clamped to the grid
+  shifted: bool  # moves the windows by half a window where the grid has several
+  how: layers.Computation  # how all the parts compute
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -159,28 +141,18 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-  """Blocks whose windows are in turn at rest and shifted, then a merge.
+  """Blocks whose windows are in turn at rest and shifted, then a merge."""
 
-  Attributes:
-    depth: number of blocks.
-    merges: ends with a PatchMerging, as all stages but the last do.
-    heads: attention heads.
-    window: side of a window in tokens; clamped to the grid.
-    how: how all the parts compute.
-  """
-
-  depth: int
-  merges: bool
-  heads: int
-  window: int
-  how: layers.Computation
+  depth: int  # number of blocks
+  merges: bool  # ends with a PatchMerging, as all stages but the last do
+  heads: int  # attention heads
+  window: int  # side of a window in tokens; clamped to the grid
+  how: layers.Computation  # how all the parts compute
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     for i in range(self.depth):
-      block = Block(
-        self.heads, self.window, i % 2 == 1, self.how, name=f'block_{i}'
-      )
+      block = Block(self.heads, self.window, i % 2 == 1, self.how, name=f'block_{i}')
       x = layers.run_block(block, self.how.remat, x, train=train)
     return PatchMerging(self.how, name='downsample')(x) if self.merges else x
 
@@ -214,9 +186,7 @@ class SwinTransformer(layers.ImageModel, kw_only=True):
     stages = zip(self.depths, self.heads, strict=True)
     for i, (depth, heads) in enumerate(stages):
       merges = i < len(self.depths) - 1
-      x = Stage(depth, merges, heads, self.window, how, name=f'stage_{i}')(
-        x, train=train
-      )
+      x = Stage(depth, merges, heads, self.window, how, name=f'stage_{i}')(x, train=train)
     pooled = how.norm('norm')(x).astype(jnp.float32).mean((1, 2))
     return self.logits(pooled)
 
@@ -225,18 +195,16 @@ class SwinTransformer(layers.ImageModel, kw_only=True):
     for side in sides:
       if side % unit:
         raise UserError(
-          f'data.image_size {side}: {len(self.depths)} stages with '
-          f'model.patch_size {self.patch_size} need a multiple of {unit}; '
-          f'the next is {side + -side % unit}'
+          f'data.image_size {side}: {len(self.depths)} stages with model.patch_size '
+          f'{self.patch_size} need a multiple of {unit}; the next is {side + -side % unit}'
         )
     grid = min(sides) // self.patch_size
     if self.window > grid:
       smallest = self.window * self.patch_size
       raise UserError(
-        f'model.window {self.window}: images of {min(sides)} pixels with '
-        f'model.patch_size {self.patch_size} make a grid of {grid} tokens; '
-        f'use a window of 1..{grid}, or images of at least '
-        f'{smallest + -smallest % unit} pixels'
+        f'model.window {self.window}: images of {min(sides)} pixels with model.patch_size '
+        f'{self.patch_size} make a grid of {grid} tokens; use a window of 1..{grid}, or images of '
+        f'at least {smallest + -smallest % unit} pixels'
       )
 
 
@@ -248,9 +216,8 @@ def create(model, num_classes: int) -> SwinTransformer:
     num_classes: K, the number of logits.
 
   Raises:
-    UserError: a free size with a missing field, a window below 1, an unknown
-      activation, not one number of heads for each stage, or heads that do not
-      divide a stage's width.
+    UserError: a free size with a missing field, a window below 1, an unknown activation, not one
+      number of heads for each stage, or heads that do not divide a stage's width.
   """
   s = layers.resolve(model, NAMES, ('width', 'depths', 'heads'))
   if s['window'] < 1:
@@ -260,20 +227,16 @@ def create(model, num_classes: int) -> SwinTransformer:
   return layers.build(SwinTransformer, s, num_classes)
 
 
-def _check_heads(
-  width: int, depths: tuple[int, ...], heads: tuple[int, ...]
-) -> None:
+def _check_heads(width: int, depths: tuple[int, ...], heads: tuple[int, ...]) -> None:
   if len(depths) != len(heads):
     raise UserError(
-      f'model.depths {depths} and model.heads {heads}: give one number of '
-      'each for every stage'
+      f'model.depths {depths} and model.heads {heads}: give one number of each for every stage'
     )
   for i, count in enumerate(heads):
     if count < 1 or (width << i) % count:
       raise UserError(
-        f'model.heads {heads}: {count} does not divide the width '
-        f'{width << i} of stage {i + 1} (model.width {width}, doubled by '
-        'every stage)'
+        f'model.heads {heads}: {count} does not divide the width {width << i} of stage {i + 1} '
+        f'(model.width {width}, doubled by every stage)'
       )
 
 
@@ -309,14 +272,10 @@ def _to_windows(x, window: tuple[int, int]):
   batch, height, width, channels = x.shape
   down, right = window
   x = x.reshape(batch, height // down, down, width // right, right, channels)
-  return x.transpose(0, 1, 3, 2, 4, 5).reshape(
-    batch, -1, down * right, channels
-  )
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, down * right, channels)
 
 
-def _from_windows(
-  x: jax.Array, window: tuple[int, int], grid: tuple[int, int]
-) -> jax.Array:
+def _from_windows(x: jax.Array, window: tuple[int, int], grid: tuple[int, int]) -> jax.Array:
   """Puts windows [B, N, T, d] together again, as [B, H, W, d]."""
   down, right = window
   counts = (grid[0] // down, grid[1] // right)

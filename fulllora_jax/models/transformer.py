@@ -18,33 +18,21 @@ class PositionEmbedding(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Maps tokens [B, N, d] to [B, N, d]."""
-    embedding = self.param(
-      'pos_embedding', nn.initializers.normal(0.02), (1, *tokens.shape[1:])
-    )
+    embedding = self.param('pos_embedding', nn.initializers.normal(0.02), (1, *tokens.shape[1:]))
     return tokens + embedding.astype(tokens.dtype)
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm attention and MLP, each with a residual connection.
+  """Pre-norm attention and MLP, each with a residual connection."""
 
-  Attributes:
-    num_heads: attention heads.
-    mlp_dim: hidden width of the MLP.
-    how: how all the parts compute.
-    attend: attention of query, key and value (attention.py).
-    layer_scale: scales each branch by a learned vector (Touvron et al., 2021,
-      arXiv 2103.17239).
-    swiglu: whether the MLP is gated.
-    first: computes so many first tokens alone, from all of them; None: all.
-  """
-
-  num_heads: int
-  mlp_dim: int
-  how: Computation
-  attend: Callable[..., jax.Array]
+  num_heads: int  # attention heads
+  mlp_dim: int  # hidden width of the MLP
+  how: Computation  # how all the parts compute
+  attend: Callable[..., jax.Array]  # attention of query, key and value (attention.py)
+  # Scales each branch by a learned vector (Touvron et al., 2021, arXiv 2103.17239)
   layer_scale: bool = False
-  swiglu: bool = False
-  first: int | None = None
+  swiglu: bool = False  # whether the MLP is gated
+  first: int | None = None  # computes so many first tokens alone, from all of them; None: all
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -53,14 +41,12 @@ class EncoderBlock(nn.Module):
     queries = y
     if self.first is not None:
       x, queries = x[:, : self.first], y[:, : self.first]
-    y = attention(
-      self.num_heads, self.how, self.attend, 'MultiHeadDotProductAttention_1'
-    )(queries, y)
+    y = attention(self.num_heads, self.how, self.attend, 'MultiHeadDotProductAttention_1')(
+      queries, y
+    )
     x = x + self._scaled('ls1', self.how.drop(y, train))
     y = self.how.norm('LayerNorm_2')(x)
-    mlp = Mlp(
-      self.mlp_dim, self.how, _MLP_NAMES, self.swiglu, name='MlpBlock_3'
-    )
+    mlp = Mlp(self.mlp_dim, self.how, _MLP_NAMES, self.swiglu, name='MlpBlock_3')
     return x + self._scaled('ls2', mlp(y, train=train))
 
   def _scaled(self, name: str, y: jax.Array) -> jax.Array:
@@ -71,10 +57,7 @@ class EncoderBlock(nn.Module):
 
 
 def attention(
-  num_heads: int,
-  how: Computation,
-  attend: Callable[..., jax.Array],
-  name: str,
+  num_heads: int, how: Computation, attend: Callable[..., jax.Array], name: str
 ) -> nn.MultiHeadDotProductAttention:
   """Returns multi-head attention of that name."""
   return nn.MultiHeadDotProductAttention(
@@ -87,56 +70,37 @@ def attention(
 
 
 class MAPHead(nn.Module):
-  """Attention pooling by one learned query (Zhai et al., 2022, 2106.04560).
+  """Attention pooling by one learned query (Zhai et al., 2022, 2106.04560)."""
 
-  Attributes:
-    num_heads: attention heads.
-    mlp_dim: hidden width of the MLP.
-    how: how all the parts compute.
-    attend: attention of query, key and value (attention.py).
-  """
-
-  num_heads: int
-  mlp_dim: int
-  how: Computation
-  attend: Callable[..., jax.Array]
+  num_heads: int  # attention heads
+  mlp_dim: int  # hidden width of the MLP
+  how: Computation  # how all the parts compute
+  attend: Callable[..., jax.Array]  # attention of query, key and value (attention.py)
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps tokens [B, N, d] to [B, d]."""
     probe = self.param('probe', self.how.kernel_init, (1, 1, x.shape[-1]))
     probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
-    x = attention(
-      self.num_heads, self.how, self.attend, 'MultiHeadDotProductAttention_0'
-    )(probe, x)
+    x = attention(self.num_heads, self.how, self.attend, 'MultiHeadDotProductAttention_0')(probe, x)
     y = self.how.norm('LayerNorm_0')(x)
     mlp = Mlp(self.mlp_dim, self.how, _MLP_NAMES, name='MlpBlock_0')
     return (x + mlp(y, train=False))[:, 0]
 
 
 class Encoder(nn.Module):
-  """Position embedding, the blocks, and the last norm.
+  """Position embedding, the blocks, and the last norm."""
 
-  Attributes:
-    depth: number of blocks.
-    block: arguments of every EncoderBlock but for `how`.
-    how: how all the parts compute.
-    prefix: number of tokens before the patches.
-    registers: tokens that are put behind the `prefix` ones, without position.
-    pre_norm: whether there is a norm before the blocks.
-    first: returns so many first tokens alone, [B, first, width]; the last
-      block then leaves out what would never be read. None: all.
-    final_norm: False where the norm comes after the pooling.
-  """
-
-  depth: int
-  block: Mapping[str, Any]
-  how: Computation
-  prefix: int
-  registers: int
-  pre_norm: bool
+  depth: int  # number of blocks
+  block: Mapping[str, Any]  # arguments of every EncoderBlock but for `how`
+  how: Computation  # how all the parts compute
+  prefix: int  # number of tokens before the patches
+  registers: int  # tokens that are put behind the `prefix` ones, without position
+  pre_norm: bool  # whether there is a norm before the blocks
+  # Returns so many first tokens alone, [B, first, width]; the last block then leaves out what would
+  # never be read. None: all.
   first: int | None
-  final_norm: bool
+  final_norm: bool  # False where the norm comes after the pooling
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
@@ -153,9 +117,7 @@ class Encoder(nn.Module):
       x = self.how.norm('pre_norm')(x)
     for i in range(self.depth):
       first = self.first if i == self.depth - 1 else None
-      block = EncoderBlock(
-        how=self.how, first=first, name=f'encoderblock_{i}', **self.block
-      )
+      block = EncoderBlock(how=self.how, first=first, name=f'encoderblock_{i}', **self.block)
       x = run_block(block, self.how.remat, x, train=train)
     if self.final_norm:
       x = self.how.norm('encoder_norm')(x)

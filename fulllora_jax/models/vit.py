@@ -1,11 +1,10 @@
 """The Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929).
 
-One module for the plain ViT and what was made of it: DeiT (2012.12877), DINOv2
-(2304.07193; registers 2309.16588), and the image towers of CLIP (2103.00020)
-and SigLIP (2303.15343). Parameter paths are those of the AugReg checkpoints
-(Steiner et al., 2022, arXiv 2106.10270), e.g.
-`Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel`.
-Images are float32 [B, H, W, C] in [0, 1]; normalisation is the first line.
+One module for the plain ViT and what was made of it: DeiT (2012.12877), DINOv2 (2304.07193;
+registers 2309.16588), and the image towers of CLIP (2103.00020) and SigLIP (2303.15343). Parameter
+paths are those of the AugReg checkpoints (Steiner et al., 2022, arXiv 2106.10270), e.g.
+`Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel`. Images are float32 [B, H,
+W, C] in [0, 1]; normalisation is the first line.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,10 +42,7 @@ LINEAR_MAPS = {
   'head': r'head(_dist)?',
 }
 # Roles of other modules. The blocks take any number of tokens.
-MODULES = {
-  'mlp': r'.*/MlpBlock_[03]',
-  'block': r'Transformer/encoderblock_\d+',
-}
+MODULES = {'mlp': r'.*/MlpBlock_[03]', 'block': r'Transformer/encoderblock_\d+'}
 
 # Width, depth, heads and MLP width of the published sizes.
 SIZES = {
@@ -81,10 +77,7 @@ _FAMILIES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     | dict(mean=_CLIP_MEAN, std=_CLIP_STD),
     ('b', 'l'),
   ),
-  'siglip': (
-    dict(pool='map', act='gelu_tanh', epsilon=1e-6) | _HALF,
-    ('b', 'l', 'so400m'),
-  ),
+  'siglip': (dict(pool='map', act='gelu_tanh', epsilon=1e-6) | _HALF, ('b', 'l', 'so400m')),
 }
 
 
@@ -116,9 +109,7 @@ def create(model, num_classes: int) -> nn.Module:
   settings = resolve(model, NAMES, SIZE_FIELDS)
   check_width(settings)
   if settings['pool'] not in POOLS:
-    raise UserError(
-      f'model.pool: unknown {settings["pool"]!r}; known: {", ".join(POOLS)}'
-    )
+    raise UserError(f'model.pool: unknown {settings["pool"]!r}; known: {", ".join(POOLS)}')
   reads_token = settings['pool'] in ('token', 'token_mean')
   settings.setdefault('class_token', reads_token)
   if reads_token and not settings['class_token']:
@@ -172,10 +163,7 @@ class VisionTransformer(ImageModel, kw_only=True):
     """Maps images [B, H, W, C] in [0, 1] to logits [B, K], float32."""
     tokens = self._tokens(images)
     prefix = self.class_token + self.dist_token
-    how = self.how(
-      nn.initializers.xavier_uniform(),
-      bias_init=nn.initializers.normal(1e-6),
-    )
+    how = self.how(nn.initializers.xavier_uniform(), bias_init=nn.initializers.normal(1e-6))
     tokens = Encoder(
       depth=self.depth,
       block=dict(
@@ -217,20 +205,12 @@ class VisionTransformer(ImageModel, kw_only=True):
     token = self.param(name, nn.initializers.zeros, (1, 1, self.width))
     return jnp.tile(token.astype(self.dtype), (count, 1, 1))
 
-  def _pooled(
-    self, how: Computation, tokens: jax.Array, patches: jax.Array
-  ) -> jax.Array:
+  def _pooled(self, how: Computation, tokens: jax.Array, patches: jax.Array) -> jax.Array:
     """Returns what the head reads, [B, width], or [B, 2 width]."""
     if self.pool == 'token':
       return tokens[:, 0]
     if self.pool == 'map':
-      return MAPHead(
-        self.num_heads,
-        self.mlp_dim,
-        how,
-        self._attend(),
-        name='MAPHead_0',
-      )(patches)
+      return MAPHead(self.num_heads, self.mlp_dim, how, self._attend(), name='MAPHead_0')(patches)
     mean = patches.mean(axis=1)
     if self.pool == 'mean_norm':
       return how.norm('fc_norm')(mean)

@@ -1,26 +1,10 @@
 """Base weights: fetched, opened, configured, converted."""
 
-from fulllora_jax.adapters.artefact import (
-  base_metadata,
-  find_artefact,
-  load_base,
-)
-from fulllora_jax.pretrained.base import (
-  PUBLISHED,
-  RUN,
-  SCRATCH,
-  TRAIN,
-  Base,
-  resolve_base,
-)
+from fulllora_jax.adapters.artefact import base_metadata, find_artefact, load_base
+from fulllora_jax.pretrained.base import PUBLISHED, RUN, SCRATCH, TRAIN, Base, resolve_base
 from fulllora_jax.pretrained.layout import Opened
 from fulllora_jax.pretrained.load_report import LoadReport
-from fulllora_jax.pretrained.loading import (
-  configure,
-  convert,
-  load,
-  open_checkpoint,
-)
+from fulllora_jax.pretrained.loading import configure, convert, load, open_checkpoint
 
 __all__ = [
   'PUBLISHED',

@@ -10,27 +10,20 @@ TRAIN, SCRATCH, RUN, PUBLISHED = 'train', 'scratch', 'run', 'published'
 
 
 class Base(NamedTuple):
-  """A base's source, and what kind of base it names.
+  """A base's source, and what kind of base it names."""
 
-  Attributes:
-    source: the words of `config.base.source`.
-    kind: TRAIN, a base that this run trains first; SCRATCH, no base at all;
-      RUN, the base in a run of ours; PUBLISHED, a checkpoint of others, which
-      nobody has looked for yet.
-    artefact: the directory of a RUN's best weights; None for the other kinds.
-  """
-
-  source: str
+  source: str  # the words of `config.base.source`
+  # TRAIN, a base that this run trains first; SCRATCH, no base at all; RUN, the base in a run of
+  # ours; PUBLISHED, a checkpoint of others, which nobody has looked for yet
   kind: str
-  artefact: Path | None = None
+  artefact: Path | None = None  # the directory of a RUN's best weights; None for the other kinds
 
 
 def resolve_base(source: str | Path) -> Base:
   """Says which kind of base a source names.
 
-  Looks at a disk or a bucket for a run, unless the source is 'train' or
-  'scratch'. What is no run counts as published: `sources.fetch` finds it, or
-  refuses it.
+  Looks at a disk or a bucket for a run, unless the source is 'train' or 'scratch'. What is no run
+  counts as published: `sources.fetch` finds it, or refuses it.
 
   >>> resolve_base('train').kind, resolve_base('hf-hub:owner/name').kind
   ('train', 'published')

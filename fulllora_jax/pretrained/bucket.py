@@ -8,19 +8,9 @@ from etils import epath
 from filelock import FileLock
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import (
-  as_path,
-  bounded,
-  is_remote,
-  make_writable,
-  os_errors,
-)
+from fulllora_jax.core.files import as_path, bounded, is_remote, make_writable, os_errors
 from fulllora_jax.pretrained import formats
-from fulllora_jax.pretrained.downloads import (
-  cache_folder,
-  check_space,
-  disk_error,
-)
+from fulllora_jax.pretrained.downloads import cache_folder, check_space, disk_error
 from fulllora_jax.pretrained.hub import PREPROCESSOR
 
 
@@ -31,8 +21,7 @@ def from_bucket(source: str) -> Path:
     source: gs://BUCKET/FILE, or a folder as `formats.choose` reads one.
 
   Raises:
-    UserError: it is not there or not answered for (within 60 s), or the cache
-      cannot be written.
+    UserError: it is not there or not answered for (within 60 s), or the cache cannot be written.
   """
   place = as_path(source)
   try:

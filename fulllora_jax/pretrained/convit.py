@@ -46,8 +46,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   pool = config.get('global_pool', 'token')
   if pool != 'token':
     raise UserError(
-      f"the checkpoint's config.json has global_pool {pool!r}; a ConViT is "
-      "read with 'token' only"
+      f"the checkpoint's config.json has global_pool {pool!r}; a ConViT is read with 'token' only"
     )
   name = 'convit'
   if size['mlp_dim'] == 4 * width:
@@ -76,15 +75,10 @@ _RULES = (
   *dense(r'blocks\.(\d+)\.attn\.proj', f'{_ATTENTION}/out'),
   *dense(r'blocks\.(\d+)\.attn\.pos_proj', f'{_ATTENTION}/pos_proj'),
   Rule(r'blocks\.(\d+)\.attn\.gating_param', f'{_ATTENTION}/gating_param'),
-  unused(
-    r'blocks\.\d+\.attn\.rel_indices',
-    'relative positions, which follow from the grid',
-  ),
+  unused(r'blocks\.\d+\.attn\.rel_indices', 'relative positions, which follow from the grid'),
   *dense(r'blocks\.(\d+)\.mlp\.(fc[12])', r'block_\1/mlp/\2'),
   *norm('norm', 'norm'),
   *dense('head', 'head'),
 )
 
-LAYOUTS = (
-  Layout('timm convit', lambda shapes: _GATE in shapes, _describe, _RULES),
-)
+LAYOUTS = (Layout('timm convit', lambda shapes: _GATE in shapes, _describe, _RULES),)

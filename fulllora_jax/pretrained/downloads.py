@@ -27,9 +27,8 @@ def check_space(source: str, folder: Path, needed: int) -> None:
   free = shutil.disk_usage(folder).free
   if needed > free:
     raise UserError(
-      f'{source}: {needed / 1e6:.0f} MB are needed in {folder} and '
-      f'{free / 1e6:.0f} MB are free; make room, or set XDG_CACHE_HOME (a URL) '
-      'or HF_HOME (the hub) to another disk'
+      f'{source}: {needed / 1e6:.0f} MB are needed in {folder} and {free / 1e6:.0f} MB are free; '
+      'make room, or set XDG_CACHE_HOME (a URL) or HF_HOME (the hub) to another disk'
     )
 
 

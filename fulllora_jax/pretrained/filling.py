@@ -12,35 +12,21 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import resize
 from fulllora_jax.pretrained.formats import some
 from fulllora_jax.pretrained.layout import Opened, Rule
-from fulllora_jax.pretrained.load_report import (
-  LOADED,
-  NEW,
-  RESIZED,
-  UNUSED,
-  Row,
-)
+from fulllora_jax.pretrained.load_report import LOADED, NEW, RESIZED, UNUSED, Row
 
 _HEAD = re.compile(r'head(_dist)?/(kernel|bias)')
 
 
 @dataclasses.dataclass(frozen=True)
 class Filler:
-  """Takes every array of a checkpoint to its leaf.
+  """Takes every array of a checkpoint to its leaf."""
 
-  Attributes:
-    opened: the checkpoint.
-    model: the linen module that is filled.
-    leaves: path -> shape, of the module's `params`.
-    label_map: row of the checkpoint's head for each class, -1 for a new one;
-      empty: the head as it is.
-    patch_resize: how the patch kernel is resized, of `resize.PATCH_RESIZES`.
-  """
-
-  opened: Opened
-  model: nn.Module
-  leaves: Mapping[str, tuple[int, ...]]
+  opened: Opened  # the checkpoint
+  model: nn.Module  # the linen module that is filled
+  leaves: Mapping[str, tuple[int, ...]]  # path -> shape, of the module's `params`
+  # Row of the checkpoint's head for each class, -1 for a new one; empty: the head as it is
   label_map: tuple[int, ...]
-  patch_resize: str
+  patch_resize: str  # how the patch kernel is resized, of `resize.PATCH_RESIZES`
 
   @property
   def source(self) -> str:
@@ -58,9 +44,7 @@ class Filler:
     params, rows = {}, []
     has_head = any(_HEAD.match(path) for path in sent)
     missing = [
-      path
-      for path in self.leaves
-      if path not in sent and (has_head or not _HEAD.match(path))
+      path for path in self.leaves if path not in sent and (has_head or not _HEAD.match(path))
     ]
     lost = [path for path in sent if path not in self.leaves]
     if missing or lost:
@@ -70,8 +54,7 @@ class Filler:
       )
     if self.label_map and not has_head:
       raise UserError(
-        f'base.label_map: {self.source} has no head to take rows from; leave '
-        'it empty'
+        f'base.label_map: {self.source} has no head to take rows from; leave it empty'
       )
     for path, shape in self.leaves.items():
       if _HEAD.match(path):
@@ -100,9 +83,8 @@ class Filler:
     if unknown:
       free = [path for path in self.leaves if path not in sent]
       raise UserError(
-        f'{self.source} is no plain {self.opened.layout.name}: nothing is '
-        f'known of its keys {some(unknown)}; leaves of '
-        f'{self.opened.architecture.name} without an array: {some(free)}'
+        f'{self.source} is no plain {self.opened.layout.name}: nothing is known of its keys '
+        f'{some(unknown)}; leaves of {self.opened.architecture.name} without an array: {some(free)}'
       )
     return sent, unused
 
@@ -113,14 +95,11 @@ class Filler:
       return rule.how(array)
     except (ValueError, IndexError):
       raise UserError(
-        f'{self.source}: {key} has shape {list(array.shape)}, which is none '
-        f'of a {self.opened.layout.name}; give the checkpoint as it was '
-        'published'
+        f'{self.source}: {key} has shape {list(array.shape)}, which is none of a '
+        f'{self.opened.layout.name}; give the checkpoint as it was published'
       ) from None
 
-  def _head(
-    self, path: str, shape, stored
-  ) -> tuple[np.ndarray, Row, list[Row]]:
+  def _head(self, path: str, shape, stored) -> tuple[np.ndarray, Row, list[Row]]:
     """Keeps the head's rows, maps them, or makes new ones of zeros.
 
     Returns:
@@ -147,9 +126,8 @@ class Filler:
 
   def _misfit(self, path, shape, stored) -> UserError:
     return UserError(
-      f'{self.source}: {path} has shape {list(stored.shape)}, and '
-      f'{self.opened.architecture.name} needs {list(shape)}; give the '
-      'checkpoint as it was published'
+      f'{self.source}: {path} has shape {list(stored.shape)}, and {self.opened.architecture.name} '
+      f'needs {list(shape)}; give the checkpoint as it was published'
     )
 
   def _fit(self, path: str, shape, stored) -> tuple[np.ndarray, Row]:
@@ -200,8 +178,4 @@ def _merged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
   """Returns the shapes in which heads and their widths are one axis."""
   if len(shape) < 2:
     return ()
-  return (
-    (math.prod(shape),),
-    (shape[0], math.prod(shape[1:])),
-    (math.prod(shape[:-1]), shape[-1]),
-  )
+  return ((math.prod(shape),), (shape[0], math.prod(shape[1:])), (math.prod(shape[:-1]), shape[-1]))

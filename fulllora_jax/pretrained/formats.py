@@ -1,8 +1,7 @@
 """Reads files of weights: NumPy's .npz and safetensors, whole or in shards.
 
-A file is what its first bytes say, whatever its name. Pickles are refused:
-opening one runs whatever code it carries. Shapes come from the headers alone;
-an array is read when it is asked for.
+A file is what its first bytes say, whatever its name. Pickles are refused: opening one runs
+whatever code it carries. Shapes come from the headers alone; an array is read when it is asked for.
 """
 
 import json
@@ -10,14 +9,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import (
-  Callable,
-  Collection,
-  Iterable,
-  Iterator,
-  Mapping,
-  Sequence,
-)
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -54,19 +46,13 @@ _NPY_HEADERS = {
 
 
 class Checkpoint(NamedTuple):
-  """The arrays of one or several files.
+  """The arrays of one or several files."""
 
-  Attributes:
-    tensors: key -> array of the stored type (float16, bfloat16, float32,
-      float64, ...). Each look-up reads the file, and raises UserError where it
-      is damaged or holds pickled objects.
-    shapes: key -> shape, with the same keys in the same order.
-    format: 'npz' or 'safetensors'.
-  """
-
+  # Key -> array of the stored type (float16, bfloat16, float32, float64, ...). Each look-up reads
+  # the file, and raises UserError where it is damaged or holds pickled objects.
   tensors: Mapping[str, np.ndarray]
-  shapes: Shapes
-  format: str
+  shapes: Shapes  # key -> shape, with the same keys in the same order
+  format: str  # 'npz' or 'safetensors'
 
 
 class _Lazy(Mapping):
@@ -240,8 +226,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     raise UserError(f'{index}: cannot be read ({error.strerror})') from None
   except (ValueError, KeyError, TypeError, AttributeError):
     raise UserError(
-      f'{index}: no index of shards (JSON with a weight_map, key to file '
-      'name); download it again'
+      f'{index}: no index of shards (JSON with a weight_map, key to file name); download it again'
     ) from None
   return weight_map
 
@@ -265,8 +250,7 @@ def _recognise_zip(path: Path, head: bytes) -> str:
   other = [name for name in names if not name.endswith('.npy')]
   if other:
     raise UserError(
-      f'{path}: a zip with {other[0]} in it, not an .npz; give an .npz or a '
-      'safetensors file'
+      f'{path}: a zip with {other[0]} in it, not an .npz; give an .npz or a safetensors file'
     )
   return 'npz'
 

@@ -71,9 +71,7 @@ def _download(source: str, name: str, revision: str) -> Path:
   main, *_ = download(chosen, *beside)
   download(*(path.name for path in formats.with_shards(main)[1:]))
   if config and config.parent != main.parent:
-    raise UserError(
-      f'{source}: {revision} changed during the download; run again'
-    )
+    raise UserError(f'{source}: {revision} changed during the download; run again')
   return main
 
 
@@ -86,9 +84,7 @@ def _config_of_hub(name: str, revision: str) -> Path | None:
     return None  # the cache remembers that there is none
 
 
-def _refusal(
-  source: str, name: str, revision: str, error: Exception
-) -> UserError | None:
+def _refusal(source: str, name: str, revision: str, error: Exception) -> UserError | None:
   """Says what the hub or the disk refused; None where none was reached."""
   from huggingface_hub import constants, errors
 
@@ -107,10 +103,7 @@ def _refusal(
   elif isinstance(error, errors.RevisionNotFoundError):
     why = f'the repository has no revision {revision}; see {page}/commits/main'
   elif status in (401, 403):
-    why = (
-      f'the hub refuses access ({status}); set HF_TOKEN to a token that may '
-      f'read {page}'
-    )
+    why = f'the hub refuses access ({status}); set HF_TOKEN to a token that may read {page}'
   elif status and status < 500:
     why = f'the hub answered {one_line(error)}; try later'
   else:
@@ -128,9 +121,7 @@ def _cached(source: str, name: str, revision: str, error: Exception) -> Path:
   if not offline:
     why = f'the hub could not be reached ({one_line(error)})'
   try:
-    folder = huggingface_hub.snapshot_download(
-      name, revision=revision, local_files_only=True
-    )
+    folder = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
     files = os.listdir(folder)
     main = Path(folder, formats.choose(source, files))
     whole = all(path.exists() for path in formats.with_shards(main))
@@ -140,10 +131,9 @@ def _cached(source: str, name: str, revision: str, error: Exception) -> Path:
   held = huggingface_hub.try_to_load_from_cache
   if not whole or held(name, 'config.json', revision=revision) is None:
     raise UserError(
-      f'{source}: {why}, and it is not in the cache '
-      f'({constants.HF_HUB_CACHE}); download {formats.SINGLE} (or .npz) and '
-      f'config.json of {constants.ENDPOINT}/{name}/tree/{revision} elsewhere '
-      'and give their folder as base.source'
+      f'{source}: {why}, and it is not in the cache ({constants.HF_HUB_CACHE}); download '
+      f'{formats.SINGLE} (or .npz) and config.json of {constants.ENDPOINT}/{name}/tree/{revision} '
+      'elsewhere and give their folder as base.source'
     )
   if not offline:
     warn(f'{source}: {why}; taking {main.parent.name} from the cache')

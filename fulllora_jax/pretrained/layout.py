@@ -1,9 +1,8 @@
 """What a published checkpoint's keys say, and where its arrays go.
 
-A `Layout` is one way of writing one family of models: it recognises a
-checkpoint by its keys, reads the architecture off keys, shapes and the config
-beside the file, and has a rule for every key. A key that no rule knows is an
-error, never skipped in silence.
+A `Layout` is one way of writing one family of models: it recognises a checkpoint by its keys, reads
+the architecture off keys, shapes and the config beside the file, and has a rule for every key. A
+key that no rule knows is an error, never skipped in silence.
 """
 
 import dataclasses
@@ -29,60 +28,38 @@ _TRANSFORMERS_ACTS = {
 
 
 class Architecture(NamedTuple):
-  """A model of the registry, as a checkpoint has it.
+  """A model of the registry, as a checkpoint has it."""
 
-  Attributes:
-    name: the model's name in the registry (models/__init__.py), e.g. 'vit_b'.
-    fields: the fields of `config.model` that the checkpoint decides:
-      patch_size, act, epsilon, mean, std, ...
-    image_size: side of the images that it was trained at, in pixels.
-    num_classes: rows of its head; 0 without one.
-  """
-
-  name: str
+  name: str  # the model's name in the registry (models/__init__.py), e.g. 'vit_b'.
+  # The fields of `config.model` that the checkpoint decides: patch_size, act, epsilon, mean, std,
   fields: Mapping[str, Any]
-  image_size: int
-  num_classes: int
+  image_size: int  # side of the images that it was trained at, in pixels
+  num_classes: int  # rows of its head; 0 without one
 
 
 class Rule(NamedTuple):
-  r"""Where the arrays of some keys go.
+  r"""Where the arrays of some keys go."""
 
-  Attributes:
-    key: regular expression of the whole key.
-    to: paths of our leaves, joined by '/', groups as \1; one for each array
-      that `how` returns. A string is one path; an empty tuple leaves the key
-      out, for the reason in `why`.
-    how: turns the array into ours.
-    why: the reason to leave a key out, e.g. 'the text tower'.
-  """
-
-  key: str
+  key: str  # regular expression of the whole key
+  # Paths of our leaves, joined by '/', groups as \1; one for each array that `how` returns. A
+  # string is one path; an empty tuple leaves the key out, for the reason in `why`.
   to: str | tuple[str, ...]
-  how: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, ...]] = (
-    lambda array: array
-  )
-  why: str = ''
+  # Turns the array into ours
+  how: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, ...]] = lambda array: array
+  why: str = ''  # the reason to leave a key out, e.g. 'the text tower'.
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """One way of writing one family.
+  """One way of writing one family."""
 
-  Attributes:
-    name: what messages call it, e.g. 'timm vit'.
-    looks_like: (shapes) -> whether a checkpoint is written like that; at most
-      one layout says yes.
-    read: (shapes, config) -> architecture; see `describe`.
-    rules: the first whose key matches counts.
-    prefix: regular expression of the start that keys may have, which rules and
-      functions do not see.
-  """
-
-  name: str
+  name: str  # what messages call it, e.g. 'timm vit'.
+  # (shapes) -> whether a checkpoint is written like that; at most one layout says yes
   looks_like: Callable[[Shapes], bool]
+  # (shapes, config) -> architecture; see `describe`
   read: Callable[[Shapes, Mapping[str, Any]], Architecture]
-  rules: tuple[Rule, ...]
+  rules: tuple[Rule, ...]  # the first whose key matches counts
+  # Regular expression of the start that keys may have, which rules and functions do not see
   prefix: str = ''
 
   def recognises(self, shapes: Shapes) -> bool:
@@ -116,21 +93,13 @@ class Layout:
 
 
 class Opened(NamedTuple):
-  """A checkpoint whose architecture is known.
+  """A checkpoint whose architecture is known."""
 
-  Attributes:
-    tensors: key -> array, as stored.
-    shapes: key -> shape.
-    layout: how it is written.
-    architecture: what it is.
-    identity: source, revision, SHA-256.
-  """
-
-  tensors: Mapping[str, np.ndarray]
-  shapes: Shapes
-  layout: Layout
-  architecture: Architecture
-  identity: Mapping[str, Any]
+  tensors: Mapping[str, np.ndarray]  # key -> array, as stored
+  shapes: Shapes  # key -> shape
+  layout: Layout  # how it is written
+  architecture: Architecture  # what it is
+  identity: Mapping[str, Any]  # source, revision, SHA-256
 
 
 def conv(weight: np.ndarray) -> np.ndarray:
@@ -145,18 +114,12 @@ def one_token(array: np.ndarray) -> np.ndarray:
 
 def norm(key: str, to: str) -> tuple[Rule, Rule]:
   """Returns the rules of a PyTorch LayerNorm."""
-  return (
-    Rule(rf'{key}\.weight', f'{to}/scale'),
-    Rule(rf'{key}\.bias', f'{to}/bias'),
-  )
+  return (Rule(rf'{key}\.weight', f'{to}/scale'), Rule(rf'{key}\.bias', f'{to}/bias'))
 
 
 def dense(key: str, to: str, how: Callable = np.transpose) -> tuple[Rule, Rule]:
   """Returns the rules of a PyTorch Linear, or with `conv` of a Conv2d."""
-  return (
-    Rule(rf'{key}\.weight', f'{to}/kernel', how),
-    Rule(rf'{key}\.bias', f'{to}/bias'),
-  )
+  return (Rule(rf'{key}\.weight', f'{to}/kernel', how), Rule(rf'{key}\.bias', f'{to}/bias'))
 
 
 def fused(
@@ -192,9 +155,7 @@ def find(shapes: Shapes, key: str) -> tuple[int, ...]:
   return tuple(next(found, ()))
 
 
-def shape_of(
-  shapes: Shapes, key: str, ndim: int, what: str = ''
-) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, key: str, ndim: int, what: str = '') -> tuple[int, ...]:
   """Returns the shape of the first key that matches; messages call it `what`.
 
   Raises:
@@ -202,9 +163,7 @@ def shape_of(
   """
   what, shape = what or key, find(shapes, key)
   if not shape:
-    raise UserError(
-      f'its {what} is missing; give the whole checkpoint as it was published'
-    )
+    raise UserError(f'its {what} is missing; give the whole checkpoint as it was published')
   if len(shape) != ndim:
     raise UserError(
       f'{what} has shape {list(shape)}, and {ndim} axes are needed; give the '
@@ -241,9 +200,7 @@ def side(positions: int, prefix: int = 0) -> int:
   return side
 
 
-def named(
-  names: Mapping[str, Mapping[str, Any]], size: Mapping[str, Any], family: str
-) -> str:
+def named(names: Mapping[str, Mapping[str, Any]], size: Mapping[str, Any], family: str) -> str:
   """Returns the registry's name of a size, or its family, of free size.
 
   >>> named({'vit_b': {'width': 768, 'pool': 'token'}}, {'width': 768}, 'vit')
@@ -271,7 +228,6 @@ def hidden_act(config: Mapping[str, Any]) -> str | None:
     return None
   if act not in _TRANSFORMERS_ACTS:
     raise UserError(
-      f'its config.json has hidden_act {act!r}; known: '
-      + ', '.join(_TRANSFORMERS_ACTS)
+      f'its config.json has hidden_act {act!r}; known: ' + ', '.join(_TRANSFORMERS_ACTS)
     )
   return _TRANSFORMERS_ACTS[act]

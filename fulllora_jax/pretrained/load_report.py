@@ -11,49 +11,30 @@ LOADED, RESIZED, NEW, UNUSED = 'loaded', 'resized', 'new', 'unused'
 
 
 class Row(NamedTuple):
-  """One leaf of the model, or a key of the checkpoint that is not used.
+  """One leaf of the model, or a key of the checkpoint that is not used."""
 
-  Attributes:
-    action: loaded, resized, new or unused.
-    name: path of our leaf; for an unused array its key in the checkpoint, or
-      the path it would have (a head of other classes).
-    shape: shape of our leaf, or of the unused array.
-    stored: shape in the checkpoint, in our order of axes; () for a new leaf.
-    note: how it was resized, or why it is new or unused.
-  """
-
-  action: str
+  action: str  # loaded, resized, new or unused
+  # Path of our leaf; for an unused array its key in the checkpoint, or the path it would have (a
+  # head of other classes)
   name: str
-  shape: tuple[int, ...]
-  stored: tuple[int, ...] = ()
-  note: str = ''
+  shape: tuple[int, ...]  # shape of our leaf, or of the unused array
+  stored: tuple[int, ...] = ()  # shape in the checkpoint, in our order of axes; () for a new leaf
+  note: str = ''  # how it was resized, or why it is new or unused
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-  """The exact account of one load.
+  """The exact account of one load."""
 
-  Attributes:
-    name: the model's name in the registry, e.g. 'vit_b'.
-    layout: how the checkpoint writes it, e.g. 'timm ViT'.
-    identity: source, revision and SHA-256 of the weights.
-    image_size: side of the images that the model now takes, in pixels.
-    patch_size: side of a patch in pixels.
-    mean: mean of the normalisation in the model's first line.
-    std: standard deviation of that normalisation.
-    model: the fields of `config.model` that make the model.
-    rows: one row for each leaf, and for each array that is not used.
-  """
-
-  name: str
-  layout: str
-  identity: Mapping[str, Any]
-  image_size: int
-  patch_size: int
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  model: Mapping[str, Any]
-  rows: tuple[Row, ...]
+  name: str  # the model's name in the registry, e.g. 'vit_b'.
+  layout: str  # how the checkpoint writes it, e.g. 'timm ViT'.
+  identity: Mapping[str, Any]  # source, revision and SHA-256 of the weights
+  image_size: int  # side of the images that the model now takes, in pixels
+  patch_size: int  # side of a patch in pixels
+  mean: tuple[float, ...]  # mean of the normalisation in the model's first line
+  std: tuple[float, ...]  # standard deviation of that normalisation
+  model: Mapping[str, Any]  # the fields of `config.model` that make the model
+  rows: tuple[Row, ...]  # one row for each leaf, and for each array that is not used
 
   def count(self, action: str) -> int:
     """Returns how many rows have that action."""
@@ -62,9 +43,7 @@ class LoadReport:
   @property
   def new_head(self) -> bool:
     """Whether the head is fresh, so that the base classifies nothing yet."""
-    return any(
-      row.action == NEW and row.name.startswith('head') for row in self.rows
-    )
+    return any(row.action == NEW and row.name.startswith('head') for row in self.rows)
 
   def summary(self) -> str:
     """Returns the lines to show: counts, and all that is not plainly loaded."""
@@ -85,10 +64,7 @@ class LoadReport:
   def table(self) -> str:
     """Returns all rows as a Markdown table."""
     header = ['action', 'name', 'shape', 'stored', 'note']
-    rows = [
-      [row.action, row.name, _by(row.shape), _by(row.stored), row.note]
-      for row in self.rows
-    ]
+    rows = [[row.action, row.name, _by(row.shape), _by(row.stored), row.note] for row in self.rows]
     return tables.markdown([header, *rows], left=len(header))
 
   def _unused(self) -> list[str]:

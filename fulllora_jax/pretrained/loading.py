@@ -21,14 +21,7 @@ from fulllora_jax import models
 from fulllora_jax.adapters import artefact as artefact_lib
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path
-from fulllora_jax.pretrained import (
-  convit,
-  formats,
-  sources,
-  swin,
-  transformers_vit,
-  vit,
-)
+from fulllora_jax.pretrained import convit, formats, sources, swin, transformers_vit, vit
 from fulllora_jax.pretrained.base import RUN, resolve_base
 from fulllora_jax.pretrained.filling import Filler
 from fulllora_jax.pretrained.layout import Architecture, Layout, Opened, Rule
@@ -81,8 +74,7 @@ def _describe(layout: Layout, shapes, settings) -> Architecture:
     _config_of(described)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(
-      f'the config.json beside it cannot be understood ({error}); mend it, or '
-      'remove it'
+      f'the config.json beside it cannot be understood ({error}); mend it, or remove it'
     ) from None
   return described
 
@@ -135,8 +127,7 @@ def load(
       that the checkpoint has there.
     image_size: side of the images in pixels; None: that of its training.
     patch_size: side of a patch in pixels; None: its own.
-    num_classes: K; None: rows of its head. Another number than that makes a
-      new head, of zeros.
+    num_classes: K; None: rows of its head. Another number than that makes a new head, of zeros.
     channels: channels of the images, 3 or 1.
     window: side of a Swin's window in tokens; None: its own.
     label_map: row of the checkpoint's head for each class, -1 for a new one.
@@ -149,9 +140,8 @@ def load(
     report: what became of every leaf.
 
   Raises:
-    UserError: `open_checkpoint` refuses the source; the checkpoint is of
-      another architecture than `name`; sizes do not fit; a key has no place or
-      a leaf no array.
+    UserError: `open_checkpoint` refuses the source; the checkpoint is of another architecture than
+      `name`; sizes do not fit; a key has no place or a leaf no array.
   """
   if name:
     models.family(name)  # a wrong name is said before a download
@@ -174,10 +164,7 @@ def load(
 
 
 def convert(
-  config,
-  opened: Opened,
-  image_shape: tuple[int, int, int],
-  num_classes: int,
+  config, opened: Opened, image_shape: tuple[int, int, int], num_classes: int
 ) -> tuple[dict[str, Any], LoadReport]:
   """Brings an opened checkpoint to the model of `config`.
 
@@ -219,9 +206,7 @@ def configure(model_config, opened: Opened, *, explicit_patch: bool) -> None:
   described = opened.architecture
   wanted = dict(models.settings(model_config))
   found = models.settings(_config_of(described))
-  same_family = models.family(model_config.name) is models.family(
-    described.name
-  )
+  same_family = models.family(model_config.name) is models.family(described.name)
   different = [
     field
     for field in _STRUCTURE
@@ -287,8 +272,7 @@ def _check_sizes(opened, model_config, image_size, num_classes, label_map):
     )
   if not num_classes:
     raise UserError(
-      f'{opened.identity["source"]} has no head: say how many classes there '
-      'are (num_classes)'
+      f'{opened.identity["source"]} has no head: say how many classes there are (num_classes)'
     )
   if num_classes < 0:
     raise UserError(f'num_classes {num_classes}: there must be at least 1')
@@ -310,14 +294,7 @@ def _open_artefact(path: Path) -> Opened:
     for field, value in saved.to_dict().items()
     if field not in ('name', 'dropout', 'dtype') and value not in (None, '', ())
   }
-  described = Architecture(
-    saved.name, fields, metadata['image_shape'][0], metadata['num_classes']
-  )
-  layout = Layout(
-    'fulllora_jax run',
-    lambda _: True,
-    lambda *_: described,
-    (Rule(r'(.*)', r'\1'),),
-  )
+  described = Architecture(saved.name, fields, metadata['image_shape'][0], metadata['num_classes'])
+  layout = Layout('fulllora_jax run', lambda _: True, lambda *_: described, (Rule(r'(.*)', r'\1'),))
   identity = {'source': str(path), 'revision': None, 'files': {}}
   return Opened(tensors, shapes, layout, described, identity)

@@ -1,13 +1,11 @@
 """Fits a checkpoint's arrays to another image, patch, window or label set.
 
-Every function takes and returns NumPy arrays in the layout of our parameters,
-computes in float64 and keeps the array's dtype. An array that already fits is
-returned itself.
+Every function takes and returns NumPy arrays in the layout of our parameters, computes in float64
+and keeps the array's dtype. An array that already fits is returned itself.
 
-Bicubic is the antialiased one of `jax.image.resize`: Keys' kernel with
-a = -0.5, half-pixel centres, stretched where an axis shrinks. PyTorch's
-`F.interpolate(mode='bicubic', antialias=True)`, which timm and so most
-published finetunings use, gives the same to rounding.
+Bicubic is the antialiased one of `jax.image.resize`: Keys' kernel with a = -0.5, half-pixel
+centres, stretched where an axis shrinks. PyTorch's `F.interpolate(mode='bicubic', antialias=True)`,
+which timm and so most published finetunings use, gives the same to rounding.
 """
 
 import math
@@ -22,10 +20,7 @@ PATCH_RESIZES = ('sum', 'interpolate', 'flexi')
 
 
 def position_embedding(
-  old: np.ndarray,
-  grid: tuple[int, int],
-  prefix: int,
-  old_grid: tuple[int, int] | None = None,
+  old: np.ndarray, grid: tuple[int, int], prefix: int, old_grid: tuple[int, int] | None = None
 ) -> np.ndarray:
   """Resizes learned absolute position embeddings to another grid of patches.
 
@@ -67,11 +62,10 @@ def patch_kernel(kernel: np.ndarray, size: int, how: str) -> np.ndarray:
   patch of one colour goes with the patch's area, so 16 -> 4 makes it 16 times
   smaller. Beyer et al. call it vanilla resizing.
 
-  'flexi' is the pseudo-inverse resize of FlexiViT (Beyer et al., 2023, arXiv
-  2212.08013, section 3.4), as timm's `resample_patch_embed`. With B the
-  bicubic resize of a patch, it makes the kernel pinv(B)^T kernel, whose answer
-  to the resized patch is closest to the old answer to the patch: equal for
-  every patch where `size` is larger, the least squares fit where smaller.
+  'flexi' is the pseudo-inverse resize of FlexiViT (Beyer et al., 2023, arXiv 2212.08013, section
+  3.4), as timm's `resample_patch_embed`. With B the bicubic resize of a patch, it makes the kernel
+  pinv(B)^T kernel, whose answer to the resized patch is closest to the old answer to the patch:
+  equal for every patch where `size` is larger, the least squares fit where smaller.
 
   Args:
     kernel: [ph, pw, C, d].
@@ -85,9 +79,7 @@ def patch_kernel(kernel: np.ndarray, size: int, how: str) -> np.ndarray:
     UserError: unknown `how`, or 'sum' where `size` does not divide the patch.
   """
   if how not in PATCH_RESIZES:
-    raise UserError(
-      f'patch kernel: unknown resize {how!r}; known: {", ".join(PATCH_RESIZES)}'
-    )
+    raise UserError(f'patch kernel: unknown resize {how!r}; known: {", ".join(PATCH_RESIZES)}')
   sides = kernel.shape[:2]
   if sides == (size, size):
     return kernel
@@ -103,10 +95,9 @@ def patch_kernel(kernel: np.ndarray, size: int, how: str) -> np.ndarray:
 def input_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
   """Fits the first kernel to images of another number of channels.
 
-  As timm's `adapt_input_conv`. To one channel the colours are summed, so that
-  a grey image embeds as it did when shown in three equal colours. To more, the
-  channels are repeated in turn and scaled by C / n, so that an image whose
-  channels are all equal embeds as before where C divides n.
+  As timm's `adapt_input_conv`. To one channel the colours are summed, so that a grey image embeds
+  as it did when shown in three equal colours. To more, the channels are repeated in turn and scaled
+  by C / n, so that an image whose channels are all equal embeds as before where C divides n.
 
   Args:
     kernel: [ph, pw, C, d], C 3 (colour) or 1 (grey).
@@ -137,10 +128,9 @@ def input_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 def relative_position_table(old: np.ndarray, side: int) -> np.ndarray:
   """Resizes Swin's table of relative position biases to another window.
 
-  Bilinear, between offsets that lie close together near the centre, after
-  BEiT's finetuning code (Bao et al., 2022, arXiv 2106.08254), as timm's
-  `resize_rel_pos_bias_table` does without SciPy, its default. In a smaller
-  window every offset so keeps about the bias that it had.
+  Bilinear, between offsets that lie close together near the centre, after BEiT's finetuning code
+  (Bao et al., 2022, arXiv 2106.08254), as timm's `resize_rel_pos_bias_table` does without SciPy,
+  its default. In a smaller window every offset so keeps about the bias that it had.
 
   Args:
     old: [(2 w - 1)^2, heads] for windows of w x w patches.
@@ -192,9 +182,7 @@ def head_rows(head: np.ndarray, label_map: Sequence[int]) -> np.ndarray:
   return np.concatenate([head, last], -1)[..., np.asarray(label_map, int)]
 
 
-def _old_grid(
-  count: int, prefix: int, grid: tuple[int, int] | None
-) -> tuple[int, int]:
+def _old_grid(count: int, prefix: int, grid: tuple[int, int] | None) -> tuple[int, int]:
   """Returns the (h, w) of `count` patches, or raises UserError."""
   side = math.isqrt(max(count, 0))
   found = (side, side) if grid is None else tuple(grid)

@@ -1,8 +1,7 @@
 """Where published weights come from: a path, the hub, a URL, a bucket.
 
 What is downloaded is kept: by huggingface_hub in its own cache, the rest in
-$XDG_CACHE_HOME/fulllora_jax/weights. A file gets its name there only when it
-is whole.
+$XDG_CACHE_HOME/fulllora_jax/weights. A file gets its name there only when it is whole.
 """
 
 import json
@@ -24,20 +23,16 @@ from fulllora_jax.pretrained.url import from_url
 
 
 class Fetched(NamedTuple):
-  """Files of weights on this machine, and what they are.
+  """Files of weights on this machine, and what they are."""
 
-  Attributes:
-    files: one file of weights, or an index followed by its shards, in order;
-      `formats.read` reads them.
-    config: the config.json beside them, with the preprocessor_config.json as
-      its 'preprocessor'; {} where there is none.
-    identity: what can be written as JSON of them: 'source', the user's words,
-      a path made absolute; 'revision', the commit on the hub, or None; 'files',
-      name -> SHA-256 in hex of the files and of the JSON files beside them.
-  """
-
+  # One file of weights, or an index followed by its shards, in order; `formats.read` reads them
   files: tuple[Path, ...]
+  # The config.json beside them, with the preprocessor_config.json as its 'preprocessor'; {} where
+  # there is none
   config: Mapping[str, Any]
+  # What can be written as JSON of them: 'source', the user's words, a path made absolute;
+  # 'revision', the commit on the hub, or None; 'files', name -> SHA-256 in hex of the files and of
+  # the JSON files beside them
   identity: dict[str, Any]
 
 
@@ -45,12 +40,11 @@ def fetch(source: str) -> Fetched:
   """Finds or downloads a published checkpoint.
 
   Args:
-    source: a file (.npz, safetensors, or the index of shards) or a folder
-      that holds model.safetensors, its index and shards, or one such file, on
-      a disk or in a bucket (gs://BUCKET/FILE); or
-      'hf-hub:owner/name' or 'hf-hub:owner/name@revision', through
-      huggingface_hub with the cache, token and endpoint of its environment
-      variables; or 'https://host/file.npz#sha256=HEX'.
+    source: a file (.npz, safetensors, or the index of shards) or a folder that holds
+      model.safetensors, its index and shards, or one such file, on a disk or in a bucket
+      (gs://BUCKET/FILE); or 'hf-hub:owner/name' or 'hf-hub:owner/name@revision', through
+      huggingface_hub with the cache, token and endpoint of its environment variables; or
+      'https://host/file.npz#sha256=HEX'.
 
   Raises:
     UserError: the source is malformed, cannot be reached, refuses, or has no
@@ -91,9 +85,7 @@ def _read_beside(main: Path) -> tuple[dict[str, Any], list[Path]]:
       if not isinstance(read, dict):
         raise ValueError('not a JSON object')
     except (OSError, ValueError) as error:
-      raise UserError(
-        f'{path}: cannot be read ({error}); mend it or remove it'
-      ) from None
+      raise UserError(f'{path}: cannot be read ({error}); mend it or remove it') from None
     config |= {'preprocessor': read} if name == PREPROCESSOR else read
   return config, found
 

@@ -82,9 +82,7 @@ _HF_RULES = (
   *norm(r'embeddings\.norm', 'embedding_norm'),
   *norm(_HF_BLOCK + 'layernorm_before', _BLOCK + 'attention_norm'),
   Rule(_HF_TABLE, _BLOCK + 'attention/relative_position_bias_table'),
-  *dense(
-    _HF_BLOCK + rf'attention\.self\.({"|".join(QKV)})', _BLOCK + r'attention/\3'
-  ),
+  *dense(_HF_BLOCK + rf'attention\.self\.({"|".join(QKV)})', _BLOCK + r'attention/\3'),
   *dense(_HF_BLOCK + r'attention\.output\.dense', _BLOCK + 'attention/out'),
   *norm(_HF_BLOCK + 'layernorm_after', _BLOCK + 'mlp_norm'),
   *dense(_HF_BLOCK + r'intermediate\.dense', _BLOCK + 'mlp/fc1'),
@@ -92,10 +90,7 @@ _HF_RULES = (
   *_downsample(r'encoder\.layers\.(\d+)\.downsample', r'\1'),
   *norm('layernorm', 'norm'),
   *dense('classifier', 'head'),
-  unused(
-    _HF_BLOCK + r'attention\.self\.relative_position_index',
-    'follows from the window',
-  ),
+  unused(_HF_BLOCK + r'attention\.self\.relative_position_index', 'follows from the window'),
   unused(r'embeddings\.mask_token|decoder\..*', 'of masked image modelling'),
 )
 
@@ -111,9 +106,7 @@ def _recognises(shapes: Shapes, table: str, patch: str, hidden: str) -> bool:
 
 def _is_timm(shapes: Shapes, *, early: bool) -> bool:
   merges_early = 'layers.0.downsample.reduction.weight' in shapes
-  return merges_early == early and _recognises(
-    shapes, _TIMM_TABLE, _TIMM_PATCH, _TIMM_HIDDEN
-  )
+  return merges_early == early and _recognises(shapes, _TIMM_TABLE, _TIMM_PATCH, _TIMM_HIDDEN)
 
 
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
@@ -135,9 +128,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   )
 
 
-def _describe_transformers(
-  shapes: Shapes, config: Mapping[str, Any]
-) -> Architecture:
+def _describe_transformers(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   return _describe(
     shapes,
     _HF_TABLE,
@@ -176,8 +167,7 @@ def _describe(
   width, _, patch_size, _ = patch
   if hidden != 4 * width:
     raise UserError(
-      f'its first MLP is {hidden} wide; that of a Swin of width '
-      f'{width} here is {4 * width}'
+      f'its first MLP is {hidden} wide; that of a Swin of width {width} here is {4 * width}'
     )
   depths, heads, windows = _stages(shapes, table)
   window = window if isinstance(window, int) else max(windows)
@@ -186,16 +176,11 @@ def _describe(
   name = named(NAMES, size, 'swin')
   fields.update(window=window, patch_size=patch_size)
   return Architecture(
-    name,
-    fields | size if name == 'swin' else fields,
-    image_size or grid * patch_size,
-    num_classes,
+    name, fields | size if name == 'swin' else fields, image_size or grid * patch_size, num_classes
   )
 
 
-def _stages(
-  shapes: Shapes, table: str
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _stages(shapes: Shapes, table: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
   """Reads blocks, heads and window of each stage off the bias tables."""
   found: dict[int, list[tuple[int, ...]]] = {}
   for key, shape in shapes.items():
@@ -220,12 +205,10 @@ def _grid(windows: tuple[int, ...], window: int, grid: int | None) -> int:
   """Returns the side of the first stage's grid, in tokens.
 
   Args:
-    windows: window of each stage, by its table: clamped to the stage's grid,
-      or never clamped.
+    windows: window of each stage, by its table: clamped to the stage's grid, or never clamped.
     window: window of the model, not clamped.
-    grid: the side, where the image size is known. If not, a clamped stage
-      tells it, and else the last stage is one window, as in all the published
-      sizes.
+    grid: the side, where the image size is known. If not, a clamped stage tells it, and else the
+      last stage is one window, as in all the published sizes.
 
   Raises:
     UserError: one window does not explain those of all the stages.

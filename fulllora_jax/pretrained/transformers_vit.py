@@ -57,10 +57,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   patch = shape_of(shapes, 'embeddings.patch_embeddings.projection.weight', 4)
   swiglu = find(shapes, rf'{_LAYER}\.mlp\.weights_in\.bias')
   hidden = swiglu or shape_of(
-    shapes,
-    rf'{_LAYER}\.(intermediate\.dense|mlp\.fc1)\.bias',
-    1,
-    'bias of the first vit.MLP',
+    shapes, rf'{_LAYER}\.(intermediate\.dense|mlp\.fc1)\.bias', 1, 'bias of the first vit.MLP'
   )
   head = find(shapes, r'(cls_)?classifier\.weight')
   family = _family(shapes, config, bool(head))
@@ -92,21 +89,12 @@ _RULES = (
   Rule(r'embeddings\.position_embeddings', vit.POSITIONS, one_token),
   *dense(r'embeddings\.patch_embeddings\.projection', 'embedding', conv),
   *norm(rf'{_LAYER}\.(?:layernorm_before|norm1)', f'{vit.BLOCK}/LayerNorm_0'),
-  *dense(
-    rf'{_LAYER}\.attention\.attention\.(query|key|value)',
-    rf'{vit.ATTENTION}/\2',
-  ),
+  *dense(rf'{_LAYER}\.attention\.attention\.(query|key|value)', rf'{vit.ATTENTION}/\2'),
   *dense(rf'{_LAYER}\.attention\.output\.dense', f'{vit.ATTENTION}/out'),
   Rule(rf'{_LAYER}\.layer_scale([12])\.lambda1', rf'{vit.BLOCK}/ls\2'),
   *norm(rf'{_LAYER}\.(?:layernorm_after|norm2)', f'{vit.BLOCK}/LayerNorm_2'),
-  *dense(
-    rf'{_LAYER}\.(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)',
-    f'{vit.MLP}/Dense_0',
-  ),
-  *dense(
-    rf'{_LAYER}\.(?:output\.dense|mlp\.fc2|mlp\.weights_out)',
-    f'{vit.MLP}/Dense_1',
-  ),
+  *dense(rf'{_LAYER}\.(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)', f'{vit.MLP}/Dense_0'),
+  *dense(rf'{_LAYER}\.(?:output\.dense|mlp\.fc2|mlp\.weights_out)', f'{vit.MLP}/Dense_1'),
   *norm('layernorm', 'Transformer/encoder_norm'),
   unused(r'pooler\..*', 'a pooler that no classifier reads'),
   *dense('(?:cls_)?classifier', 'head'),
@@ -138,8 +126,7 @@ def _describe_tower(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     grid=side(positions[0], is_clip),
     num_classes=0,
     num_heads=own.get('num_attention_heads'),
-    fields={'act': hidden_act(own), 'epsilon': own.get('layer_norm_eps')}
-    | normalisation(config),
+    fields={'act': hidden_act(own), 'epsilon': own.get('layer_norm_eps')} | normalisation(config),
   )
 
 
@@ -159,9 +146,7 @@ _TOWER_RULES = (
   *(
     rule
     for part in QKV
-    for rule in dense(
-      rf'{_TOWER_LAYER}\.self_attn\.{part[0]}_proj', f'{vit.ATTENTION}/{part}'
-    )
+    for rule in dense(rf'{_TOWER_LAYER}\.self_attn\.{part[0]}_proj', f'{vit.ATTENTION}/{part}')
   ),
   *dense(rf'{_TOWER_LAYER}\.self_attn\.out_proj', f'{vit.ATTENTION}/out'),
   *norm(rf'{_TOWER_LAYER}\.layer_norm2', f'{vit.BLOCK}/LayerNorm_2'),

@@ -42,17 +42,13 @@ def from_url(source: str) -> Path:
     make_writable(target.parent)
     # Several processes, of one run, may want the same file at once.
     with FileLock(f'{target}.lock'):
-      pooch.retrieve(
-        url, sha256, target.name, target.parent, downloader=download
-      )
+      pooch.retrieve(url, sha256, target.name, target.parent, downloader=download)
   except OSError as error:
     raise disk_error(source, error) from None
   except UserError:
     raise
   except ValueError as error:  # another hash; pooch has removed the file
-    raise UserError(
-      f'{source}: {one_line(error)} Check the address and the hash'
-    ) from None
+    raise UserError(f'{source}: {one_line(error)} Check the address and the hash') from None
   return target
 
 
@@ -89,8 +85,7 @@ def _download(source: str, part: Path, url: str, output: str, _) -> None:
       if answer.status_code == 416 and before:
         break  # nothing is left to send; the hash will tell
       raise UserError(
-        f'{source}: the server answered {answer.status_code} {answer.reason}; '
-        'check the address'
+        f'{source}: the server answered {answer.status_code} {answer.reason}; check the address'
       ) from None
     except requests.exceptions.ChunkedEncodingError:
       reason = 'the connection was cut'

@@ -1,10 +1,9 @@
 """Where a ViT's arrays go; timm's ViTs, and the AugReg npz with our names.
 
-timm's `vit_*` and `deit_*` are the plain ViT, DeiT, DINOv2, CLIP and SigLIP.
-Sizes, and which of the family it is, are read off the keys and shapes. What
-they do not tell (heads, activation, norm epsilon, normalisation) comes from
-the config.json that timm and transformers put beside their weights, or else
-from the registry's name.
+timm's `vit_*` and `deit_*` are the plain ViT, DeiT, DINOv2, CLIP and SigLIP. Sizes, and which of
+the family it is, are read off the keys and shapes. What they do not tell (heads, activation, norm
+epsilon, normalisation) comes from the config.json that timm and transformers put beside their
+weights, or else from the registry's name.
 """
 
 import functools
@@ -61,9 +60,8 @@ def architecture(
   num_heads = num_heads or _HEADS.get(width)
   if not num_heads:
     raise UserError(
-      f'a ViT of width {width} does not say how many heads it '
-      'has; put its config.json beside it, with num_attention_heads or '
-      'model_args.num_heads'
+      f'a ViT of width {width} does not say how many heads it has; put its config.json beside it, '
+      'with num_attention_heads or model_args.num_heads'
     )
   numbers = (width, depth, num_heads, mlp_dim)
   size = dict(zip(vit.SIZE_FIELDS, numbers, strict=True))
@@ -71,9 +69,7 @@ def architecture(
   name = named({name: vit.NAMES[name] for name in sizes}, size, family)
   own: dict[str, Any] = size if name == family else {}
   own |= {k: v for k, v in fields.items() if v is not None}
-  return Architecture(
-    name, own | {'patch_size': patch_size}, grid * patch_size, num_classes
-  )
+  return Architecture(name, own | {'patch_size': patch_size}, grid * patch_size, num_classes)
 
 
 def _is_augreg(shapes: Shapes, *, pre_logits: bool) -> bool:
@@ -87,9 +83,7 @@ def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   query = f'{first}/MultiHeadDotProductAttention_1/query/kernel'
   has_token = 'cls' in shapes
   # A new head goes without the layer that the first ViTs have before it.
-  head = (
-    (0,) if 'pre_logits/kernel' in shapes else shapes.get('head/bias', (0,))
-  )
+  head = (0,) if 'pre_logits/kernel' in shapes else shapes.get('head/bias', (0,))
   return architecture(
     'vit',
     width=width,
@@ -105,8 +99,7 @@ def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
 
 def _is_timm(shapes: Shapes) -> bool:
   return (
-    {'patch_embed.proj.weight', 'pos_embed', 'blocks.0.attn.qkv.weight'}
-    <= shapes.keys()
+    {'patch_embed.proj.weight', 'pos_embed', 'blocks.0.attn.qkv.weight'} <= shapes.keys()
   ) and 'blocks.0.attn.gating_param' not in shapes
 
 
@@ -172,9 +165,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     grid=side(positions, prefix),
     num_classes=shapes.get('head.weight', (0,))[0],
     num_heads=config.get('model_args', {}).get('num_heads'),
-    fields={
-      k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
-    },
+    fields={k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()},
   )
 
 

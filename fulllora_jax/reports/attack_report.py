@@ -73,9 +73,8 @@ def per_class(evaluation: Mapping[str, Any], names) -> list[list[str]]:
 def remarks(evaluation: Mapping[str, Any]) -> Iterator[str]:
   """Yields what one should know about the number, a line each."""
   yield (
-    f'computed in {evaluation["dtype"]}, matmul precision '
-    f'{evaluation["matmul_precision"]}; seed {evaluation["seed"]}, examples '
-    f'{evaluation["examples"]}'
+    f'computed in {evaluation["dtype"]}, matmul precision {evaluation["matmul_precision"]}; seed '
+    f'{evaluation["seed"]}, examples {evaluation["examples"]}'
   )
   yield from evaluation.get('notes', ())
   verified = evaluation.get('verified')
@@ -85,10 +84,9 @@ def remarks(evaluation: Mapping[str, Any]) -> Iterator[str]:
     yield f'{verified["file"]}: not verified, since the model is stochastic'
   elif verified['mismatches'] or verified['outside']:
     yield (
-      f'MISMATCH: {verified["mismatches"]} images of {verified["file"]} are '
-      'classified otherwise in a fresh forward pass, and '
-      f'{verified["outside"]} are outside the ball; do not trust this number '
-      'before you know why'
+      f'MISMATCH: {verified["mismatches"]} images of {verified["file"]} are classified otherwise '
+      f'in a fresh forward pass, and {verified["outside"]} are outside the ball; do not trust this '
+      'number before you know why'
     )
   else:
     yield (

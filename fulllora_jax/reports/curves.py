@@ -12,38 +12,26 @@ _MAX_MARKS = 40
 NORMS = {'linf': 'ℓ∞', 'l2': 'ℓ2', 'l1': 'ℓ1'}
 
 
-def learning(
-  history: Sequence[Mapping[str, Any]], best_step: int | None
-) -> Iterator[Chart]:
+def learning(history: Sequence[Mapping[str, Any]], best_step: int | None) -> Iterator[Chart]:
   """Yields the loss and the accuracies against the step, where they are known.
 
   Args:
-    history: rows of metrics.jsonl (`metrics.read_metrics`); a missing or None
-      value leaves a gap.
+    history: rows of metrics.jsonl (`metrics.read_metrics`); a missing or None value leaves a gap.
     best_step: marked in the charts, where given.
   """
   loss = _line(history, 'train', 'loss', 'base', 'training loss')
   if loss:
     yield charts.line_chart(
-      'Training loss',
-      [loss],
-      'step',
-      percent=False,
-      marked_x=best_step,
-      legend=False,
+      'Training loss', [loss], 'step', percent=False, marked_x=best_step, legend=False
     )
   accuracies = [
     line
     for name in ('clean', 'robust')
     for kind in ('train', 'validation')
-    if (
-      line := _line(history, kind, f'{name}_accuracy', name, f'{name}, {kind}')
-    )
+    if (line := _line(history, kind, f'{name}_accuracy', name, f'{name}, {kind}'))
   ]
   if accuracies:
-    yield charts.line_chart(
-      'Accuracy (%)', accuracies, 'step', marked_x=best_step
-    )
+    yield charts.line_chart('Accuracy (%)', accuracies, 'step', marked_x=best_step)
 
 
 def learning_note(best_step: int | None) -> str:
@@ -117,17 +105,11 @@ def against_eps(
       shown.append((eps, words[eps]))
       last = eps
   return charts.line_chart(
-    title,
-    lines,
-    f'eps ({NORMS.get(norm, "?")}, pixels in [0, 1])',
-    x_marks=shown,
-    marked_x=own_eps,
+    title, lines, f'eps ({NORMS.get(norm, "?")}, pixels in [0, 1])', x_marks=shown, marked_x=own_eps
   )
 
 
-def eps_line(
-  name: str, records: Sequence[Mapping[str, Any]], colour: str, look: str
-) -> Line:
+def eps_line(name: str, records: Sequence[Mapping[str, Any]], colour: str, look: str) -> Line:
   """Returns a line of `against_eps`, shaded by the intervals of its points.
 
   The records, each with eps_value, accuracy and interval, are in any order.

@@ -32,9 +32,7 @@ def weights_note(config: Mapping[str, Any]) -> str:
   decay = _field(config, 'ema.decay')
   if not decay:
     return ''
-  return (
-    f' Both are moving averages of the weights over the steps (decay {decay}).'
-  )
+  return f' Both are moving averages of the weights over the steps (decay {decay}).'
 
 
 def overfitting_note(report: Mapping[str, Any]) -> str:
@@ -43,10 +41,9 @@ def overfitting_note(report: Mapping[str, Any]) -> str:
   if not steps:
     return ''
   return (
-    '**Catastrophic overfitting**: robust accuracy on validation images '
-    f'collapsed by step {steps[0]:,} while that in training did not '
-    f'(in {len(steps)} of the validations). The model learned to withstand the '
-    'attack it was trained with alone; train with more steps of PGD.'
+    '**Catastrophic overfitting**: robust accuracy on validation images collapsed by step '
+    f'{steps[0]:,} while that in training did not (in {len(steps)} of the validations). The model '
+    'learned to withstand the attack it was trained with alone; train with more steps of PGD.'
   )
 
 
@@ -126,8 +123,7 @@ def provenance_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   yield 'base', report.get('base_fingerprint')
   yield 'device', report.get('device')
   arithmetic = {
-    f'{e.get("dtype")}, matmul precision {e.get("matmul_precision")}'
-    for e in report['evaluations']
+    f'{e.get("dtype")}, matmul precision {e.get("matmul_precision")}' for e in report['evaluations']
   }
   yield 'evaluated in', '; '.join(sorted(arithmetic))
   versions = report.get('versions') or {}
@@ -144,9 +140,8 @@ def limits(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   if results.attacks(report):
     yield (
       'robust accuracy',
-      'each row is an upper bound: a stronger attack can only lower it. '
-      'PGD usually leaves a few points more than AutoAttack, so compare only '
-      'with numbers of the same attack, eps and base',
+      'each row is an upper bound: a stronger attack can only lower it. PGD usually leaves a few '
+      'points more than AutoAttack, so compare only with numbers of the same attack, eps and base',
     )
     yield 'threat model', 'says nothing of other norms or a larger eps'
   else:

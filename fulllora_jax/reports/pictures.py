@@ -17,9 +17,7 @@ _BELOW = 40  # for two lines of predictions
 
 
 def draw_curves(
-  history: Sequence[Mapping[str, Any]],
-  path: str | os.PathLike,
-  best_step: int | None = None,
+  history: Sequence[Mapping[str, Any]], path: str | os.PathLike, best_step: int | None = None
 ) -> None:
   """Draws loss and accuracies against the step.
 
@@ -30,9 +28,7 @@ def draw_curves(
   picture.save_charts(path, shown, curves.learning_note(best_step))
 
 
-def draw_eps_sweep(
-  evaluations: Sequence[Mapping[str, Any]], path: str | os.PathLike
-) -> None:
+def draw_eps_sweep(evaluations: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
   """Draws robust accuracy against eps, a line for each attack and weights.
 
   Args:
@@ -68,11 +64,9 @@ def draw_examples(examples: Mapping[str, Any], path: str | os.PathLike) -> None:
   """Draws images, what the attack made of them, and the difference.
 
   Args:
-    examples: 'clean' and 'adversarial', float [n, H, W, C] in [0, 1], with
-      C = 1 or 3; 'labels', int [n]; optionally 'base_predictions' and
-      'robust_predictions', int [n], each of the model attacked itself;
-      'label_names'; 'eps', as the config writes it; 'norm'. The first 8 are
-      drawn.
+    examples: 'clean' and 'adversarial', float [n, H, W, C] in [0, 1], with C = 1 or 3; 'labels',
+      int [n]; optionally 'base_predictions' and 'robust_predictions', int [n], each of the model
+      attacked itself; 'label_names'; 'eps', as the config writes it; 'norm'. The first 8 are drawn.
     path: where the SVG goes.
 
   Raises:
@@ -85,12 +79,7 @@ def draw_examples(examples: Mapping[str, Any], path: str | os.PathLike) -> None:
   words_at = _TOP + 2 * height + _GAP
   rows = (
     (clean, _TOP, 'clean', ''),
-    (
-      adversarial,
-      _TOP + height + _GAP,
-      'adversarial',
-      f'{norm} ≤ {examples.get("eps", "?")}',
-    ),
+    (adversarial, _TOP + height + _GAP, 'adversarial', f'{norm} ≤ {examples.get("eps", "?")}'),
     (difference, words_at + _BELOW, 'difference', f'×{scale:.3g} on grey'),
   )
   parts = []
@@ -132,9 +121,7 @@ def _image(image: np.ndarray, column: int, top: float, height: float) -> Markup:
   )
 
 
-def _words(
-  examples: Mapping[str, Any], column: int, below: float
-) -> Iterator[Markup]:
+def _words(examples: Mapping[str, Any], column: int, below: float) -> Iterator[Markup]:
   """Yields the label above a column and what its image was taken for."""
   names = examples.get('label_names') or ()
   label = int(examples['labels'][column])

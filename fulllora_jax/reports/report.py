@@ -1,7 +1,6 @@
 """The report of a run: report.json for programs, report.md for people.
 
-Both hold the same numbers, each with the number of examples behind it and a
-Wilson interval.
+Both hold the same numbers, each with the number of examples behind it and a Wilson interval.
 """
 
 import json
@@ -17,10 +16,9 @@ from fulllora_jax.reports import attack_report, facts, pictures, results
 
 _CURVES, _EXAMPLES = 'curves.svg', 'examples.svg'
 _EXAMPLES_NOTE = (
-  'Each column is one image with its label; what the attack made of it '
-  'against the adapted model; what the base and the adapted model predict '
-  'when each is attacked itself; and the difference, magnified as '
-  'stated, where grey is no change.'
+  'Each column is one image with its label; what the attack made of it against the adapted model; '
+  'what the base and the adapted model predict when each is attacked itself; and the difference, '
+  'magnified as stated, where grey is no change.'
 )
 
 
@@ -34,13 +32,12 @@ def write_report(
 
   Args:
     workdir: an existing directory, or in a bucket (gs://).
-    report: config_name, method, dataset; threat (norm, eps as the config
-      writes it); parameters (base, trainable, fraction); evaluations, a list
-      of dicts (weights: base, best or last; split, attack, norm, eps, steps,
-      step_size, restarts, num_examples, num_correct, accuracy in [0, 1],
-      interval, dtype, matmul_precision). Where known: best_step, last_step,
-      seconds by phase, seed, command, device, versions, base_fingerprint,
-      adapter_bytes and config. Further keys go to report.json alone.
+    report: config_name, method, dataset; threat (norm, eps as the config writes it); parameters
+      (base, trainable, fraction); evaluations, a list of dicts (weights: base, best or last; split,
+      attack, norm, eps, steps, step_size, restarts, num_examples, num_correct, accuracy in [0, 1],
+      interval, dtype, matmul_precision). Where known: best_step, last_step, seconds by phase, seed,
+      command, device, versions, base_fingerprint, adapter_bytes and config. Further keys go to
+      report.json alone.
     history: the rows of metrics.jsonl, for curves.svg; may be empty.
     examples: for examples.svg (`pictures.draw_examples`), or None.
 
@@ -65,9 +62,7 @@ def write_report(
   return path
 
 
-def write_numbers(
-  workdir: str | os.PathLike, report: Mapping[str, Any]
-) -> None:
+def write_numbers(workdir: str | os.PathLike, report: Mapping[str, Any]) -> None:
   """Writes report.json alone; the arguments are those of `write_report`."""
   text = json.dumps(_json_value(report), indent=2, allow_nan=False)
   replace_file(as_path(workdir) / 'report.json', text.encode() + b'\n')
@@ -76,8 +71,7 @@ def write_numbers(
 def summary_table(report: Mapping[str, Any]) -> str:
   """Returns the results as text: a row for an attack, a column for weights.
 
-  The lines below the table say what the numbers are, the parameters trained
-  and the threat model.
+  The lines below the table say what the numbers are, the parameters trained and the threat model.
   """
   lines = tables.aligned(results.table(report))
   lines.insert(1, '-' * max(map(len, lines)))
@@ -96,8 +90,7 @@ def _markdown(report, drawn) -> str:
     facts.overfitting_note(report),
     '## Results',
     tables.markdown(results.table(report)),
-    'Accuracy in % [95 % Wilson interval]; n is the number of images.'
-    f'{facts.steps_note(report)}',
+    f'Accuracy in % [95 % Wilson interval]; n is the number of images.{facts.steps_note(report)}',
     *attack_report.markdown(report),
     *drawn,
     '## Parameters and threat model',

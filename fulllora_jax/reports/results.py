@@ -66,17 +66,13 @@ def shown_weights(evaluations: Sequence[Evaluation]) -> str:
   return next((w for w in ('best', 'last', *there) if w in there), 'best')
 
 
-def clean_of(
-  evaluations: Sequence[Evaluation], weights: str
-) -> Evaluation | None:
+def clean_of(evaluations: Sequence[Evaluation], weights: str) -> Evaluation | None:
   """Returns the evaluation of some weights on clean images, or None."""
   mine = (e for e in evaluations if e['weights'] == weights)
   return next((e for e in mine if e['attack'] == 'clean'), None)
 
 
-def strongest(
-  evaluations: Sequence[Evaluation], weights: str
-) -> Evaluation | None:
+def strongest(evaluations: Sequence[Evaluation], weights: str) -> Evaluation | None:
   """Returns the evaluation under the attack that left least, or None."""
   mine = [e for e in evaluations if e['weights'] == weights]
   attacked = [e for e in mine if e['attack'] != 'clean']
@@ -133,9 +129,7 @@ def parameters(report: Mapping[str, Any]) -> str:
 def threat(report: Mapping[str, Any]) -> str:
   """Says the threat model."""
   found = report.get('threat') or {}
-  return (
-    f'{found.get("norm", "?")}, eps {found.get("eps", "?")}, pixels in [0, 1]'
-  )
+  return f'{found.get("norm", "?")}, eps {found.get("eps", "?")}, pixels in [0, 1]'
 
 
 def class_name(names: Sequence[Any], label: int) -> str:

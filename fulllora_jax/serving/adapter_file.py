@@ -43,12 +43,7 @@ from fulllora_jax.core.files import as_path, read_file
 FORMAT = 1
 _JSON = ('model', 'branches', 'run')
 _TEXT = ('fulllora_jax', 'contents')
-_DTYPES = {
-  'F64': np.float64,
-  'F32': np.float32,
-  'F16': np.float16,
-  'BF16': ml_dtypes.bfloat16,
-}
+_DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 # (collection, module, ..., name) -> array.
 Leaves = Mapping[tuple[str, ...], np.ndarray]
 
@@ -64,9 +59,7 @@ def dotted(path: tuple[str, ...]) -> str:
 
 def undotted(name: str) -> tuple[str, ...]:
   """Returns the path that `dotted` made a name of."""
-  return tuple(
-    part.replace('%2E', '.').replace('%25', '%') for part in name.split('.')
-  )
+  return tuple(part.replace('%2E', '.').replace('%25', '%') for part in name.split('.'))
 
 
 def encode(leaves: Leaves, metadata: Mapping[str, Any]) -> bytes:
@@ -74,12 +67,9 @@ def encode(leaves: Leaves, metadata: Mapping[str, Any]) -> bytes:
 
   Args:
     leaves: float arrays by path.
-    metadata: `fulllora_jax` and `contents`, strings; `model`, `branches` and
-      `run`, JSON-able.
+    metadata: `fulllora_jax` and `contents`, strings; `model`, `branches` and `run`, JSON-able.
   """
-  arrays = {
-    dotted(path): np.asarray(leaf, order='C') for path, leaf in leaves.items()
-  }
+  arrays = {dotted(path): np.asarray(leaf, order='C') for path, leaf in leaves.items()}
   header = {'format': 'fulllora_jax', 'format_version': str(FORMAT)}
   header |= {name: metadata[name] for name in _TEXT}
   header |= {n: json.dumps(metadata[n], sort_keys=True) for n in _JSON}
@@ -111,9 +101,7 @@ def decode(content: bytes, source: str) -> tuple[Leaves, dict[str, Any]]:
   """Reads the bytes of a file as `read` does; errors call it `source`."""
   try:
     arrays = {
-      name: np.frombuffer(array['data'], _DTYPES[array['dtype']]).reshape(
-        array['shape']
-      )
+      name: np.frombuffer(array['data'], _DTYPES[array['dtype']]).reshape(array['shape'])
       for name, array in safetensors.deserialize(content)
     }
     length = int.from_bytes(content[:8], 'little')
@@ -137,9 +125,8 @@ def _check_header(header: Mapping[str, str], source: str) -> None:
     )
   if header.get('format_version') != str(FORMAT):
     raise UserError(
-      f'{source} has format version {header.get("format_version")}, of '
-      f'fulllora_jax {header.get("fulllora_jax")}; this version reads '
-      f'{FORMAT}: install a newer one'
+      f'{source} has format version {header.get("format_version")}, of fulllora_jax '
+      f'{header.get("fulllora_jax")}; this version reads {FORMAT}: install a newer one'
     )
 
 
@@ -150,9 +137,7 @@ def _damaged(source: str, reason: str) -> UserError:
   )
 
 
-def _checksum(
-  arrays: Mapping[str, np.ndarray], header: Mapping[str, str]
-) -> str:
+def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
   digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
   for name, array in sorted(arrays.items()):
     digest.update(f'{name} {array.shape} {array.dtype}\n'.encode())

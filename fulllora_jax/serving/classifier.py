@@ -24,9 +24,8 @@ from fulllora_jax.serving.many_adapters import ManyAdapters
 class RobustClassifier:
   """A frozen base with its adapter; made by `load`.
 
-  Images are float32 [B, H, W, C] in [0, 1], of `metadata['image_shape']`;
-  normalisation is the model's own first line. Each new batch size compiles
-  once.
+  Images are float32 [B, H, W, C] in [0, 1], of `metadata['image_shape']`; normalisation is the
+  model's own first line. Each new batch size compiles once.
 
   Attributes:
     metadata: a mapping with at least `image_shape`, `num_classes`,
@@ -37,11 +36,7 @@ class RobustClassifier:
   """
 
   def __init__(
-    self,
-    model: AdaptedModel,
-    variables: Tree,
-    base_variables: Tree,
-    metadata: Mapping[str, Any],
+    self, model: AdaptedModel, variables: Tree, base_variables: Tree, metadata: Mapping[str, Any]
   ):
     self.model = model
     self.variables = variables
@@ -71,17 +66,13 @@ class RobustClassifier:
 
 @overload
 def load(
-  path: str | os.PathLike,
-  base: str | os.PathLike | None = None,
-  which: str = 'best',
+  path: str | os.PathLike, base: str | os.PathLike | None = None, which: str = 'best'
 ) -> RobustClassifier: ...
 
 
 @overload
 def load(
-  path: Mapping[str, str | os.PathLike],
-  base: str | os.PathLike | None = None,
-  which: str = 'best',
+  path: Mapping[str, str | os.PathLike], base: str | os.PathLike | None = None, which: str = 'best'
 ) -> ManyAdapters: ...
 
 
@@ -102,9 +93,8 @@ def load(path, base=None, which='best'):
     The classifier: of one path a RobustClassifier, of several ManyAdapters.
 
   Raises:
-    UserError: nothing there, damaged, another base, or any leaf missing,
-      extra or misshaped (naming it); several that do not share one base and
-      one structure (saying which differs in what).
+    UserError: nothing there, damaged, another base, or any leaf missing, extra or misshaped (naming
+      it); several that do not share one base and one structure (saying which differs in what).
   """
   if isinstance(path, Mapping):
     return _load_many(path, base, which)
@@ -124,9 +114,7 @@ def load(path, base=None, which='best'):
 
 
 def _load_many(
-  paths: Mapping[str, str | os.PathLike],
-  base: str | os.PathLike | None,
-  which: str,
+  paths: Mapping[str, str | os.PathLike], base: str | os.PathLike | None, which: str
 ) -> ManyAdapters:
   stacking.check_names(paths)
   adapters = {name: read_adapter(path, which) for name, path in paths.items()}
@@ -152,9 +140,7 @@ class Published(NamedTuple):
 
 
 def read(
-  path: str | os.PathLike,
-  base: str | os.PathLike | None = None,
-  which: str = 'best',
+  path: str | os.PathLike, base: str | os.PathLike | None = None, which: str = 'best'
 ) -> Published:
   """Reads an adapter and its base; arguments and errors are those of `load`."""
   directory, built, adapter, frozen, metadata = read_adapter(path, which)
@@ -165,9 +151,7 @@ def read(
   return Published(built.model, adapter, base_variables, metadata)
 
 
-def read_adapter(
-  path: str | os.PathLike, which: str = 'best'
-) -> stacking.Adapter:
+def read_adapter(path: str | os.PathLike, which: str = 'best') -> stacking.Adapter:
   """Reads an adapter alone; arguments and errors are those of `load`."""
   directory, adapter, metadata = _read_leaves(path, which)
   cfg = config.from_mapping(metadata['config'])
@@ -215,12 +199,9 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
       )
   except UserError as error:
     raise UserError(
-      f'{directory} needs its base: {error} (fulllora_jax.load takes it as '
-      'base=...)'
+      f'{directory} needs its base: {error} (fulllora_jax.load takes it as base=...)'
     ) from None
-  difference = trees.first_difference(
-    frozen, {'params': params}, more_is_fine=True
-  )
+  difference = trees.first_difference(frozen, {'params': params}, more_is_fine=True)
   if difference:
     raise UserError(f'{source} is not the base of {directory}: {difference}')
   kept = trees.select({'params': params}, trees.named_leaves(frozen))
@@ -228,8 +209,7 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
   if fingerprint != metadata['base_fingerprint']:
     raise UserError(
       f'{source} is another base than {directory} was trained on: fingerprint '
-      f'{fingerprint[:12]}..., expected '
-      f'{metadata["base_fingerprint"][:12]}...; give the right one'
+      f'{fingerprint[:12]}..., expected {metadata["base_fingerprint"][:12]}...; give the right one'
     )
   return params
 

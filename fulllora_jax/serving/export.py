@@ -15,12 +15,7 @@ import fulllora_jax
 from fulllora_jax import pretrained
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import (
-  absolute_path,
-  bounded,
-  make_writable,
-  replace_file,
-)
+from fulllora_jax.core.files import absolute_path, bounded, make_writable, replace_file
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.serving import adapter_file, classifier, program
 from fulllora_jax.serving.classifier import RobustClassifier
@@ -136,8 +131,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[Tree, dict[str, Any]]:
     `lnlora`, and its header (serving/adapter_file.py).
 
   Raises:
-    UserError: there is no file, it is damaged or not ours, or a newer
-      fulllora_jax wrote it.
+    UserError: there is no file, it is damaged or not ours, or a newer fulllora_jax wrote it.
   """
   leaves, metadata = adapter_file.read(path)
   return traverse_util.unflatten_dict(leaves), metadata
@@ -153,14 +147,9 @@ def _output(workdir, output, default: str) -> Path:
     path = workdir / 'export' / default
   with _writing(path):
     if bounded(path.is_dir, path):
-      raise UserError(
-        f'--output: {path} is a directory; give the name of a file in it'
-      )
+      raise UserError(f'--output: {path} is a directory; give the name of a file in it')
     if path.suffix == '.json':
-      raise UserError(
-        f'--output: {path} has the suffix of the JSON beside a program; give '
-        'another'
-      )
+      raise UserError(f'--output: {path} has the suffix of the JSON beside a program; give another')
     make_writable(path.parent)
   return path
 
@@ -170,14 +159,10 @@ def _writing(path: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise UserError(
-      f'--output: cannot write {path}: {error.strerror}; choose another'
-    ) from None
+    raise UserError(f'--output: cannot write {path}: {error.strerror}; choose another') from None
 
 
-def _largest_difference(
-  loaded: RobustClassifier, logits: Callable, output: Path
-) -> float:
+def _largest_difference(loaded: RobustClassifier, logits: Callable, output: Path) -> float:
   """Compares the file's logits with the run's, on random images.
 
   Raises:

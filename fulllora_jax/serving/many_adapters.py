@@ -22,9 +22,8 @@ from fulllora_jax.serving.stacking import BASE
 class ManyAdapters:
   """A frozen base with several adapters; made by `load`.
 
-  Which adapter computes is a number that the compiled program is given: no
-  choice compiles anything, a batch of another size does. Images are float32
-  [B, H, W, C] in [0, 1].
+  Which adapter computes is a number that the compiled program is given: no choice compiles
+  anything, a batch of another size does. Images are float32 [B, H, W, C] in [0, 1].
 
   Attributes:
     names: names of the adapters, and 'base' for the base without one, where
@@ -49,9 +48,7 @@ class ManyAdapters:
     self._one = jax.jit(functools.partial(mixed.apply_one, stack.model))
     self._mixed = jax.jit(functools.partial(mixed.apply_mixed, stack.model))
 
-  def logits(
-    self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]
-  ) -> jax.Array:
+  def logits(self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]) -> jax.Array:
     """Returns the logits, float32 [B, K].
 
     Args:
@@ -71,9 +68,7 @@ class ManyAdapters:
       )
     return self.logits_fn(adapter)(images)
 
-  def predict(
-    self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]
-  ) -> jax.Array:
+  def predict(self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]) -> jax.Array:
     """Returns the classes, int [B]; arguments and errors as `logits`."""
     return self.logits(images, adapter).argmax(axis=-1)
 

@@ -45,9 +45,8 @@ def check_size(variables: Any) -> None:
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
   if _COPIES * weights > MAX_BYTES:
     raise UserError(
-      f'--to=stablehlo: the weights have {weights / 2**30:.1f} GiB, and a '
-      'program, which has them twice, ends at 2 GiB; give --to=safetensors '
-      '--with_base'
+      f'--to=stablehlo: the weights have {weights / 2**30:.1f} GiB, and a program, which has them '
+      'twice, ends at 2 GiB; give --to=safetensors --with_base'
     )
 
 
@@ -105,14 +104,11 @@ def read(path: str | Path) -> Logits:
     version, sha256 = description['format_version'], description['sha256']
   except OSError as error:
     raise UserError(
-      f'cannot read {error.filename}: {error.strerror}; a program is two '
-      f'files, {path.name} and {beside.name}, of fulllora_jax.export '
-      '--to=stablehlo'
+      f'cannot read {error.filename}: {error.strerror}; a program is two files, {path.name} and '
+      f'{beside.name}, of fulllora_jax.export --to=stablehlo'
     ) from None
   except (KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f'{beside} is damaged ({error}); copy or export it again'
-    ) from None
+    raise UserError(f'{beside} is damaged ({error}); copy or export it again') from None
   if version != FORMAT:
     raise UserError(
       f'{path} has format version {version}, this version of fulllora_jax '
@@ -120,8 +116,7 @@ def read(path: str | Path) -> Logits:
     )
   if hashlib.sha256(content).hexdigest() != sha256:
     raise UserError(
-      f'{path} is damaged: its checksum is not that in {beside.name}; copy or '
-      'export both again'
+      f'{path} is damaged: its checksum is not that in {beside.name}; copy or export both again'
     )
   try:
     return decode(content)

@@ -1,8 +1,7 @@
 """Several adapters of one base made into one stack, or told why they cannot.
 
-Ranks and alphas may differ. A branch of rank r among others of rank R gets
-R - r zero columns in A and zero rows in B, and its alpha / r goes into B: the
-same function.
+Ranks and alphas may differ. A branch of rank r among others of rank R gets R - r zero columns in A
+and zero rows in B, and its alpha / r goes into B: the same function.
 """
 
 import dataclasses
@@ -62,9 +61,8 @@ def check_set(adapters: Mapping[str, Adapter]) -> None:
   for name, adapter in adapters.items():
     if not adapter.built.method.trains_less_than_all():
       raise UserError(
-        f'adapter {name!r}: method {adapter.metadata["method"]} trained all of '
-        'the model, which leaves no base to share; load '
-        f'{adapter.directory} by itself'
+        f'adapter {name!r}: method {adapter.metadata["method"]} trained all of the model, which '
+        f'leaves no base to share; load {adapter.directory} by itself'
       )
   (reference, expected), *others = adapters.items()
   for name, adapter in others:
@@ -143,9 +141,7 @@ def stack(adapters: Mapping[str, Adapter], base_params: Tree) -> Stack:
     names.append(BASE)
     rows.append(_neutral(model, rows[0], base_params))
   leaves = {path: np.stack([row[path] for row in rows]) for path in rows[0]}
-  return Stack(
-    model, tuple(names), trees.select(leaves, leaves.keys()), no_base
-  )
+  return Stack(model, tuple(names), trees.select(leaves, leaves.keys()), no_base)
 
 
 def _common(adapters: list[Adapter]) -> tuple[AdaptedModel, list[dict]]:
@@ -170,9 +166,7 @@ def _common(adapters: list[Adapter]) -> tuple[AdaptedModel, list[dict]]:
   return common, rows
 
 
-def _neutral(
-  model: AdaptedModel, row: Mapping[str, np.ndarray], base_params: Tree
-) -> dict:
+def _neutral(model: AdaptedModel, row: Mapping[str, np.ndarray], base_params: Tree) -> dict:
   """Returns the base as an adapter: its own leaves, and silent branches."""
   params = traverse_util.flatten_dict({'params': base_params}, sep='/')
   silent = {name for b in model.targets.values() for name in b.ZERO_MEANS_OFF}
@@ -195,6 +189,4 @@ def _no_base(
     if not branch.ZERO_MEANS_OFF:
       return f'{branch.kind} change it, whatever their numbers'
   wanted = {path: v for path, v in row.items() if path.startswith('params/')}
-  return trees.first_difference(
-    wanted, {'params': base_params}, more_is_fine=True
-  )
+  return trees.first_difference(wanted, {'params': base_params}, more_is_fine=True)

@@ -14,15 +14,10 @@ _ATTENTION = 'MultiHeadDotProductAttention_1'
 
 
 class Place(NamedTuple):
-  """Where one of our leaves is in a timm model.
+  """Where one of our leaves is in a timm model."""
 
-  Attributes:
-    tensor: a view of timm's parameter, without gradient.
-    shape: shape of our leaf.
-  """
-
-  tensor: torch.Tensor
-  shape: tuple[int, ...]
+  tensor: torch.Tensor  # a view of timm's parameter, without gradient
+  shape: tuple[int, ...]  # shape of our leaf
 
   def write(self, name: str, leaf: np.ndarray) -> None:
     """Puts our leaf there; raises UserError where the shapes differ."""
@@ -65,18 +60,14 @@ def linear_maps(model) -> dict[str, tuple[nn.Module, str]]:
       maps[f'{ours}/MlpBlock_3/Dense_1'] = block.mlp.fc2
     without_bias = [path for path, m in maps.items() if m.bias is None]
   except AttributeError as error:
-    raise UserError(
-      f'the model is no plain Vision Transformer: {error}'
-    ) from None
+    raise UserError(f'the model is no plain Vision Transformer: {error}') from None
   if without_bias:
     raise UserError(
-      'the model is no plain Vision Transformer: no bias at what is '
-      f'{without_bias[0]} here'
+      f'the model is no plain Vision Transformer: no bias at what is {without_bias[0]} here'
     )
   parts = {path: path.rpartition('/')[2] for path in maps}
   return {
-    path: (module, parts[path] if parts[path] in PARTS else '')
-    for path, module in maps.items()
+    path: (module, parts[path] if parts[path] in PARTS else '') for path, module in maps.items()
   }
 
 
@@ -86,9 +77,7 @@ def _norms(model) -> dict[str, nn.Module]:
   for i, block in enumerate(model.blocks):
     norms[f'Transformer/encoderblock_{i}/LayerNorm_0'] = block.norm1
     norms[f'Transformer/encoderblock_{i}/LayerNorm_2'] = block.norm2
-  return {
-    p: norm for p, norm in norms.items() if isinstance(norm, nn.LayerNorm)
-  }
+  return {p: norm for p, norm in norms.items() if isinstance(norm, nn.LayerNorm)}
 
 
 def places(model) -> dict[str, Place]:

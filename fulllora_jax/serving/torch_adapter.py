@@ -5,9 +5,8 @@
 
   model = torch_adapter.load('model.safetensors')  # of export --with_base
 
-Either way images are [B, C, H, W] in [0, 1], as RobustBench and AutoAttack
-have them, and logits [B, K]; normalisation is inside. The computation is
-float32, whatever dtype the run computed in.
+Either way images are [B, C, H, W] in [0, 1], as RobustBench and AutoAttack have them, and logits
+[B, K]; normalisation is inside. The computation is float32, whatever dtype the run computed in.
 
 Plain Vision Transformers only: one class token or the mean of the patches, no
 registers, no LayerScale. Needs PyTorch and timm, not JAX.
@@ -60,9 +59,7 @@ class Branch(nn.Module):
     settings: alpha, rank and epsilon.
   """
 
-  def __init__(
-    self, leaves: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-  ):
+  def __init__(self, leaves: Mapping[str, np.ndarray], settings: Mapping[str, Any]):
     super().__init__()
     for name, leaf in leaves.items():
       self.register_parameter(name, nn.Parameter(timm_vit.to_tensor(leaf)))
@@ -73,9 +70,7 @@ class Branch(nn.Module):
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     """Maps x [..., d_in] to [..., d_out]."""
     if self.layer_norm:
-      x = F.layer_norm(
-        x, x.shape[-1:], self.ln_scale, self.ln_bias, self.epsilon
-      )
+      x = F.layer_norm(x, x.shape[-1:], self.ln_scale, self.ln_bias, self.epsilon)
     return self.scale * ((x @ self.lora_a) @ self.lora_b)
 
 
@@ -88,9 +83,7 @@ class Normalised(nn.Module):
     std: one value for each channel, or one for all.
   """
 
-  def __init__(
-    self, model: nn.Module, mean: Sequence[float], std: Sequence[float]
-  ):
+  def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
     super().__init__()
     self.model = model
     for name, values in (('mean', mean), ('std', std)):
@@ -107,10 +100,9 @@ def attach(
   """Puts an exported adapter and its head on a timm Vision Transformer.
 
   Args:
-    model: a model with the weights of the run's base; changed in place. It is
-      set to eval mode and to the run's activation and norm epsilon, its own
-      parameters are frozen, and its head is replaced by the run's. Branches
-      are submodules `lnlora` of the maps they stand beside.
+    model: a model with the weights of the run's base; changed in place. It is set to eval mode and
+      to the run's activation and norm epsilon, its own parameters are frozen, and its head is
+      replaced by the run's. Branches are submodules `lnlora` of the maps they stand beside.
     path: path of a file that export --to=safetensors wrote.
     check_base: False lets other base weights pass, e.g. those of a model whose
       position embedding timm has resampled.
@@ -152,8 +144,7 @@ def load(path: str | os.PathLike) -> Normalised:
     path: path of a file that export --to=safetensors --with_base wrote.
 
   Returns:
-    Images [B, C, H, W] in [0, 1] to logits [B, K], in eval mode; `.model` is
-    timm's.
+    Images [B, C, H, W] in [0, 1] to logits [B, K], in eval mode; `.model` is timm's.
 
   Raises:
     UserError: the file cannot be read, is of another family, has other
@@ -163,8 +154,7 @@ def load(path: str | os.PathLike) -> Normalised:
   fields = _plain_vit(metadata, path)
   if metadata['contents'] != 'model':
     raise UserError(
-      f'{path} holds an adapter alone; export it --with_base, or attach it to '
-      'its base'
+      f'{path} holds an adapter alone; export it --with_base, or attach it to its base'
     )
   height, width, channels = metadata['run']['image_shape']
   params = _sub(leaves, 'params')
@@ -212,9 +202,8 @@ def _check_branches(metadata: Mapping[str, Any], path) -> None:
   for name, settings in metadata['branches'].items():
     if 'kind' in settings:
       raise UserError(
-        f'{path}: method {metadata["run"]["method"]} put {settings["kind"]} at '
-        f'{name}, and PyTorch has LoRA and LNLoRA only; use fulllora_jax.load, '
-        'or export --to=stablehlo'
+        f'{path}: method {metadata["run"]["method"]} put {settings["kind"]} at {name}, and PyTorch '
+        'has LoRA and LNLoRA only; use fulllora_jax.load, or export --to=stablehlo'
       )
 
 
@@ -252,8 +241,7 @@ def _check_size(model, fields: Mapping[str, Any], run) -> None:
   for (name, have), want in zip(found.items(), wanted, strict=True):
     if have != want:
       raise UserError(
-        f'the model is not the base of the adapter: {name} is {have}, expected '
-        f'{want}'
+        f'the model is not the base of the adapter: {name} is {have}, expected {want}'
       )
 
 
@@ -266,13 +254,10 @@ def _set_arithmetic(model, fields: Mapping[str, Any]) -> None:
       module.eps = fields['epsilon']
 
 
-def _find(
-  places: Mapping[str, timm_vit.Place], name: str, path
-) -> timm_vit.Place:
+def _find(places: Mapping[str, timm_vit.Place], name: str, path) -> timm_vit.Place:
   if name not in places:
     raise UserError(
-      f'{path} does not fit the model: it has {name}, and the model has no '
-      'place for that'
+      f'{path} does not fit the model: it has {name}, and the model has no place for that'
     )
   return places[name]
 
@@ -303,8 +288,7 @@ def _add_branches(model, leaves, branches: Mapping[str, Any], path) -> None:
   for name, settings in branches.items():
     if name not in maps:
       raise UserError(
-        f'{path} does not fit the model: it has a branch at {name}, and the '
-        'model has no such map'
+        f'{path} does not fit the model: it has a branch at {name}, and the model has no such map'
       )
     module, part = maps[name]
     own = {
@@ -346,8 +330,4 @@ def _add_parts(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
 
 def _sub(leaves: adapter_file.Leaves, collection: str) -> dict[str, np.ndarray]:
   """Returns the leaves of one collection, paths joined by '/'."""
-  return {
-    '/'.join(path[1:]): leaf
-    for path, leaf in leaves.items()
-    if path[0] == collection
-  }
+  return {'/'.join(path[1:]): leaf for path, leaf in leaves.items() if path[0] == collection}

@@ -8,14 +8,7 @@ from fulllora_jax.attacks.threat import Threat, parse_fraction
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.data import augment
 from fulllora_jax.evaluation import settings
-from fulllora_jax.training import (
-  ard_prm,
-  awp,
-  inner_attack,
-  objectives,
-  optim,
-  train_step,
-)
+from fulllora_jax.training import ard_prm, awp, inner_attack, objectives, optim, train_step
 
 
 def total_steps(config, num_examples: int) -> int:
@@ -26,23 +19,15 @@ def total_steps(config, num_examples: int) -> int:
 
 
 def make_algorithm(
-  config,
-  built: Built,
-  mask: Tree,
-  steps: int,
-  num_classes: int,
+  config, built: Built, mask: Tree, steps: int, num_classes: int
 ) -> train_step.Algorithm:
   """Builds Algorithm 1 from a config; its training is `steps` long."""
-  learning_rate = optim.learning_rate(
-    config.schedule, config.optimizer.learning_rate, steps
-  )
+  learning_rate = optim.learning_rate(config.schedule, config.optimizer.learning_rate, steps)
   return train_step.Algorithm(
     apply=built.model.apply,
     tx=optim.create(config.optimizer, learning_rate, mask),
     learning_rate=learning_rate,
-    objective=objectives.create(
-      config.objective, adversarial=built.method.adversarial
-    ),
+    objective=objectives.create(config.objective, adversarial=built.method.adversarial),
     attack=_attack(config, steps) if built.method.adversarial else None,
     augment=augment.Augmentation(num_classes, **config.augment.to_dict()),
     fold=built.model.fold,

@@ -1,11 +1,10 @@
 """ARD and PRM: a training attack that is held back while training warms up.
 
-Both make the attack of the first epochs less of a fit to the model as it is.
-Attention Random Dropping lets no gradient through the attention of some blocks;
-Perturbation Random Masking takes the perturbation off some patches. What is
-kept rises linearly to all. Source: Mo et al., 2022 (arXiv 2210.07540), section
-3, as their code has it: one draw for the whole batch, new in each step of the
-attack, and in ARD for each block.
+Both make the attack of the first epochs less of a fit to the model as it is. Attention Random
+Dropping lets no gradient through the attention of some blocks; Perturbation Random Masking takes
+the perturbation off some patches. What is kept rises linearly to all. Source: Mo et al., 2022
+(arXiv 2210.07540), section 3, as their code has it: one draw for the whole batch, new in each step
+of the attack, and in ARD for each block.
 """
 
 import dataclasses
@@ -24,28 +23,21 @@ from fulllora_jax.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-  """How an attack is held back.
+  """How an attack is held back."""
 
-  Attributes:
-    ard: the fraction of training over which the share of blocks whose attention
-      passes its gradient on rises to 1; 0: all do from the start.
-    prm: the fraction of training over which the share of patches that keep
-      their perturbation rises to 1; 0: all do from the start.
-    total_steps: the length of training in steps.
-    attention: a regular expression of the paths of modules whose output is the
-      attention of a block (models.attention_outputs).
-    patch_size: the side of a patch in pixels.
-  """
-
+  # The fraction of training over which the share of blocks whose attention passes its gradient on
+  # rises to 1; 0: all do from the start
   ard: float
+  # The fraction of training over which the share of patches that keep their perturbation rises to
+  # 1; 0: all do from the start
   prm: float
-  total_steps: int
+  total_steps: int  # the length of training in steps
+  # A regular expression of the paths of modules whose output is the attention of a block
+  # (models.attention_outputs)
   attention: str
-  patch_size: int
+  patch_size: int  # the side of a patch in pixels
 
-  def held_back(
-    self, step: Step, x: jax.Array, done: jax.Array, key: jax.Array
-  ) -> Step:
+  def held_back(self, step: Step, x: jax.Array, done: jax.Array, key: jax.Array) -> Step:
     """Wraps a step (x_adv, t) -> x_adv, where t counts those of all restarts.
 
     Args: those of `InnerAttack`.
@@ -69,9 +61,7 @@ class Warmup:
     return held
 
 
-def gated(
-  attention: str, key: jax.Array, keep: jax.Array | float
-) -> Callable[..., jax.Array]:
+def gated(attention: str, key: jax.Array, keep: jax.Array | float) -> Callable[..., jax.Array]:
   """Makes an interceptor that lets attention's gradient through, or none.
 
   Around the interceptor of an adapted model it gates the branch with the map
@@ -101,10 +91,7 @@ def gated(
 
 
 def kept_patches(
-  key: jax.Array,
-  size: tuple[int, int],
-  patch_size: int,
-  keep: jax.Array | float,
+  key: jax.Array, size: tuple[int, int], patch_size: int, keep: jax.Array | float
 ) -> jax.Array:
   """Draws which patches keep their perturbation.
 
@@ -112,8 +99,7 @@ def kept_patches(
     key: a PRNG key.
     size: the height and the width of the images, in pixels.
     patch_size: the side of a patch in pixels, which divides both.
-    keep: the share of the N patches that keep theirs, in [0, 1]; int(N (1 -
-      keep)) are masked.
+    keep: the share of the N patches that keep theirs, in [0, 1]; int(N (1 - keep)) are masked.
 
   Returns:
     bool [H, W].

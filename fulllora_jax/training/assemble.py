@@ -21,25 +21,15 @@ from fulllora_jax.training.train_step import Algorithm
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-  """Everything about a training that is known before its first array.
+  """Everything about a training that is known before its first array."""
 
-  Attributes:
-    config: what was put together.
-    image_shape: (H, W, C).
-    built: the model with its branches, and the method that trains it.
-    shapes: the shape and dtype of every variable, as `jax.eval_shape` gives it.
-    mask: the tree of bools that says which variables learn.
-    algorithm: Algorithm 1.
-    mesh: the devices.
-  """
-
-  config: ConfigDict
-  image_shape: tuple[int, int, int]
-  built: Built
-  shapes: Tree
-  mask: Tree
-  algorithm: Algorithm
-  mesh: Mesh
+  config: ConfigDict  # what was put together
+  image_shape: tuple[int, int, int]  # (H, W, C)
+  built: Built  # the model with its branches, and the method that trains it
+  shapes: Tree  # the shape and dtype of every variable, as `jax.eval_shape` gives it
+  mask: Tree  # the tree of bools that says which variables learn
+  algorithm: Algorithm  # Algorithm 1
+  mesh: Mesh  # the devices
 
   @functools.cached_property
   def counts(self) -> dict[str, Any]:
@@ -58,9 +48,7 @@ class Assembly:
       ema.begin(trainable) if self.config.ema.decay else None,
     )
 
-  def place(
-    self, variables: Tree, num_examples: int = 0
-  ) -> tuple[TrainState, Tree]:
+  def place(self, variables: Tree, num_examples: int = 0) -> tuple[TrainState, Tree]:
     """Returns the state before the first step, and the frozen leaves, placed.
 
     Args: those of `begin`, but all the variables, arrays of `shapes`.
@@ -68,20 +56,14 @@ class Assembly:
     config = self.config
     trainable, frozen = trees.split(variables, self.mask)
     if config.base.dtype != 'float32':
-      frozen = trees.in_compute_dtype(
-        frozen, config.base.dtype, self.built.head
-      )
+      frozen = trees.in_compute_dtype(frozen, config.base.dtype, self.built.head)
     frozen = mesh_lib.shard_frozen(frozen, self.mesh, config.mesh.shard_from)
     state = self.begin(trainable, num_examples)
     return mesh_lib.replicate(state, self.mesh), frozen
 
 
 def assemble(
-  config: ConfigDict,
-  num_classes: int,
-  image_shape: tuple[int, int, int],
-  mesh: Mesh,
-  steps: int,
+  config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int], mesh: Mesh, steps: int
 ) -> Assembly:
   """Puts a config together, without computing or reading anything.
 
@@ -98,7 +80,5 @@ def assemble(
   built = adapted.build(config, num_classes)
   shapes = adapted.shapes(built, image_shape)
   mask = built.mask(shapes)
-  algorithm = algorithm_lib.make_algorithm(
-    config, built, mask, steps, num_classes
-  )
+  algorithm = algorithm_lib.make_algorithm(config, built, mask, steps, num_classes)
   return Assembly(config, image_shape, built, shapes, mask, algorithm, mesh)

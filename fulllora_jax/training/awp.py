@@ -5,10 +5,9 @@ loss, in proportion to its own norm:
 
     v = gamma |w| g / |g|,   g = the gradient of the mean loss at w
 
-The step then applies the gradient at w + v to w itself, which is kept as it
-was. Source: Wu et al., 2020 (arXiv 2004.05884), equations 8 to 11, one ascent
-step; as in their code, v is that of matrices alone: norms' scales and biases
-stay where they are.
+The step then applies the gradient at w + v to w itself, which is kept as it was. Source: Wu et al.,
+2020 (arXiv 2004.05884), equations 8 to 11, one ascent step; as in their code, v is that of matrices
+alone: norms' scales and biases stay where they are.
 """
 
 import dataclasses
@@ -27,17 +26,11 @@ LossFn = Callable[[Tree], tuple[jax.Array, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class WeightPerturbation:
-  """The inner maximisation over the weights.
+  """The inner maximisation over the weights."""
 
-  Attributes:
-    gamma: the size of the perturbation, relative to each leaf's norm.
-    warmup: the fraction of training before it starts.
-    total_steps: the length of training in steps.
-  """
-
-  gamma: float
-  warmup: float
-  total_steps: int
+  gamma: float  # the size of the perturbation, relative to each leaf's norm
+  warmup: float  # the fraction of training before it starts
+  total_steps: int  # the length of training in steps
 
   def value_and_grad(
     self, loss_fn: LossFn, trainable: Tree, step: jax.Array
@@ -47,13 +40,10 @@ class WeightPerturbation:
     Args: those of `__call__`, where with the loss goes (logits, passes).
 
     Returns:
-      The loss at w + v with the logits at w and the passes of both, and the
-      gradient at w + v.
+      The loss at w + v with the logits at w and the passes of both, and the gradient at w + v.
     """
     weights, (logits, before), started = self(loss_fn, trainable, step)
-    (loss, (perturbed, passes)), gradient = jax.value_and_grad(
-      loss_fn, has_aux=True
-    )(weights)
+    (loss, (perturbed, passes)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(weights)
     logits = jnp.where(started, logits, perturbed)
     return (loss, (logits, before + passes)), gradient
 

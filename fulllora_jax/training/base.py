@@ -1,8 +1,7 @@
 """The base of a run, and the data; what a training starts from.
 
-A published checkpoint is fetched once and kept in the run's base/, at the run's
-image size, patch and classes, so that the run goes on, and is evaluated,
-without a network.
+A published checkpoint is fetched once and kept in the run's base/, at the run's image size, patch
+and classes, so that the run goes on, and is evaluated, without a network.
 """
 
 from collections.abc import Callable
@@ -49,8 +48,7 @@ def open_base(config, workdir: Path) -> pretrained.Opened | None:
   To be called early: nothing else can fail for want of a network.
 
   Returns:
-    The published checkpoint; None where the source is none, or where base/ has
-    it already.
+    The published checkpoint; None where the source is none, or where base/ has it already.
 
   Raises:
     UserError: the source is not there, damaged, or of another architecture.
@@ -103,9 +101,7 @@ def ensure_base(
   if source.kind == pretrained.SCRATCH or config.method == 'standard':
     return None
   # The adapter must fit: hours of training the base come first.
-  adapted.shapes(
-    adapted.build(config, dataset.num_classes), dataset.image_shape
-  )
+  adapted.shapes(adapted.build(config, dataset.num_classes), dataset.image_shape)
   directory = workdir / 'base'
   say(f'base: {config.model.name} by method standard, in {directory}')
   train(config_lib.base_config(config), directory, dataset)
@@ -113,9 +109,7 @@ def ensure_base(
   return directory / 'best'
 
 
-def store_base(
-  opened: pretrained.Opened, config, workdir: Path, dataset: data.Dataset
-) -> None:
+def store_base(opened: pretrained.Opened, config, workdir: Path, dataset: data.Dataset) -> None:
   """Converts a published checkpoint to the run's shapes, into its base/.
 
   Args: those of `ensure_base`.
@@ -123,9 +117,7 @@ def store_base(
   Raises:
     UserError: it does not fit; images that are not square.
   """
-  params, report = pretrained.convert(
-    config, opened, dataset.image_shape, dataset.num_classes
-  )
+  params, report = pretrained.convert(config, opened, dataset.image_shape, dataset.num_classes)
   say(report.summary())
   directory = _kept(workdir)
   if processes.is_primary():
@@ -150,9 +142,7 @@ def store_base(
   )
 
 
-def starting_point(
-  assembly: Assembly, base: Path | None
-) -> tuple[Tree, Origin]:
+def starting_point(assembly: Assembly, base: Path | None) -> tuple[Tree, Origin]:
   """Makes the variables that a training starts from.
 
   Args:

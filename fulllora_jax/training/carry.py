@@ -1,10 +1,9 @@
 """attack.carry: an attack begins where that on the same example ended last.
 
-The train state, and with it each training checkpoint, holds a delta for every
-training example in int8 levels of eps / 127, zero at first. `carrying` wraps
-itself around the train step: a delta is cropped and flipped as its example is,
-the attack begins there, and where it ends is moved back and kept. Source: Zheng
-et al., 2020 (arXiv 1912.11969).
+The train state, and with it each training checkpoint, holds a delta for every training example in
+int8 levels of eps / 127, zero at first. `carrying` wraps itself around the train step: a delta is
+cropped and flipped as its example is, the attack begins there, and where it ends is moved back and
+kept. Source: Zheng et al., 2020 (arXiv 1912.11969).
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
 """Orbax checkpoints, from which a training resumes.
 
-A checkpoint holds the trainable leaves, the optimizer state and the step. Orbax
-notices neither flipped bytes nor a torn newest step by itself, so every leaf
-has a checksum and restoring goes from the newest checkpoint to the oldest until
-one is whole.
+A checkpoint holds the trainable leaves, the optimizer state and the step. Orbax notices neither
+flipped bytes nor a torn newest step by itself, so every leaf has a checksum and restoring goes from
+the newest checkpoint to the oldest until one is whole.
 """
 
 from collections.abc import Mapping
@@ -85,8 +84,7 @@ class TrainingCheckpoints:
       reason = next(filter(None, processes.gather(reason)), '')
       if reason:
         warn(
-          f'checkpoint {self._directory / str(step)} is damaged ({reason}); '
-          'trying the one before'
+          f'checkpoint {self._directory / str(step)} is damaged ({reason}); trying the one before'
         )
         continue
       with saving(self._directory):
@@ -102,8 +100,7 @@ class TrainingCheckpoints:
 
   def _restore_step(self, step: int, like: TrainState):
     targets = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
-      _arrays(like),
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _arrays(like)
     )
     restored = self._manager.restore(
       step,
@@ -143,8 +140,7 @@ class TrainingCheckpoints:
 def _arrays(state: TrainState) -> dict[str, Tree]:
   """Returns what a checkpoint holds: `adapter` and `optimizer`.
 
-  The leaves of the optimizer go by number, for its states are nested tuples
-  without names.
+  The leaves of the optimizer go by number, for its states are nested tuples without names.
   """
   rest = jax.tree.leaves((state.opt_state, state.deltas, state.ema))
   return {

@@ -6,12 +6,7 @@ from fulllora_jax.attacks.losses import LOSSES
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import ConfigDict, default
 from fulllora_jax.core.console import warn
-from fulllora_jax.core.errors import (
-  UserError,
-  check_fraction,
-  check_positive,
-  choose,
-)
+from fulllora_jax.core.errors import UserError, check_fraction, check_positive, choose
 from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
 from fulllora_jax.training import carry, objectives, optim
@@ -31,9 +26,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   if config.base.source in ('train', 'scratch'):  # nothing else settles it
     models.create(config.model, num_classes=2)
   if config.threat.norm == 'l1':
-    raise UserError(
-      'threat.norm l1: training knows linf and l2 only; evaluate knows l1'
-    )
+    raise UserError('threat.norm l1: training knows linf and l2 only; evaluate knows l1')
   validate_evaluation(config)
   refuse_rand(config)
   validation = Plan.of(config).attack(config.eval.validation_attack)
@@ -81,8 +74,7 @@ def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
   choose('adapter.dtype', adapter.dtype, ('float32', 'bfloat16'))
   if adapter.rank < 1:
     raise UserError(
-      f'adapter.rank {adapter.rank}: it must be in 1..min(d_in, d_out) of '
-      'every target'
+      f'adapter.rank {adapter.rank}: it must be in 1..min(d_in, d_out) of every target'
     )
   if adapter.prompts < 1:
     raise UserError(f'adapter.prompts {adapter.prompts}: it must be at least 1')
@@ -95,9 +87,7 @@ def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
           f'{field}; leave it out, or give {", ".join(readers)}'
         )
     if adapter.head == 'lnlora' and method.branch is None:
-      raise UserError(
-        f'adapter.head lnlora: method {method.name} has no adapter; give train'
-      )
+      raise UserError(f'adapter.head lnlora: method {method.name} has no adapter; give train')
   methods.branches(config, method)
 
 
@@ -106,14 +96,12 @@ def _check_mesh(config: ConfigDict, num_devices: int) -> None:
   check_positive('mesh.fsdp', fsdp)
   if num_devices % fsdp:
     raise UserError(
-      f'mesh.fsdp {fsdp} does not divide the {num_devices} devices;'
-      ' give a divisor of them, or 1'
+      f'mesh.fsdp {fsdp} does not divide the {num_devices} devices; give a divisor of them, or 1'
     )
   if fsdp > 1 and config.model.remat == 'none':
     warn(
-      f'mesh.fsdp {fsdp} saves no memory with model.remat none, '
-      'which keeps every part of the base that was fetched until the backward '
-      'pass is over; give model.remat dots or blocks'
+      f'mesh.fsdp {fsdp} saves no memory with model.remat none, which keeps every part of the base '
+      'that was fetched until the backward pass is over; give model.remat dots or blocks'
     )
 
 
@@ -153,9 +141,8 @@ def _check_fixed(config: ConfigDict, norms: tuple[str, ...]) -> None:
   for field, off in (('carry', False), ('restarts', 1)):
     if attack[field] != off:
       raise UserError(
-        f'attack.name {attack.name} makes one step from one start, but '
-        f'attack.{field} is {attack[field]}; give attack.name pgd, or '
-        f'attack.{field} {off}'
+        f'attack.name {attack.name} makes one step from one start, but attack.{field} is '
+        f'{attack[field]}; give attack.name pgd, or attack.{field} {off}'
       )
 
 
@@ -197,9 +184,7 @@ def _check_values(config: ConfigDict) -> None:
   ):
     value = config[part][field]
     if not 0 <= value < below:
-      raise UserError(
-        f'{part}.{field} {value}: it must be at least 0 and below {below}'
-      )
+      raise UserError(f'{part}.{field} {value}: it must be at least 0 and below {below}')
   for field in ('ard', 'prm'):
     value = config.attack[field]
     if not 0 <= value <= 1:
@@ -231,8 +216,7 @@ def _check_patches(config: ConfigDict) -> None:
   check_positive('model.patch_size', patch)
   if image % patch or image < patch:
     raise UserError(
-      f'model.patch_size {patch} does not divide data.image_size {image}; '
-      'change one of them'
+      f'model.patch_size {patch} does not divide data.image_size {image}; change one of them'
     )
   tokens = (image // patch) ** 2
   if tokens < 16:
@@ -247,9 +231,7 @@ def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
   train, schedule, augment = recipe.train, recipe.schedule, recipe.augment
   choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
   choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
-  check_positive(
-    f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate
-  )
+  check_positive(f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate)
   check_fraction(f'{prefix}schedule.warmup', schedule.warmup)
   check_fraction(f'{prefix}augment.mix_probability', augment.mix_probability)
   boundaries = list(schedule.boundaries)
@@ -259,14 +241,12 @@ def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
     or any(not schedule.warmup < b <= 1 for b in boundaries)
   ):
     raise UserError(
-      f'{prefix}schedule.boundaries {tuple(boundaries)}: they must rise from '
-      f'schedule.warmup to 1, one for each of schedule.factors '
-      f'{tuple(schedule.factors)}'
+      f'{prefix}schedule.boundaries {tuple(boundaries)}: they must rise from schedule.warmup to 1, '
+      f'one for each of schedule.factors {tuple(schedule.factors)}'
     )
   if train.max_skipped < 0:
     raise UserError(
-      f'{prefix}train.max_skipped {train.max_skipped}: give 0 to stop at the '
-      'first, or a number'
+      f'{prefix}train.max_skipped {train.max_skipped}: give 0 to stop at the first, or a number'
     )
   for field in (
     'batch_size', 'accumulate', 'log_every', 'eval_every',

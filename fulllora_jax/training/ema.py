@@ -26,15 +26,11 @@ def update(ema: Tree | None, trainable: Tree, decay: float) -> Tree | None:
   """Returns the average with the leaves of one more step; None stays None."""
   if ema is None:
     return None
-  return jax.tree.map(
-    lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), ema, trainable
-  )
+  return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), ema, trainable)
 
 
 def published(state: TrainState) -> Tree:
   """Returns the leaves to validate and to publish, in their own dtype."""
   if state.ema is None:
     return state.trainable
-  return jax.tree.map(
-    lambda e, p: e.astype(p.dtype), state.ema, state.trainable
-  )
+  return jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, state.trainable)

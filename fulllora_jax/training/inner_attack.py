@@ -19,18 +19,13 @@ AttackStart = Callable[[Threat, jax.Array, jax.Array], jax.Array]
 
 
 class Fixed(NamedTuple):
-  """A training attack whose steps are its own, whatever the config says.
+  """A training attack whose steps are its own, whatever the config says."""
 
-  Attributes:
-    attack: (keys, logits_fn, x, labels, threat, loss=) -> x_adv, with the
-      arguments of `pgd`; eps may be traced.
-    passes: the forward-backward passes that it makes.
-    norms: the balls that it knows.
-  """
-
+  # (keys, logits_fn, x, labels, threat, loss=) -> x_adv, with the arguments of `pgd`; eps may be
+  # traced
   attack: Callable[..., jax.Array]
-  passes: int = 1
-  norms: tuple[str, ...] = ('linf',)
+  passes: int = 1  # the forward-backward passes that it makes
+  norms: tuple[str, ...] = ('linf',)  # the balls that it knows
 
 
 FIXED = {'fgsm_rs': Fixed(fgsm_rs), 'n_fgsm': Fixed(n_fgsm)}
@@ -39,32 +34,18 @@ ATTACKS = ('pgd', *FIXED)
 
 @dataclasses.dataclass(frozen=True)
 class InnerAttack:
-  """The inner maximisation: PGD or one of `FIXED`, in a ball that may grow.
+  """The inner maximisation: PGD or one of `FIXED`, in a ball that may grow."""
 
-  Attributes:
-    threat: the ball at its full size.
-    steps: the number of PGD's steps.
-    step_size: the length of PGD's steps in the full ball, in [0, 1] pixels.
-    restarts: the number of PGD's starts.
-    loss: a name of losses.LOSSES, or for PGD the loss itself.
-    start: where PGD begins; None: at x.
-    eps_warmup: the fraction of training over which eps and the step size rise
-      from 0.
-    total_steps: the length of training in steps.
-    name: one of ATTACKS.
-    warmup: holds PGD back in the first steps of the training.
-  """
-
-  threat: Threat
-  steps: int
-  step_size: float
-  total_steps: int
-  restarts: int = 1
-  loss: str | AttackLoss = 'ce'
-  start: AttackStart | None = Threat.random_start
-  eps_warmup: float = 0.0
-  name: str = 'pgd'
-  warmup: Warmup | None = None
+  threat: Threat  # the ball at its full size
+  steps: int  # the number of PGD's steps
+  step_size: float  # the length of PGD's steps in the full ball, in [0, 1] pixels
+  total_steps: int  # the length of training in steps
+  restarts: int = 1  # the number of PGD's starts
+  loss: str | AttackLoss = 'ce'  # a name of losses.LOSSES, or for PGD the loss itself
+  start: AttackStart | None = Threat.random_start  # where PGD begins; None: at x
+  eps_warmup: float = 0.0  # the fraction of training over which eps and the step size rise from 0
+  name: str = 'pgd'  # one of ATTACKS
+  warmup: Warmup | None = None  # holds PGD back in the first steps of the training
 
   @property
   def label(self) -> str:

@@ -43,9 +43,7 @@ class Training:
     seconds: what the training took so far, killed runs included.
   """
 
-  def __init__(
-    self, config, workdir: Path, dataset: data.Dataset, base: Path | None
-  ):
+  def __init__(self, config, workdir: Path, dataset: data.Dataset, base: Path | None):
     carry.warn_of_many(config, dataset)
     self.config, self.workdir = config, workdir
     self.stepper = Stepper(config, dataset, base)
@@ -58,9 +56,7 @@ class Training:
     """Trains to the last step."""
     assembly = self.stepper.assembly
     say(trees.parameter_table(assembly.shapes, assembly.mask))
-    checkpoints = TrainingCheckpoints(
-      self.workdir / 'checkpoints', self.config.train.keep
-    )
+    checkpoints = TrainingCheckpoints(self.workdir / 'checkpoints', self.config.train.keep)
     start = self._resume(checkpoints)
     with self._metric_writer(start) as self._writer, Notice() as notice:
       try:
@@ -95,9 +91,8 @@ class Training:
     ]
     if changed:
       raise UserError(
-        f'data.name={self.config.data.name}: not the data that the run in '
-        f'{self.workdir} began with ({"; ".join(changed)}); put them back as '
-        'they were, or give another --workdir'
+        f'data.name={self.config.data.name}: not the data that the run in {self.workdir} began '
+        f'with ({"; ".join(changed)}); put them back as they were, or give another --workdir'
       )
 
   def _metric_writer(self, start: int):
@@ -168,10 +163,9 @@ class Training:
       warn(f'{what}; skipped, {self.skipped} of at most {allowed}')
       return
     raise NonFiniteError(
-      f'{what}; the update was not applied and the checkpoints in '
-      f'{self.workdir / "checkpoints"} are good; lower '
-      'optimizer.learning_rate or warm it up, or allow more than '
-      f'train.max_skipped {allowed}, and use another --workdir'
+      f'{what}; the update was not applied and the checkpoints in {self.workdir / "checkpoints"} '
+      'are good; lower optimizer.learning_rate or warm it up, or allow more than train.max_skipped '
+      f'{allowed}, and use another --workdir'
     )
 
   def _blame(self, loss: float, nonfinite: np.ndarray) -> str:

@@ -1,9 +1,8 @@
 """What a train step needs of each device, said before the first step runs.
 
-What is held (base, trained leaves, optimizer, batch) is counted from shapes
-and shardings. What the step adds is XLA's own plan of the compiled program,
-activations of the attack included: exact on GPU and TPU; on CPU a plan too,
-but there the machine can swap.
+What is held (base, trained leaves, optimizer, batch) is counted from shapes and shardings. What the
+step adds is XLA's own plan of the compiled program, activations of the attack included: exact on
+GPU and TPU; on CPU a plan too, but there the machine can swap.
 """
 
 import contextlib
@@ -41,31 +40,21 @@ _LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on one device while a train step runs.
+  """Bytes on one device while a train step runs."""
 
-  Attributes:
-    device: its kind, e.g. 'NVIDIA H200'.
-    base: the frozen leaves, or the part of them that the device holds.
-    adapter: the leaves that learn.
-    optimizer: the optimizer's state, the step count, the deltas of
-      attack.carry, the moving average.
-    batch: uint8 images and labels.
-    activations: whatever the step keeps until it is done with it; None where
-      the backend does not tell.
-    program: code, padding of the arguments, and outputs that do not take the
-      place of a donated argument; None where the backend does not tell.
-    limit: what the device has; None where that is not known.
-    split: what `base` would be with a larger `mesh.fsdp`, by that number.
-  """
-
-  device: str
-  base: int
-  adapter: int
+  device: str  # its kind, e.g. 'NVIDIA H200'.
+  base: int  # the frozen leaves, or the part of them that the device holds
+  adapter: int  # the leaves that learn
+  # The optimizer's state, the step count, the deltas of attack.carry, the moving average
   optimizer: int
-  batch: int
+  batch: int  # uint8 images and labels
+  # Whatever the step keeps until it is done with it; None where the backend does not tell
   activations: int | None
+  # Code, padding of the arguments, and outputs that do not take the place of a donated argument;
+  # None where the backend does not tell
   program: int | None
-  limit: int | None
+  limit: int | None  # what the device has; None where that is not known
+  # What `base` would be with a larger `mesh.fsdp`, by that number
   split: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
   @property
@@ -88,9 +77,7 @@ class Memory:
     """Formats a line for each part, the total and the limit."""
     rows = [(text, getattr(self, part)) for part, text in _LABELS.items()]
     rows += [('total', self.total), (f'one {self.device} has', self.limit)]
-    shown = [
-      (text, 'unknown' if n is None else readable(n)) for text, n in rows
-    ]
+    shown = [(text, 'unknown' if n is None else readable(n)) for text, n in rows]
     header = ('memory of a train step', 'per device')
     return '\n'.join(tables.aligned([header, *shown], right=[1]))
 
@@ -139,8 +126,7 @@ def check(
 ) -> Memory:
   """Measures a train step, says the table, and refuses what does not fit.
 
-  On CPU, where memory can be swapped out, it warns and goes on. Process 0
-  alone prints.
+  On CPU, where memory can be swapped out, it warns and goes on. Process 0 alone prints.
 
   Args: those of `measure`.
 
@@ -174,13 +160,10 @@ def explain(error: Exception, config) -> UserError | None:
   text = ' '.join(str(error).split())
   if not re.search(r'RESOURCE_EXHAUSTED.*out of memory', text, re.IGNORECASE):
     return None
-  sizes = re.search(
-    r'Used [\d.]+\w* of [\d.]+\w*|allocat\w+ (?:of )?[\d.]+ ?\w*', text
-  )
+  sizes = re.search(r'Used [\d.]+\w* of [\d.]+\w*|allocat\w+ (?:of )?[\d.]+ ?\w*', text)
   found = f' ({sizes.group(0)})' if sizes else ''
   return UserError(
-    f'the train step does not fit the memory of a device{found}'
-    + _one_of(advice(config))
+    f'the train step does not fit the memory of a device{found}' + _one_of(advice(config))
   )
 
 
@@ -204,8 +187,7 @@ def per_device(tree: Any) -> int:
   """Returns the bytes of a tree of arrays that one device holds."""
   # A typed PRNG key has no itemsize of its own; none is in a state or batch.
   return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape))
-    * np.dtype(leaf.dtype).itemsize
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
     for leaf in jax.tree.leaves(tree)
   )
 
@@ -276,9 +258,8 @@ def _one_of(changes: list[str]) -> str:
 def advice(config, memory: Memory | None = None) -> list[str]:
   """Returns what to change for less memory, what costs least first.
 
-  Each is a field and its value: of those that fit the smallest change, or the
-  largest there is. Halving what is computed at once about halves the
-  activations.
+  Each is a field and its value: of those that fit the smallest change, or the largest there is.
+  Halving what is computed at once about halves the activations.
 
   Args:
     config: config.py.
@@ -293,11 +274,7 @@ def advice(config, memory: Memory | None = None) -> list[str]:
     where = 'train (base.train of a base that is trained first)'
   rows = train.batch_size // (train.accumulate * devices)
   total, size = (memory.total, memory.activations or 0) if memory else (0, 0)
-  splits = {
-    m: total - size + round(size * (1 / m))
-    for m in range(2, rows + 1)
-    if rows % m == 0
-  }
+  splits = {m: total - size + round(size * (1 / m)) for m in range(2, rows + 1) if rows % m == 0}
   changes = []
   if splits:
     times, about = _least(splits, memory)
@@ -319,8 +296,7 @@ def advice(config, memory: Memory | None = None) -> list[str]:
   if smaller:
     times, about = _least(smaller, memory)
     changes.append(
-      f'{where}.batch_size={train.batch_size // times}{about}, which trains '
-      'differently'
+      f'{where}.batch_size={train.batch_size // times}{about}, which trains differently'
     )
   return changes
 

@@ -29,26 +29,22 @@ _REWRITE_SECONDS = 30.0  # an object in a bucket is written whole each time
 class MetricWriter:
   """Appends measurements to `workdir`/metrics.jsonl, a line each.
 
-  Lines of steps after `start_step`, and lines that a crash left torn, are
-  dropped first, so a killed and resumed run has every step once. Create it on
-  one process only.
+  Lines of steps after `start_step`, and lines that a crash left torn, are dropped first, so a
+  killed and resumed run has every step once. Create it on one process only.
 
   Args:
     workdir: made where it is missing; in a bucket (gs://), lines reach it
       within 30 s of the next, at `flush` and at the end.
-    tensorboard: also write event files to `workdir`/tensorboard. This needs
-      the packages clu, tensorflow and tensorboard; without them one line says
-      that it is off. TensorFlow runs in a process of its own, which cannot
-      stop or delay training.
+    tensorboard: also write event files to `workdir`/tensorboard. This needs the packages clu,
+      tensorflow and tensorboard; without them one line says that it is off. TensorFlow runs in a
+      process of its own, which cannot stop or delay training.
     start_step: the step of the restored checkpoint; 0 for a new run.
 
   Raises:
     UserError: if the file cannot be written.
   """
 
-  def __init__(
-    self, workdir: str | os.PathLike, *, tensorboard: bool, start_step: int
-  ):
+  def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool, start_step: int):
     directory = files.absolute_path(workdir)
     path = directory / 'metrics.jsonl'
     try:
@@ -94,9 +90,7 @@ class MetricWriter:
     self.close()
 
 
-def read_metrics(
-  path: str | os.PathLike, kind: str | None = None
-) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
   """Reads metrics.jsonl, in the order of writing.
 
   Args:
@@ -163,8 +157,7 @@ def _drop_after(path: Path, step: int) -> tuple[bytes, list[dict[str, Any]]]:
 class _Lines:
   """A file of lines, each there as soon as it is written.
 
-  Nothing can be appended to an object in a bucket: it is written whole, now and
-  then.
+  Nothing can be appended to an object in a bucket: it is written whole, now and then.
   """
 
   def __init__(self, path: Path, lines: bytes):
@@ -211,11 +204,7 @@ class _EventProcess:
     with files.os_errors(logdir):
       for old in list(logdir.glob('events.out.tfevents.*')):
         old.unlink()
-    quiet = {
-      'CUDA_VISIBLE_DEVICES': '',
-      'JAX_PLATFORMS': 'cpu',
-      'TF_CPP_MIN_LOG_LEVEL': '3',
-    }
+    quiet = {'CUDA_VISIBLE_DEVICES': '', 'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
     self._process = subprocess.Popen(
       [sys.executable, '-m', 'fulllora_jax.training.tensorboard', str(workdir)],
       stdin=subprocess.PIPE,
@@ -236,6 +225,4 @@ class _EventProcess:
       self._process.kill()
       status = self._process.wait()
     if status != 0:
-      warn(
-        'TensorBoard files lack steps, their writer failed; see metrics.jsonl'
-      )
+      warn('TensorBoard files lack steps, their writer failed; see metrics.jsonl')

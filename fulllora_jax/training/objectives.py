@@ -23,18 +23,13 @@ _near: AttackStart = functools.partial(Threat.near_start, deviation=0.001)
 
 
 class Outcome(NamedTuple):
-  """What an objective computed.
+  """What an objective computed."""
 
-  Attributes:
-    loss: [B], to be averaged and minimised.
-    logits: [B, K], those of the images that were trained on; where clean and
-      adversarial images were, those of the adversarial ones.
-    passes: how often it went forward and back through the model.
-  """
-
-  loss: jax.Array
+  loss: jax.Array  # [B], to be averaged and minimised
+  # [B, K], those of the images that were trained on; where clean and adversarial images were, those
+  # of the adversarial ones
   logits: jax.Array
-  passes: int = 1
+  passes: int = 1  # how often it went forward and back through the model
 
 
 # (logits_fn, x, x_adv, labels) -> Outcome
@@ -43,22 +38,17 @@ OuterLoss = Callable[[LogitsFn, jax.Array, jax.Array, jax.Array], Outcome]
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """An outer loss, and what goes with it.
+  """An outer loss, and what goes with it."""
 
-  Attributes:
-    loss: the outer loss, which also takes the fields it reads by their names.
-    reads: the fields of config.objective that the loss takes.
-    attack_loss: what its attack raises; None: what config.attack.loss names.
-    start: where its attack begins, unless that is at x; None: at a uniform
-      point of the ball.
-    check: takes the config and raises UserError, in one line that names the
-      field, where the objective does not go with it.
-  """
-
+  # The outer loss, which also takes the fields it reads by their names
   loss: Callable[..., Outcome]
-  reads: tuple[str, ...]
+  reads: tuple[str, ...]  # the fields of config.objective that the loss takes
+  # What its attack raises; None: what config.attack.loss names
   attack_loss: AttackLoss | None = None
+  # Where its attack begins, unless that is at x; None: at a uniform point of the ball
   start: AttackStart | None = None
+  # Takes the config and raises UserError, in one line that names the field, where the objective
+  # does not go with it
   check: Callable[..., None] = lambda config: None
 
 
@@ -114,9 +104,7 @@ def trades(
 
 def kl(logits_fn: LogitsFn, x: jax.Array, labels: jax.Array) -> Loss:
   """Returns what the attack of TRADES raises: KL(p(x) || p(x_adv)) of p(x)."""
-  return functools.partial(
-    losses.kl_from, target=losses.log_softmax(logits_fn(x))
-  )
+  return functools.partial(losses.kl_from, target=losses.log_softmax(logits_fn(x)))
 
 
 def _check_trades(config) -> None:
@@ -130,19 +118,13 @@ def _check_trades(config) -> None:
   ):
     if config.attack[field] != needed:
       raise UserError(
-        f'objective.name trades attacks by {what}, but attack.{field} is '
-        f'{config.attack[field]}; give attack.{field} {needed}, or another '
-        'objective.name'
+        f'objective.name trades attacks by {what}, but attack.{field} is {config.attack[field]}; '
+        f'give attack.{field} {needed}, or another objective.name'
       )
 
 
 def mart(
-  logits_fn: LogitsFn,
-  x: jax.Array,
-  x_adv: jax.Array,
-  labels: jax.Array,
-  *,
-  beta: float,
+  logits_fn: LogitsFn, x: jax.Array, x_adv: jax.Array, labels: jax.Array, *, beta: float
 ) -> Outcome:
   """Misclassification-aware training, with p = p(x), q = p(x_adv):
 
@@ -159,9 +141,7 @@ def mart(
   p, q = jnp.exp(clean), jnp.exp(losses.log_softmax(adversarial))
   true = jax.nn.one_hot(labels, p.shape[-1], dtype=bool)
   likeliest_other = jnp.where(true, 0.0, q).max(axis=-1)
-  boosted = losses.cross_entropy(adversarial, labels) - jnp.log(
-    1.0001 - likeliest_other + 1e-12
-  )
+  boosted = losses.cross_entropy(adversarial, labels) - jnp.log(1.0001 - likeliest_other + 1e-12)
   divergence = (p * (clean - jnp.log(q + 1e-12))).sum(axis=-1)
   doubt = 1.0000001 - jnp.where(true, p, 0.0).sum(axis=-1)
   return Outcome(boosted + beta * divergence * doubt, adversarial, 2)
@@ -173,15 +153,13 @@ def _check_mart(config) -> None:
   if augment.mix_probability and (augment.mixup or augment.cutmix):
     raise UserError(
       'objective.name mart needs hard labels, but augment.mix_probability is '
-      f'{augment.mix_probability} with augment.mixup {augment.mixup} and '
-      f'augment.cutmix {augment.cutmix}; give augment.mix_probability 0, or '
-      'objective.name pgd_at or trades'
+      f'{augment.mix_probability} with augment.mixup {augment.mixup} and augment.cutmix '
+      f'{augment.cutmix}; give augment.mix_probability 0, or objective.name pgd_at or trades'
     )
   if config.objective.label_smoothing:
     raise UserError(
       'objective.name mart needs hard labels, but objective.label_smoothing is '
-      f'{config.objective.label_smoothing}; give 0, or objective.name pgd_at '
-      'or trades'
+      f'{config.objective.label_smoothing}; give 0, or objective.name pgd_at or trades'
     )
 
 
@@ -221,8 +199,7 @@ def get(name: str) -> Objective:
   if name not in OBJECTIVES:
     hint = did_you_mean(name.lower(), OBJECTIVES, most=2, cutoff=0.4)
     raise UserError(
-      f'objective.name: unknown objective {name!r}; {hint}known: '
-      + ', '.join(OBJECTIVES)
+      f'objective.name: unknown objective {name!r}; {hint}known: ' + ', '.join(OBJECTIVES)
     )
   return OBJECTIVES[name]
 

@@ -14,8 +14,7 @@ SCHEDULES = ('constant', 'step', 'cosine')
 def learning_rate(schedule, peak: float, total_steps: int) -> optax.Schedule:
   """Builds the learning rate as a function of the step.
 
-  The times of `config.schedule` are fractions of training; `peak` is the rate
-  after the warm-up.
+  The times of `config.schedule` are fractions of training; `peak` is the rate after the warm-up.
 
   Raises:
     UserError: unknown name.
@@ -30,8 +29,7 @@ def learning_rate(schedule, peak: float, total_steps: int) -> optax.Schedule:
     main = _step_decay(schedule, peak, total_steps, warmup)
   else:
     raise UserError(
-      f'schedule.name: unknown schedule {schedule.name!r}; known: '
-      + ', '.join(SCHEDULES)
+      f'schedule.name: unknown schedule {schedule.name!r}; known: ' + ', '.join(SCHEDULES)
     )
   if not warmup:
     return main
@@ -43,9 +41,7 @@ def _step_decay(schedule, peak, total_steps, warmup) -> optax.Schedule:
   """Factors are of the peak; optax wants each relative to the one before."""
   scales: dict[int, float] = {}
   last = 1.0
-  for boundary, factor in zip(
-    schedule.boundaries, schedule.factors, strict=True
-  ):
+  for boundary, factor in zip(schedule.boundaries, schedule.factors, strict=True):
     # join_schedules counts the steps of `main` from the end of the warm-up.
     start = round(boundary * total_steps) - warmup
     scales[start] = scales.get(start, 1.0) * factor / last
@@ -53,9 +49,7 @@ def _step_decay(schedule, peak, total_steps, warmup) -> optax.Schedule:
   return optax.piecewise_constant_schedule(peak, scales)
 
 
-def create(
-  optimizer, schedule: optax.Schedule, mask: Any
-) -> optax.GradientTransformation:
+def create(optimizer, schedule: optax.Schedule, mask: Any) -> optax.GradientTransformation:
   """Builds the optimizer of the leaves that `mask` marks True.
 
   Gradients are clipped by their global norm first. SGD adds its weight decay
@@ -73,15 +67,11 @@ def create(
     )
   elif optimizer.name == 'adamw':
     rule = optax.adamw(
-      schedule,
-      b1=optimizer.b1,
-      b2=optimizer.b2,
-      weight_decay=optimizer.weight_decay,
+      schedule, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay
     )
   else:
     raise UserError(
-      f'optimizer.name: unknown optimizer {optimizer.name!r}; known: '
-      + ', '.join(OPTIMIZERS)
+      f'optimizer.name: unknown optimizer {optimizer.name!r}; known: ' + ', '.join(OPTIMIZERS)
     )
   if optimizer.clip:
     rule = optax.chain(optax.clip_by_global_norm(optimizer.clip), rule)
@@ -91,8 +81,7 @@ def create(
 def warmup_factor(step, total_steps: int, fraction: float):
   """Rises linearly to 1 over the first `fraction` of training.
 
-  Used for eps: large perturbations from the first step can keep a ViT from
-  learning at all.
+  Used for eps: large perturbations from the first step can keep a ViT from learning at all.
   """
   if not fraction:
     return 1.0

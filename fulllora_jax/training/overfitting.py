@@ -39,9 +39,7 @@ class Alarm:
     self._total += robust_accuracy
     self._count += 1
 
-  def validated(
-    self, step: int, label: str, score: float, best: float
-  ) -> dict[str, float]:
+  def validated(self, step: int, label: str, score: float, best: float) -> dict[str, float]:
     """Compares; warns in one line when the collapse begins, and once.
 
     Args:
@@ -61,11 +59,10 @@ class Alarm:
     collapsed = score < _COLLAPSE * best and mean > score + _GAP
     if collapsed and not self._rings:
       warn(
-        f'step {step}: catastrophic overfitting: {label} on validation images '
-        f'fell to {score:.1%} from {best:.1%}, while {self.attack} in training '
-        f'leaves {mean:.1%}; train with more steps, attack.name=pgd with '
-        'attack.steps=10, or a lower optimizer.learning_rate; `best` is from '
-        'before it'
+        f'step {step}: catastrophic overfitting: {label} on validation images fell to {score:.1%} '
+        f'from {best:.1%}, while {self.attack} in training leaves {mean:.1%}; train with more '
+        'steps, attack.name=pgd with attack.steps=10, or a lower optimizer.learning_rate; `best` '
+        'is from before it'
       )
     self._rings = collapsed
     return {FLAG: float(collapsed), 'train_robust_accuracy': mean}

@@ -12,18 +12,12 @@ from fulllora_jax.evaluation import settings
 
 
 class Origin(NamedTuple):
-  """Where the variables of a training come from.
+  """Where the variables of a training come from."""
 
-  Attributes:
-    base: the artefact of the base; None: from scratch.
-    source: the published checkpoint that the base is, where it is none of our
-      own training.
-    fingerprint: of the base (`artefact.base_fingerprint`).
-  """
-
-  base: Path | None
+  base: Path | None  # the artefact of the base; None: from scratch
+  # The published checkpoint that the base is, where it is none of our own training
   source: dict[str, Any] | None
-  fingerprint: str
+  fingerprint: str  # of the base (`artefact.base_fingerprint`)
 
 
 def publish(
@@ -59,11 +53,7 @@ def publish(
     'image_shape': list(dataset.image_shape),
     'num_classes': dataset.num_classes,
     'label_names': list(dataset.label_names),
-    'threat': {
-      'norm': threat.norm,
-      'eps': config.threat.eps,
-      'eps_value': threat.eps,
-    },
+    'threat': {'norm': threat.norm, 'eps': config.threat.eps, 'eps_value': threat.eps},
     'normalisation': {'mean': list(mean), 'std': list(std)},
     'parameters': parameters,
     'base_fingerprint': origin.fingerprint,

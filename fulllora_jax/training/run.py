@@ -23,9 +23,7 @@ from fulllora_jax.training.metrics import read_metrics
 
 
 def train_and_evaluate(
-  config,
-  workdir: str | os.PathLike,
-  dataset: data.Dataset | None = None,
+  config, workdir: str | os.PathLike, dataset: data.Dataset | None = None
 ) -> dict[str, Any]:
   """Runs a config to its finished report; resumes where it was killed.
 
@@ -51,9 +49,7 @@ def train_and_evaluate(
   processes.introduce()  # where the caller has initialised JAX for several
   processes.check_same(
     'command or version',
-    config_lib.flat(config)
-    | {'--workdir': os.fspath(workdir)}
-    | provenance.versions(),
+    config_lib.flat(config) | {'--workdir': os.fspath(workdir)} | provenance.versions(),
   )
   checks.validate(config, jax.device_count())
   with workdir_lib.exclusive(workdir):
@@ -69,9 +65,7 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
     config = config_lib.copy(config)
     opened = processes.everywhere(base_lib.open_base, config, workdir)
     dataset = dataset or base_lib.open_dataset(config)
-    base = base_lib.ensure_base(
-      config, workdir, dataset, opened, train=train_and_evaluate
-    )
+    base = base_lib.ensure_base(config, workdir, dataset, opened, train=train_and_evaluate)
     training = Training(config, workdir, dataset, base)
     training.run()
     result = _report(config, workdir, dataset, training)
@@ -86,9 +80,7 @@ def finished_report(workdir: Path) -> dict[str, Any] | None:
   return json.loads(files.read_file(workdir / 'report.json'))
 
 
-def _report(
-  config, workdir: Path, dataset: data.Dataset, training: Training
-) -> dict[str, Any]:
+def _report(config, workdir: Path, dataset: data.Dataset, training: Training) -> dict[str, Any]:
   """Evaluates the finished run and writes its report."""
   started = time.monotonic()
   plan = settings.Plan.of(config)
@@ -114,9 +106,7 @@ def _report(
   return result | found
 
 
-def _page(
-  run: finished_run.FinishedRun, result: dict[str, Any], history
-) -> dict[str, Any]:
+def _page(run: finished_run.FinishedRun, result: dict[str, Any], history) -> dict[str, Any]:
   """Writes report.html; returns what it shows beyond the report's numbers.
 
   The page is for looking at; a run that has its numbers does not fail for it.

@@ -43,24 +43,16 @@ class Stepper:
     count = len(dataset.train)
     self.total_steps = algorithm.total_steps(config, count)
     self.assembly = assemble(
-      config,
-      dataset.num_classes,
-      dataset.image_shape,
-      mesh.mesh_of(config),
-      self.total_steps,
+      config, dataset.num_classes, dataset.image_shape, mesh.mesh_of(config), self.total_steps
     )
     variables, self.origin = starting_point(self.assembly, base)
     self.state, self.frozen = self.assembly.place(variables, count)
-    self.root_key = mesh.put_key(
-      jax.random.key(config.seed), self.assembly.mesh
-    )
+    self.root_key = mesh.put_key(jax.random.key(config.seed), self.assembly.mesh)
     self.step_fn: Callable | None = None
     self.compile_seconds = self.input_seconds = 0.0
     self._in_flight: list[tuple[int, train_step.Metrics]] = []
 
-  def steps(
-    self, start: int = 0
-  ) -> Iterator[tuple[int, list[tuple[int, train_step.Metrics]]]]:
+  def steps(self, start: int = 0) -> Iterator[tuple[int, list[tuple[int, train_step.Metrics]]]]:
     """Makes the steps that follow `start`, to the last one.
 
     A step is yielded as soon as it is started, while JAX still computes it; at
@@ -79,9 +71,7 @@ class Stepper:
       if self.step_fn is None:
         self.step_fn = self.compile(batch)
         self.compile_seconds = time.perf_counter() - ready
-      self.state, metrics = self.step_fn(
-        self.state, self.frozen, batch, self.root_key
-      )
+      self.state, metrics = self.step_fn(self.state, self.frozen, batch, self.root_key)
       self._in_flight.append((step, metrics))
       full = len(self._in_flight) == _RUN_AHEAD
       yield step, self.wait() if full else []
@@ -112,11 +102,7 @@ class Stepper:
 
   def compile(self, batch: dict[str, jax.Array]) -> Callable:
     """Compiles the train step; says what memory it takes, or that it can't."""
-    step_fn = train_step.compile_train_step(
-      self.assembly.algorithm, self.assembly.mesh
-    )
-    compiled = step_fn.lower(
-      self.state, self.frozen, batch, self.root_key
-    ).compile()
+    step_fn = train_step.compile_train_step(self.assembly.algorithm, self.assembly.mesh)
+    compiled = step_fn.lower(self.state, self.frozen, batch, self.root_key).compile()
     memory.check(compiled, self.state, self.frozen, batch, self.config)
     return compiled

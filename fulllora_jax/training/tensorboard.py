@@ -63,7 +63,4 @@ def write_events(lines: Iterable[bytes], logdir: str) -> None:
 
 if __name__ == '__main__':
   workdir = files.as_path(sys.argv[1])
-  write_events(
-    whole_lines(workdir / 'metrics.jsonl', sys.stdin),
-    str(workdir / 'tensorboard'),
-  )
+  write_events(whole_lines(workdir / 'metrics.jsonl', sys.stdin), str(workdir / 'tensorboard'))

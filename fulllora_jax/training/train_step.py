@@ -36,41 +36,26 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-  """What stays the same from step to step.
+  """What stays the same from step to step."""
 
-  Attributes:
-    apply: (variables, images, **kwargs) -> logits [B, K].
-    tx: the masked optimizer.
-    learning_rate: step -> learning rate, for the metrics.
-    objective: the outer loss.
-    attack: the inner maximisation; None trains on clean images.
-    augment: (key, images, labels) -> (images, labels).
-    fold: variables -> what `apply` takes in their place, once for all of
-      the attack's calls.
-    accumulate: the number of microbatches of a step.
-    remat: config.model.remat, which the model already follows.
-    dropout: whether the training forward pass draws random numbers.
-    log_every: the number of steps from one that is logged to the next; nobody
-      reads the clean scores of others, which cost a forward pass of their own.
-    total_steps: the length of training; its last step is logged too.
-    awp: perturbs the weights before the gradient is taken; None: nothing does.
-    ema_decay: the decay of the average in the state, where there is one.
-  """
-
-  apply: Callable[..., jax.Array]
-  tx: optax.GradientTransformation
-  learning_rate: optax.Schedule
-  objective: OuterLoss
-  attack: InnerAttack | None
-  augment: Callable[..., tuple[jax.Array, jax.Array]]
+  apply: Callable[..., jax.Array]  # (variables, images, **kwargs) -> logits [B, K]
+  tx: optax.GradientTransformation  # the masked optimizer
+  learning_rate: optax.Schedule  # step -> learning rate, for the metrics
+  objective: OuterLoss  # the outer loss
+  attack: InnerAttack | None  # the inner maximisation; None trains on clean images
+  augment: Callable[..., tuple[jax.Array, jax.Array]]  # (key, images, labels) -> (images, labels)
+  # Variables -> what `apply` takes in their place, once for all of the attack's calls
   fold: Callable[[Tree], Tree] = lambda variables: variables
-  accumulate: int = 1
-  remat: str = 'none'
-  dropout: bool = False
+  accumulate: int = 1  # the number of microbatches of a step
+  remat: str = 'none'  # config.model.remat, which the model already follows
+  dropout: bool = False  # whether the training forward pass draws random numbers
+  # The number of steps from one that is logged to the next; nobody reads the clean scores of
+  # others, which cost a forward pass of their own
   log_every: int = 1
-  total_steps: int = 0
+  total_steps: int = 0  # the length of training; its last step is logged too
+  # Perturbs the weights before the gradient is taken; None: nothing does
   awp: WeightPerturbation | None = None
-  ema_decay: float = 0.0
+  ema_decay: float = 0.0  # the decay of the average in the state, where there is one
 
 
 def train_step(
@@ -90,15 +75,13 @@ def train_step(
     state: the state before the step.
     frozen: the other half of the variables; no gradient is taken of it.
     batch: image uint8 [B, H, W, C] and label int32 [B].
-    root_key: the key of the run; every random number follows from it and the
-      step.
+    root_key: the key of the run; every random number follows from it and the step.
 
   Returns:
-    The new state, and metrics: scalars, and `nonfinite`, bool [1 + leaves],
-    whether the loss and each gradient leaf (in the order of
-    `jax.tree.leaves`) was not finite. `passes` is how often the step went
-    forward and back through the model, as a mean over the images; beside an
-    attack, the clean scores are NaN in a step that is not logged.
+    The new state, and metrics: scalars, and `nonfinite`, bool [1 + leaves], whether the loss and
+    each gradient leaf (in the order of `jax.tree.leaves`) was not finite. `passes` is how often the
+    step went forward and back through the model, as a mean over the images; beside an attack, the
+    clean scores are NaN in a step that is not logged.
   """
   key = jax.random.fold_in(root_key, state.step)
   x, labels = _augmented(algorithm, key, batch)
@@ -110,9 +93,7 @@ def train_step(
 def _augmented(algorithm, key, batch) -> tuple[jax.Array, jax.Array]:
   """Returns images float32 in [0, 1] and labels, augmented."""
   return algorithm.augment(
-    jax.random.fold_in(key, Purpose.AUGMENT),
-    augment.to_unit(batch['image']),
-    batch['label'],
+    jax.random.fold_in(key, Purpose.AUGMENT), augment.to_unit(batch['image']), batch['label']
   )
 
 
@@ -131,9 +112,7 @@ def _mean_gradient(algorithm, state, frozen, key, x, labels):
 
 def _updated(algorithm, state: TrainState, gradient: Tree) -> TrainState:
   """Returns the state after the optimizer's update."""
-  updates, opt_state = algorithm.tx.update(
-    gradient, state.opt_state, state.trainable
-  )
+  updates, opt_state = algorithm.tx.update(gradient, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   average = ema.update(state.ema, trainable, algorithm.ema_decay)
   return TrainState(state.step + 1, trainable, opt_state, state.deltas, average)
@@ -144,9 +123,7 @@ def _guarded(
 ) -> tuple[TrainState, Metrics]:
   """Takes the update back, but for the step, where a number is not finite."""
   # A sum is finite only where all of its terms are.
-  squares = [
-    jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(gradient)
-  ]
+  squares = [jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(gradient)]
   metrics['nonfinite'] = ~jnp.isfinite(jnp.stack([metrics['loss'], *squares]))
   metrics['gradient_norm'] = jnp.sqrt(sum(squares))
   good = ~metrics['nonfinite'].any()
@@ -179,9 +156,7 @@ def _gradient(
   if algorithm.attack is not None:
     own = jax.vmap(jax.random.fold_in, (0, None))(keys, Purpose.ATTACK)
     shared = jax.random.fold_in(key, Purpose.WARMUP)
-    x_adv, metrics = algorithm.attack(
-      own, logits_fn, x, labels, state.step, shared
-    )
+    x_adv, metrics = algorithm.attack(own, logits_fn, x, labels, state.step, shared)
 
   def mean_loss(trainable):
     variables = merge(trainable, frozen)
@@ -216,9 +191,7 @@ def _clean_scores(algorithm, logits_fn, x, labels, step) -> Metrics:
   logged = (done % algorithm.log_every == 0) | (done == algorithm.total_steps)
   shape = jax.eval_shape(logits_fn, x)
   # The scores stay outside: no branch has a sum over devices.
-  logits = jax.lax.cond(
-    logged, logits_fn, lambda _: jnp.zeros(shape.shape, shape.dtype), x
-  )
+  logits = jax.lax.cond(logged, logits_fn, lambda _: jnp.zeros(shape.shape, shape.dtype), x)
   scores = _scores('clean', logits, labels)
   return jax.tree.map(lambda s: jnp.where(logged, s, jnp.nan), scores)
 
@@ -230,9 +203,7 @@ def _scores(name: str, logits: jax.Array, labels: jax.Array) -> Metrics:
   }
 
 
-def _mean_over_microbatches(
-  function: Callable, batch: Any, accumulate: int
-) -> Any:
+def _mean_over_microbatches(function: Callable, batch: Any, accumulate: int) -> Any:
   """Averages function(microbatch) over `accumulate` equal microbatches.
 
   Microbatch i takes rows i, i + accumulate, ..., so that each device splits
@@ -263,9 +234,7 @@ def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> jax.stages.Wrapped:
     used up; the frozen leaves are not.
   """
   whole = mesh_lib.replicated(mesh)
-  algorithm = dataclasses.replace(
-    algorithm, apply=mesh_lib.fetching(algorithm.apply, mesh)
-  )
+  algorithm = dataclasses.replace(algorithm, apply=mesh_lib.fetching(algorithm.apply, mesh))
   options = None
   if algorithm.remat != 'none' and mesh.devices.flat[0].platform == 'cpu':
     # XLA's CPU compiler drops what holds the recomputing back, and then does

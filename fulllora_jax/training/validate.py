@@ -16,8 +16,7 @@ class Validation:
   Attributes:
     evaluator: under the threat of the config.
     best: the score, step and attack of the best validation so far.
-    alarm: of catastrophic overfitting; None where there is no attack to
-      overfit to.
+    alarm: of catastrophic overfitting; None where there is no attack to overfit to.
   """
 
   def __init__(self, assembly: Assembly, split: data.Split):
@@ -32,17 +31,13 @@ class Validation:
     if trained_with is not None and self._attack.name != 'clean':
       self.alarm = overfitting.Alarm(trained_with.label)
 
-  def __call__(
-    self, step: int, variables: Tree
-  ) -> tuple[dict[str, float], str]:
+  def __call__(self, step: int, variables: Tree) -> tuple[dict[str, float], str]:
     """Scores variables that are on the mesh; `best` has this step if they are.
 
     Returns:
       The scores, for metrics.jsonl, and what to say of them.
     """
-    outcome = self.evaluator.evaluate(
-      variables, self._split, self._attack, self._count
-    )
+    outcome = self.evaluator.evaluate(variables, self._split, self._attack, self._count)
     scores = {'clean_accuracy': float(outcome.clean.mean())}
     text = f'validation at step {step}: clean {scores["clean_accuracy"]:.1%}'
     label, score = self._attack.label, float(outcome.robust.mean())

@@ -20,13 +20,7 @@ from typing import Any
 from fulllora_jax import config as config_lib
 from fulllora_jax.core import locks
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import (
-  absolute_path,
-  bounded,
-  make_writable,
-  read_file,
-  replace_file,
-)
+from fulllora_jax.core.files import absolute_path, bounded, make_writable, read_file, replace_file
 from fulllora_jax.distributed import processes
 
 # What may change between the runs that share a directory: it decides how a run
@@ -155,8 +149,7 @@ def config_of(given, asked: Mapping[str, Any]):
   for flag in ('data', 'image_size') if given.logits else ():
     if not given[flag].value:
       raise UserError(
-        f'--{flag}: say what the images for --logits are, as in --data=cifar10 '
-        '--image_size=32'
+        f'--{flag}: say what the images for --logits are, as in --data=cifar10 --image_size=32'
       )
   if given.logits:
     config = config_lib.default()

@@ -22,9 +22,7 @@ def test_built_model_is_what_the_config_says(tiny_config):
 def test_shapes_are_those_of_the_drawn_variables(tiny_config):
   built = adapted_lib.build(tiny_config(), 10)
   params = adapted_lib.init_params(built, jax.random.key(0), SHAPE)
-  variables = adapted_lib.init_variables(
-    built, jax.random.key(1), params, SHAPE
-  )
+  variables = adapted_lib.init_variables(built, jax.random.key(1), params, SHAPE)
   assert variables['params'] is params
   expected = trees.named_leaves(adapted_lib.shapes(built, SHAPE))
   found = trees.named_leaves(variables)
@@ -48,9 +46,7 @@ def test_adapting_leaves_the_base_as_it_is(tiny_config, fill):
   plain = adapted_lib.build(tiny_config('full'), 10)
   params = fill(adapted_lib.shapes(plain, SHAPE)['params'])
   before = trees.fingerprint(params)
-  variables = adapted_lib.init_variables(
-    adapted, jax.random.key(0), params, SHAPE
-  )
+  variables = adapted_lib.init_variables(adapted, jax.random.key(0), params, SHAPE)
   assert trees.fingerprint(variables['params']) == before
   images = jnp.full((1, *SHAPE), 0.25)
   np.testing.assert_array_equal(
@@ -65,11 +61,7 @@ def test_adapting_leaves_the_base_as_it_is(tiny_config, fill):
     ('method', 'none', "method: unknown method 'none'"),
     ('model.name', 'resnet', "unknown model 'resnet'"),
     ('adapter.rank', 9, r'adapter.rank 9 does not fit .* in 1\.\.8'),
-    (
-      'adapter.targets',
-      ('qkv',),
-      "target 'qkv' matches no linear map; .*embedding",
-    ),
+    ('adapter.targets', ('qkv',), "target 'qkv' matches no linear map; .*embedding"),
     ('adapter.targets', ('*',), "target '\\*' is not a regular expression"),
     ('adapter.overrides', ('qkv.rank=1',), 'names no target'),
   ],

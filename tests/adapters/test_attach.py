@@ -83,19 +83,13 @@ def test_one_target_gives_its_branches_only(tiny_config):
   c = tiny_config()
   c.adapter.targets, c.adapter.dtype = ('fc1', '.*/query'), 'bfloat16'
   tree = adapted_lib.shapes(adapted_lib.build(c, 10), (8, 8, 3))
-  chosen = {
-    path: d
-    for path, d in DIMENSIONS.items()
-    if path.endswith(('Dense_0', 'query'))
-  }
+  chosen = {path: d for path, d in DIMENSIONS.items() if path.endswith(('Dense_0', 'query'))}
   assert described(tree[COLLECTION]) == expected_tree(chosen, dtype='bfloat16')
 
 
 def test_params_tree_is_that_of_the_plain_model(tiny, tiny_config):
   _, variables = tiny
-  plain = adapted_lib.shapes(
-    adapted_lib.build(tiny_config('full'), 10), (8, 8, 3)
-  )
+  plain = adapted_lib.shapes(adapted_lib.build(tiny_config('full'), 10), (8, 8, 3))
   assert set(plain) == {'params'}
   assert described(variables['params']) == described(plain['params'])
 
@@ -107,9 +101,7 @@ def test_logits_are_the_bases_bit_for_bit_until_b_moves(tiny, fill):
   np.testing.assert_array_equal(apply(variables, IMAGES), base)
   moved = {**variables, COLLECTION: fill(variables[COLLECTION])}
   assert np.abs(apply(moved, IMAGES) - base).max() > 0.1
-  np.testing.assert_array_equal(
-    apply({'params': variables['params']}, IMAGES), base
-  )
+  np.testing.assert_array_equal(apply({'params': variables['params']}, IMAGES), base)
 
 
 def test_every_branch_reaches_the_logits(tiny):
@@ -233,17 +225,12 @@ def test_scanned_and_rematerialised_layers_have_a_branch_each(fill):
   assert not np.allclose(lnlora['lora_a'][0], lnlora['lora_a'][1])
   scanned = {**variables, COLLECTION: fill(variables[COLLECTION])}
   unrolled = {
-    collection: {
-      f'block_{i}': jax.tree.map(lambda a, i=i: a[i], tree['blocks'])
-      for i in range(3)
-    }
+    collection: {f'block_{i}': jax.tree.map(lambda a, i=i: a[i], tree['blocks']) for i in range(3)}
     for collection, tree in scanned.items()
   }
   other = attach(Unrolled(), {'block_.*/dense': NORMED})
   np.testing.assert_allclose(
-    branch_output(adapted, scanned, x),
-    branch_output(other, unrolled, x),
-    atol=1e-5,
+    branch_output(adapted, scanned, x), branch_output(other, unrolled, x), atol=1e-5
   )
   assert branch_output(adapted, scanned, x).any()
 
@@ -264,9 +251,7 @@ def test_a_map_called_twice_has_one_branch():
   dense = variables['params']['dense']
   kernel = dense['kernel'] + branch['lora_a'] @ lora_b
   np.testing.assert_allclose(
-    adapted.apply(moved, jnp.ones((1, 4))),
-    jnp.ones((1, 4)) @ kernel @ kernel,
-    rtol=1e-5,
+    adapted.apply(moved, jnp.ones((1, 4))), jnp.ones((1, 4)) @ kernel @ kernel, rtol=1e-5
   )
 
 
@@ -281,9 +266,7 @@ def test_another_key_draws_other_branches_but_each_its_own():
   x = jnp.ones((1, 4))
   model = Unrolled()
   adapted, variables = adapt(model, {'.*': PLAIN}, x)
-  again = adapted.init_adapter(
-    jax.random.key(1), {'params': variables['params']}, x
-  )
+  again = adapted.init_adapter(jax.random.key(1), {'params': variables['params']}, x)
   draws = [
     np.asarray(tree[f'block_{i}']['dense']['lora_a'])
     for tree in (variables[COLLECTION], again)
@@ -298,9 +281,7 @@ def test_without_targets_there_is_no_collection():
 
 def test_a_target_that_matches_nothing_is_named_beside_the_maps():
   with pytest.raises(
-    UserError,
-    match="'con' matches no linear map; the model has: "
-    'classifier, conv, general$',
+    UserError, match="'con' matches no linear map; the model has: classifier, conv, general$"
   ):
     adapt(Classifier(), {'con': NORMED, 'conv': NORMED}, IMAGES)
 
@@ -341,9 +322,7 @@ def test_what_cannot_be_adapted_says_so(linear, shape, message):
 def test_an_adapter_made_for_other_targets_is_refused(missing):
   adapted, variables = adapt(Classifier(), {'.*': NORMED}, IMAGES)
   kept = {
-    path
-    for path in trees.named_leaves(variables[COLLECTION])
-    if not path.startswith(missing)
+    path for path in trees.named_leaves(variables[COLLECTION]) if not path.startswith(missing)
   }
   other = trees.select(variables[COLLECTION], kept)
   with pytest.raises(UserError, match='no parameters for conv'):
@@ -363,8 +342,7 @@ def test_a_model_with_other_collections_is_adapted():
   lnlora = adapted.init_adapter(KEY, variables, x)
   assert list(lnlora) == ['dense']
   np.testing.assert_array_equal(
-    adapted.apply({**variables, 'lnlora': lnlora}, x),
-    Normed().apply(variables, x),
+    adapted.apply({**variables, 'lnlora': lnlora}, x), Normed().apply(variables, x)
   )
 
 
@@ -411,19 +389,12 @@ def test_moments_are_not_shared_across_traces(fill):
 
   def expected(x):
     return sum(
-      x @ params[name]['kernel']
-      + params[name]['bias']
-      + NORMED(lnlora[name], x)
+      x @ params[name]['kernel'] + params[name]['bias'] + NORMED(lnlora[name], x)
       for name in ('first', 'second')
     )
 
   for function, wanted in (
     (lambda x: adapted.apply(variables, x), expected),
-    (
-      jax.grad(lambda x: adapted.apply(variables, x).sum()),
-      jax.grad(lambda x: expected(x).sum()),
-    ),
+    (jax.grad(lambda x: adapted.apply(variables, x).sum()), jax.grad(lambda x: expected(x).sum())),
   ):
-    np.testing.assert_allclose(
-      jax.jit(function)(x), wanted(x), rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(jax.jit(function)(x), wanted(x), rtol=1e-4, atol=1e-4)

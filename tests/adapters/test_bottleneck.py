@@ -19,10 +19,8 @@ IMAGES = RNG.uniform(size=(2, 8, 8, 3)).astype(np.float32)
 
 def formula(p, x, act, scale):
   low = x @ p['down'] + p['down_bias']
-  if act == 'relu':
-    low = np.maximum(low, 0)
-  else:
-    low = low * (1 + erf(low / np.sqrt(2))) / 2
+  gelu = low * (1 + erf(low / np.sqrt(2))) / 2
+  low = np.maximum(low, 0) if act == 'relu' else gelu
   return scale * (low @ p['up'] + p['up_bias'])
 
 
@@ -70,9 +68,7 @@ class TwoMaps(nn.Module):
 @pytest.mark.parametrize('kw', [False, True])
 @pytest.mark.parametrize('parallel', [False, True])
 @pytest.mark.parametrize('target', ['in', 'out'])
-def test_it_reads_the_output_or_the_input_of_its_map(
-  fill, target, parallel, kw
-):
+def test_it_reads_the_output_or_the_input_of_its_map(fill, target, parallel, kw):
   model = TwoMaps(kw)
   params = fill(jax.eval_shape(model.init, KEY, X)['params'])
   branch = Bottleneck(rank=2, scale=0.5, act='relu', parallel=parallel)
@@ -97,9 +93,7 @@ def test_it_reads_the_output_or_the_input_of_its_map(
 
 
 @pytest.mark.parametrize('method', ['adapter', 'adaptformer'])
-def test_the_adapted_model_starts_as_the_base_bit_for_bit(
-  tiny_config, fill, method
-):
+def test_the_adapted_model_starts_as_the_base_bit_for_bit(tiny_config, fill, method):
   built = adapted_lib.build(tiny_config(method), 10)
   params = fill(adapted_lib.shapes(built, (8, 8, 3))['params'])
   variables = adapted_lib.init_variables(built, KEY, params, (8, 8, 3))

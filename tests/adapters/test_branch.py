@@ -9,14 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fulllora_jax.adapters import (
-  COLLECTION,
-  Branch,
-  adapted,
-  influence,
-  methods,
-  mixed,
-)
+from fulllora_jax.adapters import COLLECTION, Branch, adapted, influence, methods, mixed
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.serving import adapter_file, stacking
@@ -101,9 +94,7 @@ def test_an_export_says_what_it_is(built, fill):
   assert branch.settings() == {'kind': 'gain', 'strength': 2.0}
   header = dict(model={}, branches={path: branch.settings()}, run={})
   leaves = {tuple(LEAF.split('/')): np.asarray(parameters['gain'])}
-  content = adapter_file.encode(
-    leaves, dict(fulllora_jax='0', contents='adapter', **header)
-  )
+  content = adapter_file.encode(leaves, dict(fulllora_jax='0', contents='adapter', **header))
   found, metadata = adapter_file.decode(content, 'here')
   assert found.keys() == leaves.keys()
   assert metadata['branches'] == json.loads(json.dumps(header['branches']))
@@ -135,9 +126,7 @@ def test_several_stand_on_one_base(built, fill):
   index = np.array([1, 2, 0, 1], np.int32)
   found = mixed.apply_mixed(stack.model, stack.leaves, kept, index, IMAGES)
   for i, adapter in enumerate(index):
-    alone = mixed.apply_one(
-      stack.model, stack.leaves, kept, adapter, IMAGES[i : i + 1]
-    )
+    alone = mixed.apply_one(stack.model, stack.leaves, kept, adapter, IMAGES[i : i + 1])
     np.testing.assert_allclose(found[i], alone[0], rtol=1e-4, atol=1e-5)
 
   other = dataclasses.replace(

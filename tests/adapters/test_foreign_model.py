@@ -32,10 +32,7 @@ TARGETS = {
   r'Dense_0': LNLoRA(rank=2, alpha=2.0),
 }
 PGD_1 = train_step.InnerAttack(
-  threat=Threat('linf', 8 / 255),
-  steps=1,
-  step_size=8 / 255,
-  total_steps=3,
+  threat=Threat('linf', 8 / 255), steps=1, step_size=8 / 255, total_steps=3
 )
 
 
@@ -108,8 +105,4 @@ def test_adversarial_steps_change_every_branch_and_nothing_else(adapted):
 
 def base_of(variables):
   """Returns the paths of the model's own leaves."""
-  return {
-    path
-    for path in trees.named_leaves(variables)
-    if not path.startswith(f'{COLLECTION}/')
-  }
+  return {path for path in trees.named_leaves(variables) if not path.startswith(f'{COLLECTION}/')}

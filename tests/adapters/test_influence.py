@@ -89,9 +89,7 @@ def test_a_fresh_adapter_adds_nothing_and_none_has_no_ratio():
   variables = adapted.model.init(KEY, IMAGES)
   assert influence.branch_ratios(adapted, variables, IMAGES) == {}
   lnlora = adapted.init_adapter(KEY, variables, IMAGES)
-  found = influence.branch_ratios(
-    adapted, {**variables, 'lnlora': lnlora}, IMAGES
-  )
+  found = influence.branch_ratios(adapted, {**variables, 'lnlora': lnlora}, IMAGES)
   assert {path: float(r) for path, r in found.items()} == {'b_first': 0.0}
 
 
@@ -101,9 +99,7 @@ def test_our_models_with_every_remat(tiny_config, fill, remat):
   built = adapted_lib.build(config, 3)
   variables = fill(adapted_lib.shapes(built, (8, 8, 1)))
   x = jnp.ones((2, 8, 8, 1))
-  found = jax.jit(lambda v, x: influence.branch_ratios(built.model, v, x))(
-    variables, x
-  )
+  found = jax.jit(lambda v, x: influence.branch_ratios(built.model, v, x))(variables, x)
   order = influence.network_order(built.model, variables, x[0])
   assert order[0][0] == 'embedding'
   assert set(found) == {path for path, _ in order} and len(found) == 7

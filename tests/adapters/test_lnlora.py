@@ -51,9 +51,7 @@ def test_norm_is_accurate_far_from_zero():
 
 def test_norm_of_a_bfloat16_input_is_computed_in_float32():
   x = jnp.asarray(X + 20, jnp.bfloat16)
-  wide = layer_norm(
-    x.astype(jnp.float32), jnp.ones(6), jnp.zeros(6), epsilon=1e-6
-  )
+  wide = layer_norm(x.astype(jnp.float32), jnp.ones(6), jnp.zeros(6), epsilon=1e-6)
   found = layer_norm(x, jnp.ones(6), jnp.zeros(6), epsilon=1e-6)
   assert found.dtype == jnp.bfloat16
   np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
@@ -87,17 +85,13 @@ def test_init_draws_a_and_leaves_b_zero(dtype):
 
 def test_another_key_draws_another_a():
   branch = LNLoRA(rank=2, alpha=2.0)
-  first, second = (
-    branch.init(jax.random.key(seed), 6, 3)['lora_a'] for seed in (0, 1)
-  )
+  first, second = (branch.init(jax.random.key(seed), 6, 3)['lora_a'] for seed in (0, 1))
   assert not np.allclose(first, second)
 
 
 @pytest.mark.parametrize('rank', [0, -1, 4])
 def test_check_rank_names_the_path_and_the_bounds(rank):
-  with pytest.raises(
-    UserError, match=rf'rank {rank} does not fit head \(6 -> 3\).* in 1\.\.3'
-  ):
+  with pytest.raises(UserError, match=rf'rank {rank} does not fit head \(6 -> 3\).* in 1\.\.3'):
     LNLoRA(rank=rank, alpha=1.0).check_rank('head', 6, 3)
 
 
@@ -144,9 +138,7 @@ def exact(branch, parameters, x, cotangent):
 def worst(found, wanted):
   """The largest difference, of each leaf relative to its largest value."""
   differences = jax.tree.map(
-    lambda f, w: np.abs(np.asarray(f, np.float64) - w).max() / np.abs(w).max(),
-    found,
-    wanted,
+    lambda f, w: np.abs(np.asarray(f, np.float64) - w).max() / np.abs(w).max(), found, wanted
   )
   return max(jax.tree.leaves(differences))
 
@@ -195,10 +187,6 @@ def test_given_moments_are_used():
   branch, parameters = LNLoRA(rank=4, alpha=8.0), wide(1)
   x = jnp.asarray(RNG.normal(size=(3, 96)), jnp.float32)
   own = Moments.of(x, branch.epsilon)
-  np.testing.assert_array_equal(
-    fused(branch, parameters, x, own), fused(branch, parameters, x)
-  )
+  np.testing.assert_array_equal(fused(branch, parameters, x, own), fused(branch, parameters, x))
   other = Moments(own.mean, 2 * own.inverse_deviation)
-  assert not np.allclose(
-    fused(branch, parameters, x, other), fused(branch, parameters, x)
-  )
+  assert not np.allclose(fused(branch, parameters, x, other), fused(branch, parameters, x))

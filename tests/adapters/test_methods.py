@@ -27,11 +27,7 @@ HEAD = {'params/head/kernel': (8, 10), 'params/head/bias': (10,)}
 BIASES = {f'params/{path}/bias': bias for path, (_, bias) in MAPS.items()}
 NORMS = {
   f'params/{path}/{name}': (8,)
-  for path in (
-    f'{BLOCK}/LayerNorm_0',
-    f'{BLOCK}/LayerNorm_2',
-    'Transformer/encoder_norm',
-  )
+  for path in (f'{BLOCK}/LayerNorm_0', f'{BLOCK}/LayerNorm_2', 'Transformer/encoder_norm')
   for name in ('scale', 'bias')
 }
 BASE = {
@@ -43,9 +39,7 @@ BASE = {
 }
 ADAPTED = {  # d_in, d_out
   'embedding': (48, 8),
-  **{
-    f'{ATTENTION}/{name}': (8, 8) for name in ('query', 'key', 'value', 'out')
-  },
+  **{f'{ATTENTION}/{name}': (8, 8) for name in ('query', 'key', 'value', 'out')},
   f'{MLP}/Dense_0': (8, 16),
   f'{MLP}/Dense_1': (16, 8),
 }
@@ -67,11 +61,7 @@ def low_rank(paths=tuple(ADAPTED), norm=False):
 def bottlenecks(*paths):
   """Returns path -> shape of bottlenecks of rank 2 and width 8."""
   shapes = dict(down=(8, 2), down_bias=(2,), up=(2, 8), up_bias=(8,))
-  return {
-    f'lnlora/{path}/{name}': shape
-    for path in paths
-    for name, shape in shapes.items()
-  }
+  return {f'lnlora/{path}/{name}': shape for path in paths for name, shape in shapes.items()}
 
 
 LNLORA = low_rank(norm=True)
@@ -135,16 +125,11 @@ def test_every_method_is_tested():
 def test_every_method_says_where_it_is_from():
   for name, method in methods.METHODS.items():
     assert method.name == name
-    assert re.search(r'arXiv \d{4}\.\d{5}', method.source) or name in (
-      'linear',
-      'standard',
-    )
+    assert re.search(r'arXiv \d{4}\.\d{5}', method.source) or name in ('linear', 'standard')
 
 
 OTHERS = {
-  'swin': dict(
-    width=8, depths=(1, 1), heads=(2, 2), window=2, patch_size=2, image_size=8
-  ),
+  'swin': dict(width=8, depths=(1, 1), heads=(2, 2), window=2, patch_size=2, image_size=8),
   'convit': dict(width=8, depth=2, num_heads=4, local_layers=1, image_size=8),
 }
 WHERE = {  # method -> last parts of the modules' paths that it adds to
@@ -174,9 +159,7 @@ def other_config(name, method):
   return c
 
 
-@pytest.mark.parametrize(
-  ('name', 'method'), [(n, m) for n, where in WHERE.items() for m in where]
-)
+@pytest.mark.parametrize(('name', 'method'), [(n, m) for n, where in WHERE.items() for m in where])
 def test_other_families_have_their_own_places(name, method):
   trained, present = trained_tree(other_config(name, method))
   added = {path for path in present if path.startswith('lnlora/')}
@@ -338,9 +321,7 @@ def test_branches_are_those_of_the_papers():
   assert list(branches(c, 'adaptformer').values()) == [
     Bottleneck(rank=3, scale=0.1, act='relu', parallel=True, **own)
   ]
-  assert list(branches(c, 'vpt').values()) == [
-    Prompts(count=7, patch_size=16, **own)
-  ]
+  assert list(branches(c, 'vpt').values()) == [Prompts(count=7, patch_size=16, **own)]
 
 
 @pytest.mark.parametrize('method', ['adapter', 'adaptformer', 'vpt'])

@@ -20,9 +20,7 @@ MODELS = {
   'attention pooling': VIT | dict(name='siglip'),
   'remat': VIT | dict(remat='blocks'),
   'bfloat16': VIT | dict(dtype='bfloat16'),
-  'swin': dict(
-    name='swin', width=8, depths=(1, 1), heads=(2, 2), window=2, patch_size=2
-  ),
+  'swin': dict(name='swin', width=8, depths=(1, 1), heads=(2, 2), window=2, patch_size=2),
   'convit': VIT | dict(name='convit', depth=2, local_layers=1, num_heads=4),
 }
 # Little is computed here, and compiling it well takes long.
@@ -56,15 +54,9 @@ def made(fill, model, more='', **fields):
 def each_is_its_own(model, rows, frozen, tolerance=1e-5):
   images = np.random.default_rng(0).uniform(size=(5, *SHAPE)).astype('f4')
   stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-  run = jax.jit(
-    lambda *arguments: mixed.apply_mixed(model, *arguments),
-    compiler_options=QUICK,
-  )
+  run = jax.jit(lambda *arguments: mixed.apply_mixed(model, *arguments), compiler_options=QUICK)
   found = run(stack, frozen, INDEX, images)
-  one = jax.jit(
-    lambda *arguments: mixed.apply_one(model, *arguments),
-    compiler_options=QUICK,
-  )
+  one = jax.jit(lambda *arguments: mixed.apply_one(model, *arguments), compiler_options=QUICK)
   alone = [one(stack, frozen, i, images) for i in range(3)]
   expected = np.stack([alone[a][i] for i, a in enumerate(INDEX)])
   error = tolerance * np.abs(expected).max()
@@ -99,14 +91,7 @@ def only_branches(vmap):
     dict(adapter=dict(head='lnlora')),
     dict(adapter=dict(targets=('.*/query', '.*head'))),
   ],
-  ids=[
-    'linear',
-    'lora',
-    'bottleneck',
-    'prompts',
-    'branch at the head',
-    'branch at a trained head',
-  ],
+  ids=['linear', 'lora', 'bottleneck', 'prompts', 'branch at the head', 'branch at a trained head'],
 )
 def test_every_method(fill, fields):
   each_is_its_own(*made(fill, VIT, **fields))

@@ -48,9 +48,7 @@ def by_hand(monkeypatch):
 
     with monkeypatch.context() as patch:
       patch.setattr(transformer, 'run_block', run_block)
-      return model.model.apply(
-        {'params': variables['params']}, images, **kwargs
-      )
+      return model.model.apply({'params': variables['params']}, images, **kwargs)
 
   return apply
 
@@ -93,12 +91,8 @@ def test_it_is_a_concatenation_by_hand(deep, by_hand, changed):
 def test_without_prompts_it_is_the_base(deep):
   model, variables = deep()
   base = {'params': variables['params']}
-  np.testing.assert_array_equal(
-    model.apply(base, IMAGES), model.model.apply(base, IMAGES)
-  )
-  assert np.abs(
-    model.apply(variables, IMAGES) - model.apply(base, IMAGES)
-  ).max()
+  np.testing.assert_array_equal(model.apply(base, IMAGES), model.model.apply(base, IMAGES))
+  assert np.abs(model.apply(variables, IMAGES) - model.apply(base, IMAGES)).max()
 
 
 def test_they_start_within_the_bound_of_vpt():
@@ -119,8 +113,7 @@ def test_every_block_draws_its_own(tiny_config, fill):
   params = fill(adapted_lib.shapes(built, (8, 8, 3))['params'])
   variables = adapted_lib.init_variables(built, KEY, params, (8, 8, 3))
   first, second = (
-    variables[COLLECTION]['Transformer'][f'encoderblock_{i}']['prompts']
-    for i in range(2)
+    variables[COLLECTION]['Transformer'][f'encoderblock_{i}']['prompts'] for i in range(2)
   )
   assert first.shape == second.shape == (10, 8)
   assert np.abs(first).min() > 0 and np.abs(first - second).max() > 0.1

@@ -56,12 +56,7 @@ def main(progress_dir, file, seconds):
 
   progress.Progress.write = keep_and_pause
   result = run(progress_dir)
-  np.savez(
-    file,
-    x_adv=result.x_adv,
-    robust=result.robust,
-    broken_by=result.cascade.broken_by,
-  )
+  np.savez(file, x_adv=result.x_adv, robust=result.robust, broken_by=result.cascade.broken_by)
 
 
 if __name__ == '__main__':

@@ -52,9 +52,7 @@ def jitted(threat, logits_fn=network, attack=None, **options):
 
   @jax.jit
   def search(keys, x, labels, targets=None):
-    return attack(
-      keys, logits_fn, x, labels, threat, targets=targets, **options
-    )
+    return attack(keys, logits_fn, x, labels, threat, targets=targets, **options)
 
   return search
 
@@ -151,9 +149,7 @@ def test_draws_average_loss_gradient_and_odds():
 @pytest.mark.parametrize('threat', [LINF, L2], ids=lambda t: t.norm)
 def test_it_starts_on_the_sphere_and_by_the_images_own_key(threat):
   point = start(KEYS, INNER, threat)
-  np.testing.assert_allclose(
-    threat.distance(INNER, point), threat.eps, rtol=1e-5
-  )
+  np.testing.assert_allclose(threat.distance(INNER, point), threat.eps, rtol=1e-5)
   order = jnp.array([5, 3, 7, 0, 1, 2, 6, 4])
   moved = start(KEYS[order], INNER[order], threat)
   np.testing.assert_array_equal(moved, point[order])
@@ -184,10 +180,7 @@ def state_of(**fields):
   evaluated = Evaluated(jnp.zeros(1), image, jnp.zeros(1, bool))
   state = begin(lambda *_: evaluated, image, image, 0.5)
   state = state._replace(
-    x_adv=image + 1,
-    gradient=image + 2,
-    x_best=image + 3,
-    gradient_best=image + 4,
+    x_adv=image + 1, gradient=image + 2, x_best=image + 3, gradient_best=image + 4
   )
   return state._replace(**{k: jnp.array([v]) for k, v in fields.items()})
 
@@ -202,9 +195,7 @@ def state_of(**fields):
     (0.0, False, True, True),
   ],
 )
-def test_a_stretch_halves_the_step_where_it_did_not_pay(
-  increases, gained, halved_before, halves
-):
+def test_a_stretch_halves_the_step_where_it_did_not_pay(increases, gained, halved_before, halves):
   before = state_of(
     increases=increases,
     loss_best=2.0,
@@ -230,9 +221,7 @@ def test_the_first_stretch_cannot_be_stuck():
 def test_the_best_and_the_last_broken_point_are_remembered(loss, broken):
   before = state_of(loss_best=1.0, loss=1.2)
   point = jnp.full((1, 1, 1, 1), 7.0)
-  after = remember(
-    before, point, Evaluated(jnp.array([loss]), point + 1, jnp.array([broken]))
-  )
+  after = remember(before, point, Evaluated(jnp.array([loss]), point + 1, jnp.array([broken])))
   assert after.x_adv.item() == 7 and after.gradient.item() == 8
   assert after.x_previous.item() == 1
   assert after.x_best.item() == (7 if loss > 1 else 3)
@@ -245,12 +234,8 @@ def test_the_best_and_the_last_broken_point_are_remembered(loss, broken):
 
 def test_a_broken_point_is_not_forgotten():
   point = jnp.full((1, 1, 1, 1), 7.0)
-  once = remember(
-    state_of(), point, Evaluated(jnp.array([1.0]), point, jnp.array([True]))
-  )
-  twice = remember(
-    once, point + 1, Evaluated(jnp.array([9.0]), point, jnp.array([False]))
-  )
+  once = remember(state_of(), point, Evaluated(jnp.array([1.0]), point, jnp.array([True])))
+  twice = remember(once, point + 1, Evaluated(jnp.array([9.0]), point, jnp.array([False])))
   assert twice.broken.tolist() == [True]
   assert adversarial(twice).item() == 7
 

@@ -24,11 +24,7 @@ NETWORK = Partial(small_attack.apply, WEIGHTS)
 KEY = jax.random.key(0)
 VERSIONS = pytest.mark.parametrize(
   ('threat', 'version'),
-  [
-    (LINF, small_attack.VERSION),
-    (L2, small_attack.VERSION),
-    (L1, ('apgd-ce', 'apgd-t')),
-  ],
+  [(LINF, small_attack.VERSION), (L2, small_attack.VERSION), (L1, ('apgd-ce', 'apgd-t'))],
   ids=['linf', 'l2', 'l1'],
 )
 
@@ -69,9 +65,7 @@ def right(x, labels=LABELS):
 
 def assert_same(found, expected, atol=0.0):
   np.testing.assert_array_equal(found.robust, expected.robust)
-  np.testing.assert_array_equal(
-    found.cascade.broken_by, expected.cascade.broken_by
-  )
+  np.testing.assert_array_equal(found.cascade.broken_by, expected.cascade.broken_by)
   assert found.cascade.accuracy == expected.cascade.accuracy
   np.testing.assert_allclose(found.x_adv, expected.x_adv, 0, atol)
 
@@ -103,9 +97,7 @@ def test_several_attacks_break_something():
 
 
 @VERSIONS
-def test_broken_images_are_misclassified_in_the_ball_and_others_as_given(
-  threat, version
-):
+def test_broken_images_are_misclassified_in_the_ball_and_others_as_given(threat, version):
   result = attacked(threat, version)
   x_adv, broken = result.x_adv, result.cascade.broken_by > 0
   assert (x_adv.dtype, x_adv.shape) == (np.float32, X.shape)
@@ -140,9 +132,7 @@ def test_a_subset_by_its_indices_has_the_same_results():
   found = attack(x=X[chosen], labels=LABELS[chosen], indices=chosen)
   whole = attacked()
   np.testing.assert_array_equal(found.robust, whole.robust[chosen])
-  np.testing.assert_array_equal(
-    found.cascade.broken_by, whole.cascade.broken_by[chosen]
-  )
+  np.testing.assert_array_equal(found.cascade.broken_by, whole.cascade.broken_by[chosen])
   np.testing.assert_allclose(found.x_adv, whole.x_adv[chosen], 0, 1e-5)
 
 
@@ -259,8 +249,7 @@ def test_bfloat16_logits_are_attacked():
 
 def test_plus_is_as_strong_and_runs_all_six(monkeypatch):
   short = [
-    m if m.name != 'square' else ensemble.member('square-60')
-    for m in ensemble.VERSIONS['plus']
+    m if m.name != 'square' else ensemble.member('square-60') for m in ensemble.VERSIONS['plus']
   ]
   monkeypatch.setitem(ensemble.VERSIONS, 'plus', tuple(short))
   result = attack(version='plus', batch_size=24)
@@ -293,9 +282,7 @@ def test_rand_judges_by_the_mean_odds_not_by_one_draw():
     sure = jnp.array([[4.0, 0.0, 0.0]])
     return jnp.where(flipped, sure[:, ::-1], sure) + 0 * x.sum()
 
-  result = attack(
-    flipping, X[:8], np.zeros(8, np.int32), version='rand', batch_size=8
-  )
+  result = attack(flipping, X[:8], np.zeros(8, np.int32), version='rand', batch_size=8)
   assert result.cascade.accuracy[0] > 0.6
   assert (result.x_adv == X[:8]).all(axis=(1, 2, 3))[result.robust].all()
 
@@ -357,9 +344,7 @@ def untouchable(x):
     ({'batch_size': 0}, 'batch_size: 0 does not divide over 1 .*; use 1$'),
   ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_computed(
-  options, match
-):
+def test_wrong_arguments_are_refused_before_anything_is_computed(options, match):
   with pytest.raises(UserError, match=match) as caught:
     attack(**{'logits_fn': untouchable, **options})
   assert '\n' not in str(caught.value)
@@ -375,9 +360,7 @@ def test_logits_that_are_no_numbers_are_refused():
 
 
 def test_a_cascade_can_be_made_by_hand():
-  cascade = module.Cascade(
-    ('clean', 'fab'), (0.75, 0.5), (0.0, 1.23456), np.array([0, 1, -1, -1])
-  )
+  cascade = module.Cascade(('clean', 'fab'), (0.75, 0.5), (0.0, 1.23456), np.array([0, 1, -1, -1]))
   assert cascade.rows() == [
     {'attack': 'clean', 'accuracy': 0.75, 'broken': 1, 'seconds': 0.0},
     {'attack': 'fab', 'accuracy': 0.5, 'broken': 1, 'seconds': 1.235},

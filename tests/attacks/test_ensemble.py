@@ -136,9 +136,7 @@ def run(attack, stage=0, mask=ALL):
   return attack(stage, KEYS, network, X, LABELS, mask, LINF)
 
 
-@pytest.mark.parametrize(
-  ('name', 'loss'), [('apgd-ce', 'ce'), ('apgd-dlr', 'dlr')]
-)
+@pytest.mark.parametrize(('name', 'loss'), [('apgd-ce', 'ce'), ('apgd-dlr', 'dlr')])
 def test_apgd_runs_on_its_loss(name, loss):
   found = run(Member(name, steps=5))
   expected = apgd(KEYS, network, X, LABELS, LINF, steps=5, loss=loss)

@@ -67,9 +67,7 @@ def test_it_finds_the_distance_to_a_linear_boundary(norm):
 @NORMS
 def test_towards_a_target_it_finds_the_distance_to_that_class(norm):
   targets = losses.ranked_class(linear(INNER), 3)
-  found = jitted(norm, linear)(
-    KEYS, INNER, LINEAR_LABELS, FAR[norm], targets=targets
-  )
+  found = jitted(norm, linear)(KEYS, INNER, LINEAR_LABELS, FAR[norm], targets=targets)
   distance = Threat(norm, 1.0).distance(INNER, found)
   each = distances_to_classes(norm)
   to_target = each[np.arange(8), targets]
@@ -109,9 +107,7 @@ def test_keys_decide_a_random_start_and_only_that(norm):
   few = jitted(norm, steps=3)
   plain = [few(keys, X, LABELS, FAR[norm]) for keys in (KEYS, other)]
   np.testing.assert_array_equal(*plain)
-  drawn = [
-    few(keys, X, LABELS, FAR[norm], random_start=True) for keys in (KEYS, other)
-  ]
+  drawn = [few(keys, X, LABELS, FAR[norm], random_start=True) for keys in (KEYS, other)]
   assert not np.allclose(*drawn)
 
 
@@ -129,9 +125,7 @@ def test_a_boundary_is_the_difference_of_logits_and_its_gradient():
   found = boundary_to(linear, INNER, LINEAR_LABELS, targets)
   logits = np.asarray(linear(INNER))
   rows = np.arange(8)
-  np.testing.assert_allclose(
-    found.f, logits[rows, targets] - logits[rows, LINEAR_LABELS], 1e-5
-  )
+  np.testing.assert_allclose(found.f, logits[rows, targets] - logits[rows, LINEAR_LABELS], 1e-5)
   w = np.asarray(WEIGHTS).T
   expected = w[np.asarray(targets)] - w[np.asarray(LINEAR_LABELS)]
   np.testing.assert_allclose(found.w.reshape(8, -1), expected, 0, 1e-6)

@@ -14,15 +14,7 @@ import numpy as np
 import pytest
 import xla_settings
 
-from fulllora_jax.attacks import (
-  Threat,
-  apgd,
-  apgd_l1,
-  fab,
-  losses,
-  projections,
-  square,
-)
+from fulllora_jax.attacks import Threat, apgd, apgd_l1, fab, losses, projections, square
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
@@ -65,8 +57,7 @@ def replay_apgd(expected, threat, loss, steps=100):
   state = apgd.begin(evaluate, x, jnp.asarray(expected['start']), threat.eps)
   checkpoints, stretches = apgd.schedule(steps)
   ascend = jax.jit(
-    lambda i, s: apgd.ascend(i, s, evaluate, x, threat),
-    compiler_options=xla_settings.AS_USERS,
+    lambda i, s: apgd.ascend(i, s, evaluate, x, threat), compiler_options=xla_settings.AS_USERS
   )
   points, values, step_sizes = [state.x_adv], [state.loss_best], []
   for i in range(steps):
@@ -85,8 +76,7 @@ def replay_apgd_l1(expected, eps, steps=40):
   start = jnp.asarray(expected['start'])
   state, sparsity = apgd_l1.first(evaluate, x, start, eps)
   ascend = jax.jit(
-    lambda *args: apgd_l1.ascend(*args, evaluate, x, eps),
-    compiler_options=xla_settings.AS_USERS,
+    lambda *args: apgd_l1.ascend(*args, evaluate, x, eps), compiler_options=xla_settings.AS_USERS
   )
   notes = [(state.x_adv, state.loss_best, None, None)]
   for i in range(steps):
@@ -103,23 +93,15 @@ def assert_same_search(found, expected, compared, atol):
   """Compares points, losses and step sizes where `compared` [steps + 1, B]."""
   points, values, sizes = found
   np.testing.assert_allclose(
-    np.where(compared, values, 0),
-    np.where(compared, expected['loss'], 0),
-    rtol=1e-3,
-    atol=atol,
+    np.where(compared, values, 0), np.where(compared, expected['loss'], 0), rtol=1e-3, atol=atol
   )
   np.testing.assert_allclose(
-    np.where(compared[1:], sizes, 0),
-    np.where(compared[1:], expected['step_size'], 0),
-    rtol=1e-6,
+    np.where(compared[1:], sizes, 0), np.where(compared[1:], expected['step_size'], 0), rtol=1e-6
   )
   places = expected['places']
   where = compared[places][..., None, None, None]
   np.testing.assert_allclose(
-    np.where(where, points[places], 0),
-    np.where(where, expected['points'], 0),
-    rtol=0,
-    atol=atol,
+    np.where(where, points[places], 0), np.where(where, expected['points'], 0), rtol=0, atol=atol
   )
 
 
@@ -157,9 +139,7 @@ def test_apgd_goes_where_the_authors_goes(norm, loss):
   assert 0 < expected['right'].sum() < 6
   to_the_end = comparable(expected, loss, steps=100)[100]
   np.testing.assert_allclose(
-    state.loss_best[to_the_end],
-    expected['loss_best'][to_the_end],
-    rtol=1e-2 if may_part else 1e-3,
+    state.loss_best[to_the_end], expected['loss_best'][to_the_end], rtol=1e-2 if may_part else 1e-3
   )
 
 
@@ -223,9 +203,7 @@ def test_fab_goes_where_the_authors_goes(norm, name):
 def test_projection_onto_a_hyperplane_is_the_authors(norm):
   g = golden('projections')
   x, normal = jnp.asarray(g['plane_x']), jnp.asarray(g['plane_normal'])
-  found = projections.onto_hyperplane(
-    x, normal, jnp.asarray(g['plane_offset']), norm
-  )
+  found = projections.onto_hyperplane(x, normal, jnp.asarray(g['plane_offset']), norm)
   np.testing.assert_allclose(found, g[f'plane_{norm}'], 0, 1e-5)
 
 

@@ -65,11 +65,7 @@ def test_labels_and_indices_are_refused(labels, match):
     ('l2', 0, '0 leaves nothing'),
     ('l1', 0, '0 leaves nothing'),
     # 6 * 6 * 3 values: the box is sqrt(108) across, 108 in l1.
-    (
-      'l2',
-      128,
-      r'128 reaches across .* in l2 \(10.3923\); did you mean 128/255',
-    ),
+    ('l2', 128, r'128 reaches across .* in l2 \(10.3923\); did you mean 128/255'),
     ('l2', 10.4, '10.4 reaches across'),
     ('l1', 108, r'108 reaches across .*\(6, 6, 3\) images in l1 \(108\)'),
   ],
@@ -94,9 +90,7 @@ def test_no_threat_has_such_an_eps(norm, eps, match):
 @pytest.mark.parametrize('norm_eps', [('linf', 1), ('l2', 10.3), ('l1', 107)])
 def test_what_fits_comes_back_as_numpy(norm_eps):
   threat = Threat(*norm_eps)
-  x, labels, indices = inputs.check(
-    jnp.asarray(X), LABELS.astype(np.uint8), None, threat
-  )
+  x, labels, indices = inputs.check(jnp.asarray(X), LABELS.astype(np.uint8), None, threat)
   np.testing.assert_array_equal(x, X)
   np.testing.assert_array_equal(labels, LABELS)
   assert isinstance(x, np.ndarray) and x.dtype == np.float32
@@ -139,10 +133,7 @@ def logits_of(shape, dtype=jnp.float32):
     (lambda x: (x, x), r'gave tuple, expected logits \[8, K\]'),
     (logits_of((8, 3), jnp.int32), 'it gave int32, expected float logits'),
     (logits_of((8, 3), bool), 'it gave bool, expected float logits'),
-    (
-      lambda x, key: x,
-      r'cannot be called with \(images\): .*key.*; version rand gives the no',
-    ),
+    (lambda x, key: x, r'cannot be called with \(images\): .*key.*; version rand gives the no'),
   ],
 )
 def test_logits_functions_are_refused(logits_fn, match):
@@ -164,8 +155,7 @@ def test_an_error_in_the_model_is_not_hidden():
 
 
 @pytest.mark.parametrize(
-  ('labels', 'match'),
-  [([0, 3, 1, 1], r'\[0, 3\]'), ([0, -1, 1, 1], r'\[-1, 1\]')],
+  ('labels', 'match'), [([0, 3, 1, 1], r'\[0, 3\]'), ([0, -1, 1, 1], r'\[-1, 1\]')]
 )
 def test_labels_must_be_classes(labels, match):
   match = rf'^labels are in {match}, but the logits have 3 classes, 0..2$'

@@ -33,9 +33,7 @@ def test_cross_entropy_of_soft_labels_is_numpys():
 def test_one_hot_labels_are_hard_labels():
   one_hot = jax.nn.one_hot(LABELS, 5)
   for loss in losses.LOSSES.values():
-    np.testing.assert_allclose(
-      loss(LOGITS, one_hot), loss(LOGITS, jnp.asarray(LABELS)), rtol=1e-6
-    )
+    np.testing.assert_allclose(loss(LOGITS, one_hot), loss(LOGITS, jnp.asarray(LABELS)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +128,7 @@ def test_dlr_losses_do_not_change_with_scale_and_shift(scale, shift):
   labels = jnp.asarray(LABELS)
   targets = (labels + 2) % 5
   moved = scale * (LOGITS + shift)
-  np.testing.assert_allclose(
-    losses.dlr(moved, labels), losses.dlr(LOGITS, labels), rtol=1e-4
-  )
+  np.testing.assert_allclose(losses.dlr(moved, labels), losses.dlr(LOGITS, labels), rtol=1e-4)
   np.testing.assert_allclose(
     losses.targeted_dlr(moved, labels, targets),
     losses.targeted_dlr(LOGITS, labels, targets),

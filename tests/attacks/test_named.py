@@ -44,10 +44,7 @@ def test_a_label_reads_as_its_attack(label):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    (
-      'auto',
-      "unknown attack 'auto'; known: clean, fgsm, pgd, .*autoattack.*, ",
-    ),
+    ('auto', "unknown attack 'auto'; known: clean, fgsm, pgd, .*autoattack.*, "),
     ('autoattack-20', "unknown attack 'autoattack-20'"),
     ('apgd-ce-5', "unknown attack 'apgd-ce-5'"),
     ('square-', "'square-' has no number of queries; write square-5000"),
@@ -100,9 +97,7 @@ def test_fgsm_is_one_step_of_size_eps_along_the_gradient(norm):
   np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-  ('text', 'loss'), [('pgd-3', 'ce'), ('cw_linf-3', 'margin')]
-)
+@pytest.mark.parametrize(('text', 'loss'), [('pgd-3', 'ce'), ('cw_linf-3', 'margin')])
 def test_pgd_and_cw_linf_are_pgd_on_their_loss(text, loss):
   found = parse(text, LINF, 0.02, restarts=2)(KEYS, network, X, LABELS, LINF)
   expected = pgd(
@@ -140,9 +135,7 @@ def test_l1_knows_apgd(text):
   assert parse(text, Threat('l1', 1.0), 0.02).label == text
 
 
-@pytest.mark.parametrize(
-  'text', ['autoattack', 'square-10', 'fab-t', 'pgd-20', 'fgsm', 'cw_linf']
-)
+@pytest.mark.parametrize('text', ['autoattack', 'square-10', 'fab-t', 'pgd-20', 'fgsm', 'cw_linf'])
 def test_l1_knows_no_other_attack(text):
   message = '^attack: .* knows linf and l2 only; for l1 give apgd-ce,apgd-t$'
   with pytest.raises(UserError, match=message):

@@ -54,11 +54,7 @@ def loss_of(x, labels=LABELS, loss='ce'):
 @pytest.mark.parametrize('loss', ['ce', 'margin'])
 def test_linf_on_a_linear_loss_reaches_the_corner(random_start, loss):
   found = run(
-    LINF,
-    labels=jnp.zeros_like(LABELS),
-    logits_fn=linear,
-    random_start=random_start,
-    loss=loss,
+    LINF, labels=jnp.zeros_like(LABELS), logits_fn=linear, random_start=random_start, loss=loss
   )
   expected = jnp.clip(X + 0.1 * jnp.sign(W).reshape(1, 4, 4, 3), 0, 1)
   np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -67,12 +63,7 @@ def test_linf_on_a_linear_loss_reaches_the_corner(random_start, loss):
 def test_l2_on_a_linear_loss_reaches_the_sphere_along_w():
   x = 0.4 + 0.2 * X
   found = run(
-    L2,
-    x=x,
-    labels=jnp.zeros_like(LABELS),
-    logits_fn=linear,
-    random_start=False,
-    step_size=0.2,
+    L2, x=x, labels=jnp.zeros_like(LABELS), logits_fn=linear, random_start=False, step_size=0.2
   )
   along = (W / jnp.linalg.norm(W)).reshape(1, 4, 4, 3)
   np.testing.assert_allclose(found, x + 0.5 * along, atol=1e-6)
@@ -81,8 +72,7 @@ def test_l2_on_a_linear_loss_reaches_the_sphere_along_w():
 @BALLS
 def test_loss_rises_with_the_steps(threat):
   values = [
-    loss_of(run(threat, steps=steps, step_size=0.02, random_start=False))
-    for steps in (0, 1, 3, 10)
+    loss_of(run(threat, steps=steps, step_size=0.02, random_start=False)) for steps in (0, 1, 3, 10)
   ]
   for less, more in zip(values[:-1], values[1:], strict=True):
     assert more.mean() > less.mean() + 0.01
@@ -119,19 +109,13 @@ def test_one_key_is_folded_with_the_place_in_the_batch():
 def test_keys_decide_the_start_and_only_a_random_one():
   other = jax.random.split(jax.random.key(1), 8)
   assert not np.allclose(run(LINF), run(LINF, other))
-  np.testing.assert_array_equal(
-    run(LINF, random_start=False), run(LINF, other, random_start=False)
-  )
+  np.testing.assert_array_equal(run(LINF, random_start=False), run(LINF, other, random_start=False))
 
 
 @pytest.mark.parametrize('loss', ['ce', 'margin'])
 def test_restarts_never_lose_strength(loss):
-  few, many = (
-    run(LINF, restarts=restarts, steps=2, loss=loss) for restarts in (1, 5)
-  )
-  broken_few, broken_many = (
-    ~np.asarray(losses.correct(network(x), LABELS)) for x in (few, many)
-  )
+  few, many = (run(LINF, restarts=restarts, steps=2, loss=loss) for restarts in (1, 5))
+  broken_few, broken_many = (~np.asarray(losses.correct(network(x), LABELS)) for x in (few, many))
   assert (broken_many >= broken_few).all()
   same = broken_many == broken_few
   weak, strong = loss_of(few, loss=loss), loss_of(many, loss=loss)
@@ -142,9 +126,7 @@ def test_restarts_never_lose_strength(loss):
 def low_loss_where_broken(x):
   """Label 0 is wrong at low loss in bright images, right at a high one else."""
   bright = x.mean(axis=(1, 2, 3))[:, None] > 0.5
-  return jnp.where(
-    bright, jnp.array([[1.0, 1.1, -9.0]]), jnp.array([[1.0, 0.99, 0.99]])
-  )
+  return jnp.where(bright, jnp.array([[1.0, 1.1, -9.0]]), jnp.array([[1.0, 0.99, 0.99]]))
 
 
 def test_restarts_keep_a_misclassified_point_of_lower_loss():
@@ -166,14 +148,7 @@ def test_restarts_keep_a_misclassified_point_of_lower_loss():
 def test_no_gradient_flows_through():
   def total(x, scale):
     attacked = pgd(
-      KEYS,
-      lambda z: scale * network(z),
-      x,
-      LABELS,
-      LINF,
-      steps=2,
-      step_size=0.05,
-      restarts=2,
+      KEYS, lambda z: scale * network(z), x, LABELS, LINF, steps=2, step_size=0.05, restarts=2
     )
     return attacked.sum()
 

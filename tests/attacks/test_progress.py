@@ -55,9 +55,7 @@ def written(monkeypatch):
 def assert_same(found, expected):
   np.testing.assert_array_equal(found.robust, expected.robust)
   np.testing.assert_array_equal(found.x_adv, expected.x_adv)
-  np.testing.assert_array_equal(
-    found.cascade.broken_by, expected.cascade.broken_by
-  )
+  np.testing.assert_array_equal(found.cascade.broken_by, expected.cascade.broken_by)
   assert found.cascade.accuracy == expected.cascade.accuracy
 
 
@@ -97,9 +95,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
   assert again.cascade.seconds[1] > 0
 
 
-def test_a_finished_run_computes_nothing_again(
-  tmp_path, uninterrupted, written
-):
+def test_a_finished_run_computes_nothing_again(tmp_path, uninterrupted, written):
   assert_same(run(tmp_path), uninterrupted)
   assert len(written) == len(set(written)) >= 8
   written.clear()
@@ -108,9 +104,7 @@ def test_a_finished_run_computes_nothing_again(
 
 
 @pytest.mark.parametrize('damage', ['truncated', 'empty', 'garbage', 'missing'])
-def test_a_damaged_batch_is_computed_again(
-  tmp_path, uninterrupted, written, damage
-):
+def test_a_damaged_batch_is_computed_again(tmp_path, uninterrupted, written, damage):
   run(tmp_path)
   path = tmp_path / f'{written[2]}.npz'
   expected = [path.stem]
@@ -140,9 +134,7 @@ def test_a_damaged_batch_is_computed_again(
     ({'indices': np.arange(21) + 1}, 'indices '),
   ],
 )
-def test_the_progress_of_another_evaluation_is_refused(
-  progress_dir, options, field
-):
+def test_the_progress_of_another_evaluation_is_refused(progress_dir, options, field):
   match = f'{progress_dir} holds the progress of another evaluation .{field}'
   refused(f'{match}.*; give another directory$', run, progress_dir, **options)
 
@@ -156,9 +148,7 @@ def progress_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize('what', ['key', 'images', 'labels'])
-def test_another_key_and_other_images_are_refused(
-  progress_dir, monkeypatch, what
-):
+def test_another_key_and_other_images_are_refused(progress_dir, monkeypatch, what):
   weights, x, labels = small_attack.make_problem()
   if what == 'key':
     other = jax.random.key(1)
@@ -278,7 +268,5 @@ def test_after_kill_9_it_goes_on_to_the_same_result(tmp_path, uninterrupted):
   assert len(list(kept.glob('0*.npz'))) > len(left)
   with np.load(file) as found:
     np.testing.assert_array_equal(found['robust'], uninterrupted.robust)
-    np.testing.assert_array_equal(
-      found['broken_by'], uninterrupted.cascade.broken_by
-    )
+    np.testing.assert_array_equal(found['broken_by'], uninterrupted.cascade.broken_by)
     np.testing.assert_allclose(found['x_adv'], uninterrupted.x_adv, 0, 1e-5)

@@ -184,9 +184,7 @@ def test_each_row_of_a_mixed_batch_is_projected_by_itself(norm):
   offset = offsets(normal, shares)
   whole = onto_hyperplane(X, normal, offset, norm)
   for i in range(12):
-    alone = onto_hyperplane(
-      X[i : i + 1], normal[i : i + 1], offset[i : i + 1], norm
-    )
+    alone = onto_hyperplane(X[i : i + 1], normal[i : i + 1], offset[i : i + 1], norm)
     np.testing.assert_allclose(alone[0], whole[i], 0, 1e-6)
 
 

@@ -134,9 +134,7 @@ def test_keys_decide_what_is_drawn_and_nothing_else_is(name, norm):
 
 
 @EVERY_ATTACK
-def test_an_image_is_attacked_the_same_alone_and_anywhere_in_a_batch(
-  name, norm
-):
+def test_an_image_is_attacked_the_same_alone_and_anywhere_in_a_batch(name, norm):
   steps = fewest(name)
   whole = run(name, norm, steps=steps)
   order = jnp.array([5, 3, 7, 0, 1, 2, 6, 4])

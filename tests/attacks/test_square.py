@@ -60,10 +60,7 @@ def times_asked(threat, mask=None, **options):
 
 @BALLS
 def test_more_queries_never_raise_the_true_margin(threat):
-  found = [
-    margins(jitted(threat, queries=queries)(KEYS, X, LABELS))
-    for queries in (1, 5, 60, 700)
-  ]
+  found = [margins(jitted(threat, queries=queries)(KEYS, X, LABELS)) for queries in (1, 5, 60, 700)]
   for fewer, more in zip(found[:-1], found[1:], strict=True):
     assert (more >= fewer - 1e-6).all()
   assert found[-1].mean() > found[0].mean() + 0.3

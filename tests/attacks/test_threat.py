@@ -42,8 +42,7 @@ def at_distance(threat, distance):
 
 
 @pytest.mark.parametrize(
-  ('text', 'value'),
-  [('8/255', 8 / 255), ('0.031', 0.031), (0.5, 0.5), (0, 0.0), ('1', 1.0)],
+  ('text', 'value'), [('8/255', 8 / 255), ('0.031', 0.031), (0.5, 0.5), (0, 0.0), ('1', 1.0)]
 )
 def test_parse_fraction_reads(text, value):
   assert parse_fraction(text) == value
@@ -86,16 +85,12 @@ def test_points_inside_are_unchanged(threat):
   np.testing.assert_allclose(project(threat, X, inside), inside, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-  'threat', [Threat('linf', 0.1), Threat('l2', 0.3), Threat('l1', 1.0)]
-)
+@pytest.mark.parametrize('threat', [Threat('linf', 0.1), Threat('l2', 0.3), Threat('l1', 1.0)])
 def test_points_outside_land_on_the_sphere_where_the_box_is_far(threat):
   for distance in (1.01, 3.0, 100.0):
     outside = INNER + at_distance(threat, distance * threat.eps)
     landed = project(threat, INNER, outside)
-    np.testing.assert_allclose(
-      threat.distance(INNER, landed), threat.eps, rtol=1e-5
-    )
+    np.testing.assert_allclose(threat.distance(INNER, landed), threat.eps, rtol=1e-5)
     direction = landed - INNER
     assert (direction * DIRECTIONS >= 0).all()
 
@@ -171,18 +166,14 @@ def test_direction_is_the_steepest_of_unit_norm():
   norms = threat.distance(jnp.zeros_like(l2), l2)
   np.testing.assert_allclose(norms, [0, 1, 1, 1, 1, 1], rtol=1e-6)
   cosine = (l2 * gradient).sum(axis=(1, 2, 3))
-  np.testing.assert_allclose(
-    cosine, jnp.linalg.norm(gradient.reshape(6, -1), axis=1), rtol=1e-6
-  )
+  np.testing.assert_allclose(cosine, jnp.linalg.norm(gradient.reshape(6, -1), axis=1), rtol=1e-6)
 
 
 def test_distance_is_numpys_norm():
   flat = np.asarray(DIRECTIONS).reshape(6, -1)
   for norm, order in (('linf', np.inf), ('l2', 2), ('l1', 1)):
     np.testing.assert_allclose(
-      Threat(norm, 0.1).distance(X, X + DIRECTIONS),
-      np.linalg.norm(flat, order, axis=1),
-      rtol=1e-5,
+      Threat(norm, 0.1).distance(X, X + DIRECTIONS), np.linalg.norm(flat, order, axis=1), rtol=1e-5
     )
 
 

@@ -16,8 +16,7 @@ def test_lines_go_to_stderr(capsys):
 
 
 @pytest.mark.parametrize(
-  'seconds, text',
-  [(0, '0s'), (59.4, '59s'), (59.6, '1m00s'), (3599.6, '1h00m')],
+  'seconds, text', [(0, '0s'), (59.4, '59s'), (59.6, '1m00s'), (3599.6, '1h00m')]
 )
 def test_duration(seconds, text):
   assert console.duration(seconds) == text

@@ -24,14 +24,10 @@ def test_replace_file_leaves_the_old_one_until_the_end(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_replace_file_is_on_disk_before_it_takes_the_name(
-  tmp_path, monkeypatch
-):
+def test_replace_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
   calls = []
   for name in ('fsync', 'replace'):
-    monkeypatch.setattr(
-      files.os, name, lambda *unused, name=name: calls.append(name)
-    )
+    monkeypatch.setattr(files.os, name, lambda *unused, name=name: calls.append(name))
   replace_file(tmp_path / 'report.json', b'new')
   assert calls == ['fsync', 'replace']
 
@@ -49,9 +45,7 @@ def test_replace_arrays_reads_back_what_was_written(tmp_path):
 
 
 @pytest.mark.parametrize('step', ['numpy.savez', 'os.fsync', 'os.replace'])
-def test_replace_arrays_leaves_the_old_ones_until_the_end(
-  tmp_path, monkeypatch, step
-):
+def test_replace_arrays_leaves_the_old_ones_until_the_end(tmp_path, monkeypatch, step):
   path = tmp_path / 'x.npz'
   replace_arrays(path, a=np.arange(3))
 
@@ -68,13 +62,9 @@ def test_replace_arrays_leaves_the_old_ones_until_the_end(
   assert not (tmp_path / 'y.npz').exists()
 
 
-def test_replace_arrays_is_on_disk_before_it_takes_the_name(
-  tmp_path, monkeypatch
-):
+def test_replace_arrays_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
   calls = []
   for name in ('fsync', 'replace'):
-    monkeypatch.setattr(
-      files.os, name, lambda *unused, name=name: calls.append(name)
-    )
+    monkeypatch.setattr(files.os, name, lambda *unused, name=name: calls.append(name))
   replace_arrays(tmp_path / 'x.npz', a=np.arange(3))
   assert calls == ['fsync', 'replace']

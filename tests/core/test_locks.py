@@ -54,10 +54,7 @@ def test_a_directory_on_a_disk(tmp_path):
 
 def test_a_live_owner_is_left_alone(bucket, capsys):
   with exclusive():
-    with (
-      pytest.raises(UserError, match=f'another process is at work in {RUN};'),
-      exclusive(),
-    ):
+    with pytest.raises(UserError, match=f'another process is at work in {RUN};'), exclusive():
       pass
     assert LOCK in bucket.objects
   assert not bucket.objects

@@ -255,9 +255,7 @@ def test_a_folder_that_cannot_be_read(bucket_data, bucket):
   message = refused(open_dataset, bucket_data, 0)
   assert message.endswith("there is no folder 'gs://bucket/nothing'")
   bucket.refuse(NO_NETWORK)
-  assert 'gs://bucket/nothing: no network' in refused(
-    open_dataset, bucket_data, 0
-  )
+  assert 'gs://bucket/nothing: no network' in refused(open_dataset, bucket_data, 0)
 
 
 def test_prepared_sets_in_a_bucket_that_refuses(bucket, folder_data):
@@ -289,9 +287,7 @@ def test_the_artefact_of_a_run(bucket):
   nothing = pretrained.resolve_base('gs://bucket/nothing')
   assert nothing.kind == pretrained.PUBLISHED
   bucket.refuse(NO_NETWORK)
-  assert f'{RUN} cannot be read: no network' in refused(
-    pretrained.find_artefact, RUN
-  )
+  assert f'{RUN} cannot be read: no network' in refused(pretrained.find_artefact, RUN)
 
 
 @pytest.fixture

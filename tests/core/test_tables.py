@@ -20,9 +20,7 @@ def test_markdown_aligns_numbers_at_the_right_and_escapes_its_own_sign():
     '| a | 1000 |  |',
     '| long name | 7 | x\\|y |',
   ]
-  assert tables.markdown(ROWS, left=3).splitlines()[1] == (
-    '| --- | --- | --- |'
-  )
+  assert tables.markdown(ROWS, left=3).splitlines()[1] == ('| --- | --- | --- |')
 
 
 def test_csv_quotes_what_needs_it():
@@ -32,8 +30,6 @@ def test_csv_quotes_what_needs_it():
 
 def test_an_interval_that_is_unknown_is_left_out():
   assert tables.with_interval(0.5, (0.431, 0.569)) == '50.0 [43.1, 56.9]'
-  assert tables.with_interval(0.02, (-0.01, 0.05), '+.1f') == (
-    '+2.0 [-1.0, +5.0]'
-  )
+  assert tables.with_interval(0.02, (-0.01, 0.05), '+.1f') == ('+2.0 [-1.0, +5.0]')
   assert tables.with_interval(0.02, (None, None), '+.1f') == '+2.0'
   assert tables.with_interval(2.5, (2, 3), '.2f', 1) == '2.50 [2.00, 3.00]'

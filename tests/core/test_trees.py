@@ -17,10 +17,7 @@ VARIABLES = {
   'lnlora': {'block': {'lora_b': jnp.zeros((1, 2), jnp.bfloat16)}},
 }
 MASK = {
-  'params': {
-    'head': {'bias': True, 'kernel': False},
-    'block': {'scale': False},
-  },
+  'params': {'head': {'bias': True, 'kernel': False}, 'block': {'scale': False}},
   'lnlora': {'block': {'lora_b': True}},
 }
 TRAINED = {'lnlora/block/lora_b', 'params/head/bias'}
@@ -30,8 +27,7 @@ FROZEN = {'params/block/scale', 'params/head/kernel'}
 def same(left, right):
   """Whether two trees hold the very same arrays."""
   return jax.tree.structure(left) == jax.tree.structure(right) and all(
-    a is b
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    a is b for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
   )
 
 
@@ -79,9 +75,7 @@ def test_override_puts_pruned_leaves_in():
 
 def test_select_takes_leaves_by_name():
   found = trees.select(VARIABLES, {'params/head/bias', 'no/such'})
-  assert found == {
-    'params': {'head': {'bias': found['params']['head']['bias']}}
-  }
+  assert found == {'params': {'head': {'bias': found['params']['head']['bias']}}}
   assert found['params']['head']['bias'] is VARIABLES['params']['head']['bias']
 
 
@@ -96,9 +90,7 @@ def with_leaf(**leaves):
 @pytest.mark.parametrize(
   'changed',
   [
-    with_leaf(
-      a=np.nextafter(np.arange(6), [0, 1, 2, 3, 4, 9], dtype=np.float32)
-    ),
+    with_leaf(a=np.nextafter(np.arange(6), [0, 1, 2, 3, 4, 9], dtype=np.float32)),
     with_leaf(a=np.arange(6, dtype=np.float32).reshape(2, 3)),
     with_leaf(a=np.arange(6, dtype=np.float32).view(np.int32)),
     with_leaf(b=-np.zeros(2)),
@@ -126,11 +118,7 @@ def test_fingerprint_is_that_of_the_values_wherever_they_live():
 
 def test_count_and_counts():
   assert trees.count(VARIABLES) == 3 + 6 + 2 + 2
-  assert trees.parameter_counts(VARIABLES, MASK) == {
-    'base': 11,
-    'trainable': 5,
-    'fraction': 5 / 11,
-  }
+  assert trees.parameter_counts(VARIABLES, MASK) == {'base': 11, 'trainable': 5, 'fraction': 5 / 11}
 
 
 def test_parameter_table_of_a_small_tree():
@@ -140,12 +128,7 @@ def test_parameter_table_of_a_small_tree():
       'head': {'bias': jnp.zeros(10)},
     }
   }
-  mask = {
-    'params': {
-      **{f'block_{i}': {'kernel': False} for i in range(2)},
-      'head': {'bias': True},
-    }
-  }
+  mask = {'params': {**{f'block_{i}': {'kernel': False} for i in range(2)}, 'head': {'bias': True}}}
   assert trees.parameter_table(variables, mask).splitlines() == [
     'parameters             shape         count',
     'params/block_*/kernel  2 x (30, 40)  2,400  frozen',
@@ -165,9 +148,7 @@ def test_parameter_table_groups_the_blocks_of_vit_b():
   row = next(row for row in rows if row.startswith(f'{norm} '))
   assert row.split() == [norm, '12', 'x', '(768,)', '9,216', 'frozen']
   assert sum(row.endswith(' trained') for row in rows) == 28 + 2
-  assert rows[-1] == (
-    "4,174,570 parameters learn: 4.90% of the base's 85,152,010"
-  )
+  assert rows[-1] == ("4,174,570 parameters learn: 4.90% of the base's 85,152,010")
 
 
 def test_first_difference_says_what_differs():
@@ -177,13 +158,7 @@ def test_first_difference_says_what_differs():
   for found, message in [
     ({'b': one['b']}, 'a/w is missing'),
     ({**one, 'aa': one['b']}, 'aa is not expected'),
-    (
-      {**one, 'a/w': shape((3, 2), jnp.float32)},
-      'a/w has shape (3, 2), expected (2, 3)',
-    ),
-    (
-      {**one, 'a/w': shape((2, 3), jnp.bfloat16)},
-      'a/w has dtype bfloat16, expected float32',
-    ),
+    ({**one, 'a/w': shape((3, 2), jnp.float32)}, 'a/w has shape (3, 2), expected (2, 3)'),
+    ({**one, 'a/w': shape((2, 3), jnp.bfloat16)}, 'a/w has dtype bfloat16, expected float32'),
   ]:
     assert trees.first_difference(one, found) == message

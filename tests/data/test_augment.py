@@ -7,17 +7,8 @@ import pytest
 
 from fulllora_jax.data import augment as augment_lib
 
-OFF = dict(
-  num_classes=4,
-  crop_padding=0,
-  flip=False,
-  mixup=0.0,
-  cutmix=0.0,
-  mix_probability=0.0,
-)
-ALL_ON = dict(
-  crop_padding=4, flip=True, mixup=0.8, cutmix=1.0, mix_probability=0.5
-)
+OFF = dict(num_classes=4, crop_padding=0, flip=False, mixup=0.0, cutmix=0.0, mix_probability=0.0)
+ALL_ON = dict(crop_padding=4, flip=True, mixup=0.8, cutmix=1.0, mix_probability=0.5)
 LABELS = jnp.array([0, 1, 2, 3, 3, 1], jnp.int32)
 IMAGES = jax.random.uniform(jax.random.key(7), (6, 9, 8, 3), minval=0.01)
 KEYS = [jax.random.key(seed) for seed in range(12)]
@@ -48,9 +39,7 @@ def test_everything_off_is_the_identity():
   assert labels.dtype == LABELS.dtype
 
 
-@pytest.mark.parametrize(
-  'off', [dict(mix_probability=0.0), dict(mixup=0.0, cutmix=0.0)]
-)
+@pytest.mark.parametrize('off', [dict(mix_probability=0.0), dict(mixup=0.0, cutmix=0.0)])
 def test_labels_stay_integers_when_mixing_is_off(off):
   options = dict(mixup=0.8, cutmix=1.0, mix_probability=1.0)
   _, labels = augment(KEYS[0], **{**options, **off})
@@ -60,8 +49,7 @@ def test_labels_stay_integers_when_mixing_is_off(off):
 def test_flip_mirrors_some_images_left_to_right():
   images, _ = augment(KEYS[0], flip=True)
   flipped = [
-    bool((image == original[:, ::-1]).all())
-    for image, original in zip(images, IMAGES, strict=True)
+    bool((image == original[:, ::-1]).all()) for image, original in zip(images, IMAGES, strict=True)
   ]
   for image, original, mirrored in zip(images, IMAGES, flipped, strict=True):
     assert mirrored or (image == original).all()
@@ -74,9 +62,7 @@ def test_crops_are_windows_of_the_zero_padded_image():
   found = []
   for image, source in zip(np.asarray(images), padded, strict=True):
     windows = {
-      (top, left): source[top : top + 9, left : left + 8]
-      for top in range(5)
-      for left in range(5)
+      (top, left): source[top : top + 9, left : left + 8] for top in range(5) for left in range(5)
     }
     matching = [at for at, window in windows.items() if (window == image).all()]
     assert len(matching) == 1
@@ -93,9 +79,7 @@ def test_every_crop_offset_is_reached():
 
 @pytest.mark.parametrize('padding, flip', [(0, True), (2, False), (2, True)])
 def test_a_window_moves_anything_as_the_images_and_back(padding, flip):
-  moving = augment_lib.Augmentation(
-    **OFF | dict(crop_padding=padding, flip=flip)
-  )
+  moving = augment_lib.Augmentation(**OFF | dict(crop_padding=padding, flip=flip))
   where = jnp.arange(1, IMAGES.size + 1, dtype=jnp.int32).reshape(IMAGES.shape)
   seen = set()
   for key in KEYS:
@@ -150,9 +134,7 @@ def test_cutmix_lambda_is_the_share_of_own_pixels():
     assert (own == own[0]).all()  # one box for the batch
     rows, columns = np.where(~own[0])
     if rows.size:
-      box = own[0][
-        rows.min() : rows.max() + 1, columns.min() : columns.max() + 1
-      ]
+      box = own[0][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
       assert not box.any()  # a filled rectangle
     assert labels[0, 0] == pytest.approx(own[0].mean(), abs=1e-6)
     shares.append(own[0].mean())
@@ -181,9 +163,7 @@ def test_soft_labels_sum_to_one_and_pixels_stay_in_range():
 
 def test_mixing_happens_with_its_probability_and_switches():
   kinds = {'none': 0, 'mixup': 0, 'cutmix': 0}
-  mix = augment_lib.Augmentation(
-    **{**OFF, 'mixup': 1.0, 'cutmix': 1.0, 'mix_probability': 0.5},
-  )
+  mix = augment_lib.Augmentation(**{**OFF, 'mixup': 1.0, 'cutmix': 1.0, 'mix_probability': 0.5})
   keys = jax.random.split(jax.random.key(1), 400)
   mixed = jax.jit(jax.vmap(lambda key: mix(key, IMAGES, LABELS)))(keys)
   for images, labels in zip(*map(np.asarray, mixed), strict=True):

@@ -35,16 +35,12 @@ def test_train_and_test_folders(folder_data, write_images, cache, test_name):
   np.testing.assert_array_equal(images[7], bee)
 
 
-def test_class_folders_alone_hold_out_a_fifth(
-  folder_data, write_images, capsys
-):
+def test_class_folders_alone_hold_out_a_fifth(folder_data, write_images, capsys):
   for i in range(2):
     write_images(f'class{i}', 10, seed=i)
   dataset = open_dataset(folder_data, 0)
   assert len(dataset.test) == 4
-  assert '4 of 20 images (20%, seed 0) are the test split' in (
-    capsys.readouterr().err
-  )
+  assert '4 of 20 images (20%, seed 0) are the test split' in (capsys.readouterr().err)
   everything = np.concatenate(
     [
       split.fetch(np.arange(len(split)))
@@ -68,17 +64,13 @@ def test_class_folders_alone_hold_out_a_fifth(
     ('RGB', 'webp', 3),
   ],
 )
-def test_modes_and_file_types(
-  folder_data, write_images, mode, suffix, channels
-):
+def test_modes_and_file_types(folder_data, write_images, mode, suffix, channels):
   for name in 'ab':
     write_images(name, 5, mode=mode, suffix=suffix)
   assert open_dataset(folder_data, 0).image_shape == (8, 8, channels)
 
 
-def test_the_shorter_side_is_resized_and_the_centre_kept(
-  folder_data, write_images
-):
+def test_the_shorter_side_is_resized_and_the_centre_kept(folder_data, write_images):
   for name in 'ab':
     folder = write_images(name, 5)
     for path in folder.iterdir():
@@ -90,9 +82,7 @@ def test_the_shorter_side_is_resized_and_the_centre_kept(
   assert (images[:, :, 1:-1] >= 190).all()
 
 
-def test_a_broken_image_is_refused_naming_file_and_option(
-  folder_data, write_images
-):
+def test_a_broken_image_is_refused_naming_file_and_option(folder_data, write_images):
   for name in 'ab':
     folder = write_images(name, 5)
   path = folder / '002.png'
@@ -102,9 +92,7 @@ def test_a_broken_image_is_refused_naming_file_and_option(
 
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg'])
-def test_a_broken_image_can_be_skipped(
-  folder_data, write_images, capsys, suffix
-):
+def test_a_broken_image_can_be_skipped(folder_data, write_images, capsys, suffix):
   for name in 'ab':
     folder = write_images(name, 10, size=(64, 64), suffix=suffix)
   path = folder / f'002.{suffix}'

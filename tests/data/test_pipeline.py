@@ -5,13 +5,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.data import (
-  Split,
-  batch_indices,
-  choose_examples,
-  eval_batches,
-  train_batches,
-)
+from fulllora_jax.data import Split, batch_indices, choose_examples, eval_batches, train_batches
 
 
 def numbered(count):
@@ -30,9 +24,7 @@ def indices_of(batches):
 
 @pytest.mark.parametrize('count, batch_size', [(10, 4), (3, 8), (7, 7)])
 def test_every_example_once_an_epoch_across_batch_borders(count, batch_size):
-  stream = np.concatenate(
-    [batch_indices(count, batch_size, k, seed=1) for k in range(2 * count)]
-  )
+  stream = np.concatenate([batch_indices(count, batch_size, k, seed=1) for k in range(2 * count)])
   assert stream.dtype == np.int64
   epochs = stream[: len(stream) // count * count].reshape(-1, count)
   assert (np.sort(epochs, axis=1) == np.arange(count)).all()
@@ -70,9 +62,7 @@ def test_labels_go_with_their_images():
 def test_rows_of_all_processes_make_the_global_batch():
   whole = indices_of(train_batches(numbered(50), 16, 3, 2, 6))
   parts = [
-    indices_of(
-      train_batches(numbered(50), 16, 3, 2, 6, process_index=i, process_count=2)
-    )
+    indices_of(train_batches(numbered(50), 16, 3, 2, 6, process_index=i, process_count=2))
     for i in range(2)
   ]
   np.testing.assert_array_equal(whole, np.concatenate(parts, axis=1))
@@ -146,8 +136,6 @@ def test_threads_end_when_the_iteration_is_left_early():
 
 def assert_no_reading_threads():
   deadline = time.monotonic() + 5
-  while reading := [
-    thread for thread in threading.enumerate() if 'grain' in thread.name
-  ]:
+  while reading := [thread for thread in threading.enumerate() if 'grain' in thread.name]:
     assert time.monotonic() < deadline, reading
     time.sleep(0.01)

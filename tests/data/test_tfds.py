@@ -10,10 +10,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import choose_examples, eval_batches, open_dataset
 
 # Nothing listens at port 9: the same as no network, and at once.
-NO_NETWORK = {
-  'https_proxy': 'http://127.0.0.1:9',
-  'http_proxy': 'http://127.0.0.1:9',
-}
+NO_NETWORK = {'https_proxy': 'http://127.0.0.1:9', 'http_proxy': 'http://127.0.0.1:9'}
 RECORD = 'digits/1.0.0/digits-train.array_record-00000-of-00001'
 
 
@@ -48,13 +45,9 @@ def test_digits_are_those_of_scikit_learn(digits_data):
   test = dataset.test.fetch(np.arange(360))
   assert test.max() == 255
   assert sorted_rows(test) == sorted_rows(expected[::5])
-  train = np.concatenate(
-    [s.fetch(np.arange(len(s))) for s in (dataset.train, dataset.validation)]
-  )
+  train = np.concatenate([s.fetch(np.arange(len(s))) for s in (dataset.train, dataset.validation)])
   assert sorted_rows(train) == sorted_rows(np.delete(expected, np.s_[::5], 0))
-  by_image = dict(
-    zip(map(bytes, expected.astype(np.uint8)), raw.target, strict=True)
-  )
+  by_image = dict(zip(map(bytes, expected.astype(np.uint8)), raw.target, strict=True))
   labels = [by_image[bytes(image)] for image in test]
   np.testing.assert_array_equal(dataset.test.labels, labels)
   assert dataset.test.labels.dtype == np.int32
@@ -87,9 +80,7 @@ def test_auto_streams_what_is_too_large(digits_data, monkeypatch):
 
   asked = []
   load = records.load
-  monkeypatch.setattr(
-    records, 'load', lambda *args: asked.append(args[2]) or load(*args)
-  )
+  monkeypatch.setattr(records, 'load', lambda *args: asked.append(args[2]) or load(*args))
   open_dataset(digits_data, 0)
   monkeypatch.setattr(records, 'MEMORY_LIMIT', 1797 * 64 - 1)
   open_dataset(digits_data, 0)
@@ -101,10 +92,7 @@ def test_validation_is_disjoint_seeded_and_not_in_train(digits_data):
 
   def held_out(seed):
     dataset = open_dataset(digits_data, seed)
-    images = [
-      split.fetch(np.arange(len(split)))
-      for split in (dataset.train, dataset.validation)
-    ]
+    images = [split.fetch(np.arange(len(split))) for split in (dataset.train, dataset.validation)]
     return [set(sorted_rows(part)) for part in images]
 
   train, validation = held_out(0)
@@ -142,9 +130,7 @@ def test_unknown_split_lists_the_splits(digits_data):
 
 def test_train_and_test_split_must_differ(digits_data):
   digits_data.test_split = 'train'
-  assert 'data.test_split=train is also data.train_split' in (
-    open_error(digits_data)
-  )
+  assert 'data.test_split=train is also data.train_split' in (open_error(digits_data))
 
 
 def test_unknown_cache(digits_data):
@@ -181,9 +167,7 @@ def test_missing_set_gives_the_command(digits_data, tmp_path, caplog):
   message = open_error(digits_data)
   assert f'digits is not prepared in {tmp_path}' in message
   assert 'data.prepare is false' in message
-  assert (
-    f'python -m fulllora_jax.data.prepare --name=digits --dir={tmp_path}'
-  ) in message
+  assert (f'python -m fulllora_jax.data.prepare --name=digits --dir={tmp_path}') in message
   assert f'copy {tmp_path}/digits here' in message
   assert not caplog.records
 
@@ -201,17 +185,13 @@ def test_missing_set_without_network(digits_data, tmp_path, monkeypatch):
   assert not list(tmp_path.glob('imagenette/**/*.json'))
 
 
-def test_first_use_prepares_in_a_process_of_its_own(
-  digits_data, tmp_path, capsys
-):
+def test_first_use_prepares_in_a_process_of_its_own(digits_data, tmp_path, capsys):
   digits_data.dir, digits_data.prepare = str(tmp_path / 'new'), True
   assert len(open_dataset(digits_data, 0).test) == 360
   assert f'preparing digits in {tmp_path}/new' in capsys.readouterr().err
 
 
-def test_another_process_may_have_prepared_it(
-  digits_data, tmp_path, monkeypatch
-):
+def test_another_process_may_have_prepared_it(digits_data, tmp_path, monkeypatch):
   from fulllora_jax.data import tfds_source
 
   def lose_the_race(data, directory):
@@ -226,9 +206,7 @@ def test_another_process_may_have_prepared_it(
 
 
 def test_prepared_already(digits_dir, run_python):
-  done = run_python(
-    '-m', 'fulllora_jax.data.prepare', '--name=digits', f'--dir={digits_dir}'
-  )
+  done = run_python('-m', 'fulllora_jax.data.prepare', '--name=digits', f'--dir={digits_dir}')
   assert done.returncode == 0
   assert done.stderr.count('\n') == 1
   assert f'digits is prepared already: {digits_dir}/digits/1.0.0' in done.stderr
@@ -263,9 +241,7 @@ def test_whatever_preparation_raises_is_one_line(tmp_path, run_python):
   assert not list(tmp_path.glob('data/digits/**/*.json'))
 
 
-def test_a_killed_preparation_leaves_nothing_that_looks_prepared(
-  digits_data, tmp_path
-):
+def test_a_killed_preparation_leaves_nothing_that_looks_prepared(digits_data, tmp_path):
   (tmp_path / 'digits' / 'incomplete.ABC_1.0.0').mkdir(parents=True)
   digits_data.dir = str(tmp_path)
   assert 'digits is not prepared' in open_error(digits_data)

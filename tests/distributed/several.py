@@ -19,9 +19,7 @@ def main(argv):
   if values.mode == 'miscounted':
     values.num_processes += values.process_id
   if values.mode == 'own start':
-    jax.distributed.initialize(
-      values.coordinator, values.num_processes, values.process_id
-    )
+    jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
     processes.introduce()
   else:
     processes.start(values)

@@ -88,9 +88,7 @@ def otherwise_trained(config, fill):
 
 
 @pytest.mark.slow
-def test_prompts_and_objectives_are_the_same_on_a_split_base(
-  otherwise_trained,
-):
+def test_prompts_and_objectives_are_the_same_on_a_split_base(otherwise_trained):
   one, other = (trees.named_leaves(s.trainable) for s in otherwise_trained)
   assert 'lnlora/Transformer/encoderblock_0/prompts' in one
   assert one.keys() == other.keys()
@@ -156,9 +154,7 @@ def counts(job, state, split):
 
 @pytest.mark.parametrize('shape', SHAPES[1:])
 def test_evaluation_counts_the_same(jobs, trained, digits, shape):
-  one, other = (
-    counts(jobs(each), trained(each), digits.test) for each in ((1, 1), shape)
-  )
+  one, other = (counts(jobs(each), trained(each), digits.test) for each in ((1, 1), shape))
   assert one == other
 
 
@@ -170,9 +166,7 @@ def test_autoattack_takes_a_split_base_as_it_is(jobs, trained):
     variables = trees.merge(trained(shape).trainable, job.frozen)
     logits_fn = jax.tree_util.Partial(job.apply, variables)
     placed = mesh_lib.on_mesh(logits_fn, job.mesh)
-    for before, after in zip(
-      jax.tree.leaves(logits_fn), jax.tree.leaves(placed), strict=True
-    ):
+    for before, after in zip(jax.tree.leaves(logits_fn), jax.tree.leaves(placed), strict=True):
       assert after is before
     x = IMAGES.astype(np.float32) / 255
     labels = np.asarray(logits_fn(x)).argmax(axis=1)
@@ -239,9 +233,7 @@ print(json.dumps([test_fsdp.compiled(m, 1) for m in ('fulllora', 'full')]))
 @pytest.mark.slow
 def test_only_adapter_sized_gradients_travel(run_python):
   done = run_python(
-    *('-c', _ON_64_DEVICES),
-    JAX_NUM_CPU_DEVICES='64',
-    PYTHONPATH=os.path.dirname(__file__),
+    *('-c', _ON_64_DEVICES), JAX_NUM_CPU_DEVICES='64', PYTHONPATH=os.path.dirname(__file__)
   )
   assert done.returncode == 0, done.stderr
   light, full = json.loads(done.stdout.splitlines()[-1])
@@ -265,20 +257,14 @@ def test_a_split_base_is_fetched_and_images_stay():
 @pytest.mark.slow
 def test_a_split_base_takes_less_memory():
   # Two branches a block: the base is the same, and there is less to compile.
-  whole, split = (
-    compiled('lora', fsdp, depth=4, remat='blocks') for fsdp in (1, 4)
-  )
+  whole, split = (compiled('lora', fsdp, depth=4, remat='blocks') for fsdp in (1, 4))
   saved = whole['memory'] - split['memory']
   assert saved > 0.4 * 4 * whole['base']  # bytes; 3 / 4 are elsewhere
 
 
 def test_a_split_base_without_remat_is_warned_of(config, capsys):
   changed = config.copy_and_resolve_references()
-  for fsdp, remat, warns in (
-    (4, 'none', True),
-    (4, 'dots', False),
-    (1, 'none', False),
-  ):
+  for fsdp, remat, warns in ((4, 'none', True), (4, 'dots', False), (1, 'none', False)):
     changed.mesh.fsdp, changed.model.remat = fsdp, remat
     checks.validate(changed, num_devices=8)
     assert ('mesh.fsdp 4 saves no memory' in capsys.readouterr().err) == warns

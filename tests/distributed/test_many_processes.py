@@ -75,9 +75,7 @@ def assert_same_run(workdir, expected):
       assert one[key] == wanted[name][key], name
     if 'verified' in one:
       assert one['verified']['mismatches'] == one['verified']['outside'] == 0
-  found, wanted = (
-    read_metrics(path / 'metrics.jsonl') for path in (workdir, expected)
-  )
+  found, wanted = (read_metrics(path / 'metrics.jsonl') for path in (workdir, expected))
   assert [(row['step'], row['kind']) for row in found] == [
     (row['step'], row['kind']) for row in wanted
   ]
@@ -88,22 +86,13 @@ def assert_same_run(workdir, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'count, devices, fsdp, meet',
-  [
-    (1, 8, 4, None),
-    (2, 2, 2, 'slurm'),
-    (4, 1, 1, 'jax'),
-  ],
+  'count, devices, fsdp, meet', [(1, 8, 4, None), (2, 2, 2, 'slurm'), (4, 1, 1, 'jax')]
 )
-def test_any_shape_gives_the_same_run(
-  start, alone, tmp_path, count, devices, fsdp, meet
-):
+def test_any_shape_gives_the_same_run(start, alone, tmp_path, count, devices, fsdp, meet):
   flags = [f'--config.mesh.fsdp={fsdp}', '--config.mesh.shard_from=64']
   if count == 4:  # each compiles for itself
     flags.append(CLEAN)
-  statuses, said = start(
-    tmp_path / 'run', count, devices, *flags, meet=meet
-  ).end()
+  statuses, said = start(tmp_path / 'run', count, devices, *flags, meet=meet).end()
   assert statuses == [0] * count, said
   assert_same_run(tmp_path / 'run', alone)
   if count > 1:
@@ -130,9 +119,7 @@ def test_sigterm_to_one_stops_all_and_one_alone_goes_on(start, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loss_of_one_ends_the_other_and_the_same_command_goes_on(
-  start, alone, tmp_path
-):
+def test_the_loss_of_one_ends_the_other_and_the_same_command_goes_on(start, alone, tmp_path):
   """As a launcher does: again after any death by a signal, to the end."""
   run = tmp_path / 'run'
   # What JAX says of process 1 has its number; process 0 is its coordinator.

@@ -62,10 +62,7 @@ def test_round_up_to_a_multiple_of_the_devices(mesh):
 @pytest.fixture
 def cache_config(monkeypatch):
   """Clears the cache's settings; puts them back."""
-  names = (
-    'jax_compilation_cache_dir',
-    'jax_persistent_cache_min_compile_time_secs',
-  )
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
   before = {name: getattr(jax.config, name) for name in names}
   jax.config.update('jax_compilation_cache_dir', None)
   yield monkeypatch
@@ -77,10 +74,7 @@ def cache_config(monkeypatch):
   ('env', 'expected'),
   [
     ({'XDG_CACHE_HOME': '/tmp/xdg'}, '/tmp/xdg/fulllora_jax/xla'),
-    (
-      {'XDG_CACHE_HOME': '', 'HOME': '/tmp/home'},
-      '/tmp/home/.cache/fulllora_jax/xla',
-    ),
+    ({'XDG_CACHE_HOME': '', 'HOME': '/tmp/home'}, '/tmp/home/.cache/fulllora_jax/xla'),
     ({'JAX_COMPILATION_CACHE_DIR': '/tmp/own'}, '/tmp/own'),
     ({'JAX_COMPILATION_CACHE_DIR': ''}, None),
   ],

@@ -29,25 +29,15 @@ def who(environment=(), **values):
   return processes.parameters(given(**values), dict(environment))
 
 
-SLURM = {
-  'SLURM_STEP_NUM_TASKS': '4',
-  'SLURM_LOCALID': '0',
-  'SLURM_STEP_TASKS_PER_NODE': '1(x4)',
-}
-JAX = {
-  'JAX_COORDINATOR_ADDRESS': 'head:99',
-  'JAX_NUM_PROCESSES': '3',
-  'JAX_PROCESS_ID': '1',
-}
+SLURM = {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_LOCALID': '0', 'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}
+JAX = {'JAX_COORDINATOR_ADDRESS': 'head:99', 'JAX_NUM_PROCESSES': '3', 'JAX_PROCESS_ID': '1'}
 
 
 def test_who_is_who_by_flags_and_environment():
   head = {'coordinator_address': 'head:99', 'num_processes': 3}
   assert who() == {}
   assert who(coordinator='head:99', num_processes=1, process_id=0) == {}
-  assert who(coordinator='head:99', num_processes=3, process_id=2) == (
-    head | {'process_id': 2}
-  )
+  assert who(coordinator='head:99', num_processes=3, process_id=2) == (head | {'process_id': 2})
   assert who(JAX) == head | {'process_id': 1}
   assert who(JAX, process_id=2) == head | {'process_id': 2}
   # Kubernetes' number counts where nothing better is said.
@@ -143,9 +133,7 @@ def test_a_batch_script_or_one_task_is_alone(start):
 @pytest.fixture
 def libtpu(monkeypatch):
   """Makes this a TPU host, where JAX finds out who is who, or fails to."""
-  monkeypatch.setattr(
-    processes.importlib.util, 'find_spec', lambda name: name == 'libtpu'
-  )
+  monkeypatch.setattr(processes.importlib.util, 'find_spec', lambda name: name == 'libtpu')
 
 
 def test_a_tpu_host_alone_is_alone(start, libtpu):
@@ -236,9 +224,7 @@ def team_of_two(monkeypatch):
       except UserError as error:
         results[index] = f'refused: {error}'
 
-    threads = [
-      threading.Thread(target=play, args=(i,), name=str(i)) for i in range(2)
-    ]
+    threads = [threading.Thread(target=play, args=(i,), name=str(i)) for i in range(2)]
     for thread in threads:
       thread.start()
     for thread in threads:
@@ -280,10 +266,7 @@ def test_what_one_process_refuses_is_refused_by_all(team_of_two):
 
 def test_differences_are_named_on_all(team_of_two):
   same = {'train.steps': 3, 'seed': 0}
-  assert team_of_two(lambda _: processes.check_same('config', same)) == [
-    None,
-    None,
-  ]
+  assert team_of_two(lambda _: processes.check_same('config', same)) == [None, None]
 
   def check(index):
     other = {'workdir': '/b'} if index else {'model.dtype': 'float32'}
@@ -311,9 +294,7 @@ def test_data_that_one_host_cannot_read(team_of_two, monkeypatch, tiny_config):
   )
 
 
-def test_a_work_directory_that_is_not_shared(
-  team_of_two, tmp_path, tiny_config, monkeypatch
-):
+def test_a_work_directory_that_is_not_shared(team_of_two, tmp_path, tiny_config, monkeypatch):
   monkeypatch.setattr(workdir, '_SHARED_TRIES', 2)
   monkeypatch.setattr(workdir.time, 'sleep', lambda _: None)
   config = tiny_config()
@@ -401,14 +382,10 @@ def test_a_process_that_is_lost_ends_the_other_in_time():
 def test_a_process_that_never_comes_is_one_line():
   flags = ['--start_timeout=2', f'--coordinator=127.0.0.1:{free_port()}']
   pod = Pod(
-    [str(SEVERAL), '--mode=talk', *flags, '--num_processes=2'],
-    1,
-    own={0: ['--process_id=1']},
+    [str(SEVERAL), '--mode=talk', *flags, '--num_processes=2'], 1, own={0: ['--process_id=1']}
   )
   statuses, said = pod.end()
   assert statuses == [75]
   waiting, line = said[0].splitlines()
   assert waiting.startswith('waiting for the other processes of 127.0.0.1:')
-  assert line.startswith(
-    'error: --start_timeout 2: not all processes of 127.0.0.1:'
-  )
+  assert line.startswith('error: --start_timeout 2: not all processes of 127.0.0.1:')

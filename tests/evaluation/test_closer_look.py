@@ -92,11 +92,7 @@ def test_of_full_finetuning_the_change_of_each_kernel():
 
 @pytest.mark.parametrize(
   'method, weights',
-  [
-    ('linear', ('base', 'best')),
-    ('full', ('best', 'last')),
-    ('standard', ('best', 'last')),
-  ],
+  [('linear', ('base', 'best')), ('full', ('best', 'last')), ('standard', ('best', 'last'))],
 )
 def test_other_methods_have_no_such_section(method, weights):
   run = stand_in(method, weights, tree(0.0), tree(0.5))

@@ -20,9 +20,7 @@ COUNT, CLASSES = 48, 5
 RNG = np.random.default_rng(0)
 MEANS = RNG.uniform(0.3, 0.7, (CLASSES, 8, 8, 1)).astype(np.float32)
 LABELS = np.arange(COUNT) % CLASSES
-IMAGES = np.clip(
-  MEANS[LABELS] + RNG.normal(0, 0.05, (COUNT, 8, 8, 1)), 0, 1
-).astype(np.float32)
+IMAGES = np.clip(MEANS[LABELS] + RNG.normal(0, 0.05, (COUNT, 8, 8, 1)), 0, 1).astype(np.float32)
 FIRST_ROW_ZERO = (np.arange(8) > 0).astype(np.float32)[:, None, None]
 THREAT = Threat('linf', 0.05)
 
@@ -33,9 +31,7 @@ def healthy(x):
 
 
 def examined(logits_fn, threat=THREAT, x=IMAGES, labels=LABELS, **kwargs):
-  return diagnosis.Examined(
-    logits_fn, x, labels, threat, jax.random.key(0), **kwargs
-  )
+  return diagnosis.Examined(logits_fn, x, labels, threat, jax.random.key(0), **kwargs)
 
 
 def finding(check, *args, **kwargs):
@@ -110,36 +106,20 @@ FAULTS = {
     lambda x: healthy(x - x.mean(axis=0) + 0.5),
     {},
   ),
-  'softmax': (
-    'logits, not probabilities',
-    lambda x: jax.nn.softmax(healthy(x)),
-    {},
-  ),
+  'softmax': ('logits, not probabilities', lambda x: jax.nn.softmax(healthy(x)), {}),
   'random labels': (
     'clean accuracy above chance',
     healthy,
     {'labels': np.random.default_rng(1).permutation(LABELS)},
   ),
-  'expects -1 to 1': (
-    'images on the scale the model expects',
-    lambda x: healthy((x + 1) / 2),
-    {},
-  ),
+  'expects -1 to 1': ('images on the scale the model expects', lambda x: healthy((x + 1) / 2), {}),
   'divided twice': (
     'images on the scale the model expects',
     healthy,
     {'x': IMAGES / 255, 'threat': Threat('linf', 0.01)},
   ),
-  'eps divided twice': (
-    'eps in its unit',
-    healthy,
-    {'threat': Threat('linf', 8 / 255 / 255)},
-  ),
-  'quantised': (
-    'gradients that are not zero',
-    lambda x: healthy(jnp.round(x * 32) / 32),
-    {},
-  ),
+  'eps divided twice': ('eps in its unit', healthy, {'threat': Threat('linf', 8 / 255 / 255)}),
+  'quantised': ('gradients that are not zero', lambda x: healthy(jnp.round(x * 32) / 32), {}),
   'gradient upside down': (
     'gradients beat noise',
     with_gradient(lambda x, g: -g),
@@ -150,11 +130,7 @@ FAULTS = {
     with_gradient(turns_back),
     {'threat': Threat('linf', CLOCK_EPS), 'x': IMAGES * FIRST_ROW_ZERO},
   ),
-  'masked': (
-    'nothing withstands a large eps',
-    with_gradient(lambda x, g: -g),
-    {},
-  ),
+  'masked': ('nothing withstands a large eps', with_gradient(lambda x, g: -g), {}),
   'misleading': (
     'white box beats black box',
     with_gradient(lambda x, g: -g),
@@ -196,10 +172,7 @@ def test_logits_that_are_no_numbers_end_the_examination():
 def test_few_classes_are_noted(classes):
   rows = np.isin(LABELS, range(classes))
   found = finding(
-    'enough classes',
-    lambda x: healthy(x)[:, :classes],
-    x=IMAGES[rows],
-    labels=LABELS[rows],
+    'enough classes', lambda x: healthy(x)[:, :classes], x=IMAGES[rows], labels=LABELS[rows]
   )
   assert found.level == 'note'
   assert f'{classes} classes' in found.seen
@@ -286,9 +259,7 @@ DOCTOR = ('-m', 'fulllora_jax.doctor')
 @pytest.mark.slow
 def test_the_command_examines_a_run(run_python, finished_copy):
   """The run is a tiny one: hardly trained, it may well be ill."""
-  done = run_python(
-    *DOCTOR, f'--workdir={finished_copy}', '--num_examples=16', '--eps=1/20'
-  )
+  done = run_python(*DOCTOR, f'--workdir={finished_copy}', '--num_examples=16', '--eps=1/20')
   assert done.returncode in (0, 1), done.stderr
   lines = done.stdout.splitlines()
   checks = [line[7:] for line in lines if line[:5].strip() in LEVELS]
@@ -297,8 +268,7 @@ def test_the_command_examines_a_run(run_python, finished_copy):
   ]  # fmt: skip
   wrong = sum(line.startswith('wrong') for line in lines)
   assert lines[-1] == (
-    f'{wrong} of 15 checks found something wrong, on 16 test images at linf, '
-    'eps 1/20'
+    f'{wrong} of 15 checks found something wrong, on 16 test images at linf, eps 1/20'
   )
   assert done.returncode == (wrong > 0)
 
@@ -306,9 +276,7 @@ def test_the_command_examines_a_run(run_python, finished_copy):
 LEVELS = ('ok', 'note', 'wrong')
 
 
-def test_the_command_reads_recorded_results(
-  run_here, finished_copy, monkeypatch
-):
+def test_the_command_reads_recorded_results(run_here, finished_copy, monkeypatch):
   (finished_copy / 'evaluations').mkdir(exist_ok=True)
   bad = {'evaluations': [record(0.2, 60), record(0.1, 50)]}
   path = finished_copy / 'evaluations' / '001.json'
@@ -322,9 +290,7 @@ def test_the_command_reads_recorded_results(
   assert run_here(*command).returncode == 0
 
 
-def test_the_command_examines_a_function(
-  run_here, digits_dir, tmp_path, monkeypatch
-):
+def test_the_command_examines_a_function(run_here, digits_dir, tmp_path, monkeypatch):
   (tmp_path / 'faulty.py').write_text(
     'import jax, jax.numpy as jnp\n'
     'def logits(x):\n'

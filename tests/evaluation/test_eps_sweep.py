@@ -7,12 +7,7 @@ import pytest
 from fulllora_jax import attacks, data
 from fulllora_jax.attacks import Threat
 from fulllora_jax.distributed import mesh as mesh_lib
-from fulllora_jax.evaluation.eps_sweep import (
-  EpsSweep,
-  Outcome,
-  broken_at,
-  extremes,
-)
+from fulllora_jax.evaluation.eps_sweep import EpsSweep, Outcome, broken_at, extremes
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 

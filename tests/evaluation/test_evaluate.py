@@ -60,9 +60,7 @@ def linear(evaluate, tmp_path):
 
   def run(*args):
     where = f'--workdir={tmp_path / "run"}'
-    return evaluate(
-      *LINEAR, where, '--num_examples=40', '--batch_size=20', *args
-    )
+    return evaluate(*LINEAR, where, '--num_examples=40', '--batch_size=20', *args)
 
   run.folder = tmp_path / 'run' / 'evaluations'
   return run
@@ -138,8 +136,7 @@ def test_a_run_is_swept_over_all_its_weights(evaluate, finished_copy):
 
 def test_the_seed_chooses_the_examples(linear):
   first, again, other = (
-    linear('--attack=clean', f'--seed={seed}')['evaluations'][0]
-    for seed in (3, 3, 4)
+    linear('--attack=clean', f'--seed={seed}')['evaluations'][0] for seed in (3, 3, 4)
   )
   assert first == again
   assert (first['seed'], other['seed']) == (3, 4)
@@ -150,15 +147,9 @@ def test_the_seed_chooses_the_examples(linear):
 
 def test_the_seed_of_a_run_is_its_own_unless_said(evaluate, finished_copy):
   args = (f'--workdir={finished_copy}', '--attack=clean', '--weights=best')
-  own, other = (
-    evaluate(*args, *more)['evaluations'][0] for more in ((), ('--seed=9',))
-  )
+  own, other = (evaluate(*args, *more)['evaluations'][0] for more in ((), ('--seed=9',)))
   report = json.loads((finished_copy / 'report.json').read_text())
-  (said,) = (
-    e
-    for e in report['evaluations']
-    if (e['attack'], e['weights']) == ('clean', 'best')
-  )
+  (said,) = (e for e in report['evaluations'] if (e['attack'], e['weights']) == ('clean', 'best'))
   assert own == said
   assert (own['seed'], other['seed']) == (0, 9)
   assert own['examples'] != other['examples']
@@ -198,28 +189,20 @@ def test_autoattack_is_told_from_its_headline_to_its_file(linear, capsys):
     broken = sum(row['broken'] for row in record['cascade'])
     assert broken == 40 - record['num_correct']
     assert record['notes'] == []
-    headline = (
-      f'AutoAttack (worst case), model: {100 * record["accuracy"]:.1f} % ['
-    )
+    headline = f'AutoAttack (worst case), model: {100 * record["accuracy"]:.1f} % ['
     assert f'\n{headline}' in said
     assert (linear.folder / record['verified']['file']).exists()
   files = {e['verified']['file'] for e in result['evaluations'][1:]}
-  assert files == {
-    '001-model-autoattack-linf-8_255.npz',
-    '001-model-autoattack-linf-16_255.npz',
-  }
+  assert files == {'001-model-autoattack-linf-8_255.npz', '001-model-autoattack-linf-16_255.npz'}
   assert said.count('verified in a fresh forward pass, all in the ball') == 2
 
 
 def test_a_stochastic_function_is_not_verified(linear, monkeypatch, capsys):
-  members = [
-    dataclasses.replace(member, steps=5, draws=3)
-    for member in ensemble.VERSIONS['rand']
-  ]
+  members = [dataclasses.replace(member, steps=5, draws=3) for member in ensemble.VERSIONS['rand']]
   monkeypatch.setitem(ensemble.VERSIONS, 'rand', tuple(members))
-  (record,) = linear(
-    '--logits=linear_digits:noisy', '--attack=autoattack-rand', '--eps=16/255'
-  )['evaluations']
+  (record,) = linear('--logits=linear_digits:noisy', '--attack=autoattack-rand', '--eps=16/255')[
+    'evaluations'
+  ]
   assert [row['attack'] for row in record['cascade']] == [
     'clean', 'apgd-ce', 'apgd-dlr',
   ]  # fmt: skip
@@ -236,9 +219,9 @@ def test_l1_is_evaluated_by_apgd_alone(linear):
   for attack in ('pgd-3', 'square', 'autoattack'):
     with pytest.raises(UserError, match='linf and l2 only; for l1 give apgd-'):
       linear('--norm=l1', f'--attack={attack}')
-  clean, attacked = linear(
-    '--norm=l1', '--attack=clean,apgd-ce', '--eps=2', '--num_examples=20'
-  )['evaluations']
+  clean, attacked = linear('--norm=l1', '--attack=clean,apgd-ce', '--eps=2', '--num_examples=20')[
+    'evaluations'
+  ]
   assert (attacked['norm'], attacked['eps']) == ('l1', '2')
   assert 0 < attacked['num_correct'] < clean['num_correct']
 
@@ -264,9 +247,7 @@ def test_what_a_model_has_too_few_classes_for_is_noted(
   assert f'\n{note}\n' in capsys.readouterr().err
 
 
-def test_a_function_may_lie_in_the_current_directory(
-  linear, linear_digits, tmp_path, monkeypatch
-):
+def test_a_function_may_lie_in_the_current_directory(linear, linear_digits, tmp_path, monkeypatch):
   text = (linear_digits / 'linear_digits.py').read_text()
   (tmp_path / 'lies_here.py').write_text(text)
   weights = np.load(linear_digits / 'weights.npy')
@@ -324,9 +305,7 @@ def test_a_run_has_its_own_data(run_here, tmp_path, flag):
 
 @pytest.mark.parametrize('argument', BAD_INPUT)
 @pytest.mark.parametrize('attack', ['clean,apgd-ce', 'clean,autoattack'])
-def test_bad_input_is_one_line_before_anything_is_computed(
-  linear, capsys, argument, attack
-):
+def test_bad_input_is_one_line_before_anything_is_computed(linear, capsys, argument, attack):
   with pytest.raises(UserError, match=BAD_INPUT[argument]) as caught:
     linear(f'--attack={attack}', argument)
   assert '\n' not in str(caught.value)
@@ -350,9 +329,7 @@ def test_logits_that_are_no_number_are_refused(linear):
   assert list(linear.folder.iterdir()) == []
 
 
-def test_a_place_that_turned_unwritable_is_found_at_once(
-  linear, monkeypatch, capsys
-):
+def test_a_place_that_turned_unwritable_is_found_at_once(linear, monkeypatch, capsys):
   linear.folder.mkdir(parents=True)
 
   def refused(**unused):

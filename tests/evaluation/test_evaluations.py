@@ -60,9 +60,7 @@ def test_the_images_of_an_ensemble_are_saved(linear, digits, linear_digits):
     '001-model-square-20-linf-0.05.npz',
     '001.json',
   ]
-  for record, name in zip(
-    result['evaluations'], ('apgd-ce', 'square-20'), strict=True
-  ):
+  for record, name in zip(result['evaluations'], ('apgd-ce', 'square-20'), strict=True):
     file = f'001-model-{name}-linf-0.05.npz'
     assert record['verified'] == {'file': file, 'outside': 0, 'mismatches': 0}
     with np.load(linear.folder / file) as saved:
@@ -111,9 +109,7 @@ def tampered(linear, monkeypatch):
   return run
 
 
-def test_images_that_are_not_what_the_attack_saw_are_found(
-  tampered, digits, capsys
-):
+def test_images_that_are_not_what_the_attack_saw_are_found(tampered, digits, capsys):
   def restore_two(arrays):
     broken = np.flatnonzero(arrays['broken_by'] > 0)[:2]
     clean = digits.test.fetch(arrays['indices'][broken])
@@ -147,9 +143,7 @@ def no_number(arrays, digits):
 
 
 @pytest.mark.parametrize('change', [too_far, below_black, no_number])
-def test_images_outside_the_ball_or_the_box_are_found(
-  tampered, digits, capsys, change
-):
+def test_images_outside_the_ball_or_the_box_are_found(tampered, digits, capsys, change):
   counts = []
   verified = tampered(lambda arrays: counts.append(change(arrays, digits)))
   assert verified['outside'] == counts[0] > 0
@@ -187,9 +181,7 @@ def test_a_mismatch_is_said_with_the_result(linear, monkeypatch, capsys):
   members = (ensemble.member('square-20'),)
   monkeypatch.setitem(ensemble.VERSIONS, 'standard', members)
   monkeypatch.setattr(
-    evaluations.Evaluator,
-    'predict',
-    lambda self, variables, x: np.full(len(x), 11),
+    evaluations.Evaluator, 'predict', lambda self, variables, x: np.full(len(x), 11)
   )
   (record,) = linear('--attack=autoattack')['evaluations']
   assert record['verified']['mismatches'] == record['num_correct'] > 0
@@ -232,9 +224,7 @@ ENSEMBLE = '--attack=apgd-ce,square-20'  # each in 3 batches
 
 
 @pytest.mark.parametrize('batches', [0, 1, 5])
-def test_an_interrupted_ensemble_goes_on(
-  linear, interrupt, monkeypatch, batches
-):
+def test_an_interrupted_ensemble_goes_on(linear, interrupt, monkeypatch, batches):
   whole = linear(ENSEMBLE, workdir='whole')
   interrupt(batches, linear, ENSEMBLE)
   kept = list(linear.folder.glob('progress/*/0*.npz'))
@@ -247,9 +237,7 @@ def test_an_interrupted_ensemble_goes_on(
   assert not (linear.folder / 'progress').exists()
 
 
-def test_an_interrupted_sweep_goes_on_at_every_radius(
-  linear, interrupt, monkeypatch
-):
+def test_an_interrupted_sweep_goes_on_at_every_radius(linear, interrupt, monkeypatch):
   args = ('--attack=square-20', '--eps=0.02,0.05,0.1')
   whole = linear(*args, workdir='whole')
   interrupt(7, linear, *args)
@@ -260,9 +248,7 @@ def test_an_interrupted_sweep_goes_on_at_every_radius(
   assert not (linear.folder / 'progress').exists()
 
 
-def test_another_evaluation_neither_takes_up_nor_removes_progress(
-  linear, interrupt, monkeypatch
-):
+def test_another_evaluation_neither_takes_up_nor_removes_progress(linear, interrupt, monkeypatch):
   def kept():
     found = (linear.folder / 'progress').rglob('*')
     return {path: path.stat().st_mtime_ns for path in found if path.is_file()}
@@ -285,9 +271,7 @@ def test_another_evaluation_neither_takes_up_nor_removes_progress(
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_autoattack_it_goes_on(
-  linear, linear_digits, digits_dir, tmp_path
-):
+def test_killed_in_the_middle_of_autoattack_it_goes_on(linear, linear_digits, digits_dir, tmp_path):
   def start(workdir):
     return subprocess.Popen(
       [

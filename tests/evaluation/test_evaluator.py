@@ -39,9 +39,7 @@ def weights(split):
 
 def evaluator(apply=linear, devices=1, batch_size=8, seed=0):
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-  return Evaluator(
-    apply, Plan(eps='0.1', batch_size=batch_size, seed=seed), mesh
-  )
+  return Evaluator(apply, Plan(eps='0.1', batch_size=batch_size, seed=seed), mesh)
 
 
 def evaluate(split, weights, attack=PGD, num_examples=0, **kwargs):
@@ -130,9 +128,7 @@ def test_random_starts_follow_from_the_seed_and_the_example(split):
 
   for seed, batch_size in ((0, 13), (0, 5), (1, 13)):
     noted = []
-    evaluator(batch_size=batch_size, seed=seed).evaluate(
-      jnp.zeros((16, 3)), split, Noting()
-    )
+    evaluator(batch_size=batch_size, seed=seed).evaluate(jnp.zeros((16, 3)), split, Noting())
     jax.effects_barrier()
     starts[seed, batch_size] = noted[:13]
   assert starts[0, 13] == starts[0, 5]
@@ -146,16 +142,12 @@ def test_a_subset_follows_from_the_seed(split, weights):
   chosen = data.choose_examples(len(split), 4, seed=0)
   np.testing.assert_array_equal(some.indices, chosen)
   np.testing.assert_array_equal(some.robust, everything.robust[some.indices])
-  assert evaluate(split, weights, num_examples=99).record() == (
-    everything.record()
-  )
+  assert evaluate(split, weights, num_examples=99).record() == (everything.record())
 
 
 def test_adversarial_images_stay_in_the_ball(split, weights):
   images = split.fetch(np.arange(5)).astype(np.float32) / 255
-  x_adv, predictions = evaluator().adversarial(
-    weights, images, split.labels[:5], PGD
-  )
+  x_adv, predictions = evaluator().adversarial(weights, images, split.labels[:5], PGD)
   assert 0.09 < np.abs(x_adv - images).max() <= 0.1 + 1e-6
   assert x_adv.min() >= 0 and x_adv.max() <= 1
   logits = x_adv.reshape(5, -1) @ weights
@@ -167,9 +159,7 @@ APGD = attacks.parse('apgd-ce', THREAT, 0.05)
 
 
 @pytest.mark.parametrize('attack', [SQUARE, APGD], ids=lambda a: a.label)
-def test_an_ensemble_finds_the_same_on_one_device_and_eight(
-  split, weights, attack
-):
+def test_an_ensemble_finds_the_same_on_one_device_and_eight(split, weights, attack):
   one = evaluate(split, weights, attack, batch_size=4)
   eight = evaluate(split, weights, attack, batch_size=8, devices=8)
   assert 0 < one.robust.sum() < one.clean.sum() < 13
@@ -189,9 +179,7 @@ def squared(split, weights):
   return tuple(evaluate(split, weights, SQUARE, n) for n in (0, 6))
 
 
-def test_an_ensemble_sees_the_clean_accuracy_and_the_images(
-  split, weights, squared
-):
+def test_an_ensemble_sees_the_clean_accuracy_and_the_images(split, weights, squared):
   for outcome, count in zip(squared, (0, 6), strict=True):
     clean = evaluate(split, weights, CLEAN, count)
     np.testing.assert_array_equal(outcome.indices, clean.indices)
@@ -235,9 +223,7 @@ def test_a_record_identifies_the_choice_of_examples(split, weights):
 
 @DEVICES
 @pytest.mark.parametrize('count', [1, 8, 13])
-def test_predict_is_the_class_of_the_largest_logit(
-  split, weights, devices, count
-):
+def test_predict_is_the_class_of_the_largest_logit(split, weights, devices, count):
   x = split.fetch(np.arange(count)).astype(np.float32) / 255
   one = evaluator(devices=devices)
   found = one.predict(mesh_lib.replicate(weights, one.mesh), x)
@@ -245,9 +231,7 @@ def test_predict_is_the_class_of_the_largest_logit(
   np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize(
-  'devices, count, computed', [(1, 6, 6), (1, 40, 32), (8, 6, 8), (1, 1, 1)]
-)
+@pytest.mark.parametrize('devices, count, computed', [(1, 6, 6), (1, 40, 32), (8, 6, 8), (1, 1, 1)])
 def test_few_examples_make_a_small_batch(weights, devices, count, computed):
   pixels, seen = np.zeros((40, 4, 4, 1), np.uint8), set()
   split = data.Split('test', np.zeros(40, np.int32), lambda rows: pixels[rows])

@@ -19,11 +19,7 @@ from fulllora_jax.training import workdir
 @pytest.fixture
 def run_of(small_config, digits, one_device):
   def make(directory):
-    return finished_run.FinishedRun(
-      small_config,
-      directory,
-      digits,
-    )
+    return finished_run.FinishedRun(small_config, directory, digits)
 
   make.config = small_config
   return make
@@ -74,9 +70,7 @@ def test_best_that_is_last_is_evaluated_once(run_of, finished_copy, evaluated):
   assert base['weights'] == 'base'
 
 
-def test_best_that_is_not_last_is_evaluated_too(
-  run_of, finished_copy, evaluated
-):
+def test_best_that_is_not_last_is_evaluated_too(run_of, finished_copy, evaluated):
   tree, metadata = artefact.read_artefact(finished_copy / 'best')
   artefact.save_artefact(finished_copy / 'best', 1, tree, metadata)
   evaluate_clean(run_of(finished_copy))
@@ -105,9 +99,7 @@ def again(finished_copy, digits, digits_dir, monkeypatch, one_device):
     config.update_from_flattened_dict(
       {name.replace('__', '.'): value for name, value in fields.items()}
     )
-    return evaluate_lib.evaluate_again(
-      config, finished_copy, weights, split, precision
-    )
+    return evaluate_lib.evaluate_again(config, finished_copy, weights, split, precision)
 
   evaluate.workdir = finished_copy
   return evaluate
@@ -116,9 +108,7 @@ def again(finished_copy, digits, digits_dir, monkeypatch, one_device):
 def test_the_same_again_gives_the_same(again):
   result = again(['best'])
   report = json.loads((again.workdir / 'report.json').read_text())
-  assert result['evaluations'] == [
-    e for e in report['evaluations'] if e['weights'] == 'best'
-  ]
+  assert result['evaluations'] == [e for e in report['evaluations'] if e['weights'] == 'best']
   assert result['threat'] == report['threat']
   # What only the training knows, and the closer look for its page.
   assert set(report) - set(result) == {'passes', 'radii', 'influence'}
@@ -179,9 +169,7 @@ def test_results_are_numbered_and_the_report_stays(again):
     ({'eval__restarts': 0}, 'restarts must be at least 1'),
   ],
 )
-def test_bad_input_is_refused_before_anything_is_read(
-  again, monkeypatch, kwargs, words
-):
+def test_bad_input_is_refused_before_anything_is_read(again, monkeypatch, kwargs, words):
   monkeypatch.setattr(data, 'open_dataset', None)
   with pytest.raises(UserError, match=words):
     again(**kwargs)
@@ -202,6 +190,4 @@ def test_a_run_from_scratch_has_no_base_to_evaluate(run_of, finished):
 def test_the_base_of_a_run_from_scratch_is_refused(finished):
   config = workdir.read_config(finished.workdir / 'base')
   with pytest.raises(UserError, match="weights: unknown 'base'; known: best"):
-    evaluate_lib.evaluate_again(
-      config, finished.workdir / 'base', ['base'], 'test', 'highest'
-    )
+    evaluate_lib.evaluate_again(config, finished.workdir / 'base', ['base'], 'test', 'highest')

@@ -27,9 +27,7 @@ OPTIONS = {
 
 @pytest.fixture(scope='module')
 def race_config(digits_dir, finished):
-  small = config_lib.from_mapping(
-    json.loads((finished.workdir / 'config.json').read_text())
-  )
+  small = config_lib.from_mapping(json.loads((finished.workdir / 'config.json').read_text()))
   small.base.source = str(finished.workdir / 'base')
   small.train.steps = 4
   return small
@@ -40,9 +38,7 @@ def raced(race_config, digits, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('road')
   make_mesh = mesh.make_mesh
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
-    )
+    patch.setattr(mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1]))
     result = schedules.race(race_config, digits, workdir, **OPTIONS)
   return workdir, result
 
@@ -85,9 +81,7 @@ def test_files_hold_the_result(raced):
   assert sum(e.get('class') == 'mark' for e in picture.iter()) == 2
 
 
-def test_finished_schedules_are_not_trained_again(
-  raced, race_config, digits, monkeypatch
-):
+def test_finished_schedules_are_not_trained_again(raced, race_config, digits, monkeypatch):
   workdir, result = raced
 
   def refuse(*args):
@@ -96,9 +90,7 @@ def test_finished_schedules_are_not_trained_again(
   monkeypatch.setattr(schedules, 'Stepper', refuse)
   again = schedules.race(race_config, digits, workdir, **OPTIONS)
   assert again['schedules'] == result['schedules']
-  nearer = schedules.race(
-    race_config, digits, workdir, **OPTIONS | {'target': 0.1}
-  )
+  nearer = schedules.race(race_config, digits, workdir, **OPTIONS | {'target': 0.1})
   assert nearer['target'] == 0.1
   changed = config_lib.copy(race_config)
   changed.seed = 5
@@ -164,9 +156,7 @@ def test_a_few_steps_cross_the_ball(name, steps, race_config, digits):
     ({}, {'train.batch_size': -1}, 'train.batch_size -1'),
   ],
 )
-def test_bad_input_is_one_line(
-  race_config, digits, tmp_path, options, fields, message
-):
+def test_bad_input_is_one_line(race_config, digits, tmp_path, options, fields, message):
   config = config_lib.copy(race_config)
   config.update_from_flattened_dict(fields)
   with pytest.raises(UserError, match=message) as caught:

@@ -125,9 +125,7 @@ def test_the_gradient_alone_is_reduced(compiled):
 
 
 @pytest.mark.parametrize('remat, times', [('none', (3, 3)), ('blocks', (5, 3))])
-def test_a_split_base_is_fetched_as_often_as_the_formula_says(
-  monkeypatch, remat, times
-):
+def test_a_split_base_is_fetched_as_often_as_the_formula_says(monkeypatch, remat, times):
   experiment = prediction.experiment
 
   def splitting_small_arrays(*given):
@@ -152,9 +150,7 @@ def test_nothing_of_a_whole_base_is_split(small):
   assert prediction.describe('vit_g/4@16', 3, 1).split == 0
 
 
-def test_the_command_compiles_for_virtual_devices(
-  small, compiled, command, monkeypatch
-):
+def test_the_command_compiles_for_virtual_devices(small, compiled, command, monkeypatch):
   steps, set_up = [], {}
   model, step = compiled
   monkeypatch.setattr(jax.config, 'update', set_up.__setitem__)
@@ -173,9 +169,7 @@ def test_the_command_compiles_for_virtual_devices(
   assert set_up == {'jax_platforms': 'cpu', 'jax_num_cpu_devices': 6}
   cases = [(m, r) for m in costs.METHODS for r in ('none', 'dots')]
   assert steps == [(method, 2, remat, 10, 5) for method, remat in cases]
-  rows = [
-    line.replace(',', '').strip('| ').split(' | ') for line in table_rows(out)
-  ]
+  rows = [line.replace(',', '').strip('| ').split(' | ') for line in table_rows(out)]
   moves, plans = rows[2:6], rows[8:]
   plan = step.memory_analysis()
   sizes = [plan.argument_size_in_bytes, plan.temp_size_in_bytes]
@@ -254,10 +248,7 @@ def test_the_smallest_batch_is_the_first_that_is_useful():
   assumed = costs.Assumptions(mfu=0.5, hop=1e-3)
   machine = costs.Machine('tpu', 16, 1e6, 1e9, 1e4, 1e4, torus=True)
   images = assumed.smallest_batch(MODEL, 'full', machine)
-  below, at = (
-    assumed.efficiency(MODEL, 'full', machine, 16, n)
-    for n in (images - 1, images)
-  )
+  below, at = (assumed.efficiency(MODEL, 'full', machine, 16, n) for n in (images - 1, images))
   assert images > 1 and below < costs.GOOD <= at
 
 
@@ -310,13 +301,10 @@ def test_the_document_of_memory_adds_up():
   for *case, held, activations, total in rows:
     assert int(held) + int(activations) == int(total)
     sums[tuple(case)] = int(total)
-  none, dots, blocks = (
-    sums['vit_ti/4@32', 'fulllora', '1', '1', '64', r] for r in REMAT
-  )
+  none, dots, blocks = (sums['vit_ti/4@32', 'fulllora', '1', '1', '64', r] for r in REMAT)
   assert none > dots > blocks
   whole, split = (
-    {r: sums['vit_b/4@32', 'fulllora', '8', fsdp, '16', r] for r in REMAT}
-    for fsdp in '14'
+    {r: sums['vit_b/4@32', 'fulllora', '8', fsdp, '16', r] for r in REMAT} for fsdp in '14'
   )
   saved = {r: 100 - round(100 * split[r] / whole[r]) for r in REMAT}
   assert saved == {'none': -20, 'dots': 19, 'blocks': 38}  # as the text says

@@ -45,7 +45,7 @@ def test_every_published_model_validates_without_a_warning(file, name, capsys):
         ('imagenette', ('vit_b', 'swin_t', 'dinov2_s')),
       )
       for name in names
-    ),
+    )
   ],
 )
 def test_every_published_model_takes_an_adapter_of_five_percent(file, name):
@@ -106,16 +106,12 @@ def test_no_two_of_them_are_the_same_checkpoint():
 
 def test_names_and_so_default_work_directories_differ():
   names = [
-    load(file, variant).name
-    for file in FILES
-    for variant in ('', 'tiny', *variants.PUBLISHED)
+    load(file, variant).name for file in FILES for variant in ('', 'tiny', *variants.PUBLISHED)
   ]
   names += [load('digits').name, load('digits', 'tiny').name]
   names += [load(file, 'fast').name for file in (*FILES, 'digits')]
   names += [load('cifar10', 'cpu').name, load('cifar10', 'cpu,fast').name]
-  names += [
-    load('cifar10', f'{variant},fast').name for variant in ('tiny', 'vit_b')
-  ]
+  names += [load('cifar10', f'{variant},fast').name for variant in ('tiny', 'vit_b')]
   assert len(set(names)) == len(names)
 
 
@@ -174,9 +170,7 @@ def test_fast_changes_the_attack_alone(file, size):
   assert fast.attack.step_size == eps[fast.threat.eps]
 
 
-@pytest.mark.parametrize(
-  'variant', ['fast,tiny', 'tiny,fast,fast', 'tiny,', ',fast', 'fast,fast']
-)
+@pytest.mark.parametrize('variant', ['fast,tiny', 'tiny,fast,fast', 'tiny,', ',fast', 'fast,fast'])
 def test_fast_comes_last_and_once(variant):
   with pytest.raises(UserError, match=f'variant: unknown {variant!r}; known'):
     load('cifar10', variant)
@@ -203,10 +197,7 @@ def test_digits_know_tiny_and_fast_only(variant):
 
 def test_the_command_says_an_unknown_variant_in_one_line(run_here, tmp_path):
   done = run_here(
-    '-m',
-    'fulllora_jax.main',
-    '--config=configs/cifar10.py:vit_x',
-    f'--workdir={tmp_path}/run',
+    '-m', 'fulllora_jax.main', '--config=configs/cifar10.py:vit_x', f'--workdir={tmp_path}/run'
   )
   assert done.returncode == 2
   assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1

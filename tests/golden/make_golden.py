@@ -80,9 +80,7 @@ class Watched(torch.nn.Module):
       frame = frame.f_back
     found = frame.f_locals if frame is not None else {}
     self.points.append(x.detach().clone())
-    self.locals.append(
-      {n: torch.as_tensor(found[n]).clone() for n in self.names if n in found}
-    )
+    self.locals.append({n: torch.as_tensor(found[n]).clone() for n in self.names if n in found})
     return self.logits(x)
 
   def noted(self, name, calls=slice(1, None)):
@@ -241,9 +239,7 @@ def window_sides(square, norm, pixels):
     return torch.tensor([[1.0, 0.0]]).repeat(len(x), 1)
 
   model = Watched(never_wrong, 's')
-  attack = square.SquareAttack(
-    model, norm=norm, n_queries=5000, eps=0.1, resc_schedule=False
-  )
+  attack = square.SquareAttack(model, norm=norm, n_queries=5000, eps=0.1, resc_schedule=False)
   attack.init_hyperparam(x)
   attack.attack_single_run(x, torch.zeros(1, dtype=torch.long))
   # The first call is that of the stripes or tiles.

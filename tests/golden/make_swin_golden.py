@@ -78,26 +78,13 @@ def write(case, shapes, folder, model):
     json.loads(pathlib.Path(folder, 'config.json').read_text()),
     IMAGE_SIZE,
     logits,
-    f'torch {torch.__version__}, timm {timm.__version__}, '
-    f'transformers {transformers.__version__}',
+    f'torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}',
   )
 
 
 if __name__ == '__main__':
   # Grids of 16, 8 and 4 tokens: windows that shift, fill the grid, are clamped.
-  make_timm(
-    'swin-timm',
-    patch_size=2,
-    window_size=8,
-    depths=(2, 2, 2),
-    num_heads=(2, 4, 8),
-  )
+  make_timm('swin-timm', patch_size=2, window_size=8, depths=(2, 2, 2), num_heads=(2, 4, 8))
   # Grids of 8 and 4, both padded, and shifted.
-  make_timm(
-    'swin-timm-padded',
-    patch_size=4,
-    window_size=3,
-    depths=(2, 2),
-    num_heads=(2, 4),
-  )
+  make_timm('swin-timm-padded', patch_size=4, window_size=3, depths=(2, 2), num_heads=(2, 4))
   make_transformers('swin-transformers')

@@ -21,13 +21,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
 
 SIZE = dict(img_size=24, patch_size=8, embed_dim=24, depth=2, num_heads=3)
-HF = dict(
-  image_size=24,
-  patch_size=8,
-  hidden_size=24,
-  num_hidden_layers=2,
-  num_attention_heads=3,
-)
+HF = dict(image_size=24, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=3)
 CLASSES = 5
 MADE_BY = f'timm {timm.__version__}, transformers {transformers.__version__}'
 
@@ -66,9 +60,7 @@ def transformers_case(case, model, preprocessor):
     if 'logits' in out:
       logits = out.logits
     else:
-      head = torch.from_numpy(
-        fake_checkpoint.array('head.weight', (CLASSES, HF['hidden_size']))
-      )
+      head = torch.from_numpy(fake_checkpoint.array('head.weight', (CLASSES, HF['hidden_size'])))
       logits = out.pooler_output @ head.T
   config = config | {'preprocessor': preprocessor}
   config.pop('transformers_version', None)
@@ -92,32 +84,16 @@ def write(case, shapes, config, logits):
 
 TIMM = {
   'plain': (VisionTransformer, 'vit_tiny_patch16_224', {}),
-  'mean': (
-    VisionTransformer,
-    'vit_tiny_patch16_224',
-    dict(class_token=False, global_pool='avg'),
-  ),
-  'mean-token': (
-    VisionTransformer,
-    'vit_tiny_patch16_224',
-    dict(global_pool='avg'),
-  ),
+  'mean': (VisionTransformer, 'vit_tiny_patch16_224', dict(class_token=False, global_pool='avg')),
+  'mean-token': (VisionTransformer, 'vit_tiny_patch16_224', dict(global_pool='avg')),
   'deit': (VisionTransformer, 'deit_tiny_patch16_224', {}),
-  'deit-distilled': (
-    VisionTransformerDistilled,
-    'deit_tiny_distilled_patch16_224',
-    {},
-  ),
+  'deit-distilled': (VisionTransformerDistilled, 'deit_tiny_distilled_patch16_224', {}),
   'deit3': (
     VisionTransformer,
     'deit3_small_patch16_224',
     dict(init_values=1e-6, no_embed_class=True),
   ),
-  'dinov2': (
-    VisionTransformer,
-    'vit_small_patch14_dinov2',
-    dict(init_values=1e-5),
-  ),
+  'dinov2': (VisionTransformer, 'vit_small_patch14_dinov2', dict(init_values=1e-5)),
   'dinov2-reg': (
     VisionTransformer,
     'vit_small_patch14_reg4_dinov2',
@@ -126,12 +102,7 @@ TIMM = {
   'dinov2-swiglu': (
     VisionTransformer,
     'vit_giant_patch14_dinov2',
-    dict(
-      init_values=1e-5,
-      mlp_ratio=2.66667 * 2,
-      mlp_layer=SwiGLUPacked,
-      act_layer=torch.nn.SiLU,
-    ),
+    dict(init_values=1e-5, mlp_ratio=2.66667 * 2, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU),
   ),
   'clip': (
     VisionTransformer,
@@ -153,24 +124,16 @@ _OTHER = {'image_mean': [0.4, 0.5, 0.6], 'image_std': [0.2, 0.3, 0.4]}
 _MLP = HF | dict(intermediate_size=96)
 T = transformers
 TRANSFORMERS = {
-  'vit': lambda: (
-    T.ViTForImageClassification(T.ViTConfig(**_MLP, num_labels=CLASSES)),
-    _HALF,
-  ),
+  'vit': lambda: (T.ViTForImageClassification(T.ViTConfig(**_MLP, num_labels=CLASSES)), _HALF),
   'deit': lambda: (
-    T.DeiTForImageClassificationWithTeacher(
-      T.DeiTConfig(**_MLP, num_labels=CLASSES)
-    ),
+    T.DeiTForImageClassificationWithTeacher(T.DeiTConfig(**_MLP, num_labels=CLASSES)),
     _OTHER,
   ),
   'dinov2': lambda: (
     T.Dinov2ForImageClassification(T.Dinov2Config(**HF, num_labels=CLASSES)),
     _OTHER,
   ),
-  'dinov2-swiglu': lambda: (
-    T.Dinov2Model(T.Dinov2Config(**HF, use_swiglu_ffn=True)),
-    _OTHER,
-  ),
+  'dinov2-swiglu': lambda: (T.Dinov2Model(T.Dinov2Config(**HF, use_swiglu_ffn=True)), _OTHER),
   'dinov2-reg': lambda: (
     T.Dinov2WithRegistersForImageClassification(
       T.Dinov2WithRegistersConfig(**HF, num_labels=CLASSES)

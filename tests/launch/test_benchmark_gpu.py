@@ -13,9 +13,7 @@ def run(tmp_path, fails=''):
   """Runs the script with a python that records its arguments."""
   log = tmp_path / 'log'
   stand_in = tmp_path / 'python'
-  stand_in.write_text(
-    f'#!/bin/bash\necho "$*" >>{log}\n[[ -z "{fails}" || "$*" != *{fails}* ]]\n'
-  )
+  stand_in.write_text(f'#!/bin/bash\necho "$*" >>{log}\n[[ -z "{fails}" || "$*" != *{fails}* ]]\n')
   stand_in.chmod(0o755)
   done = subprocess.run(
     [ROOT / 'launch' / 'benchmark_gpu.sh', '--rounds=3'],

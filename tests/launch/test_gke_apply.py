@@ -93,9 +93,7 @@ def test_failure_policies(cluster):
   assert [rule.get('onExitCodes', {}).get('values') for rule in rules] == [
     [2], None, [75, 134]
   ]  # fmt: skip
-  assert rules[1]['onPodConditions'] == [
-    {'type': 'DisruptionTarget', 'status': 'True'}
-  ]
+  assert rules[1]['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
   policy = jobset['spec']['failurePolicy']
   assert policy['maxRestarts'] == 7
   bad, saved = policy['rules']
@@ -195,9 +193,7 @@ def test_all_follows_over_a_restart(cluster):
   assert process.stdout == 'step 1\nstep 2\n'
   assert process.stderr.count('Waiting for the first pod of pod') == 2
   assert process.stderr.splitlines()[-1].endswith('gs://b/run/report.md')
-  assert (
-    yaml.safe_load((cluster.root / 'stdin').read_text())['kind'] == 'JobSet'
-  )
+  assert yaml.safe_load((cluster.root / 'stdin').read_text())['kind'] == 'JobSet'
   first, second, *later = cluster.calls(' logs ')
   assert 'jobset-name=pod,jobset.sigs.k8s.io/job-index=0,' in first
   assert '--since' not in second
@@ -207,9 +203,7 @@ def test_all_follows_over_a_restart(cluster):
 
 
 def test_nothing_is_deleted_unasked(cluster):
-  process = cluster.run(
-    'gke_apply.sh', 'all', *_FLAGS, scenario={_STATE: say('Completed')}
-  )
+  process = cluster.run('gke_apply.sh', 'all', *_FLAGS, scenario={_STATE: say('Completed')})
   assert process.returncode == 0, process.stderr
   assert not cluster.calls(' delete ')
 
@@ -251,9 +245,7 @@ def test_refused_by_the_cluster(cluster, reason, part):
 
 def test_jobset_that_is_not_there(cluster):
   absent = fails('Error from server (NotFound): jobsets "pod" not found')
-  process = cluster.run(
-    'gke_apply.sh', 'follow', *_FLAGS, scenario={_STATE: absent}
-  )
+  process = cluster.run('gke_apply.sh', 'follow', *_FLAGS, scenario={_STATE: absent})
   assert 'check --name and --namespace' in stand_ins.the_error(process)
   assert len(cluster.calls(_STATE)) == 1
 

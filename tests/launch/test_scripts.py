@@ -7,9 +7,7 @@ import pytest
 import stand_ins
 
 _LAUNCH = stand_ins.ROOT / 'launch'
-_SCRIPTS = sorted(
-  path.name for path in _LAUNCH.iterdir() if path.suffix in ('.sh', '.sbatch')
-)
+_SCRIPTS = sorted(path.name for path in _LAUNCH.iterdir() if path.suffix in ('.sh', '.sbatch'))
 
 
 def test_shellcheck():

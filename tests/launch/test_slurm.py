@@ -42,8 +42,7 @@ def test_done(cluster):
   process = submit(cluster, '--config.name=two words', SLURM_CPUS_PER_TASK='6')
   assert process.returncode == 0, process.stderr
   assert process.stdout == (
-    'ran -m fulllora_jax.main --config=c.py --workdir=/w'
-    ' --config.name=two words\n'
+    'ran -m fulllora_jax.main --config=c.py --workdir=/w --config.name=two words\n'
   )
   assert cluster.calls('srun --cpus-per-task=6 --kill-on-bad-exit=1 ')
   assert not cluster.calls('scontrol')
@@ -54,9 +53,7 @@ def test_directives():
   text = (stand_ins.ROOT / 'launch' / 'slurm.sbatch').read_text()
   head = text.split('\n\n')[0].splitlines()
   directives = [line.split()[1] for line in head if line.startswith('#SBATCH')]
-  assert {'--requeue', '--signal=TERM@300', '--open-mode=append'} <= {
-    *directives
-  }
+  assert {'--requeue', '--signal=TERM@300', '--open-mode=append'} <= {*directives}
   # One task for each node, with all of its GPUs and CPUs enough.
   assert '--ntasks-per-node=1' in directives
   assert '--cpus-per-task=32' in directives
@@ -119,9 +116,7 @@ def test_cancelled_job_stays_cancelled(cluster):
 
 
 def test_failed_requeue(cluster):
-  process = submit(
-    cluster, EXIT='75', scenario={'scontrol': fails('slurmctld is away')}
-  )
+  process = submit(cluster, EXIT='75', scenario={'scontrol': fails('slurmctld is away')})
   error = stand_ins.the_error(process, code=1)
   assert 'scontrol could not requeue' in error
 

@@ -13,11 +13,7 @@ def cluster(tmp_path):
 
 def test_all(cluster):
   process = cluster.run(
-    'tpu_pod.sh',
-    *tpu.ALL,
-    '--',
-    '--config.name=two words',
-    scenario=tpu.scenario(),
+    'tpu_pod.sh', *tpu.ALL, '--', '--config.name=two words', scenario=tpu.scenario()
   )
   assert process.returncode == 0, process.stderr
   assert process.stdout == 'step 1\nstep 2\n'
@@ -33,16 +29,12 @@ def test_all(cluster):
     assert flag in create.split()
   [start] = cluster.calls('tpu_worker.sh start')
   assert '--worker=all' in start
-  assert (
-    "start --config=c.py --workdir=gs://b/run '--config.name=two words' "
-  ) in start
+  assert ("start --config=c.py --workdir=gs://b/run '--config.name=two words' ") in start
   assert '--worker=0' in cluster.calls('tpu_worker.sh follow')[0]
 
 
 def test_deletes_only_when_asked_to(cluster):
-  process = cluster.run(
-    'tpu_pod.sh', *tpu.ALL, '--delete', scenario=tpu.scenario()
-  )
+  process = cluster.run('tpu_pod.sh', *tpu.ALL, '--delete', scenario=tpu.scenario())
   assert process.returncode == 0, process.stderr
   assert tpu.verbs(cluster)[-1] == 'delete'
   assert '--force' in cluster.calls(' delete ')[0]
@@ -58,10 +50,7 @@ def test_slice_that_runs_the_command_is_followed(cluster):
   assert process.returncode == 0, process.stderr
   # Twice, as the first connection broke; from where it broke.
   assert tpu.verbs(cluster) == ['follow', 'follow']
-  assert [c.split('follow ')[1][0] for c in cluster.calls('follow')] == [
-    '1',
-    '3',
-  ]
+  assert [c.split('follow ')[1][0] for c in cluster.calls('follow')] == ['1', '3']
 
 
 def test_preempted_slice_is_made_anew(cluster):
@@ -83,9 +72,7 @@ def test_preempted_slice_is_made_anew(cluster):
 def test_slice_preempted_before_it_is_set_up(cluster):
   leaving = say('SUSPENDING\n')
   states = [tpu.NO_SLICE, leaving, leaving, tpu.NO_SLICE, tpu.ACTIVE]
-  process = cluster.run(
-    'tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(describe=states)
-  )
+  process = cluster.run('tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(describe=states))
   assert process.returncode == 0, process.stderr
   assert tpu.verbs(cluster)[:4] == ['create', 'delete', 'create', 'scp']
 
@@ -107,9 +94,7 @@ def test_slice_without_answers_is_made_anew(cluster):
 def test_ssh_that_fails_once(cluster):
   once = [fails('ssh: refused', 255), say()]
   process = cluster.run(
-    'tpu_pod.sh',
-    *tpu.ALL,
-    scenario=tpu.scenario(install=once, scp=once, start=once),
+    'tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(install=once, scp=once, start=once)
   )
   assert process.returncode == 0, process.stderr
   assert tpu.verbs(cluster) == [
@@ -144,10 +129,7 @@ def test_stopped_command_is_started_again(cluster):
 def test_refused_input_is_not_tried_again(cluster):
   bad = say('status: running\nstatus: 2 error: batch of 7 on 8 devices\n')
   process = cluster.run(
-    'tpu_pod.sh',
-    *tpu.ALL,
-    '--delete',
-    scenario=tpu.scenario(status=[tpu.NEW, tpu.NEW, bad]),
+    'tpu_pod.sh', *tpu.ALL, '--delete', scenario=tpu.scenario(status=[tpu.NEW, tpu.NEW, bad])
   )
   error = stand_ins.the_error(process)
   assert error.endswith('refused its input: error: batch of 7 on 8 devices')
@@ -213,9 +195,7 @@ def test_worker_that_does_not_end_is_killed(cluster):
 
 
 def test_clones_instead_of_copying(cluster):
-  process = cluster.run(
-    'tpu_pod.sh', 'setup', *tpu.SLICE, '--repo=https://h/r.git', '--ref=v1 x'
-  )
+  process = cluster.run('tpu_pod.sh', 'setup', *tpu.SLICE, '--repo=https://h/r.git', '--ref=v1 x')
   assert process.returncode == 0, process.stderr
   assert not cluster.calls(' scp ')
   [clone] = cluster.calls('git clone')
@@ -225,12 +205,7 @@ def test_clones_instead_of_copying(cluster):
 
 def test_no_checkout_to_copy(cluster):
   error = stand_ins.the_error(
-    cluster.run(
-      'tpu_pod.sh',
-      'setup',
-      *tpu.SLICE,
-      scenario={'git ls-files': fails('no git')},
-    )
+    cluster.run('tpu_pod.sh', 'setup', *tpu.SLICE, scenario={'git ls-files': fails('no git')})
   )
   assert '--repo=URL' in error
 
@@ -246,19 +221,11 @@ def test_other_subcommands(cluster):
     assert process.returncode == 0, process.stderr
     assert len(cluster.calls(part)) == 1
   gone = {' delete ': tpu.NO_SLICE}
-  assert (
-    cluster.run('tpu_pod.sh', 'delete', *tpu.SLICE, scenario=gone).stderr == ''
-  )
+  assert cluster.run('tpu_pod.sh', 'delete', *tpu.SLICE, scenario=gone).stderr == ''
 
 
 def test_dry_run_prints_what_all_would_do(cluster):
-  arguments = [
-    *tpu.ALL,
-    '--delete',
-    '--dry-run',
-    '--',
-    "--config.name=it's two",
-  ]
+  arguments = [*tpu.ALL, '--delete', '--dry-run', '--', "--config.name=it's two"]
   process = cluster.run('tpu_pod.sh', *arguments)
   assert process.returncode == 0, process.stderr
   assert not cluster.calls('')

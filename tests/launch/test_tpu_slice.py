@@ -19,9 +19,7 @@ def test_flags_from_the_environment(cluster):
     'LAUNCH_SERVICE_ACCOUNT': 'me@p', 'LAUNCH_INTERNAL_IP': '1',
     'LAUNCH_POLL': '0', 'LAUNCH_PAUSE': '0',
   }  # fmt: skip
-  process = cluster.run(
-    'tpu_pod.sh', 'all', scenario=tpu.scenario(), **environment
-  )
+  process = cluster.run('tpu_pod.sh', 'all', scenario=tpu.scenario(), **environment)
   assert process.returncode == 0, process.stderr
   words = cluster.calls(' create ')[0].split()
   for flag in (
@@ -65,16 +63,12 @@ def test_each_flag_is_known(cluster):
   flags = [f'{flag.removesuffix("...")}' for flag in known.split()]
   assert len(flags) == 23
   flags = [flag + '1' if flag.endswith('=') else flag for flag in flags]
-  process = cluster.run(
-    'tpu_pod.sh', 'run', *flags, '--workdir=/w', '--dry-run'
-  )
+  process = cluster.run('tpu_pod.sh', 'run', *flags, '--workdir=/w', '--dry-run')
   assert process.returncode == 0, process.stderr
 
 
 def test_bad_subcommand(cluster):
-  assert 'rnu: unknown; known: create' in stand_ins.the_error(
-    cluster.run('tpu_pod.sh', 'rnu')
-  )
+  assert 'rnu: unknown; known: create' in stand_ins.the_error(cluster.run('tpu_pod.sh', 'rnu'))
 
 
 def test_no_gcloud(cluster):
@@ -99,12 +93,8 @@ def test_no_gcloud(cluster):
   ],
 )  # fmt: skip
 def test_refused_creation(cluster, reason, remedy):
-  denied = fails(
-    f'ERROR: (gcloud.x) {reason}\n- reason: more\n  metadata: {{}}'
-  )
-  process = cluster.run(
-    'tpu_pod.sh', *tpu.ALL, '--delete', scenario=tpu.scenario(create=denied)
-  )
+  denied = fails(f'ERROR: (gcloud.x) {reason}\n- reason: more\n  metadata: {{}}')
+  process = cluster.run('tpu_pod.sh', *tpu.ALL, '--delete', scenario=tpu.scenario(create=denied))
   error = stand_ins.the_error(process)
   assert reason in error and remedy in error
   assert tpu.verbs(cluster) == ['create']  # not tried again, nothing to delete
@@ -112,14 +102,10 @@ def test_refused_creation(cluster, reason, remedy):
 
 def test_a_creation_that_fails_by_chance_is_tried_again(cluster):
   flaky = [fails('ERROR: connection reset'), say()]
-  process = cluster.run(
-    'tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(create=flaky)
-  )
+  process = cluster.run('tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(create=flaky))
   assert process.returncode == 0, process.stderr
   assert tpu.verbs(cluster)[:3] == ['create', 'create', 'scp']
-  process = cluster.run(
-    'tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(create=flaky[0])
-  )
+  process = cluster.run('tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(create=flaky[0]))
   assert 'connection reset; pod in z-a' in stand_ins.the_error(process)
   assert len(cluster.calls(' create ')) == 5
 
@@ -127,9 +113,7 @@ def test_a_creation_that_fails_by_chance_is_tried_again(cluster):
 def test_waits_in_the_queue(cluster):
   waiting = say('WAITING_FOR_RESOURCES\n')
   states = [tpu.NO_SLICE, waiting, waiting, tpu.ACTIVE]
-  process = cluster.run(
-    'tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(describe=states)
-  )
+  process = cluster.run('tpu_pod.sh', *tpu.ALL, scenario=tpu.scenario(describe=states))
   assert process.returncode == 0, process.stderr
   assert process.stderr.count('pod: WAITING_FOR_RESOURCES for ') == 2
 

@@ -63,9 +63,7 @@ def test_keeps_the_exit_status_and_the_last_line(cluster):
 
 def test_keeps_what_jax_says_when_it_ends_the_command(cluster):
   start(cluster, 'aborts')
-  assert ended(cluster) == (
-    '134 F1 client.h:80] the JAX distributed service detected fatal errors'
-  )
+  assert ended(cluster) == ('134 F1 client.h:80] the JAX distributed service detected fatal errors')
 
 
 def test_sigterm_lets_it_save(cluster):

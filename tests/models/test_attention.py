@@ -11,9 +11,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import attention
 
 RNG = np.random.default_rng(0)
-QUERY, KEY, VALUE = (
-  RNG.normal(size=(2, count, 3, 8)).astype(np.float32) for count in (5, 7, 7)
-)
+QUERY, KEY, VALUE = (RNG.normal(size=(2, count, 3, 8)).astype(np.float32) for count in (5, 7, 7))
 
 
 def by_hand(query, key, value):
@@ -50,9 +48,7 @@ def test_the_softmax_of_bfloat16_is_float32():
   assert found.dtype == jnp.bfloat16
   wanted = by_hand(*(np.asarray(a, np.float32) for a in low))
   # Two roundings: of the weights and of the output.
-  np.testing.assert_allclose(
-    np.asarray(found, np.float32), wanted, rtol=2**-7, atol=2**-7
-  )
+  np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=2**-7, atol=2**-7)
 
 
 def test_cudnn_is_taken_where_it_can(gpu):

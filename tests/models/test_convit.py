@@ -138,9 +138,7 @@ def test_logits_and_local_heads_equal_those_of_the_installed_timm():
   np.testing.assert_allclose(logits, expected, rtol=0, atol=atol)
   drawn = jax.jit(model.init)(KEY, images)['params']['block_0']['attention']
   for path in ('pos_proj/kernel', 'pos_proj/bias', 'gating_param'):
-    np.testing.assert_allclose(
-      trees.named_leaves(drawn)[path], params[f'block_0/attention/{path}']
-    )
+    np.testing.assert_allclose(trees.named_leaves(drawn)[path], params[f'block_0/attention/{path}'])
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
@@ -224,10 +222,7 @@ def test_describe_refuses(changed, global_pool, message):
       "'convit' has a free size: set model.width, model.local_layers$",
     ),
     ({'num_heads': 3}, 'width 16 is not a multiple of model.num_heads 3'),
-    (
-      {'local_layers': -1},
-      r'model.local_layers -1 is not in 0\.\.2: the class',
-    ),
+    ({'local_layers': -1}, r'model.local_layers -1 is not in 0\.\.2: the class'),
     ({'local_layers': 3}, r'model.local_layers 3 is not in 0\.\.2: the class'),
     ({'pool': 'mean'}, "model.pool 'mean': convit reads its class token"),
     ({'act': 'relu'}, "model.act: unknown 'relu'"),
@@ -303,9 +298,7 @@ def test_fresh_weights_see_the_images_and_give_zero_logits(fresh):
   assert not np.allclose(features[0], features[1], atol=1e-4)
 
 
-def test_the_last_block_leaves_out_only_what_is_not_read(
-  published, monkeypatch
-):
+def test_the_last_block_leaves_out_only_what_is_not_read(published, monkeypatch):
   model, variables = published
   expected = jax.jit(model.apply)(variables, IMAGES)
 
@@ -322,9 +315,7 @@ def test_dropout_is_drawn_only_when_training(published):
   model, variables = published
   dropping = model.clone(dropout=0.5)
   expected = jax.jit(model.apply)(variables, IMAGES)
-  np.testing.assert_allclose(
-    jax.jit(dropping.apply)(variables, IMAGES), expected, atol=1e-6
-  )
+  np.testing.assert_allclose(jax.jit(dropping.apply)(variables, IMAGES), expected, atol=1e-6)
   train = jax.jit(
     lambda seed: dropping.apply(
       variables, IMAGES, train=True, rngs={'dropout': jax.random.key(seed)}
@@ -364,6 +355,5 @@ def test_every_role_has_a_branch_and_none_changes_the_start(published):
   assert len(paths) == 2 + 3 * 6
   # Not compiled: XLA may fuse, and so round, two programs differently.
   np.testing.assert_array_equal(
-    adapted.apply({**variables, COLLECTION: drawn}, IMAGES),
-    model.apply(variables, IMAGES),
+    adapted.apply({**variables, COLLECTION: drawn}, IMAGES), model.apply(variables, IMAGES)
   )

@@ -42,10 +42,7 @@ def answers(built, variables):
 
   def loss(adapter, images):
     logits = built.model.apply(
-      {'params': variables['params'], 'lnlora': adapter},
-      images,
-      train=True,
-      rngs={'dropout': key},
+      {'params': variables['params'], 'lnlora': adapter}, images, train=True, rngs={'dropout': key}
     )
     return jnp.sin(logits).sum(), logits
 
@@ -62,9 +59,7 @@ def test_values_and_gradients_are_the_same(name, fill):
   scale = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(plain))
   for remat in layers.REMAT:
     found = answers(built_with(name, remat), variables)
-    for one, other in zip(
-      jax.tree.leaves(found), jax.tree.leaves(plain), strict=True
-    ):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
       np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * scale)
 
 
@@ -96,9 +91,7 @@ def kept(built):
 
   left = jax.eval_shape(backward, shapes(built), IMAGES)
   return sum(
-    leaf.size * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(left)
-    if BATCH in leaf.shape
+    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(left) if BATCH in leaf.shape
   )
 
 
@@ -111,7 +104,5 @@ def test_less_is_kept_for_the_backward_pass(name):
 
 def test_an_unknown_policy_is_refused():
   layers.check_remat('dots')
-  with pytest.raises(
-    UserError, match="model.remat: unknown 'all'; known: none"
-  ):
+  with pytest.raises(UserError, match="model.remat: unknown 'all'; known: none"):
     layers.check_remat('all')

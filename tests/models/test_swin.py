@@ -133,9 +133,7 @@ def test_merges_at_the_end_of_a_stage_load_too():
   renamed, shapes = map(old_names, (weights, golden_shapes('swin-timm')))
   assert layout_of(shapes).name == 'timm swin, before 0.9'
   assert described(shapes).num_classes == 5
-  jax.tree.map(
-    np.testing.assert_array_equal, converted(renamed)[0], converted(weights)[0]
-  )
+  jax.tree.map(np.testing.assert_array_equal, converted(renamed)[0], converted(weights)[0])
 
 
 INDEX = 'layers.0.blocks.1.{}.relative_position_index'
@@ -228,12 +226,7 @@ def test_window_of_config_json_counts_where_all_tables_are_clamped():
   'windows, changed, conf, message',
   [
     ((7, 7, 14, 7), {}, {}, r'windows of \(7, 7, 14, 7\) tokens'),
-    (
-      (7, 4, 2, 1),
-      {},
-      {'input_size': [3, 64, 64]},
-      'windows of',
-    ),
+    ((7, 4, 2, 1), {}, {'input_size': [3, 64, 64]}, 'windows of'),
     ((7,) * 4, {TABLE: (13 * 11, 3)}, {}, r'have \[143, 169, 169, 169\] rows'),
     ((7,) * 4, {MLP: (192, 96)}, {}, 'first MLP is 192 wide; .* 384$'),
   ],
@@ -362,8 +355,7 @@ def test_every_map_has_one_role_and_every_role_a_map(adapted):
   leaves, branches = map(trees.named_leaves, (params['params'], lnlora))
   maps = {path[: -len('/kernel')] for path in leaves if '/kernel' in path}
   found = [
-    [role for role, regex in swin.LINEAR_MAPS.items() if re.fullmatch(regex, m)]
-    for m in maps
+    [role for role, regex in swin.LINEAR_MAPS.items() if re.fullmatch(regex, m)] for m in maps
   ]
   assert {role for (role,) in found} == {*swin.LINEAR_MAPS}
   assert {path.rpartition('/')[0] for path in branches} == maps

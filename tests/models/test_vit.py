@@ -9,9 +9,7 @@ from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import vit
 
-IMAGES = jnp.asarray(
-  np.random.default_rng(0).uniform(size=(2, 8, 8, 3)), jnp.float32
-)
+IMAGES = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 8, 8, 3)), jnp.float32)
 BLOCK = 'Transformer/encoderblock_0/'
 ATTENTION = f'{BLOCK}MultiHeadDotProductAttention_1/'
 # The tree of an AugReg checkpoint at width 8, 1 block, 2 heads, 4 tokens.
@@ -172,15 +170,11 @@ def test_mean_pooling_has_no_class_token(tiny):
 def test_a_constant_image_of_the_mean_is_nothing_but_biases(tiny):
   model, params = tiny(mean=(0.3, 0.4, 0.5), std=(0.1, 0.2, 0.3))
   gray = jnp.tile(jnp.array([0.3, 0.4, 0.5]), (1, 8, 8, 1))
-  changed = params | {
-    'embedding': {**params['embedding'], 'kernel': jnp.ones((4, 4, 3, 8))}
-  }
+  changed = params | {'embedding': {**params['embedding'], 'kernel': jnp.ones((4, 4, 3, 8))}}
   apply = jax.jit(model.apply)
   logits = apply({'params': params}, gray)
   np.testing.assert_array_equal(logits, apply({'params': changed}, gray))
-  assert not np.array_equal(
-    apply({'params': params}, IMAGES), apply({'params': changed}, IMAGES)
-  )
+  assert not np.array_equal(apply({'params': params}, IMAGES), apply({'params': changed}, IMAGES))
 
 
 def test_dropout_is_drawn_only_when_training(tiny):
@@ -190,12 +184,7 @@ def test_dropout_is_drawn_only_when_training(tiny):
   without = jax.jit(tiny()[0].apply)({'params': params}, IMAGES)
   np.testing.assert_allclose(evaluated, without, rtol=1e-5, atol=1e-6)
   trained = [
-    apply(
-      {'params': params},
-      IMAGES,
-      train=True,
-      rngs={'dropout': jax.random.key(seed)},
-    )
+    apply({'params': params}, IMAGES, train=True, rngs={'dropout': jax.random.key(seed)})
     for seed in (0, 0, 1)
   ]
   np.testing.assert_array_equal(trained[0], trained[1])
@@ -216,14 +205,8 @@ def test_bfloat16_computes_float32_logits_near_the_float32_ones(tiny):
 @pytest.mark.parametrize(
   ('changed', 'message'),
   [
-    (
-      {'name': 'vit_giant'},
-      r"unknown model 'vit_giant'; did you mean .*vit_l.*known: vit, vit_ti",
-    ),
-    (
-      {'width': None, 'mlp_dim': None},
-      "'vit' has a free size: set model.width, model.mlp_dim",
-    ),
+    ({'name': 'vit_giant'}, r"unknown model 'vit_giant'; did you mean .*vit_l.*known: vit, vit_ti"),
+    ({'width': None, 'mlp_dim': None}, "'vit' has a free size: set model.width, model.mlp_dim"),
     ({'num_heads': 3}, 'model.width 8 is not a multiple of model.num_heads 3'),
   ],
 )
@@ -291,9 +274,7 @@ def outcome(model, variables, images):
 
 
 @pytest.mark.parametrize('method', ['full', 'fulllora'])
-def test_the_last_block_in_part_gives_what_it_gives_in_full(
-  deep, in_full, method
-):
+def test_the_last_block_in_part_gives_what_it_gives_in_full(deep, in_full, method):
   model, variables = deep(method)
   found = outcome(model, variables, IMAGES)
   expected = in_full(outcome, model, variables, IMAGES)
@@ -301,9 +282,7 @@ def test_the_last_block_in_part_gives_what_it_gives_in_full(
   assert any('lora_b' in name for name in found) == (method == 'fulllora')
   for name, value in expected.items():
     assert np.abs(value).max() > 0 or name.endswith('key/bias'), name
-    np.testing.assert_allclose(
-      found[name], value, rtol=1e-4, atol=1e-5, err_msg=name
-    )
+    np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize('pool, last', [('token', 1), ('mean', 4)])
@@ -313,9 +292,7 @@ def test_the_last_block_computes_what_is_read(deep, in_full, pool, last):
   def tokens_of_mlps():
     _, kept = jax.eval_shape(
       lambda variables: model.model.apply(
-        variables,
-        IMAGES,
-        capture_intermediates=lambda module, _: module.name == 'MlpBlock_3',
+        variables, IMAGES, capture_intermediates=lambda module, _: module.name == 'MlpBlock_3'
       ),
       variables,
     )

@@ -148,8 +148,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _about(self, name):
     siblings = [
-      {'rfilename': file, 'size': len(content)}
-      for file, content in self.state.repository.items()
+      {'rfilename': file, 'size': len(content)} for file, content in self.state.repository.items()
     ]
     about = {'id': name, 'sha': COMMIT, 'siblings': siblings}
     body = self.state.body or json.dumps(about).encode()

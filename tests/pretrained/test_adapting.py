@@ -119,9 +119,7 @@ def test_another_window_resizes_the_bias_tables_only(published, case):
     if name.endswith('relative_position_bias_table')
   }
   assert len(tables) == 4
-  assert all(
-    table.shape != before[name].shape for name, table in tables.items()
-  )
+  assert all(table.shape != before[name].shape for name, table in tables.items())
   assert_changed(before, after, tables)
 
 
@@ -195,10 +193,7 @@ def test_logits_in_another_window_as_timm(published):
 def test_another_number_of_classes_is_a_new_head(published):
   path, _ = published(PLAIN)
   before, after = leaves(path), leaves(path, num_classes=7)
-  head = {
-    'head/kernel': np.zeros((24, 7), np.float32),
-    'head/bias': np.zeros(7, np.float32),
-  }
+  head = {'head/kernel': np.zeros((24, 7), np.float32), 'head/bias': np.zeros(7, np.float32)}
   assert_changed(before, after, head)
 
 

@@ -65,9 +65,7 @@ def test_another_architecture(published, case, name, found, structure):
 
 def test_an_unknown_name_is_said_first(tmp_path):
   message = refused(tmp_path / 'none', 'vit_bb')
-  assert message.startswith(
-    "model.name: unknown model 'vit_bb'; did you mean vit_b"
-  )
+  assert message.startswith("model.name: unknown model 'vit_bb'; did you mean vit_b")
 
 
 def test_another_kind_of_network(tmp_path):
@@ -134,9 +132,7 @@ def test_an_array_that_the_model_has_no_place_for(published):
 
 
 @pytest.mark.parametrize('num_classes', [5, 7])
-@pytest.mark.parametrize(
-  'key, leaf', [('weight', 'head/kernel'), ('bias', 'head/bias')]
-)
+@pytest.mark.parametrize('key, leaf', [('weight', 'head/kernel'), ('bias', 'head/bias')])
 def test_half_a_head(published, key, leaf, num_classes):
   path, _ = published('swin-timm-padded', [f'head.fc.{key}'])
   message = refused_by_name(path, num_classes=num_classes)
@@ -230,9 +226,7 @@ def test_no_array_of_a_checkpoint_may_differ(monkeypatch, case, how):
     shapes[key] = (*shape, 1) if how == 'axis' else (shape[0] + 1, *shape[1:])
     if how == 'drop':
       del shapes[key]
-    checkpoint = loading.formats.Checkpoint(
-      fake_checkpoint.weights(shapes), shapes, 'safetensors'
-    )
+    checkpoint = loading.formats.Checkpoint(fake_checkpoint.weights(shapes), shapes, 'safetensors')
     fetched = loading.sources.Fetched(
       (), golden['config'], {'source': 'there', 'revision': None, 'files': {}}
     )

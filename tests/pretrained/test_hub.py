@@ -8,16 +8,7 @@ import types
 import hub_stand_in
 import huggingface_hub
 import pytest
-from hub_stand_in import (
-  COMMIT,
-  CONFIG,
-  REPOSITORY,
-  WEIGHTS,
-  refused,
-  sha256,
-  sharded,
-  unreachable,
-)
+from hub_stand_in import COMMIT, CONFIG, REPOSITORY, WEIGHTS, refused, sha256, sharded, unreachable
 from huggingface_hub import constants
 
 from fulllora_jax.pretrained import formats, sources
@@ -157,9 +148,7 @@ def test_offline_without_cache(hub, offline):
   message = refused(HUB)
   page = f'{constants.ENDPOINT}/{REPOSITORY}/tree/main'
   assert 'HF_HUB_OFFLINE is set, and it is not in the cache' in message
-  assert f'download model.safetensors (or .npz) and config.json of {page}' in (
-    message
-  )
+  assert f'download model.safetensors (or .npz) and config.json of {page}' in (message)
   assert 'give their folder as base.source' in message
 
 
@@ -215,7 +204,5 @@ def test_the_hub_with_a_full_disk(hub, full_disk):
 
 def test_a_branch_that_moves_during_the_download(hub, monkeypatch, tmp_path):
   moved = tmp_path / 'newer' / 'config.json'
-  monkeypatch.setattr(
-    'fulllora_jax.pretrained.hub._config_of_hub', lambda *args: moved
-  )
+  monkeypatch.setattr('fulllora_jax.pretrained.hub._config_of_hub', lambda *args: moved)
   assert 'main changed during the download; run again' in refused(HUB)

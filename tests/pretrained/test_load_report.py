@@ -20,9 +20,7 @@ def load_report(path, **wanted):
 
 
 def row(report, name, action):
-  (found,) = (
-    row for row in report.rows if (row.name, row.action) == (name, action)
-  )
+  (found,) = (row for row in report.rows if (row.name, row.action) == (name, action))
   return found
 
 
@@ -76,11 +74,7 @@ def test_all_that_is_not_plainly_loaded_is_shown(published):
   'case, wanted, note',
   [
     ('vit-timm-deit3', {}, 'zeros for the tokens without a place'),
-    (
-      'vit-timm-deit3',
-      {'image_size': 40},
-      'zeros for the tokens without a place, bicubic',
-    ),
+    ('vit-timm-deit3', {'image_size': 40}, 'zeros for the tokens without a place, bicubic'),
   ],
 )
 def test_what_happened_to_positions_is_noted(published, case, wanted, note):
@@ -114,22 +108,16 @@ def test_the_text_tower_of_clip_is_one_line(published):
     for key, array in fake_checkpoint.weights(golden['shapes']).items()
   }
   projection = {'visual_projection.weight': np.ones((4, 24))}
-  path, _ = published(
-    'vit-transformers-clip', golden['shapes'], **texts, **images, **projection
-  )
+  path, _ = published('vit-transformers-clip', golden['shapes'], **texts, **images, **projection)
   config = {'vision_config': golden['config']}
   (path / 'config.json').write_text(json.dumps(config))
   report = load_report(path, num_classes=5)
   lines = report.summary().splitlines()
   texts_lines = [line for line in lines if 'text tower' in line]
   assert texts_lines == [
-    '  unused: logit_scale and 4 more (of the text tower; only images are '
-    'classified here)'
+    '  unused: logit_scale and 4 more (of the text tower; only images are classified here)'
   ]
-  assert (
-    '  unused: visual_projection.weight (leads to the texts, not to classes)'
-    in lines
-  )
+  assert '  unused: visual_projection.weight (leads to the texts, not to classes)' in lines
   assert counts(report) == (len(report.rows) - 8, 0, 2, 6)
   assert report.name == 'clip' and report.model['act'] == 'quick_gelu'
   assert row(report, 'logit_scale', 'unused').shape == ()
@@ -153,9 +141,7 @@ def test_the_table_has_every_row(published):
   assert rule == '| --- | --- | --- | --- | --- |'
   assert len(lines) == len(report.rows)
   assert f'| resized | {POSITIONS} | 1x26x24 | 1x10x24 | bicubic |' in lines
-  assert (
-    '| new | head/bias | 7 | - | zeros; the checkpoint has 5 classes |' in lines
-  )
+  assert '| new | head/bias | 7 | - | zeros; the checkpoint has 5 classes |' in lines
   assert '| loaded | cls | 1x1x24 | 1x1x24 |  |' in lines
 
 
@@ -166,20 +152,14 @@ def test_the_identity_has_the_hash_of_every_file(published):
   assert report.identity == {
     'source': str(path),
     'revision': None,
-    'files': {
-      name: hashlib.sha256((path / name).read_bytes()).hexdigest()
-      for name in files
-    },
+    'files': {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in files},
   }
 
 
 def shown_normalisation(path):
   """Returns (mean, std), which the summary shows and the model has."""
   model, _, report = pretrained.load(path)
-  numbers = [
-    ', '.join(f'{value:g}' for value in values)
-    for values in (report.mean, report.std)
-  ]
+  numbers = [', '.join(f'{value:g}' for value in values) for values in (report.mean, report.std)]
   assert f'mean {numbers[0]}, std {numbers[1]}' in report.summary()
   assert (model.mean, model.std) == (report.mean, report.std)
   return report.mean, report.std
@@ -193,17 +173,13 @@ def test_normalisation_of_a_timm_config(published, nested):
     del config['pretrained_cfg']
     (path / 'config.json').write_text(json.dumps(config))
   expected = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-  assert shown_normalisation(path) == (
-    expected if nested else ((0.1,) * 3, (0.7,) * 3)
-  )
+  assert shown_normalisation(path) == (expected if nested else ((0.1,) * 3, (0.7,) * 3))
 
 
 def test_empty_fields_of_a_timm_config_are_as_none(published):
   path, _ = published('vit-timm-siglip')
   config = {'architecture': None, 'pretrained_cfg': None, 'num_classes': 5}
-  (path / 'config.json').write_text(
-    json.dumps(config | {'model_args': {'num_heads': 3}})
-  )
+  (path / 'config.json').write_text(json.dumps(config | {'model_args': {'num_heads': 3}}))
   assert shown_normalisation(path) == ((0.5,) * 3, (0.5,) * 3)
 
 
@@ -220,9 +196,7 @@ def test_normalisation_of_a_preprocessor(published):
     ('swin-transformers', (IMAGENET_MEAN, IMAGENET_STD)),
   ],
 )
-def test_normalisation_of_the_family_without_a_preprocessor(
-  published, case, expected
-):
+def test_normalisation_of_the_family_without_a_preprocessor(published, case, expected):
   path, _ = published(case)
   (path / 'preprocessor_config.json').unlink(missing_ok=True)
   assert shown_normalisation(path) == expected

@@ -42,9 +42,7 @@ def test_logits_are_those_of_the_authors_code(published, case):
 
 @pytest.mark.parametrize('case', CASES)
 def test_exactly_one_layout_recognises_it(case):
-  shapes = {
-    k: tuple(v) for k, v in fake_checkpoint.read(case)['shapes'].items()
-  }
+  shapes = {k: tuple(v) for k, v in fake_checkpoint.read(case)['shapes'].items()}
   found = [layout for layout in loading.LAYOUTS if layout.recognises(shapes)]
   assert len(found) == 1
 
@@ -62,25 +60,17 @@ def test_exactly_one_layout_recognises_it(case):
     pytest.param('convit-timm', marks=pytest.mark.slow),
   ],
 )
-def test_the_adapter_starts_silent_and_every_leaf_of_it_learns(
-  published, case, fill
-):
+def test_the_adapter_starts_silent_and_every_leaf_of_it_learns(published, case, fill):
   path, golden = published(case)
   model, variables, report = pretrained.load(path, num_classes=5)
   with_made_up_head(variables, 5)
   maps = models.linear_maps(report.name)
-  roles = {
-    path: LNLoRA(rank=2, alpha=2)
-    for role, path in maps.items()
-    if role != 'head'
-  }
+  roles = {path: LNLoRA(rank=2, alpha=2) for role, path in maps.items() if role != 'head'}
   adapted = attach(model, roles)
   images = jnp.asarray(fake_checkpoint.images(golden['image_size']))
   adapter = adapted.init_adapter(jax.random.key(0), variables, images)
   whole = variables | {'lnlora': adapter}
-  np.testing.assert_array_equal(
-    adapted.apply(whole, images), model.apply(variables, images)
-  )
+  np.testing.assert_array_equal(adapted.apply(whole, images), model.apply(variables, images))
 
   @jax.jit
   @jax.grad

@@ -36,17 +36,13 @@ def normal(*shape, dtype=np.float32):
 @pytest.mark.parametrize('case', cases('position'))
 def test_position_embedding_as_timm(case):
   _, grids, prefix = case.split()
-  old, new = (
-    tuple(int(side) for side in grid.split('x')) for grid in grids.split('-')
-  )
+  old, new = (tuple(int(side) for side in grid.split('x')) for grid in grids.split('-'))
   prefix, array = int(prefix), GOLDEN[f'{case}/in']
   found = resize.position_embedding(array, new, prefix, old)
   check(case, found)
   np.testing.assert_array_equal(found[:, :prefix], array[:, :prefix])
   if old[0] == old[1]:
-    np.testing.assert_array_equal(
-      resize.position_embedding(array, new, prefix), found
-    )
+    np.testing.assert_array_equal(resize.position_embedding(array, new, prefix), found)
 
 
 @pytest.mark.parametrize('grid', [(3, 3), (9, 9), (2, 7)])
@@ -95,10 +91,7 @@ def test_flexi_upsampling_keeps_every_answer(old, new):
   # A patch is resized as a grid of positions is.
   larger = resize.position_embedding(patch.reshape(1, -1, 3), (new, new), 0)
   np.testing.assert_allclose(
-    embed(larger.reshape(new, new, 3), resized),
-    embed(patch, kernel),
-    rtol=1e-4,
-    atol=1e-4,
+    embed(larger.reshape(new, new, 3), resized), embed(patch, kernel), rtol=1e-4, atol=1e-4
   )
 
 
@@ -153,9 +146,7 @@ def test_table_of_no_window(rows):
 
 def test_head_rows():
   kernel, bias = normal(4, 3), normal(3)
-  new_kernel, new_bias = (
-    resize.head_rows(head, (2, -1, 0, 2)) for head in (kernel, bias)
-  )
+  new_kernel, new_bias = (resize.head_rows(head, (2, -1, 0, 2)) for head in (kernel, bias))
   zero = np.zeros(4, np.float32)
   expected = [kernel[:, 2], zero, kernel[:, 0], kernel[:, 2]]
   np.testing.assert_array_equal(new_kernel, np.stack(expected, axis=1))

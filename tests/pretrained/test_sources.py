@@ -55,10 +55,7 @@ def test_a_file_and_its_folder(tmp_path, monkeypatch):
     assert fetched.identity == {
       'source': source.replace('~', str(tmp_path)),
       'revision': None,
-      'files': {
-        'model.safetensors': sha256(WEIGHTS),
-        'config.json': sha256(CONFIG),
-      },
+      'files': {'model.safetensors': sha256(WEIGHTS), 'config.json': sha256(CONFIG)},
     }
     assert json.loads(json.dumps(fetched.identity)) == fetched.identity
 

@@ -20,14 +20,7 @@ def evaluation(**changes):
   left, cascade = 200, []
   for attack, broken, seconds in CASCADE:
     left -= broken
-    cascade.append(
-      {
-        'attack': attack,
-        'accuracy': left / 200,
-        'broken': broken,
-        'seconds': seconds,
-      }
-    )
+    cascade.append({'attack': attack, 'accuracy': left / 200, 'broken': broken, 'seconds': seconds})
   per_class = [
     {'label': 0, 'num_examples': 50, 'clean': 45, 'num_correct': 20},
     {'label': 1, 'num_examples': 50, 'clean': 50, 'num_correct': 0},
@@ -77,8 +70,7 @@ CLEAN = evaluation(attack='clean', num_correct=180, accuracy=0.9)
 
 def test_the_headline_is_one_number_with_all_that_it_depends_on():
   assert attack_report.headline(evaluation()) == (
-    'AutoAttack (worst case), best: 50.0 % [43.1, 56.9] of 200 test images; '
-    'linf, eps 8/255'
+    'AutoAttack (worst case), best: 50.0 % [43.1, 56.9] of 200 test images; linf, eps 8/255'
   )
 
 
@@ -121,10 +113,7 @@ def remarks(**changes):
 
 def test_remarks_say_how_it_was_computed_and_that_it_was_verified():
   how, verified = remarks()
-  assert how == (
-    'computed in float32, matmul precision highest; seed 7, examples '
-    '0123456789abcdef'
-  )
+  assert how == ('computed in float32, matmul precision highest; seed 7, examples 0123456789abcdef')
   assert verified.startswith('001-best.npz: verified in a fresh forward pass')
 
 

@@ -13,11 +13,7 @@ from PIL import Image
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.reports import curves
-from fulllora_jax.reports.pictures import (
-  draw_curves,
-  draw_eps_sweep,
-  draw_examples,
-)
+from fulllora_jax.reports.pictures import draw_curves, draw_eps_sweep, draw_examples
 
 SVG = '{http://www.w3.org/2000/svg}'
 
@@ -56,18 +52,10 @@ def example_history(steps=50):
   for step in range(1, steps + 1):
     loss = None if step == 7 else 1 / step
     rows.append(
-      {
-        'step': step,
-        'kind': 'train',
-        'loss': loss,
-        'clean_accuracy': 0.9,
-        'robust_accuracy': 0.4,
-      }
+      {'step': step, 'kind': 'train', 'loss': loss, 'clean_accuracy': 0.9, 'robust_accuracy': 0.4}
     )
     if step % 10 == 0:
-      rows.append(
-        {'step': step, 'kind': 'validation', 'clean_accuracy': step / 100}
-      )
+      rows.append({'step': step, 'kind': 'validation', 'clean_accuracy': step / 100})
   return rows
 
 
@@ -181,9 +169,7 @@ def test_only_what_must_be_there(tmp_path):
   examples['adversarial'] = examples['clean']  # no difference to magnify
   draw_examples(examples, tmp_path / 'examples.svg')
   read = Read(tmp_path / 'examples.svg')
-  assert not read.all('text', 'small good') and not read.all(
-    'text', 'small bad'
-  )
+  assert not read.all('text', 'small good') and not read.all('text', 'small bad')
 
 
 def test_names_are_text_whatever_is_in_them(tmp_path):
@@ -262,9 +248,7 @@ def test_a_sweep_of_clean_images_alone(tmp_path):
   assert not Read(tmp_path / 'sweep.svg').all('path')
 
 
-@pytest.mark.skipif(
-  not shutil.which('chromium'), reason='there is no chromium to show it in'
-)
+@pytest.mark.skipif(not shutil.which('chromium'), reason='there is no chromium to show it in')
 def test_a_browser_shows_it_light_and_dark(tmp_path):
   draw_examples(images(), tmp_path / 'examples.svg')
   corners = []

@@ -69,9 +69,7 @@ def test_wilson_interval_agrees_with_its_definition():
   for correct, total in ((1, 7), (45, 100), (9_999, 10_000)):
     for end in wilson_interval(correct, total):
       distance = abs(correct / total - end)
-      assert distance == pytest.approx(
-        1.959964 * np.sqrt(end * (1 - end) / total), rel=1e-5
-      )
+      assert distance == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / total), rel=1e-5)
 
 
 def test_wilson_interval_at_the_ends():
@@ -82,9 +80,7 @@ def test_wilson_interval_at_the_ends():
   assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
-@pytest.mark.parametrize(
-  'arguments', [(-1, 10), (11, 10), (0, 0), (5, 10, 1.0), (5, 10, 0.0)]
-)
+@pytest.mark.parametrize('arguments', [(-1, 10), (11, 10), (0, 0), (5, 10, 1.0), (5, 10, 0.0)])
 def test_wilson_interval_refuses(arguments):
   with pytest.raises(UserError, match='no interval for'):
     wilson_interval(*arguments)
@@ -139,9 +135,7 @@ def test_write_report_minimal(tmp_path):
   ]  # fmt: skip
   assert json.loads((tmp_path / 'report.json').read_text()) == example_report()
   text = path.read_text()
-  assert (
-    '66.7 % under cw_linf-20, the strongest attack tried (base: 0.0 %)' in text
-  )
+  assert '66.7 % under cw_linf-20, the strongest attack tried (base: 0.0 %)' in text
   assert '92.5 % clean accuracy (base: 97.2 %)' in text
   assert '| pgd-20 | 0.3 [0.0, 1.6] | 69.4 [64.5, 74.0] |' in text
   assert '- **pgd-20**: linf, eps 8/255, 20 steps of 0.007843\n' in text
@@ -200,9 +194,7 @@ def test_standard_training_reads_sensibly(tmp_path):
 
 
 def test_json_is_strict(tmp_path):
-  report = example_report(
-    seconds={'train': float('nan')}, best_step=np.int64(3), extra=tmp_path
-  )
+  report = example_report(seconds={'train': float('nan')}, best_step=np.int64(3), extra=tmp_path)
   report['seconds'] = {'train': np.float32(1.5)}
   report['nothing'] = [float('inf'), np.arange(2)]
   write_report(tmp_path, report, [], None)

@@ -49,9 +49,7 @@ def main():
   x = test.fetch(chosen).astype(np.float32) / 255
   labels = test.labels[chosen]
   loaded = classifier.load(args.workdir, which=args.weights)
-  torch_model = TorchViT(
-    jax.device_get(loaded.variables), loaded.metadata['config']
-  ).eval()
+  torch_model = TorchViT(jax.device_get(loaded.variables), loaded.metadata['config']).eval()
   apart = np.abs(_torch_logits(torch_model, x) - loaded.logits(x)).max()
   print(f'logits of the two models differ by at most {apart:.2g}')
 
@@ -97,9 +95,7 @@ def _ours(args, threat, x, labels):
   return {
     'seconds': time.perf_counter() - started,  # with compilation
     'robust': result.robust,
-    'after': dict(
-      zip(result.cascade.attacks, result.cascade.accuracy, strict=True)
-    ),
+    'after': dict(zip(result.cascade.attacks, result.cascade.accuracy, strict=True)),
     'arrays': {'x_adv': result.x_adv, 'robust': result.robust},
   }
 

@@ -86,9 +86,7 @@ def test_best_last_and_their_paths(finished, images):
   assert classifier.load(finished.workdir, which='last').metadata['step'] == 12
 
 
-def test_a_copied_run_loads_onto_the_base_copied_with_it(
-  finished_copy, loaded, images
-):
+def test_a_copied_run_loads_onto_the_base_copied_with_it(finished_copy, loaded, images):
   # The copy's own base is read: with that one gone, it does not load.
   np.testing.assert_array_equal(
     classifier.load(finished_copy).logits(images), loaded.logits(images)
@@ -101,8 +99,7 @@ def test_the_base_may_lie_elsewhere(finished_copy, tmp_path, loaded, images):
   (finished_copy / 'base').rename(tmp_path / 'moved')
   for base in (tmp_path / 'moved', tmp_path / 'moved' / 'best'):
     np.testing.assert_array_equal(
-      classifier.load(finished_copy, base=base).logits(images),
-      loaded.logits(images),
+      classifier.load(finished_copy, base=base).logits(images), loaded.logits(images)
     )
 
 
@@ -164,9 +161,7 @@ def test_a_base_with_another_head_will_do(finished_copy, loaded, images):
   # The head is trained: it comes with the adapter.
   rewrite(
     finished_copy / 'base' / 'best',
-    lambda leaves, _: leaves.update(
-      {'params/head/bias': leaves['params/head/bias'] + 1}
-    ),
+    lambda leaves, _: leaves.update({'params/head/bias': leaves['params/head/bias'] + 1}),
   )
   np.testing.assert_array_equal(
     classifier.load(finished_copy).logits(images), loaded.logits(images)
@@ -177,9 +172,7 @@ def test_a_base_with_another_head_will_do(finished_copy, loaded, images):
   'change, words',
   [
     (
-      lambda leaves, _: leaves.update(
-        {KERNEL: np.ones((4, 4, 1, 16), np.float32)}
-      ),
+      lambda leaves, _: leaves.update({KERNEL: np.ones((4, 4, 1, 16), np.float32)}),
       rf'is not the base of .*: {KERNEL} has shape \(4, 4, 1, 16\)',
     ),
     (lambda leaves, _: leaves.pop(KERNEL), f'{KERNEL} is missing'),
@@ -244,16 +237,12 @@ def test_every_method_trains_and_loads(
   small_config.train.steps = 1
   small_config.eval.validation_attack = 'clean'
   base = finished.workdir / 'base'
-  loop.Training(
-    small_config, tmp_path, digits, pretrained.find_artefact(base)
-  ).run()
+  loop.Training(small_config, tmp_path, digits, pretrained.find_artefact(base)).run()
   loaded = classifier.load(tmp_path)
   assert trained in loaded.metadata['leaves']
   assert frozen not in loaded.metadata['leaves']
   assert loaded.metadata['method'] == method
-  np.testing.assert_array_equal(
-    loaded.base_logits(images), classifier.load(base).logits(images)
-  )
+  np.testing.assert_array_equal(loaded.base_logits(images), classifier.load(base).logits(images))
   assert np.abs(loaded.logits(images) - loaded.base_logits(images)).max() > 0
   with pytest.raises(UserError, match='another base'):
     wrong = shutil.copytree(base, tmp_path / 'wrong')

@@ -110,37 +110,25 @@ def test_the_header_needs_no_other_file(adapter, loaded):
   assert 'dropout' not in metadata['model']
   left_out = {'format', 'leaves'}
   assert metadata['run'] == {
-    name: value
-    for name, value in loaded.metadata.items()
-    if name not in left_out
+    name: value for name, value in loaded.metadata.items() if name not in left_out
   }
 
 
-def test_with_base_a_file_is_the_whole_model(
-  finished, tmp_path, loaded, images
-):
-  written = export.to_safetensors(
-    finished.workdir, tmp_path / 'm.safetensors', with_base=True
-  )
+def test_with_base_a_file_is_the_whole_model(finished, tmp_path, loaded, images):
+  written = export.to_safetensors(finished.workdir, tmp_path / 'm.safetensors', with_base=True)
   variables, metadata = export.read_safetensors(written.path)
   assert metadata['contents'] == 'model'
   wanted = trees.named_leaves(loaded.variables)
   found = trees.named_leaves(variables)
   assert trees.first_difference(wanted, found) is None
   np.testing.assert_allclose(
-    jax.jit(loaded.model.apply)(variables, images),
-    loaded.logits(images),
-    atol=1e-5,
+    jax.jit(loaded.model.apply)(variables, images), loaded.logits(images), atol=1e-5
   )
   assert written.difference == 0
 
 
-def test_an_exported_adapter_loads_onto_its_base(
-  adapter, finished, loaded, images, tmp_path
-):
-  base = export.to_safetensors(
-    finished.workdir / 'base', tmp_path / 'base.safetensors'
-  )
+def test_an_exported_adapter_loads_onto_its_base(adapter, finished, loaded, images, tmp_path):
+  base = export.to_safetensors(finished.workdir / 'base', tmp_path / 'base.safetensors')
   for place in (finished.workdir / 'base', base.path):
     again = classifier.load(adapter.path, base=place)
     np.testing.assert_array_equal(again.logits(images), loaded.logits(images))
@@ -152,19 +140,13 @@ def test_an_exported_adapter_is_refused_on_another_base(adapter, finished):
 
 
 def test_an_exported_model_is_no_adapter(finished, tmp_path):
-  model = export.to_safetensors(
-    finished.workdir, tmp_path / 'model.safetensors', with_base=True
-  )
-  with pytest.raises(
-    UserError, match='holds a whole model.*without --with_base'
-  ):
+  model = export.to_safetensors(finished.workdir, tmp_path / 'model.safetensors', with_base=True)
+  with pytest.raises(UserError, match='holds a whole model.*without --with_base'):
     classifier.load(model.path, base=finished.workdir / 'base')
 
 
 def test_best_and_last_are_told_apart(finished, adapter, tmp_path):
-  last = export.to_safetensors(
-    finished.workdir, tmp_path / 'last.safetensors', which='last'
-  )
+  last = export.to_safetensors(finished.workdir, tmp_path / 'last.safetensors', which='last')
   _, metadata = export.read_safetensors(last.path)
   _, best = export.read_safetensors(adapter.path)
   assert metadata['run']['step'] == 12 != best['run']['step']
@@ -180,9 +162,7 @@ def test_a_base_that_moved(finished_copy, tmp_path):
 def test_the_program_computes_what_the_run_does(stablehlo, loaded, images):
   logits = export.load_stablehlo(stablehlo.path)
   for count in (1, 3):
-    np.testing.assert_allclose(
-      logits(images[:count]), loaded.logits(images[:count]), atol=1e-5
-    )
+    np.testing.assert_allclose(logits(images[:count]), loaded.logits(images[:count]), atol=1e-5)
 
   def run_logits(x):
     return loaded.model.apply(loaded.variables, x)
@@ -190,12 +170,7 @@ def test_the_program_computes_what_the_run_does(stablehlo, loaded, images):
   def gradient(function):
     return jax.jit(jax.grad(lambda x: (function(x) ** 2).sum()))(images)
 
-  np.testing.assert_allclose(
-    gradient(logits),
-    gradient(run_logits),
-    rtol=1e-4,
-    atol=1e-4,
-  )
+  np.testing.assert_allclose(gradient(logits), gradient(run_logits), rtol=1e-4, atol=1e-4)
 
 
 def test_the_program_needs_jax_alone(stablehlo, images):
@@ -222,9 +197,7 @@ def test_the_command(run_python, run_here, finished_copy):
     (run_python, 'safetensors', 'adapter.safetensors'),
     (run_here, 'stablehlo', 'model.stablehlo'),
   ):
-    done = run(
-      '-m', 'fulllora_jax.export', f'--workdir={finished_copy}', f'--to={kind}'
-    )
+    done = run('-m', 'fulllora_jax.export', f'--workdir={finished_copy}', f'--to={kind}')
     assert done.returncode == 0, done.stderr
     path = finished_copy / 'export' / name
     assert f'{path}: {path.stat().st_size:,} bytes' in done.stdout
@@ -243,9 +216,7 @@ def test_the_command(run_python, run_here, finished_copy):
   ],
 )
 def test_bad_flags_are_one_line(run_here, finished, flags, words):
-  done = run_here(
-    '-m', 'fulllora_jax.export', f'--workdir={finished.workdir}', *flags
-  )
+  done = run_here('-m', 'fulllora_jax.export', f'--workdir={finished.workdir}', *flags)
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert words in line
@@ -272,9 +243,7 @@ def test_a_disk_that_fills_up(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('value', [3.0, np.nan])
-def test_a_wrong_file_never_gets_its_name(
-  finished, tmp_path, monkeypatch, value
-):
+def test_a_wrong_file_never_gets_its_name(finished, tmp_path, monkeypatch, value):
   encode = adapter_file.encode
 
   def wrong(leaves, metadata):
@@ -309,9 +278,7 @@ def test_damaged_and_foreign_safetensors(adapter, copy_of, change, words):
 def test_a_missing_file(tmp_path):
   missing = tmp_path / 'x.safetensors'
   refused('x.safetensors: No such file', export.read_safetensors, missing)
-  refused(
-    'x.stablehlo: No such', export.load_stablehlo, tmp_path / 'x.stablehlo'
-  )
+  refused('x.stablehlo: No such', export.load_stablehlo, tmp_path / 'x.stablehlo')
 
 
 def test_a_newer_format(monkeypatch, tmp_path):
@@ -337,9 +304,7 @@ def test_leaves_of_any_float_dtype_and_shape():
     ('lnlora', 'half'): np.arange(3).astype(ml_dtypes.bfloat16),
     ('lnlora', 'empty'): np.zeros((0, 2), np.float16),
   }
-  found, read = adapter_file.decode(
-    adapter_file.encode(leaves, metadata), 'here'
-  )
+  found, read = adapter_file.decode(adapter_file.encode(leaves, metadata), 'here')
   assert read == metadata | {'format_version': 1}
   assert found.keys() == leaves.keys()
   for path, leaf in leaves.items():
@@ -373,9 +338,7 @@ def test_a_program_that_jax_cannot_read(stablehlo, copy_of, monkeypatch):
   monkeypatch.setattr(program, 'decode', unknown)
   path = copy_of(stablehlo.path, beside=str)
   refused(
-    rf'jax {jax.__version__} cannot read .*written by jax .*version 99',
-    export.load_stablehlo,
-    path,
+    rf'jax {jax.__version__} cannot read .*written by jax .*version 99', export.load_stablehlo, path
   )
 
 
@@ -410,9 +373,7 @@ def test_pytorch_is_asked_for_by_name(run_python):
     ('layernorm', {}),
   ],
 )  # fmt: skip
-def test_every_kind_of_adapter_goes_out(
-  tiny_config, write_run, tmp_path, method, added
-):
+def test_every_kind_of_adapter_goes_out(tiny_config, write_run, tmp_path, method, added):
   write_run(tmp_path, tiny_config(method))
   loaded = classifier.load(tmp_path)
   written = export.to_safetensors(tmp_path)

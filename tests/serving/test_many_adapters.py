@@ -111,9 +111,7 @@ def test_an_adapter_for_each_image(many, images, alone):
   expected = np.stack([alone[name][i] for i, name in enumerate(MIXTURE)])
   mixed = many.logits(images, MIXTURE)
   np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
-  np.testing.assert_array_equal(
-    many.predict(images, np.array(MIXTURE)), expected.argmax(axis=1)
-  )
+  np.testing.assert_array_equal(many.predict(images, np.array(MIXTURE)), expected.argmax(axis=1))
 
 
 def test_no_choice_compiles_anything(many, images):
@@ -140,9 +138,7 @@ def test_an_attack_switches_without_compiling(many, images):
   @jax.jit
   def attack(logits_fn):
     keys = jax.random.split(jax.random.key(0), len(images))
-    return attacks.pgd(
-      keys, logits_fn, images, labels, threat, steps=2, step_size=0.05
-    )
+    return attacks.pgd(keys, logits_fn, images, labels, threat, steps=2, step_size=0.05)
 
   found = {name: attack(many.logits_fn(name)) for name in many.names}
   assert attack._cache_size() == 1
@@ -169,9 +165,7 @@ def test_the_products_of_the_base_stay_whole(many, images):
   text = many._mixed.lower(*arguments).as_text()
   kernel = 'tensor<16x32xf32>'  # of fc1
   products = [
-    line
-    for line in text.splitlines()
-    if 'dot_general' in line and kernel in line.split('->')[0]
+    line for line in text.splitlines() if 'dot_general' in line and kernel in line.split('->')[0]
   ]
   assert products
   assert not [line for line in products if 'batching_dims' in line]
@@ -227,12 +221,9 @@ def test_a_wrong_adapter_is_refused(many, images, names, words):
 
 
 def test_wrong_images_are_refused(many, images):
+  refused(r'values in .*, expected \[0, 1\]', lambda: many.logits(2 - images, 'l2'))
   refused(
-    r'values in .*, expected \[0, 1\]', lambda: many.logits(2 - images, 'l2')
-  )
-  refused(
-    r'expected \[B, H, W, C\]',
-    lambda: jax.jit(many.logits, static_argnums=1)(images[0], 'l2'),
+    r'expected \[B, H, W, C\]', lambda: jax.jit(many.logits, static_argnums=1)(images[0], 'l2')
   )
 
 
@@ -243,10 +234,7 @@ def test_wrong_images_are_refused(many, images):
     ({'base': 'runs/a'}, "'base' stands for the base .*; give runs/a another"),
     ({'': 'runs/a'}, "adapter name '': give each a text"),
     ({1: 'runs/a'}, 'adapter name 1: give each a text'),
-    (
-      ['runs/a', 'runs/b'],
-      r'a name for each of several, {name: path}; .* list',
-    ),
+    (['runs/a', 'runs/b'], r'a name for each of several, {name: path}; .* list'),
   ],
 )
 def test_wrong_names_are_refused(given, words):

@@ -58,22 +58,10 @@ def method(name):
   [
     (method('full'), {}, "'b': method full trained all .* load runs/1 by its"),
     (method('linear'), {}, r'adapter\.targets is \[\], not \['),
-    (
-      method('lora_everywhere'),
-      {},
-      'layer_norm of the branch .* is False, not True',
-    ),
-    (
-      field('adapter', targets=('query',)),
-      {},
-      r'adapter\.targets is \[.*query',
-    ),
+    (method('lora_everywhere'), {}, 'layer_norm of the branch .* is False, not True'),
+    (field('adapter', targets=('query',)), {}, r'adapter\.targets is \[.*query'),
     (field('adapter', epsilon=0.5), {}, 'epsilon of the branch .* is 0.5, not'),
-    (
-      field('adapter', head='frozen'),
-      {},
-      r'head/bias is not trained, not \(3,\)',
-    ),
+    (field('adapter', head='frozen'), {}, r'head/bias is not trained, not \(3,\)'),
     (field('model', mean=(0.2,)), {}, r'model.mean is \(0.2,\), not \(0.5,\)'),
     (field('model', depth=2), {}, 'model.depth is 2, not 1'),
     (field('model', dtype='bfloat16'), {}, 'model.dtype is .*bfloat16'),
@@ -127,9 +115,7 @@ def _base(adapter, head):
   """Random parameters for an adapter's base, with that head."""
   shapes = trees.prune(adapter.frozen)['params']
   rng = np.random.default_rng(3)
-  frozen = jax.tree.map(
-    lambda s: rng.normal(0, 0.3, s.shape).astype(s.dtype), shapes
-  )
+  frozen = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(s.dtype), shapes)
   return trees.override(frozen, head)
 
 
@@ -142,10 +128,7 @@ def test_a_base_has_silent_bottlenecks(adapter, name):
   images = np.random.default_rng(0).uniform(size=(2, *SHAPE)).astype('f4')
   adapted, bare = (
     stack.model.apply(
-      trees.override(
-        {'params': params},
-        jax.tree.map(lambda leaf, i=i: leaf[i], stack.leaves),
-      ),
+      trees.override({'params': params}, jax.tree.map(lambda leaf, i=i: leaf[i], stack.leaves)),
       images,
     )
     for i in (0, 1)
@@ -179,9 +162,7 @@ def test_of_one_rank_nothing_is_changed(adapter):
     ({}, 5, r'params/head/bias has shape \(5,\), expected \(3,\)'),
   ],
 )
-def test_a_base_with_no_head_for_these_classes_is_not_offered(
-  adapter, metadata, classes, words
-):
+def test_a_base_with_no_head_for_these_classes_is_not_offered(adapter, metadata, classes, words):
   own = adapter(**metadata)
   head = {'head': {'kernel': np.zeros((8, classes)), 'bias': np.zeros(classes)}}
   stack = stacking.stack({'a': own}, _base(own, head))

@@ -56,12 +56,8 @@ def by_hand(params, **changed):
     'blocks.0.attn.qkv.weight': np.concatenate(
       [np.reshape(part['kernel'], (16, 16)).T for part in parts]
     ),
-    'blocks.0.attn.qkv.bias': np.concatenate(
-      [np.ravel(part['bias']) for part in parts]
-    ),
-    'blocks.0.attn.proj.weight': np.reshape(
-      attention['out']['kernel'], (16, 16)
-    ).T,
+    'blocks.0.attn.qkv.bias': np.concatenate([np.ravel(part['bias']) for part in parts]),
+    'blocks.0.attn.proj.weight': np.reshape(attention['out']['kernel'], (16, 16)).T,
     'blocks.0.attn.proj.bias': attention['out']['bias'],
   }
   for name, ours in (
@@ -77,9 +73,7 @@ def by_hand(params, **changed):
   ):
     arrays[f'{name}.weight'] = np.asarray(ours['kernel']).T
     arrays[f'{name}.bias'] = ours['bias']
-  model.load_state_dict(
-    {k: torch.tensor(np.array(v)) for k, v in arrays.items()}
-  )
+  model.load_state_dict({k: torch.tensor(np.array(v)) for k, v in arrays.items()})
   return model
 
 
@@ -106,9 +100,7 @@ def assert_same_model(model, loaded, images):
 
   given = torch_images(images).requires_grad_()
   (gradient,) = torch.autograd.grad((model(given) ** 2).sum(), given)
-  assert_close(
-    gradient.numpy().transpose(0, 2, 3, 1), jax.jit(jax.grad(loss))(images)
-  )
+  assert_close(gradient.numpy().transpose(0, 2, 3, 1), jax.jit(jax.grad(loss))(images))
 
 
 def refused(words, function, *args, **kwargs):
@@ -131,9 +123,7 @@ def test_attach_is_load(run, base, images):
   attached = torch_adapter.attach(base, adapter)
   assert attached.model is base
   np.testing.assert_allclose(
-    torch_logits(attached, images),
-    torch_logits(torch_adapter.load(whole), images),
-    atol=1e-6,
+    torch_logits(attached, images), torch_logits(torch_adapter.load(whole), images), atol=1e-6
   )
 
 
@@ -226,9 +216,7 @@ def test_leaves_that_have_no_place(run, tmp_path, base):
   path.write_bytes(adapter_file.encode(more, metadata))
   refused('has fc/kernel', torch_adapter.attach, base, path)
   branches = {'fc': metadata['branches'].popitem()[1]}
-  path.write_bytes(
-    adapter_file.encode(leaves, metadata | {'branches': branches})
-  )
+  path.write_bytes(adapter_file.encode(leaves, metadata | {'branches': branches}))
   refused('a branch at fc', torch_adapter.attach, base, path)
 
 
@@ -271,9 +259,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     (dict(pool='token'), {}, 'full'),
   ],
 )
-def test_every_choice_of_a_config(
-  tiny_config, write_run, tmp_path, model, adapter, method
-):
+def test_every_choice_of_a_config(tiny_config, write_run, tmp_path, model, adapter, method):
   config = tiny_config(method, **model)
   config.adapter.update(adapter)
   write_run(tmp_path, config)
@@ -285,20 +271,9 @@ def test_every_choice_of_a_config(
 
 
 @pytest.mark.parametrize(
-  'method, kind',
-  [
-    ('adapter', 'bottleneck'),
-    ('adaptformer', 'bottleneck'),
-    ('vpt', 'prompts'),
-  ],
+  'method, kind', [('adapter', 'bottleneck'), ('adaptformer', 'bottleneck'), ('vpt', 'prompts')]
 )
-def test_what_is_no_lnlora_is_refused(
-  tiny_config, write_run, tmp_path, method, kind
-):
+def test_what_is_no_lnlora_is_refused(tiny_config, write_run, tmp_path, method, kind):
   write_run(tmp_path, tiny_config(method))
   written = export.to_safetensors(tmp_path, with_base=True)
-  refused(
-    f'method {method} put {kind} at .*LNLoRA only',
-    torch_adapter.load,
-    written.path,
-  )
+  refused(f'method {method} put {kind} at .*LNLoRA only', torch_adapter.load, written.path)

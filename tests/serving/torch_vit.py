@@ -63,10 +63,7 @@ class Block(nn.Module):
     mlp, beside = params['MlpBlock_3'], branches.get('MlpBlock_3', {})
     self.fc1 = Linear(mlp['Dense_0'], beside.get('Dense_0'), adapter, width)
     self.fc2 = Linear(
-      mlp['Dense_1'],
-      beside.get('Dense_1'),
-      adapter,
-      mlp['Dense_1']['kernel'].shape[0],
+      mlp['Dense_1'], beside.get('Dense_1'), adapter, mlp['Dense_1']['kernel'].shape[0]
     )
 
   def forward(self, x):
@@ -96,14 +93,10 @@ class TorchViT(nn.Module):
     kernel = np.asarray(params['embedding']['kernel'])
     self.patch, self.pool = model['patch_size'], model['pool']
     self.mean, self.std = (
-      _tensor(np.reshape(model[name], (1, -1, 1, 1)))
-      for name in ('mean', 'std')
+      _tensor(np.reshape(model[name], (1, -1, 1, 1))) for name in ('mean', 'std')
     )
     self.embed = Linear(
-      params['embedding'],
-      branches.get('embedding'),
-      adapter,
-      int(np.prod(kernel.shape[:3])),
+      params['embedding'], branches.get('embedding'), adapter, int(np.prod(kernel.shape[:3]))
     )
     encoder = params['Transformer']
     self.position = _tensor(encoder['posembed_input']['pos_embedding'])

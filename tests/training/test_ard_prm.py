@@ -20,9 +20,7 @@ X = jnp.asarray(BATCH['image']) / 255
 Y = jnp.asarray(BATCH['label'])
 SMALL = {
   'vit': dict(depth=2, pool='map'),
-  'swin': dict(
-    name='swin', width=8, depths=(1, 1), heads=(2, 2), window=2, patch_size=2
-  ),
+  'swin': dict(name='swin', width=8, depths=(1, 1), heads=(2, 2), window=2, patch_size=2),
   'convit': dict(name='convit', width=8, depth=2, num_heads=2, local_layers=1),
 }
 
@@ -97,11 +95,7 @@ def test_not_a_bit_changes_but_in_the_gradient_that_is_dropped():
 def test_every_family_has_its_attention_gated(built_of, family):
   logits_fn, attention = built_of(family)
   plain, kept, dropped, stopped = input_gradients(
-    logits_fn,
-    leave,
-    gated(attention, KEY, 1.0),
-    gated(attention, KEY, 0.0),
-    stop_at(attention),
+    logits_fn, leave, gated(attention, KEY, 1.0), gated(attention, KEY, 0.0), stop_at(attention)
   )
   for found, expected in ((kept, plain), (dropped, stopped)):
     np.testing.assert_allclose(found[0], plain[0], rtol=1e-6)
@@ -141,9 +135,7 @@ def test_every_block_has_a_draw_of_its_own_and_pooling_has_none(built_of):
     with nn.intercept_methods(gated(attention, key, 0.5)):
       return jax.grad(lambda x: losses.cross_entropy(logits_fn(x), Y).sum())(X)
 
-  gradients = {
-    np.asarray(gradient(key)).tobytes() for key in jax.random.split(KEY, 16)
-  }
+  gradients = {np.asarray(gradient(key)).tobytes() for key in jax.random.split(KEY, 16)}
   assert len(gradients) == 4  # none, one, the other, both
 
 
@@ -185,9 +177,7 @@ def test_masked_pgd_is_a_loop_by_hand():
     mask = kept_patches(key, (8, 8), 4, 0.25)
     masks.append(np.asarray(mask))
     x_adv = X + (x_adv - X) * mask[None, :, :, None]
-    ascent = jax.grad(lambda z: losses.cross_entropy(toy(TOY, z), Y).sum())(
-      x_adv
-    )
+    ascent = jax.grad(lambda z: losses.cross_entropy(toy(TOY, z), Y).sum())(x_adv)
     x_adv = attack.threat.project(X, x_adv + 0.05 * jnp.sign(ascent))
   np.testing.assert_allclose(found, x_adv, atol=1e-6)
   assert metrics['passes'] == 3

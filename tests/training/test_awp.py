@@ -7,16 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_step import (
-  ALGORITHM,
-  ATTACK,
-  BATCH,
-  FROZEN,
-  TRAINABLE,
-  copy,
-  toy,
-  toy_step,
-)
+from test_train_step import ALGORITHM, ATTACK, BATCH, FROZEN, TRAINABLE, copy, toy, toy_step
 
 from fulllora_jax.attacks import losses
 from fulllora_jax.core import trees
@@ -116,8 +107,4 @@ def test_devices_change_nothing(warmup):
   one, metrics = toy_step(start, awp=awp)
   four, other = toy_step(start, devices=4, awp=awp)
   assert metrics['passes'] == other['passes'] == 4
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    one,
-    four,
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, four)

@@ -25,9 +25,7 @@ from fulllora_jax.training import run as run_lib
 
 CASE = 'vit-timm-plain'  # 24 px, patch 8, 3 colours, 5 classes
 ROWS = (0, 1, 2, 3, 4, 4, 3, 2, 1, 0)  # of its head, for the ten digits
-SIZES = dict(
-  model__width=24, model__depth=2, model__num_heads=3, model__mlp_dim=96
-)
+SIZES = dict(model__width=24, model__depth=2, model__num_heads=3, model__mlp_dim=96)
 
 
 def write_checkpoint(folder, weights_of=None, **config):
@@ -61,9 +59,7 @@ def one_device_each():
   """As `one_device`, for runs that a module shares."""
   with pytest.MonkeyPatch.context() as patch:
     make_mesh = mesh.make_mesh
-    patch.setattr(
-      mesh, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1])
-    )
+    patch.setattr(mesh, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1]))
     yield
 
 
@@ -73,9 +69,7 @@ def run(tmp_path_factory, digits_dir, one_device_each):
   folder = tmp_path_factory.mktemp('published')
   source = write_checkpoint(folder / 'checkpoint')
   workdir = folder / 'run'
-  report = run_lib.train_and_evaluate(
-    digits_config(source, digits_dir), workdir
-  )
+  report = run_lib.train_and_evaluate(digits_config(source, digits_dir), workdir)
   metadata = artefact.read_artefact(workdir / 'best')[1]
   loaded = fulllora_jax.load(workdir)
   images = np.random.default_rng(0).uniform(size=(4, *metadata['image_shape']))
@@ -147,9 +141,7 @@ def test_the_checkpoint_settles_the_model(run):
   assert (model.width, model.depth, model.num_heads) == (24, 2, 3)
   assert (model.act, model.patch_size) == ('gelu', 4)
   assert model.mean == tuple(published['mean'])
-  kept = config_lib.from_mapping(
-    json.loads((run.workdir / 'config.json').read_text())
-  ).model
+  kept = config_lib.from_mapping(json.loads((run.workdir / 'config.json').read_text())).model
   assert kept.act == '' and kept.mean == ()  # as it was asked for
 
 
@@ -192,16 +184,12 @@ def test_sizes_that_are_set_and_right_do_as_well(run, digits_dir):
     np.testing.assert_array_equal(leaf, base[path])
 
 
-def test_a_killed_run_goes_on_without_its_checkpoint(
-  run, run_copy, digits_dir, source_gone
-):
+def test_a_killed_run_goes_on_without_its_checkpoint(run, run_copy, digits_dir, source_gone):
   (run_copy / 'report.md').unlink()
   shutil.rmtree(run_copy / 'last')
   config = digits_config(run.source, digits_dir)
   report = run_lib.train_and_evaluate(config, run_copy)
-  for again, first in zip(
-    report['evaluations'], run.report['evaluations'], strict=True
-  ):
+  for again, first in zip(report['evaluations'], run.report['evaluations'], strict=True):
     assert again['weights'] == first['weights']
     assert again['num_correct'] == first['num_correct']
   logits = fulllora_jax.load(run_copy).logits(run.images)
@@ -211,9 +199,7 @@ def test_a_killed_run_goes_on_without_its_checkpoint(
 def test_without_its_copy_it_loads_from_where_it_was_published(run, orphan):
   loaded = fulllora_jax.load(orphan)
   np.testing.assert_array_equal(loaded.logits(run.images), run.logits)
-  np.testing.assert_array_equal(
-    loaded.base_logits(run.images), run.loaded.base_logits(run.images)
-  )
+  np.testing.assert_array_equal(loaded.base_logits(run.images), run.loaded.base_logits(run.images))
 
 
 @pytest.mark.parametrize('name', ['', 'model.safetensors'])
@@ -264,9 +250,7 @@ def record(workdir, **base_source):
 
 
 def test_a_mapped_head_makes_a_base_that_classifies(run, tmp_path, digits_dir):
-  config = digits_config(
-    run.source, digits_dir, base__label_map=ROWS, eval__attacks=('clean',)
-  )
+  config = digits_config(run.source, digits_dir, base__label_map=ROWS, eval__attacks=('clean',))
   report = run_lib.train_and_evaluate(config, tmp_path / 'run')
   weights = [e['weights'] for e in report['evaluations']]
   assert weights == ['base', 'best', 'last']
@@ -284,9 +268,7 @@ def test_a_mapped_head_makes_a_base_that_classifies(run, tmp_path, digits_dir):
 def full(run, tmp_path_factory, digits_dir):
   """A finished run of method `full`: every leaf of the checkpoint learns."""
   workdir = tmp_path_factory.mktemp('full') / 'run'
-  config = digits_config(
-    run.source, digits_dir, method='full', eval__attacks=('clean',)
-  )
+  config = digits_config(run.source, digits_dir, method='full', eval__attacks=('clean',))
   run_lib.train_and_evaluate(config, workdir)
   return workdir
 
@@ -317,9 +299,7 @@ def test_base_is_no_choice_where_its_head_is_new(run_copy, evaluate):
 
 
 def test_a_fetched_base_serves_another_run(run, tmp_path, digits_dir):
-  config = digits_config(
-    run.workdir / 'base', digits_dir, eval__attacks=('clean',), **SIZES
-  )
+  config = digits_config(run.workdir / 'base', digits_dir, eval__attacks=('clean',), **SIZES)
   report = run_lib.train_and_evaluate(config, tmp_path / 'run')
   assert {e['weights'] for e in report['evaluations']} == {'best', 'last'}
   assert report['base_fingerprint'] == run.report['base_fingerprint']
@@ -328,9 +308,7 @@ def test_a_fetched_base_serves_another_run(run, tmp_path, digits_dir):
   assert metadata['config']['model'] == run.metadata['config']['model']
 
 
-def test_a_tuned_checkpoint_is_a_base_of_its_own(
-  full, run, tmp_path, digits_dir
-):
+def test_a_tuned_checkpoint_is_a_base_of_its_own(full, run, tmp_path, digits_dir):
   config = digits_config(full, digits_dir, eval__attacks=('clean',), **SIZES)
   report = run_lib.train_and_evaluate(config, tmp_path / 'run')
   weights = [e['weights'] for e in report['evaluations']]
@@ -340,9 +318,7 @@ def test_a_tuned_checkpoint_is_a_base_of_its_own(
   assert metadata['config']['model'] == run.metadata['config']['model']
   tuned = fulllora_jax.load(full)
   loaded = fulllora_jax.load(tmp_path / 'run')
-  np.testing.assert_allclose(
-    loaded.base_logits(run.images), tuned.logits(run.images), atol=1e-5
-  )
+  np.testing.assert_allclose(loaded.base_logits(run.images), tuned.logits(run.images), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -365,12 +341,7 @@ def test_what_does_not_fit_is_said_before_training(
 def train_by_command(run, config_file, workdir, *args, **env):
   """Runs the command that must fail; returns its one line."""
   done = run(
-    '-m',
-    'fulllora_jax.main',
-    f'--config={config_file}',
-    f'--workdir={workdir}',
-    *args,
-    **env,
+    '-m', 'fulllora_jax.main', f'--config={config_file}', f'--workdir={workdir}', *args, **env
   )
   assert done.returncode == 2, done.stderr
   lines = [line for line in done.stderr.splitlines() if line]
@@ -392,9 +363,7 @@ def test_a_missing_checkpoint_is_one_line(run_here, tmp_path, digits_dir):
   assert f'{missing}: no such file or folder' in line
 
 
-def test_without_a_network_it_says_which_files_to_put_where(
-  run_python, tmp_path
-):
+def test_without_a_network_it_says_which_files_to_put_where(run_python, tmp_path):
   line = train_by_command(
     run_python,
     'configs/cifar10.py',

@@ -48,8 +48,7 @@ def test_kernels_are_cast_and_no_number_changes(name, fill):
   assert changed == {'kernel'}
   apply = jax.jit(built.model.apply)
   np.testing.assert_array_equal(
-    apply(trees.merge(trainable, low), IMAGES),
-    apply(variables, IMAGES),
+    apply(trees.merge(trainable, low), IMAGES), apply(variables, IMAGES)
   )
 
 
@@ -81,9 +80,7 @@ def test_it_is_refused_where_more_is_computed_with():
   c = small(source='scratch')
   c.method = 'full'
   c.model.dtype = 'float32'
-  with pytest.raises(
-    UserError, match='base.dtype bfloat16: model.dtype float32'
-  ):
+  with pytest.raises(UserError, match='base.dtype bfloat16: model.dtype float32'):
     checks.validate(c, 1)
   c.model.dtype = 'bfloat16'
   checks.validate(c, 1)

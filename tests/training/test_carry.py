@@ -7,16 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_step import (
-  ALGORITHM,
-  BATCH,
-  FROZEN,
-  ROOT_KEY,
-  TRAINABLE,
-  assert_same,
-  copy,
-  toy,
-)
+from test_train_step import ALGORITHM, BATCH, FROZEN, ROOT_KEY, TRAINABLE, assert_same, copy, toy
 
 from fulllora_jax import config
 from fulllora_jax.core.errors import UserError
@@ -32,23 +23,13 @@ INDEX = np.array([4, 9, 0, 11, 2, 7, 5, 1], np.int32)
 X = jnp.asarray(BATCH['image']) / 255
 DELTAS = jnp.zeros((12, 8, 8, 3), jnp.int8)
 UNCHANGED = Augmentation(
-  num_classes=4,
-  crop_padding=0,
-  flip=False,
-  mixup=0.8,
-  cutmix=1.0,
-  mix_probability=0.0,
+  num_classes=4, crop_padding=0, flip=False, mixup=0.8, cutmix=1.0, mix_probability=0.0
 )
 
 
 def make_step(devices=1, apply=toy, augmentation=UNCHANGED):
   """Returns the state before the first step, and (state, index) -> state."""
-  algorithm = dataclasses.replace(
-    ALGORITHM,
-    apply=apply,
-    augment=augmentation,
-    log_every=100,
-  )
+  algorithm = dataclasses.replace(ALGORITHM, apply=apply, augment=augmentation, log_every=100)
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
   step_fn = compile_train_step(algorithm, mesh)
   state = state_lib.create(TRAINABLE, algorithm.tx, DELTAS)
@@ -96,9 +77,7 @@ def test_deltas_follow_the_pixels_that_a_crop_and_a_flip_move():
 
   def place(step):
     key = jax.random.fold_in(ROOT_KEY, step)
-    return functools.partial(
-      moving.move, jax.random.fold_in(key, Purpose.AUGMENT)
-    )
+    return functools.partial(moving.move, jax.random.fold_in(key, Purpose.AUGMENT))
 
   state, step = make_step(apply=recorded, augmentation=moving)
   state, _ = step(state)
@@ -108,11 +87,7 @@ def test_deltas_follow_the_pixels_that_a_crop_and_a_flip_move():
   # What a step finds outside of the image is dropped; what it does not see of
   # the image it leaves alone.
   visible = np.asarray(
-    moving.undo_move(
-      place(0).args[0],
-      jnp.ones_like(first[INDEX]),
-      jnp.zeros_like(first[INDEX]),
-    )
+    moving.undo_move(place(0).args[0], jnp.ones_like(first[INDEX]), jnp.zeros_like(first[INDEX]))
   )
   assert 0 < visible.mean() < 1
   assert not first[INDEX][visible == 0].any()
@@ -134,8 +109,7 @@ def test_what_is_found_for_a_mixture_is_kept_of_neither_image():
     assert not metrics['nonfinite'].any()
     kept.append((copy(state.deltas) == before).all())
   mixed = [
-    mixing.is_mixed(jax.random.fold_in(jax.random.fold_in(ROOT_KEY, i), 0))
-    for i in range(6)
+    mixing.is_mixed(jax.random.fold_in(jax.random.fold_in(ROOT_KEY, i), 0)) for i in range(6)
   ]
   assert kept == mixed and len(set(kept)) == 2
 
@@ -163,9 +137,7 @@ def test_a_resumed_run_is_the_run_to_the_bit(tmp_path):
   checkpoints.close()
   whole = copy(step(state)[0])
   like, step = make_step()
-  restored, _ = checkpoints_lib.TrainingCheckpoints(tmp_path, keep=1).restore(
-    like
-  )
+  restored, _ = checkpoints_lib.TrainingCheckpoints(tmp_path, keep=1).restore(like)
   assert np.abs(copy(restored.deltas)).max() == 127
   assert_same(copy(step(restored)[0]), whole)
 
@@ -199,9 +171,7 @@ def plain_config(**fields):
   c = config.default()
   c.attack.carry = True
   c.eval.attacks = ('clean', 'pgd-2')
-  c.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in fields.items()}
-  )
+  c.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
   return c
 
 
@@ -222,20 +192,14 @@ def test_what_a_delta_does_not_fit_is_refused(field, value, words):
   assert 'attack.carry' in str(caught.value) and '\n' not in str(caught.value)
 
 
-def test_many_deltas_are_warned_of(
-  small_config, digits, tmp_path, one_device, monkeypatch, capsys
-):
+def test_many_deltas_are_warned_of(small_config, digits, tmp_path, one_device, monkeypatch, capsys):
   small_config.attack.carry = True
   small_config.base.source, small_config.method = 'scratch', 'full'
   of_all = len(digits.train) * 64
 
   def warned():
     loop.Training(small_config, tmp_path, digits, None)
-    return [
-      line
-      for line in capsys.readouterr().err.splitlines()
-      if 'attack.carry' in line
-    ]
+    return [line for line in capsys.readouterr().err.splitlines() if 'attack.carry' in line]
 
   monkeypatch.setattr(carry, '_MANY', of_all + 1)
   assert warned() == []

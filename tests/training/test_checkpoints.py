@@ -20,9 +20,7 @@ from fulllora_jax.training import state as state_lib
 from fulllora_jax.training.checkpoints import TrainingCheckpoints
 
 # TensorStore leaves futures behind where a file is damaged.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnraisableExceptionWarning'
-)
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -109,10 +107,7 @@ def steps_in(directory):
 
 
 def biggest_file(directory):
-  return max(
-    (p for p in directory.rglob('*') if p.is_file()),
-    key=lambda p: p.stat().st_size,
-  )
+  return max((p for p in directory.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def flip(path):
@@ -320,6 +315,4 @@ def test_leaves_that_do_not_fit_are_named(change, words):
   artefact_lib.check_leaves(expected, expected, 'RUN/best')
   change(leaves)
   with pytest.raises(UserError, match=f'RUN/best does not fit.*{words}'):
-    artefact_lib.check_leaves(
-      expected, trees.select(leaves, leaves), 'RUN/best'
-    )
+    artefact_lib.check_leaves(expected, trees.select(leaves, leaves), 'RUN/best')

@@ -52,13 +52,9 @@ def test_it_is_the_average_by_hand_and_moves_nothing_else(devices):
   for _ in range(3):
     state, _ = step(state)
     plain, _ = plain_step(plain)
-    expected = jax.tree.map(
-      lambda e, p: 0.75 * e + 0.25 * np.array(p), expected, state.trainable
-    )
+    expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.array(p), expected, state.trainable)
   jax.tree.map(
-    lambda e, f: np.testing.assert_allclose(e, f, rtol=1e-5, atol=1e-7),
-    expected,
-    copy(state.ema),
+    lambda e, f: np.testing.assert_allclose(e, f, rtol=1e-5, atol=1e-7), expected, copy(state.ema)
   )
   assert_same(copy(state.trainable), copy(plain.trainable))
   assert_same(copy(ema.published(plain)), copy(plain.trainable))
@@ -78,18 +74,12 @@ def test_a_step_that_is_not_finite_leaves_it():
 def test_it_is_float32_and_published_in_the_leaves_own_dtype():
   narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), TRAINABLE)
   state = state_lib.create(narrow, TX, ema=ema.begin(narrow))
-  moved = ema.update(
-    state.ema, jax.tree.map(lambda a: 2 * a, narrow), decay=0.999
-  )
-  for old, new in zip(
-    jax.tree.leaves(state.ema), jax.tree.leaves(moved), strict=True
-  ):
+  moved = ema.update(state.ema, jax.tree.map(lambda a: 2 * a, narrow), decay=0.999)
+  for old, new in zip(jax.tree.leaves(state.ema), jax.tree.leaves(moved), strict=True):
     assert new.dtype == jnp.float32
     np.testing.assert_allclose(new, 1.001 * old, rtol=1e-5)
   published = ema.published(state._replace(ema=moved))
-  assert {leaf.dtype for leaf in jax.tree.leaves(published)} == {
-    jnp.dtype(jnp.bfloat16)
-  }
+  assert {leaf.dtype for leaf in jax.tree.leaves(published)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_a_resumed_run_is_the_run_to_the_bit(tmp_path):
@@ -101,12 +91,8 @@ def test_a_resumed_run_is_the_run_to_the_bit(tmp_path):
   checkpoints.close()
   whole = copy(step(state)[0])
   like, step = make_step()
-  restored, _ = checkpoints_lib.TrainingCheckpoints(tmp_path, keep=1).restore(
-    like
-  )
-  assert not np.array_equal(
-    restored.ema['params']['head'], restored.trainable['params']['head']
-  )
+  restored, _ = checkpoints_lib.TrainingCheckpoints(tmp_path, keep=1).restore(like)
+  assert not np.array_equal(restored.ema['params']['head'], restored.trainable['params']['head'])
   assert_same(copy(step(restored)[0]), whole)
 
 
@@ -118,9 +104,7 @@ def test_without_it_the_state_has_no_leaf_more():
   assert more == memory.per_device(plain.trainable)
 
 
-def test_a_run_validates_and_publishes_it(
-  small_config, digits, finished, tmp_path, one_device
-):
+def test_a_run_validates_and_publishes_it(small_config, digits, finished, tmp_path, one_device):
   config = small_config
   config.ema.decay, config.method = 0.9, 'linear'
   config.attack.name, config.eval.validation_attack = 'n_fgsm', 'clean'
@@ -131,9 +115,7 @@ def test_a_run_validates_and_publishes_it(
   evaluate = training.validation.evaluator.evaluate
 
   def noted(variables, *args):
-    validated.append(
-      copy(trees.split(variables, training.stepper.assembly.mask)[0])
-    )
+    validated.append(copy(trees.split(variables, training.stepper.assembly.mask)[0]))
     return evaluate(variables, *args)
 
   training.validation.evaluator.evaluate = noted

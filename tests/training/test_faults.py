@@ -23,9 +23,7 @@ from test_resume import assert_same_training
 pytest_plugins = ('forked_runs',)
 pytestmark = pytest.mark.slow
 
-linux = pytest.mark.skipif(
-  not hasattr(resource, 'prlimit'), reason='limits of a running process'
-)
+linux = pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='limits of a running process')
 
 
 def newest_step(run):

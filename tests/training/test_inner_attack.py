@@ -5,16 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_train_step import (
-  ALGORITHM,
-  ATTACK,
-  BATCH,
-  FROZEN,
-  ROOT_KEY,
-  TRAINABLE,
-  toy,
-  toy_step,
-)
+from test_train_step import ALGORITHM, ATTACK, BATCH, FROZEN, ROOT_KEY, TRAINABLE, toy, toy_step
 
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.training import objectives
@@ -59,9 +50,7 @@ def test_clean_scores_are_computed_where_they_are_logged_alone():
     missing = [True, True, False, True, False]
     assert np.isnan(of(sometimes, name)).tolist() == missing
     for step in (2, 4):
-      np.testing.assert_allclose(
-        of(sometimes, name)[step], of(always, name)[step], rtol=1e-5
-      )
+      np.testing.assert_allclose(of(sometimes, name)[step], of(always, name)[step], rtol=1e-5)
   np.testing.assert_array_equal(of(sometimes, 'loss'), of(always, 'loss'))
 
 

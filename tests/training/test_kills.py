@@ -14,14 +14,8 @@ pytest_plugins = ('forked_runs',)
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-STEPS = (
-  '--config.train.steps=500',
-  '--config.train.eval_every=25',
-  '--config.train.log_every=1',
-)
-SELDOM, ALWAYS = (
-  f'--config.train.checkpoint_every={every}' for every in (500, 1)
-)
+STEPS = ('--config.train.steps=500', '--config.train.eval_every=25', '--config.train.log_every=1')
+SELDOM, ALWAYS = (f'--config.train.checkpoint_every={every}' for every in (500, 1))
 
 
 def until(condition, run):

@@ -15,10 +15,7 @@ from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.train_step import compile_train_step
 
 MIB = 2**20
-BATCH = {
-  'image': np.zeros((16, 8, 8, 3), np.uint8),
-  'label': np.zeros(16, np.int32),
-}
+BATCH = {'image': np.zeros((16, 8, 8, 3), np.uint8), 'label': np.zeros(16, np.int32)}
 
 
 def plan_of(**sizes):
@@ -43,19 +40,13 @@ class Job:
     self.step_fn = compile_train_step(job.algorithm, job.mesh)
 
   def compiled(self):
-    return self.step_fn.lower(
-      self.state, self.frozen, self.batch, jax.random.key(0)
-    ).compile()
+    return self.step_fn.lower(self.state, self.frozen, self.batch, jax.random.key(0)).compile()
 
   def measure(self, compiled):
-    return memory.measure(
-      compiled, self.state, self.frozen, self.batch, self.config
-    )
+    return memory.measure(compiled, self.state, self.frozen, self.batch, self.config)
 
   def check(self, compiled):
-    return memory.check(
-      compiled, self.state, self.frozen, self.batch, self.config
-    )
+    return memory.check(compiled, self.state, self.frozen, self.batch, self.config)
 
 
 @pytest.fixture(scope='module')
@@ -180,9 +171,7 @@ def test_advice_with_its_numbers(config):
 def test_only_what_applies_is_advised(config):
   c = config.copy_and_resolve_references()
   c.train.batch_size, c.model.remat = 8, 'dots'  # one row for each device
-  assert memory.advice(c, sized()) == [
-    'model.remat=blocks (least memory, a third more compute)'
-  ]
+  assert memory.advice(c, sized()) == ['model.remat=blocks (least memory, a third more compute)']
   c.model.remat = 'blocks'
   assert memory.advice(c, sized()) == []
 
@@ -204,9 +193,7 @@ def test_cpu_warns_and_goes_on(jobs, monkeypatch, capsys, limit):
 
 
 def test_another_device_refuses(jobs, monkeypatch):
-  device = types.SimpleNamespace(
-    platform='tpu', device_kind='TPU v4', memory_stats=lambda: stats
-  )
+  device = types.SimpleNamespace(platform='tpu', device_kind='TPU v4', memory_stats=lambda: stats)
   monkeypatch.setattr(memory, '_device', lambda state: device)
   stats = {'bytes_limit': 64 * MIB}
   with pytest.raises(UserError) as caught:

@@ -15,9 +15,7 @@ from fulllora_jax.training.metrics import MetricWriter, read_metrics
 
 
 def write(workdir, steps, start_step=0, tensorboard=False):
-  with MetricWriter(
-    workdir, tensorboard=tensorboard, start_step=start_step
-  ) as writer:
+  with MetricWriter(workdir, tensorboard=tensorboard, start_step=start_step) as writer:
     for step in steps:
       writer.write(step, 'train', {'loss': 1 / step})
     writer.write(steps[-1], 'validation', {'clean_accuracy': 0.5})
@@ -29,9 +27,7 @@ def steps_of(workdir, kind='train'):
 
 
 def test_lines(tmp_path):
-  with MetricWriter(
-    tmp_path / 'new' / 'run', tensorboard=False, start_step=0
-  ) as writer:
+  with MetricWriter(tmp_path / 'new' / 'run', tensorboard=False, start_step=0) as writer:
     writer.write(5, 'train', {'loss': np.float32(0.5), 'gradient_norm': np.nan})
     path = tmp_path / 'new' / 'run' / 'metrics.jsonl'
     # There before the file is closed.

@@ -63,13 +63,7 @@ def test_what_goes_together_is_let_through(fields):
     (_TRADES | {'attack.loss': 'dlr'}, 'divergence.*attack.loss is dlr'),
     (_TRADES | {'attack.random_start': False}, 'no slope, but .* is False'),
     (
-      _TRADES
-      | _PLAIN
-      | {
-        'attack.carry': True,
-        'augment.crop_padding': 0,
-        'augment.flip': False,
-      },
+      _TRADES | _PLAIN | {'attack.carry': True, 'augment.crop_padding': 0, 'augment.flip': False},
       'no slope, but attack.carry is True',
     ),
     (

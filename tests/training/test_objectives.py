@@ -65,11 +65,7 @@ CASES = {
     functools.partial(pgd_at_by_hand, smoothing=0.2),
     SOFT,
   ),
-  'trades': (
-    functools.partial(objectives.trades, beta=6.0),
-    trades_by_hand,
-    LABELS,
-  ),
+  'trades': (functools.partial(objectives.trades, beta=6.0), trades_by_hand, LABELS),
   'trades, smooth, soft': (
     functools.partial(objectives.trades, beta=2.0, label_smoothing=0.1),
     functools.partial(trades_by_hand, beta=2.0, smoothing=0.1),
@@ -103,9 +99,7 @@ def test_value_and_gradient_are_the_formulas(case):
   np.testing.assert_allclose(outcome.loss, expected, rtol=2e-5)
   np.testing.assert_array_equal(outcome.logits, logits[1])
 
-  gradient = jax.grad(lambda z: evaluated(objective, z, labels).loss.sum())(
-    logits
-  )
+  gradient = jax.grad(lambda z: evaluated(objective, z, labels).loss.sum())(logits)
   point, h = np.stack([CLEAN, ADVERSARIAL]), 1e-5
   slopes = np.zeros_like(point)
   for place in np.ndindex(*point.shape):
@@ -134,32 +128,20 @@ def objective_config(**fields):
 
 
 def test_create_gives_what_the_config_names():
-  assert objectives.create(objective_config(), adversarial=True) is (
-    objectives.pgd_at
-  )
-  assert objectives.create(objective_config(), adversarial=False) is (
-    objectives.erm
-  )
+  assert objectives.create(objective_config(), adversarial=True) is (objectives.pgd_at)
+  assert objectives.create(objective_config(), adversarial=False) is (objectives.erm)
   made = objectives.create(
-    objective_config(name='trades', beta=3.0, label_smoothing=0.1),
-    adversarial=True,
+    objective_config(name='trades', beta=3.0, label_smoothing=0.1), adversarial=True
   )
   assert made.func is objectives.trades
   assert made.keywords == {'beta': 3.0, 'label_smoothing': 0.1}
   made = objectives.create(objective_config(name='mart'), adversarial=True)
   assert (made.func, made.keywords) == (objectives.mart, {'beta': 6.0})
-  made = objectives.create(
-    objective_config(label_smoothing=0.1), adversarial=False
-  )
-  assert (made.func, made.keywords) == (
-    objectives.erm,
-    {'label_smoothing': 0.1},
-  )
+  made = objectives.create(objective_config(label_smoothing=0.1), adversarial=False)
+  assert (made.func, made.keywords) == (objectives.erm, {'label_smoothing': 0.1})
 
 
-@pytest.mark.parametrize(
-  'name, near', [('trade', 'trades'), ('MART', 'mart'), ('pgd', 'pgd_at')]
-)
+@pytest.mark.parametrize('name, near', [('trade', 'trades'), ('MART', 'mart'), ('pgd', 'pgd_at')])
 def test_an_unknown_name_is_told_the_nearest(name, near):
   with pytest.raises(UserError, match=f'{name!r}; did you mean {near}') as e:
     objectives.get(name)
@@ -221,8 +203,4 @@ def test_a_step_counts_the_clean_pass_and_may_be_split(options):
   assert not metrics['nonfinite'].any()
   for parts in ({'accumulate': 2}, {'devices': 4}):
     other, _ = toy_step(**options, **parts)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-      whole,
-      other,
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, other)

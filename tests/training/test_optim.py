@@ -71,9 +71,7 @@ def test_unknown_names_are_refused():
     optim.learning_rate(schedule, 0.1, 10)
   optimizer = config.sgd()
   optimizer.name = 'lion'
-  with pytest.raises(
-    UserError, match="unknown optimizer 'lion'; known: sgd, a"
-  ):
+  with pytest.raises(UserError, match="unknown optimizer 'lion'; known: sgd, a"):
     optim.create(optimizer, lambda step: 0.1, {'w': True})
 
 
@@ -131,9 +129,7 @@ def test_without_clip_gradients_count_in_full():
   np.testing.assert_allclose(found, W - GRADIENTS[0])
 
 
-@pytest.mark.parametrize(
-  ('optimizer', 'moments'), [(config.sgd(), 1), (config.adamw(0.1), 2)]
-)
+@pytest.mark.parametrize(('optimizer', 'moments'), [(config.sgd(), 1), (config.adamw(0.1), 2)])
 def test_frozen_leaves_have_no_optimizer_memory(optimizer, moments):
   _, state = run_steps(optimizer, [0.1, 0.1])
   arrays = [a for a in jax.tree.leaves(state) if a.ndim]

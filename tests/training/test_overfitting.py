@@ -63,9 +63,7 @@ def test_the_mean_is_since_the_validation_before():
   validate(alarm, 1, 0.9, 0.5, 0.4)
   scalars = validate(alarm, 2, 0.3, 0.01, 0.5)
   assert scalars['train_robust_accuracy'] == pytest.approx(0.3)
-  assert alarm.validated(2, 'pgd-10', 0.0, 0.5) == {
-    'catastrophic_overfitting': 0.0
-  }
+  assert alarm.validated(2, 'pgd-10', 0.0, 0.5) == {'catastrophic_overfitting': 0.0}
 
 
 def test_what_it_remembers_goes_through_a_checkpoint(capsys):

@@ -39,9 +39,7 @@ def test_the_notice_is_deaf_in_another_thread():
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(
-  finished, tmp_path, small_command, run_python
-):
+def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, small_command, run_python):
   run = tmp_path / 'run'
   command = (*small_command, f'--workdir={run}')
   process = subprocess.Popen(

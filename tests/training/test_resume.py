@@ -34,9 +34,7 @@ def assert_same_training(workdir, expected):
     for key in ('step', 'validation', 'base_fingerprint', 'leaves'):
       assert metadata[key] == expected_metadata[key]
   # Every step once, and the same numbers.
-  assert read_metrics(workdir / 'metrics.jsonl') == read_metrics(
-    expected / 'metrics.jsonl'
-  )
+  assert read_metrics(workdir / 'metrics.jsonl') == read_metrics(expected / 'metrics.jsonl')
 
 
 def kill_when(condition, command):
@@ -79,8 +77,7 @@ def test_kill_9_again_and_again(finished, tmp_path, small_command, run_python):
   assert_same_training(run, finished.workdir)
   assert_same_training(run / 'base', finished.workdir / 'base')
   report, expected = (
-    json.loads((directory / 'report.json').read_text())
-    for directory in (run, finished.workdir)
+    json.loads((directory / 'report.json').read_text()) for directory in (run, finished.workdir)
   )
   for key in ('evaluations', 'best_step', 'best_validation', 'parameters'):
     assert report[key] == expected[key]
@@ -167,9 +164,7 @@ def test_killed_while_publishing(training, finished, monkeypatch, which):
   assert_same_training(training.workdir, finished.workdir)
 
 
-def test_killed_between_publishing_best_and_saving(
-  training, finished, monkeypatch
-):
+def test_killed_between_publishing_best_and_saving(training, finished, monkeypatch):
   # best/ is then ahead of the checkpoint that the run resumes from.
   training.config.train.checkpoint_every = 5
 

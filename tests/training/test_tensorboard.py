@@ -42,10 +42,7 @@ def test_event_files(tmp_path):
   assert path.name.startswith('events.out.tfevents.')
   # In a process of its own as well: reading imports TensorFlow.
   process = subprocess.run(
-    [sys.executable, '-c', _READER, str(path)],
-    capture_output=True,
-    text=True,
-    timeout=400,
+    [sys.executable, '-c', _READER, str(path)], capture_output=True, text=True, timeout=400
   )
   assert process.returncode == 0, process.stderr
   assert json.loads(process.stdout) == [

@@ -32,10 +32,7 @@ def base(finished):
 
 
 def leaves(variables):
-  return {
-    path: np.asarray(leaf)
-    for path, leaf in trees.named_leaves(variables).items()
-  }
+  return {path: np.asarray(leaf) for path, leaf in trees.named_leaves(variables).items()}
 
 
 def test_report_says_what_was_measured_and_how(result, digits):
@@ -66,9 +63,7 @@ def test_report_counts_the_parameters(result):
 
 
 def test_report_has_every_weights_under_every_attack(result):
-  keys = [
-    (e['attack'], e['steps'], e['weights']) for e in result['evaluations']
-  ]
+  keys = [(e['attack'], e['steps'], e['weights']) for e in result['evaluations']]
   assert keys == [
     (*attack, weights)
     for attack in (('clean', 0), ('pgd', 2))
@@ -86,9 +81,7 @@ def test_report_has_every_weights_under_every_attack(result):
 
 
 def test_the_run_learned_something(result):
-  accuracy = {
-    (e['attack'], e['weights']): e['accuracy'] for e in result['evaluations']
-  }
+  accuracy = {(e['attack'], e['weights']): e['accuracy'] for e in result['evaluations']}
   assert accuracy['clean', 'base'] > 0.3
   assert accuracy['pgd', 'base'] < accuracy['clean', 'base']
   assert accuracy['pgd', 'last'] <= accuracy['clean', 'last']
@@ -116,16 +109,11 @@ def test_the_base_says_clean_accuracy_alone(finished):
 def test_an_adapter_holds_exactly_the_trained_leaves(finished, digits):
   _, metadata = artefact.read_artefact(finished.workdir / 'best')
   names = set(metadata['leaves'])
-  assert {n for n in names if n.startswith('params/')} == {
-    'params/head/kernel',
-    'params/head/bias',
-  }
+  assert {n for n in names if n.startswith('params/')} == {'params/head/kernel', 'params/head/bias'}
   assert len(names) == 7 * 4 + 2  # maps x (a, b, scale, bias), and the head
 
 
-def test_the_base_stays_bit_identical(
-  small_config, tmp_path, digits, base, one_device
-):
+def test_the_base_stays_bit_identical(small_config, tmp_path, digits, base, one_device):
   small_config.train.steps = 3
   job = loop.Training(small_config, tmp_path, digits, base)
   job.run()
@@ -167,9 +155,7 @@ def test_a_finished_run_is_only_shown_again(
   assert f'report: {finished_copy}/report.md' in error
 
 
-def test_another_config_in_its_directory_is_refused(
-  finished_copy, small_config, result
-):
+def test_another_config_in_its_directory_is_refused(finished_copy, small_config, result):
   small_config.seed = 1
   with pytest.raises(UserError, match=r'another config \(seed 0 -> 1\)'):
     run_lib.train_and_evaluate(small_config, finished_copy)
@@ -190,10 +176,7 @@ def test_autoattack_may_be_one_of_the_attacks_of_a_run(
   text = (tmp_path / 'report.md').read_text()
   for record in attacked:
     assert f'### {attack_report.headline(record)}\n' in text
-    assert (
-      record['verified'] | {'outside': 0, 'mismatches': 0}
-      == (record['verified'])
-    )
+    assert record['verified'] | {'outside': 0, 'mismatches': 0} == (record['verified'])
     assert (tmp_path / 'evaluations' / record['verified']['file']).exists()
   assert 'MISMATCH' not in text
   assert not (tmp_path / 'evaluations' / 'progress').exists()
@@ -214,10 +197,7 @@ def test_a_finished_base_serves_another_run(
     np.testing.assert_array_equal(leaf, leaves(loaded.base_variables)[path])
   first = report['evaluations'][0]
   same = result['evaluations'][0]
-  assert (first['weights'], first['num_correct']) == (
-    same['weights'],
-    same['num_correct'],
-  )
+  assert (first['weights'], first['num_correct']) == (same['weights'], same['num_correct'])
 
 
 @pytest.mark.parametrize(
@@ -256,8 +236,7 @@ def test_an_adapter_that_does_not_fit_is_found_before_the_base_is_trained(
 
 
 @pytest.mark.parametrize(
-  'method, source',
-  [('standard', 'train'), ('standard', 'scratch'), ('full', 'scratch')],
+  'method, source', [('standard', 'train'), ('standard', 'scratch'), ('full', 'scratch')]
 )
 def test_training_from_scratch_has_no_base(
   small_config, tmp_path, digits, one_device, monkeypatch, method, source
@@ -304,9 +283,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
 ):
   small_config.optimizer.update(learning_rate=1e30, clip=0.0)
   small_config.schedule.update(name='constant', warmup=0.0)
-  small_config.train.update(
-    steps=3, checkpoint_every=1, eval_every=10, max_skipped=2
-  )
+  small_config.train.update(steps=3, checkpoint_every=1, eval_every=10, max_skipped=2)
   loop.Training(small_config, tmp_path, digits, base).run()
   said = capsys.readouterr().err
   assert 'warning: step 2: the loss is nan, and the gradient of ' in said
@@ -351,15 +328,9 @@ def test_one_device_and_eight_train_the_same_adapter(
   assert moved > 1e-3
 
 
-def test_one_device_and_eight_count_the_same(
-  small_config, finished, digits, monkeypatch, result
-):
+def test_one_device_and_eight_count_the_same(small_config, finished, digits, monkeypatch, result):
   on_devices(8, monkeypatch)
-  run = finished_run.FinishedRun(
-    small_config,
-    finished.workdir,
-    digits,
-  )
+  run = finished_run.FinishedRun(small_config, finished.workdir, digits)
   plan = run.evaluator.plan
   assert plan.num_examples == 60
   records = run.evaluate_under([plan], ('best', 'last'), 'test')

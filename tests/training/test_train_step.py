@@ -14,12 +14,7 @@ from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.training import objectives
 from fulllora_jax.training import state as state_lib
 from fulllora_jax.training.assemble import assemble
-from fulllora_jax.training.train_step import (
-  Algorithm,
-  InnerAttack,
-  compile_train_step,
-  train_step,
-)
+from fulllora_jax.training.train_step import Algorithm, InnerAttack, compile_train_step, train_step
 
 RNG = np.random.default_rng(0)
 LABELS = np.arange(8, dtype=np.int32) % 4
@@ -84,9 +79,7 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_frozen_leaves_stay_and_trainable_ones_move(
-  fulllora, make_config, fill, method
-):
+def test_frozen_leaves_stay_and_trainable_ones_move(fulllora, make_config, fill, method):
   job = fulllora
   if method != 'fulllora':
     job = Job(make_config(method), fill)
@@ -127,9 +120,7 @@ def test_the_state_is_donated_and_the_frozen_leaves_are_not(fulllora):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(fulllora.frozen))
   batch = mesh_lib.put_batch(BATCH, fulllora.mesh)
-  lowered = fulllora.step_fn.lower(
-    fulllora.new_state(), fulllora.frozen, batch, ROOT_KEY
-  )
+  lowered = fulllora.step_fn.lower(fulllora.new_state(), fulllora.frozen, batch, ROOT_KEY)
   (_, *others), _ = lowered.args_info
   assert not any(info.donated for info in jax.tree.leaves(others))
 
@@ -181,9 +172,7 @@ def test_a_bfloat16_model_trains_float32_leaves(make_config, fill):
   job = Job(make_config(dtype='bfloat16', dropout=0.1), fill)
   state, batch = job.new_state(), mesh_lib.put_batch(BATCH, job.mesh)
   after, _ = jax.eval_shape(job.step_fn, state, job.frozen, batch, ROOT_KEY)
-  for before, leaf in zip(
-    jax.tree.leaves(state), jax.tree.leaves(after), strict=True
-  ):
+  for before, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
     assert (leaf.shape, leaf.dtype) == (before.shape, before.dtype)
 
 
@@ -193,10 +182,7 @@ TOY = {
   'lnlora': {'b': RNG.normal(0, 0.1, (192, 4)), 'scale': np.zeros(4)},
 }
 TOY = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), TOY)
-TOY_MASK = {
-  'params': {'w': False, 'head': True},
-  'lnlora': {'b': True, 'scale': True},
-}
+TOY_MASK = {'params': {'w': False, 'head': True}, 'lnlora': {'b': True, 'scale': True}}
 TRAINABLE, FROZEN = trees.split(TOY, TOY_MASK)
 
 
@@ -208,12 +194,7 @@ def toy(variables, images):
   return logits + x @ variables['lnlora']['b'] + variables['lnlora']['scale']
 
 
-ATTACK = InnerAttack(
-  threat=Threat('linf', 0.1),
-  steps=2,
-  step_size=0.05,
-  total_steps=10,
-)
+ATTACK = InnerAttack(threat=Threat('linf', 0.1), steps=2, step_size=0.05, total_steps=10)
 ALGORITHM = Algorithm(
   apply=toy,
   tx=optax.masked(optax.sgd(0.5), TOY_MASK),
@@ -224,19 +205,14 @@ ALGORITHM = Algorithm(
 )
 
 
-def toy_step(
-  state=None, devices=1, frozen=FROZEN, trainable=TRAINABLE, **changed
-):
+def toy_step(state=None, devices=1, frozen=FROZEN, trainable=TRAINABLE, **changed):
   algorithm = dataclasses.replace(ALGORITHM, **changed)
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
   state = state or state_lib.create(trainable, algorithm.tx)
   step_fn = compile_train_step(algorithm, mesh)
   batch = mesh_lib.put_batch(BATCH, mesh)
   state, metrics = step_fn(
-    mesh_lib.replicate(state, mesh),
-    mesh_lib.replicate(frozen, mesh),
-    batch,
-    ROOT_KEY,
+    mesh_lib.replicate(state, mesh), mesh_lib.replicate(frozen, mesh), batch, ROOT_KEY
   )
   return copy(state), copy(metrics)
 
@@ -255,9 +231,7 @@ def test_a_step_is_algorithm_one_by_hand():
   value, gradient = jax.value_and_grad(loss)(TRAINABLE, x_adv)
   expected = jax.tree.map(lambda p, g: p - 0.5 * g, TRAINABLE, gradient)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-    state.trainable,
-    expected,
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.trainable, expected
   )
   assert state.step == 1
   norm = optax.tree.norm(gradient)
@@ -335,9 +309,7 @@ def test_soft_labels_are_trained_on():
   assert metrics['clean_accuracy'] == hard['clean_accuracy']
 
 
-@pytest.mark.parametrize(
-  ('steps', 'reached'), [(2, 0.1), (1, 0.05)], ids=['eps', 'step_size']
-)
+@pytest.mark.parametrize(('steps', 'reached'), [(2, 0.1), (1, 0.05)], ids=['eps', 'step_size'])
 def test_eps_and_step_size_rise_with_the_warm_up(steps, reached):
   attack = dataclasses.replace(ATTACK, eps_warmup=0.4, steps=steps, start=None)
   x = jnp.full((8, 8, 8, 3), 0.5)

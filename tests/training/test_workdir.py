@@ -51,9 +51,7 @@ def test_many_differences_are_cut_short(tmp_path, tiny_config):
 
 
 @pytest.mark.parametrize('prefix', ['', 'base.'])
-@pytest.mark.parametrize(
-  'field', ['train.log_every', 'train.checkpoint_every', 'train.keep']
-)
+@pytest.mark.parametrize('field', ['train.log_every', 'train.checkpoint_every', 'train.keep'])
 def test_how_a_run_is_watched_may_change(tmp_path, tiny_config, prefix, field):
   claim(tmp_path, tiny_config())
   other = tiny_config()
@@ -82,9 +80,7 @@ def test_a_run_may_go_on_with_another_mesh(tmp_path, tiny_config):
 
 
 @pytest.mark.parametrize('place', ['file', 'file/run', '/proc/run'])
-def test_a_place_that_cannot_be_written_is_refused(
-  tmp_path, tiny_config, place
-):
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, tiny_config, place):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match='--workdir: cannot write to /') as caught:
     claim(tmp_path / place, tiny_config())

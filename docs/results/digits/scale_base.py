@@ -40,17 +40,12 @@ def main(source: str, target: str) -> None:
       if f'/{name}' in path:
         leaves[path] = leaf * np.float32(factor)
   artefact.save_artefact(
-    Path(target, 'best').absolute(),
-    metadata['step'],
-    trees.select(leaves, leaves),
-    metadata,
+    Path(target, 'best').absolute(), metadata['step'], trees.select(leaves, leaves), metadata
   )
   before, after = (fulllora_jax.load(Path(p, 'best')) for p in (source, target))
   shape = (8, *before.metadata['image_shape'])
   images = np.random.default_rng(0).uniform(size=shape).astype(np.float32)
-  np.testing.assert_allclose(
-    after.logits(images), before.logits(images), rtol=1e-4, atol=1e-5
-  )
+  np.testing.assert_allclose(after.logits(images), before.logits(images), rtol=1e-4, atol=1e-5)
 
 
 if __name__ == '__main__':

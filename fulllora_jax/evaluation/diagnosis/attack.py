@@ -4,12 +4,7 @@ import jax
 import numpy as np
 
 from fulllora_jax.attacks import Threat, losses
-from fulllora_jax.evaluation.diagnosis.examined import (
-  Examined,
-  Finding,
-  note,
-  wrong,
-)
+from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, note, wrong
 
 
 def gradients(model: Examined) -> Finding | None:
@@ -53,9 +48,7 @@ def noise(model: Examined) -> Finding | None:
     step = model.threat.eps * model.threat.direction(direction)
     return logits_fn(model.threat.project(x, x + step))
 
-  by_noise = model.clean & model.right(
-    model.run(noisy, model.logits_fn, model.x)
-  )
+  by_noise = model.clean & model.right(model.run(noisy, model.logits_fn, model.x))
   by_step = model.after_pgd(1, random_start=False)
   if not model.beyond_chance(int(by_step.sum()) - int(by_noise.sum())):
     return None

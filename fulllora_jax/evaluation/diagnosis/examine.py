@@ -74,9 +74,8 @@ def recorded(evaluations: Sequence[dict]) -> Finding:
       return Finding(
         name,
         'wrong',
-        f'of {verified["file"]}, {verified["mismatches"]} images are '
-        f'classified otherwise when looked at again, and '
-        f'{verified["outside"]} are outside the ball',
+        f'of {verified["file"]}, {verified["mismatches"]} images are classified otherwise when '
+        f'looked at again, and {verified["outside"]} are outside the ball',
         'the accuracy that was written down is not that of these images',
         'evaluate again; compare precision and devices',
       )
@@ -90,9 +89,8 @@ def recorded(evaluations: Sequence[dict]) -> Finding:
       return Finding(
         name,
         'wrong',
-        f'{e["attack"]} on {e["weights"]} leaves {e["accuracy"]:.1%} at '
-        f'eps {e["eps"]}, but {other["accuracy"]:.1%} at the larger '
-        f'{other["eps"]}',
+        f'{e["attack"]} on {e["weights"]} leaves {e["accuracy"]:.1%} at eps {e["eps"]}, but '
+        f'{other["accuracy"]:.1%} at the larger {other["eps"]}',
         'robust accuracy falls as eps grows; the attack fails at one',
         'check its step size, or use autoattack, which has none',
       )

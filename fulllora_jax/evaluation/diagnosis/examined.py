@@ -44,8 +44,7 @@ class Examined:
   """A model with some images, and how it does under simple attacks.
 
   Args:
-    logits_fn: images [B, H, W, C] -> logits [B, K]; a stochastic model takes
-      (images, key).
+    logits_fn: images [B, H, W, C] -> logits [B, K]; a stochastic model takes (images, key).
     x: float32 [n, H, W, C] in [0, 1].
     labels: int [n].
     threat: of norm linf or l2.
@@ -62,9 +61,7 @@ class Examined:
     self.x, self.labels, _ = inputs.check(x, labels, None, threat)
     self.threat, self.key, self.exact_fn = threat, key, exact_fn
     self.stochastic = _takes_key(logits_fn)
-    self.classes = inputs.num_classes(
-      logits_fn, self.x, len(self.x), self.stochastic, self.labels
-    )
+    self.classes = inputs.num_classes(logits_fn, self.x, len(self.x), self.stochastic, self.labels)
     self.raw_fn = self.logits_fn = logits_fn
     if self.stochastic:  # one draw of the noise, the same in every check
       self.logits_fn = Partial(_with_key, logits_fn, key)
@@ -83,9 +80,7 @@ class Examined:
     """Returns the logits of other images."""
     return self.run(lambda logits_fn, x: logits_fn(x), self.logits_fn, x)
 
-  def run(
-    self, function: Callable, logits_fn, *args, precision: str = 'highest'
-  ):
+  def run(self, function: Callable, logits_fn, *args, precision: str = 'highest'):
     """Compiles and runs function(logits_fn, *args); returns numpy.
 
     The weights of a jax.tree_util.Partial are arguments of the program.
@@ -145,7 +140,6 @@ def _takes_key(function: Callable) -> bool:
   wanted = [
     p
     for p in parameters
-    if p.default is p.empty
-    and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
   ]
   return len(wanted) > 1

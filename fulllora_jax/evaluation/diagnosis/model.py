@@ -3,21 +3,13 @@
 import jax
 import numpy as np
 
-from fulllora_jax.evaluation.diagnosis.examined import (
-  Examined,
-  Finding,
-  note,
-  wrong,
-)
+from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, note, wrong
 
 
 def randomness(model: Examined) -> Finding | None:
   """Five runs on the same images must agree (check_randomized)."""
   noise = ([key] * model.stochastic for key in jax.random.split(model.key, 5))
-  runs = [
-    model.run(lambda f, *args: f(*args), model.raw_fn, model.x, *key)
-    for key in noise
-  ]
+  runs = [model.run(lambda f, *args: f(*args), model.raw_fn, model.x, *key) for key in noise]
   unit = [r / (np.linalg.norm(r, axis=1, keepdims=True) + 1e-10) for r in runs]
   apart = max(np.abs(r - unit[0]).max() for r in unit[1:])
   accuracies = {int(model.right(r).sum()) for r in runs}
@@ -41,8 +33,7 @@ def batch(model: Examined) -> Finding | None:
   if apart <= 1e-3 * max(1.0, np.abs(model.logits).max()):
     return None
   return wrong(
-    f'the logits of an image change by {apart:.3g} with the other images of '
-    'its batch',
+    f'the logits of an image change by {apart:.3g} with the other images of its batch',
     'the attack then changes what one image is by changing another, and the '
     'accuracy depends on the batch size',
     'put the model into evaluation mode (BatchNorm with frozen statistics)',
@@ -77,9 +68,7 @@ def classes(model: Examined) -> Finding | None:
 
 def clean_accuracy(model: Examined) -> Finding | None:
   """The model must be right more often than the commonest class."""
-  chance = max(
-    np.bincount(model.labels).max() / len(model.labels), 1 / model.classes
-  )
+  chance = max(np.bincount(model.labels).max() / len(model.labels), 1 / model.classes)
   error = (chance * (1 - chance) / len(model.labels)) ** 0.5
   if model.clean.mean() > chance + 2 * error:
     return None
@@ -109,8 +98,7 @@ def normalisation(model: Examined) -> Finding | None:
       'divide uint8 pixels by 255 once',
     )
   accuracies = {
-    name: model.right(model.logits_of(scale(model.x))).mean()
-    for name, scale in _SCALES.items()
+    name: model.right(model.logits_of(scale(model.x))).mean() for name, scale in _SCALES.items()
   }
   best = max(accuracies, key=accuracies.get)
   if accuracies[best] < model.clean.mean() + 0.1:

@@ -35,8 +35,7 @@ def compare(
 
   Args:
     comparison: what plan.default returned, with rows.
-    workdir: gets base/, runs/, comparison.md, .csv, .json and .html; None:
-      runs/<name>.
+    workdir: gets base/, runs/, comparison.md, .csv, .json and .html; None: runs/<name>.
     rows: labels of the rows to execute; (): all.
     seeds: the seeds to execute; (): all.
     table_only: trains nothing, and refuses if a run is missing.
@@ -132,8 +131,7 @@ def _read_report(run: plan.Run) -> dict[str, Any] | None:
     report = run_lib.finished_report(workdir)
   except (OSError, ValueError) as error:
     raise UserError(
-      f'{workdir}/report.json cannot be read ({error}); remove {workdir} and '
-      'give the same command'
+      f'{workdir}/report.json cannot be read ({error}); remove {workdir} and give the same command'
     ) from None
   if report is not None:
     try:

@@ -1,8 +1,7 @@
 """What a comparison is: rows, each a change of one experiment, times seeds.
 
-The rows have data, base, model, threat and evaluation in common, so that what
-differs in the table is what the row says. The base is the experiment's own,
-trained or read once.
+The rows have data, base, model, threat and evaluation in common, so that what differs in the table
+is what the row says. The base is the experiment's own, trained or read once.
 """
 
 import os
@@ -108,9 +107,7 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
   if not len(comparison.rows):
     raise UserError('rows: the comparison has none; give at least one')
   if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
-    raise UserError(
-      f'seeds {tuple(comparison.seeds)}: give at least one, each once'
-    )
+    raise UserError(f'seeds {tuple(comparison.seeds)}: give at least one, each once')
   for name, given in (('--rows', rows), ('references', comparison.references)):
     for row in given:
       if row not in comparison.rows:
@@ -122,12 +119,9 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
     if seed not in comparison.seeds:
       raise UserError(
         f'--seeds: {seed} is not of the comparison, which has '
-        f'{", ".join(map(str, comparison.seeds))}; give one of them, or add it '
-        'to config.seeds'
+        f'{", ".join(map(str, comparison.seeds))}; give one of them, or add it to config.seeds'
       )
-  labels = [
-    a.label for a in settings.Plan.of(comparison.experiment).all_attacks()
-  ]
+  labels = [a.label for a in settings.Plan.of(comparison.experiment).all_attacks()]
   if comparison.headline and comparison.headline not in labels:
     raise UserError(
       f'headline: {comparison.headline!r} is not of experiment.eval.attacks, '
@@ -147,9 +141,8 @@ def _run(comparison, workdir: Path, row: str, seed: int) -> Run:
   for field, value in changes.items():
     if field.split('.')[0] in _COMMON and field not in _FREE:
       raise UserError(
-        f'rows.{row}: it changes {field} to {value!r}, which the rows of a '
-        'comparison have in common; change experiment, or make it a comparison '
-        'of its own'
+        f'rows.{row}: it changes {field} to {value!r}, which the rows of a comparison have in '
+        'common; change experiment, or make it a comparison of its own'
       )
     if field not in known:
       raise UserError(f'rows.{row}: unknown field {field}{_near(field, known)}')

@@ -15,14 +15,7 @@ from fulllora_jax.experiments import variants
 from fulllora_jax.experiments.compare import plan
 
 # The methods in the paper's tables, and LoRA.
-OF_THE_PAPER = (
-  'full',
-  'linear',
-  'lora',
-  'lora_everywhere',
-  'lnlora',
-  'fulllora',
-)
+OF_THE_PAPER = ('full', 'linear', 'lora', 'lora_everywhere', 'lnlora', 'fulllora')
 BLOCK_MAPS = ('query', 'key', 'value', 'attn_out', 'fc1', 'fc2')
 
 
@@ -54,9 +47,7 @@ def under_autoattack(file: Path, variant: str = '') -> ConfigDict:
   """
   experiment = runpy.run_path(str(file))['get_config'](variant)
   experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
-  experiment.eval.update(
-    num_examples=1000, weights=('best',), closer_look=False
-  )
+  experiment.eval.update(num_examples=1000, weights=('best',), closer_look=False)
   comparison = plan.default(experiment)
   comparison.name = f'compare_{file.stem}'
   return comparison
@@ -119,9 +110,7 @@ def ablations(comparison: ConfigDict) -> None:
 
 
 def row(
-  method: str,
-  rate: float | None = None,
-  adapter: Mapping[str, Any] | None = None,
+  method: str, rate: float | None = None, adapter: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
   """Returns the changes of one row; what is None stays the experiment's."""
   changes: dict[str, Any] = {'method': method}

@@ -22,18 +22,15 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     command: the command that makes the comparison again.
 
   Returns:
-    title, command, dataset, threat, base, references, headline_attack, notes,
-    provenance; and rows, the most robust first: method (the row's label),
-    seeds, trainable, share, adapter_bytes, steps, passes, seconds, validation,
-    attacks (label -> per_seed, mean, spread, n) and difference (reference ->
-    label -> mean, low, high).
+    title, command, dataset, threat, base, references, headline_attack, notes, provenance; and rows,
+    the most robust first: method (the row's label), seeds, trainable, share, adapter_bytes, steps,
+    passes, seconds, validation, attacks (label -> per_seed, mean, spread, n) and difference
+    (reference -> label -> mean, low, high).
 
   Raises:
     UserError: the runs have different data, base, threat or evaluation.
   """
-  _check_comparable(
-    {f'{row}, seed {seed}': r for (row, seed), r in reports.items()}
-  )
+  _check_comparable({f'{row}, seed {seed}': r for (row, seed), r in reports.items()})
   rows = {
     row: {'method': row, 'seeds': list(comparison.seeds)}
     | _averaged([reports[row, seed] for seed in comparison.seeds])
@@ -152,9 +149,8 @@ def _differences(row, reference) -> dict[str, Any]:
 def _notes(report: Mapping[str, Any]) -> list[str]:
   validation = report['best_validation'].get('attack', '?')
   return [
-    'Accuracies are of each run’s best weights, which were chosen on held-out '
-    f'validation images under {validation}; the test images took part in no '
-    'choice.',
+    'Accuracies are of each run’s best weights, which were chosen on held-out validation images '
+    f'under {validation}; the test images took part in no choice.',
     'All rows have the base, the data, what is held out and the evaluation in '
     'common, and one seed gives all rows the same order of the images.',
     'The spread is that of the training seeds alone; the images are the same.',
@@ -166,11 +162,9 @@ def markdown(comparison: Mapping[str, Any]) -> str:
   parts = [
     f'# {comparison["title"]}',
     results_table(comparison),
-    f'Accuracy in % on {page.num_images(comparison)} test images of '
-    f'{comparison["dataset"]}: mean ± standard deviation over the seeds. '
-    f'Threat: {comparison["threat"]["norm"]}, eps '
-    f'{comparison["threat"]["eps"]}. A pass is one image once forward and back '
-    'through the model.',
+    f'Accuracy in % on {page.num_images(comparison)} test images of {comparison["dataset"]}: mean '
+    f'± standard deviation over the seeds. Threat: {comparison["threat"]["norm"]}, eps '
+    f'{comparison["threat"]["eps"]}. A pass is one image once forward and back through the model.',
   ]
   for reference in comparison['references']:
     if table := _difference_table(comparison, reference):

@@ -23,8 +23,7 @@ def write(directory: Path, result: Mapping[str, Any]) -> None:
   note = f'The level line is the target, {result["target"]:.0%}.'
   picture.save_charts(directory / 'road.svg', shown, note)
   parts = [
-    f'# The road to {result["target"]:.0%} robust accuracy: '
-    f'{result["config_name"]}',
+    f'# The road to {result["target"]:.0%} robust accuracy: {result["config_name"]}',
     markdown_table(result),
     _notes(result),
     '![robust accuracy against passes and seconds](road.svg)',
@@ -55,11 +54,10 @@ def markdown_table(result: Mapping[str, Any]) -> str:
 
 def _notes(result: Mapping[str, Any]) -> str:
   notes = [
-    'A pass is one image once forward and back through the model. Passes and '
-    'seconds are of training alone, without compiling; those to the target are '
-    'at the first crossing, linear between two measurements, and - is a target '
-    f'that was not reached. On the way: {result["attack"]} on validation '
-    f'images ({_count(result["num_validation"])}); batches of '
+    'A pass is one image once forward and back through the model. Passes and seconds are of '
+    'training alone, without compiling; those to the target are at the first crossing, linear '
+    'between two measurements, and - is a target that was not reached. On the way: '
+    f'{result["attack"]} on validation images ({_count(result["num_validation"])}); batches of '
     f'{result["batch_size"]}, seed {result["seed"]}, {result["device"]}.'
   ]
   if result['final']:

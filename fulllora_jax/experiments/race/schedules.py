@@ -35,17 +35,12 @@ from fulllora_jax.training.stepper import Stepper
 
 
 class Schedule(NamedTuple):
-  """Changes to a config.
+  """Changes to a config."""
 
-  Attributes:
-    changes: each changed field, such as 'attack.steps', and its value. Where
-      the attack makes fewer than 10 steps, their size follows from their
-      number (`variants.few_steps`).
-    length: the length of the training, as a share of the config's.
-  """
-
+  # Each changed field, such as 'attack.steps', and its value. Where the attack makes fewer than 10
+  # steps, their size follows from their number (`variants.few_steps`).
   changes: Mapping[str, Any]
-  length: float = 1.0
+  length: float = 1.0  # the length of the training, as a share of the config's
 
 
 _PGD = {'attack.steps': 10}
@@ -70,15 +65,7 @@ SCHEDULES: Mapping[str, Schedule] = {
   'quarter-n_fgsm': Schedule(_N_FGSM, 1.37),
 }
 
-DEFAULT = (
-  PLAIN,
-  'pgd-2',
-  'fgsm_rs',
-  'n_fgsm',
-  'carry',
-  'quarter-carry',
-  'half-carry',
-)
+DEFAULT = (PLAIN, 'pgd-2', 'fgsm_rs', 'n_fgsm', 'carry', 'quarter-carry', 'half-carry')
 
 
 def race(
@@ -97,8 +84,7 @@ def race(
   """Races schedules to a robust accuracy; a killed race goes on.
 
   Args:
-    config: config.py; what all schedules have in common. Its base is trained
-      or read once.
+    config: config.py; what all schedules have in common. Its base is trained or read once.
     dataset: the data set that `config.data` names.
     workdir: gets base/, schedules/*.json, road.json, road.md, road.svg.
     target: a robust accuracy on validation images, in (0, 1).
@@ -106,17 +92,15 @@ def race(
     attack: the attack that measures on the way, e.g. 'pgd-20'.
     points: how often each schedule is measured; the base is measured once more.
     num_validation: how many validation images are measured on; 0: all.
-    final: the attacks on the finished models, joined by '+', or 'autoattack';
-      empty: none.
+    final: the attacks on the finished models, joined by '+', or 'autoattack'; empty: none.
     num_test: how many test images they attack, chosen by the seed; 0: all.
 
   Returns:
-    target, attack, final, num_validation, num_test, batch_size, config_name,
-    device and schedules: for each name `changes`, `steps`, `passes`, `seconds`
-    of training, `seconds_compile`, `curve` (a list of step, passes, seconds,
-    clean, robust), `to_target` (passes and seconds at the first crossing,
-    interpolated; None where it was not reached) and `final` (accuracy,
-    interval, num_examples, clean).
+    target, attack, final, num_validation, num_test, batch_size, config_name, device and schedules:
+    for each name `changes`, `steps`, `passes`, `seconds` of training, `seconds_compile`, `curve` (a
+    list of step, passes, seconds, clean, robust), `to_target` (passes and seconds at the first
+    crossing, interpolated; None where it was not reached) and `final` (accuracy, interval,
+    num_examples, clean).
 
   Raises:
     UserError: a target out of range, an unknown schedule, a method without an
@@ -171,9 +155,7 @@ def changed(config, dataset: data.Dataset, name: str):
   return own
 
 
-def crossing(
-  curve: Sequence[Mapping[str, float]], target: float
-) -> dict[str, float] | None:
+def crossing(curve: Sequence[Mapping[str, float]], target: float) -> dict[str, float] | None:
   """Returns passes and seconds at which a curve first reaches the target.
 
   Linear between the measurement below and the one at or above it.
@@ -187,17 +169,14 @@ def crossing(
       rise = after['robust'] - before['robust']
       share = (target - before['robust']) / rise if rise else 1.0
       return {
-        name: before[name] + share * (after[name] - before[name])
-        for name in ('passes', 'seconds')
+        name: before[name] + share * (after[name] - before[name]) for name in ('passes', 'seconds')
       }
   return None
 
 
 def _check(config, target, schedules, points) -> None:
   if not 0 < target < 1:
-    raise UserError(
-      f'target {target}: a robust accuracy is in 0..1, so give e.g. 0.6'
-    )
+    raise UserError(f'target {target}: a robust accuracy is in 0..1, so give e.g. 0.6')
   if points < 1:
     raise UserError(f'points {points}: measure at least once')
   known = f'known: {", ".join(SCHEDULES)}'
@@ -221,9 +200,7 @@ def _final_attack(config, text: str) -> Attack:
     return parts[0]
   alone = [part.label for part in parts if not isinstance(part.version, tuple)]
   if alone:
-    raise UserError(
-      f'final {text}: {alone[0]} cannot be joined with others; give it alone'
-    )
+    raise UserError(f'final {text}: {alone[0]} cannot be joined with others; give it alone')
   return Attack(text, 0, 0.0, 0, sum((part.version for part in parts), ()))
 
 
@@ -286,9 +263,8 @@ class _Lap:
       curve.append(self._measure(step))
       rate = progress.update(step)
       say(
-        f'{self.title}: step {step}/{total}, passes '
-        f'{self.passes:,.0f}, {self.attack.label} {curve[-1]["robust"]:.1%}'
-        f'{", " if rate else ""}{rate}'
+        f'{self.title}: step {step}/{total}, passes {self.passes:,.0f}, {self.attack.label} '
+        f'{curve[-1]["robust"]:.1%}{", " if rate else ""}{rate}'
       )
       began = time.monotonic()
     return {
@@ -301,10 +277,7 @@ class _Lap:
     }
 
   def _measure(self, step: int) -> dict[str, float]:
-    split, count = (
-      self.stepper.dataset.validation,
-      self.common['num_validation'],
-    )
+    split, count = (self.stepper.dataset.validation, self.common['num_validation'])
     clean, robust = self._evaluate(split, self.attack, count)
     return {
       'step': step,
@@ -326,7 +299,5 @@ class _Lap:
   def _evaluate(self, split, attack, count, title='') -> tuple[float, dict]:
     """Returns the clean accuracy, and the record of the robust one."""
     variables = trees.merge(self.stepper.state.trainable, self.stepper.frozen)
-    outcome = self.evaluator.evaluate(
-      variables, split, attack, count, title=title
-    )
+    outcome = self.evaluator.evaluate(variables, split, attack, count, title=title)
     return float(outcome.clean.mean()), outcome.record()

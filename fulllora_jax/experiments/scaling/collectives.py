@@ -22,9 +22,7 @@ _COLLECTIVE = re.compile(
   r'collective-permute)(-start)?\('
 )
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]')
-_CALLED = re.compile(
-  r'(?:body|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.-]+)'
-)
+_CALLED = re.compile(r'(?:body|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.-]+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -32,8 +30,7 @@ def moved(text: str) -> dict[str, int]:
   """Counts what the collectives of a compiled program move.
 
   Args:
-    text: the optimised HLO that `compiled.as_text()` returns; a loop counts as
-      often as it runs.
+    text: the optimised HLO that `compiled.as_text()` returns; a loop counts as often as it runs.
 
   Returns:
     Kind, e.g. 'all-reduce', to the bytes of the results on one device.
@@ -81,9 +78,7 @@ def _result_bytes(shape: str, kind: str, start: str | None) -> int:
   return sum(arrays)
 
 
-def trace_step(
-  config, num_classes: int, images: int = 1, channels: int = 3
-) -> jax.stages.Traced:
+def trace_step(config, num_classes: int, images: int = 1, channels: int = 3) -> jax.stages.Traced:
   """Traces the train step of a config on all devices, without arrays.
 
   Args:

@@ -47,8 +47,7 @@ class Model:
   frozen: int  # how many of them FullLoRA leaves as they are
   adapted: int  # parameters that learn in FullLoRA: the branches and the head
   attack_steps: int  # how many steps PGD makes
-  # Frozen parameters in arrays that mesh.fsdp splits, of the blocks and of the
-  # rest of the model.
+  # Frozen parameters in arrays that mesh.fsdp splits, of the blocks and of the rest of the model.
   split_blocks: int
   split_rest: int
 
@@ -72,10 +71,9 @@ class Model:
   def fetches(self, remat: str) -> tuple[int, int]:
     """Returns how often a step fetches a split base: blocks, and the rest.
 
-    The model is called for each step of PGD, the update and the accuracy on
-    the clean images, and a call fetches everything once. Where blocks are
-    rematerialised the way back fetches them again; the rest, and with 'none'
-    the blocks too, are kept for it.
+    The model is called for each step of PGD, the update and the accuracy on the clean images, and a
+    call fetches everything once. Where blocks are rematerialised the way back fetches them again;
+    the rest, and with 'none' the blocks too, are kept for it.
 
     Args:
       remat: model.remat: 'none', 'dots' or 'blocks'.
@@ -92,9 +90,8 @@ class Model:
 def forward_flops(model: Model) -> dict[str, int]:
   """Counts the FLOPs of the matrix products of one image's forward pass.
 
-  A product of [n, a] and [a, b] makes 2 n a b. The last block computes the
-  class token alone (models/transformer.py). Norms, activations and the softmax
-  are left out.
+  A product of [n, a] and [a, b] makes 2 n a b. The last block computes the class token alone
+  (models/transformer.py). Norms, activations and the softmax are left out.
 
   Returns:
     patches: the patch embedding; blocks: the linear maps of the blocks; head;
@@ -108,9 +105,7 @@ def forward_flops(model: Model) -> dict[str, int]:
     maps = [(queries, width, width)] * 2 + [(tokens, width, width)] * 2
     maps += [(queries, width, model.mlp_dim), (queries, model.mlp_dim, width)]
     counts['blocks'] += times * sum(2 * n * a * b for n, a, b in maps)
-    counts['branches'] += times * sum(
-      2 * n * model.rank * (a + b) for n, a, b in maps
-    )
+    counts['branches'] += times * sum(2 * n * model.rank * (a + b) for n, a, b in maps)
     counts['attention'] += times * 4 * queries * tokens * width
   inputs = model.patch_values
   counts['patches'] = 2 * model.patches * inputs * width
@@ -190,9 +185,7 @@ class Assumptions:
   def smallest_batch(self, model, method, machine) -> int:
     """Returns the fewest images a device that make a step useful (GOOD)."""
     images = 1
-    while (
-      self.efficiency(model, method, machine, machine.devices, images) < GOOD
-    ):
+    while self.efficiency(model, method, machine, machine.devices, images) < GOOD:
       images += 1
     return images
 

@@ -15,12 +15,7 @@ from fulllora_jax.core import errors, trees
 from fulllora_jax.core import tables as tables_lib
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.experiments.scaling import collectives, costs
-from fulllora_jax.experiments.scaling.costs import (
-  FLOAT32,
-  GOOD,
-  MACHINES,
-  METHODS,
-)
+from fulllora_jax.experiments.scaling.costs import FLOAT32, GOOD, MACHINES, METHODS
 
 # Zhai et al., 2022, arXiv 2106.04560; the registry has no plain ViT of it.
 _GIANT = dict(name='vit', width=1408, depth=40, num_heads=16, mlp_dim=6144)
@@ -30,9 +25,7 @@ _FETCHED_WITH = 'blocks'
 Table = tuple[str, list[list]]  # title; rows, the header first
 
 
-def describe(
-  text: str, rank: int | None, attack_steps: int, fsdp: int = 1
-) -> costs.Model:
+def describe(text: str, rank: int | None, attack_steps: int, fsdp: int = 1) -> costs.Model:
   """Reads NAME/PATCH@PIXELS and counts its parameters, without arrays.
 
   Args:
@@ -48,9 +41,7 @@ def describe(
   return counted(text, config, num_classes, 3, fsdp)
 
 
-def counted(
-  name: str, config, num_classes: int, channels: int, fsdp: int = 1
-) -> costs.Model:
+def counted(name: str, config, num_classes: int, channels: int, fsdp: int = 1) -> costs.Model:
   """Counts the parameters of a config's plain ViT, without arrays.
 
   Args:
@@ -106,15 +97,12 @@ def experiment(text: str, rank: int | None, attack_steps: int):
   match = re.fullmatch(r'vit_(\w+)/([1-9]\d*)@([1-9]\d*)', text)
   if not match:
     raise errors.UserError(
-      f'--models: cannot read {text!r}; write NAME/PATCH@PIXELS, e.g. '
-      'vit_b/16@224'
+      f'--models: cannot read {text!r}; write NAME/PATCH@PIXELS, e.g. vit_b/16@224'
     )
   size, patch, side = match.group(1), int(match.group(2)), int(match.group(3))
   errors.choose('--models', f'vit_{size}', tuple(f'vit_{s}' for s in _SIZES))
   if side % patch:
-    raise errors.UserError(
-      f'--models: {text!r}: patches of {patch} px do not divide {side} px'
-    )
+    raise errors.UserError(f'--models: {text!r}: patches of {patch} px do not divide {side} px')
   config = config_lib.default()
   config.model.update(**(_GIANT if size == 'g' else {'name': f'vit_{size}'}))
   config.model.patch_size = patch
@@ -139,8 +127,7 @@ def tables(
     """Takes header -> machine, devices and global batch."""
     header = ['model', 'method', *columns]
     return [header] + [
-      [case[0].name, case[1]]
-      + [_share(assumed, case, *column) for column in columns.values()]
+      [case[0].name, case[1]] + [_share(assumed, case, *column) for column in columns.values()]
       for case in cases
     ]
 
@@ -149,9 +136,7 @@ def tables(
   yield 'Machines, each device', _machines()
   yield (
     'Efficiency of a whole machine, by global batch',
-    efficiencies(
-      {f'{m.name}, {n}': (m, m.devices, n) for n in batches for m in MACHINES}
-    ),
+    efficiencies({f'{m.name}, {n}': (m, m.devices, n) for n in batches for m in MACHINES}),
   )
   devices = (1, 4, 16, 32, 64, 128, 256)
   yield (
@@ -168,10 +153,7 @@ def tables(
     fewest = [assumed.smallest_batch(model, method, m) for m in MACHINES]
     smallest.append([model.name, method, *fewest])
   yield f'Fewest images a device for {GOOD:.0%}', smallest
-  yield (
-    f'A base split over fsdp = {fsdp}, remat = {_FETCHED_WITH}',
-    _fsdp(models, assumed, fsdp),
-  )
+  yield (f'A base split over fsdp = {fsdp}, remat = {_FETCHED_WITH}', _fsdp(models, assumed, fsdp))
 
 
 def _sizes(models) -> list[list]:

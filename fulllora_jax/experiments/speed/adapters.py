@@ -1,10 +1,9 @@
 """Several adapters on one base, beside as many whole models.
 
-Random adapters of the config's shape on one random base: what is in memory,
-what a batch takes when each call goes to another adapter, what one takes whose
-images belong to several, and how many programs that compiled. All takes turns
-in one run. The images are noise; neither they nor the weights change what a
-batch takes.
+Random adapters of the config's shape on one random base: what is in memory, what a batch takes when
+each call goes to another adapter, what one takes whose images belong to several, and how many
+programs that compiled. All takes turns in one run. The images are noise; neither they nor the
+weights change what a batch takes.
 """
 
 import functools
@@ -71,8 +70,7 @@ def measure(
     programs the first calls compiled, and compiled_later the last, by name.
 
   Raises:
-    UserError: a batch that the adapters do not divide; a method that leaves no
-      base to share.
+    UserError: a batch that the adapters do not divide; a method that leaves no base to share.
   """
   if batch_size % count:
     raise errors.UserError(
@@ -120,9 +118,7 @@ def _prepare(
     return functools.partial(function, jax.device_put(variables))
 
   bare = loaded(base)
-  apart = [
-    loaded(trees.override(base, each.leaves)) for each in adapters.values()
-  ]
+  apart = [loaded(trees.override(base, each.leaves)) for each in adapters.values()]
   pixels = np.random.default_rng(0).uniform(size=(batch_size, *shape))
   images = jax.device_put(pixels.astype(np.float32))
   parts = [images[i::count] for i in range(count)]
@@ -178,9 +174,7 @@ def _random_adapters(
   adapters = {}
   for name in (f'adapter_{i}' for i in range(count)):
     leaves = jax.tree.map(noisy, trainable)
-    adapters[name] = stacking.Adapter(
-      pathlib.Path(name), built, leaves, frozen, metadata
-    )
+    adapters[name] = stacking.Adapter(pathlib.Path(name), built, leaves, frozen, metadata)
   return adapters, jax.tree.map(np.asarray, params)
 
 

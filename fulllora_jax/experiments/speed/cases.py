@@ -52,8 +52,7 @@ class Case:
     stepper: the model, its state, the data and the algorithm.
     batch: one batch, on the mesh.
     compiled: the compiled step.
-    compile_seconds: the seconds of 'trace' (and lower) and of 'compile',
-      without any cache.
+    compile_seconds: the seconds of 'trace' (and lower) and of 'compile', without any cache.
     plan: what the step needs of each device's memory.
   """
 
@@ -69,13 +68,8 @@ class Case:
     lowered = step.trace(*self._arguments()).lower()
     traced = time.perf_counter()
     stepper.step_fn = self.compiled = lowered.compile()
-    self.compile_seconds = {
-      'trace': traced - began,
-      'compile': time.perf_counter() - traced,
-    }
-    self.plan = memory.measure(
-      self.compiled, stepper.state, stepper.frozen, self.batch, config
-    )
+    self.compile_seconds = {'trace': traced - began, 'compile': time.perf_counter() - traced}
+    self.plan = memory.measure(self.compiled, stepper.state, stepper.frozen, self.batch, config)
 
   def _arguments(self):
     stepper = self.stepper
@@ -122,9 +116,7 @@ class Case:
     config.model.remat = 'none'
     dataset = self.stepper.dataset
     images = config.train.batch_size // jax.device_count()
-    traced = collectives.trace_step(
-      config, dataset.num_classes, images, dataset.image_shape[-1]
-    )
+    traced = collectives.trace_step(config, dataset.num_classes, images, dataset.image_shape[-1])
     counted = flops.compiled(self.compiled)
     return {
       'model': flops.traced(traced.jaxpr),
@@ -154,21 +146,18 @@ class Parts:
   """The parts of a step, each compiled as a program of its own.
 
   Attributes:
-    runs: the part's name -> a function that runs it once and returns the
-      seconds: 'augment', and for an adversarial method 'forward' (one pass of
-      the model) and 'attack'.
-    attack_costs: XLA's count of one ascent (flops.compiled); empty where there
-      is no attack.
+    runs: the part's name -> a function that runs it once and returns the seconds: 'augment', and
+      for an adversarial method 'forward' (one pass of the model) and 'attack'.
   """
 
+  # XLA's count of one ascent (flops.compiled); empty where there is no attack
   attack_costs: Mapping[str, float] = {}
 
   def __init__(self, case: Case):
     stepper, assembly = case.stepper, case.stepper.assembly
     self._case, self._mesh = case, assembly.mesh
     self._algorithm = dataclasses.replace(
-      assembly.algorithm,
-      apply=mesh.fetching(assembly.algorithm.apply, assembly.mesh),
+      assembly.algorithm, apply=mesh.fetching(assembly.algorithm.apply, assembly.mesh)
     )
     rows = mesh.batch_sharded(self._mesh)
     augmented = jax.jit(self._augment, out_shardings=rows)
@@ -202,9 +191,7 @@ class Parts:
     x_adv, found = self._algorithm.attack(keys, logits_fn, x, labels, step, key)
     return x_adv, found['passes']
 
-  def breakdown(
-    self, step: float, seconds: Mapping[str, float]
-  ) -> dict[str, float]:
+  def breakdown(self, step: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """Splits the seconds of a whole step, given those of each of `runs`.
 
     The update is what is left of the step; the way back of the attack is what

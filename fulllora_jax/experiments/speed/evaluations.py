@@ -45,9 +45,7 @@ def measure(
   assembly, test = stepper.assembly, stepper.dataset.test
   evaluator = Evaluator(assembly.built.model.apply, plan, assembly.mesh)
   if images > len(test):
-    raise UserError(
-      f'--images {images}: the test split has {len(test)}; give fewer'
-    )
+    raise UserError(f'--images {images}: the test split has {len(test)}; give fewer')
   variables = trees.merge(stepper.state.trainable, stepper.frozen)
   pixels = test.fetch(np.arange(images))
   x = np.asarray(augment.to_unit(pixels))
@@ -69,9 +67,7 @@ def measure(
       # A peer attacks a batch at a time.
       count = images if name == ours else case.config.train.batch_size
       rates = [count / seconds for seconds in taken.all]
-      records.append(
-        {'attack': attack.label, 'name': name, 'images_per_second': rates}
-      )
+      records.append({'attack': attack.label, 'name': name, 'images_per_second': rates})
       if name == ours:
         records[-1]['robust'] = float(outcomes[-1].robust.mean())
   return records

@@ -56,9 +56,7 @@ def time_steps(config, workdir: str, given) -> None:
   print(text)
 
 
-def compile_cases(
-  config, dataset: data.Dataset, methods: Sequence[str]
-) -> dict[str, Case]:
+def compile_cases(config, dataset: data.Dataset, methods: Sequence[str]) -> dict[str, Case]:
   """Compiles the step of a config, and of it with other methods.
 
   Returns:
@@ -83,10 +81,7 @@ def compile_cases(
 
 
 def measure(
-  cases: Mapping[str, Case],
-  rounds: int,
-  warmup: int,
-  peers: Mapping[str, Any],
+  cases: Mapping[str, Case], rounds: int, warmup: int, peers: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Times the train step of a config beside that of other methods and peers.
 
@@ -191,8 +186,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     tables.markdown(_step_rows(record)),
     'The parts of the first:',
     tables.markdown(part_rows),
-    f'Input: waited for {waited:.2%} of a loop of {loop["steps"]} steps with '
-    'new batches.',
+    f'Input: waited for {waited:.2%} of a loop of {loop["steps"]} steps with new batches.',
     _roofline_line(record['peak'], record['roofline']),
   ]
   return '\n\n'.join(paragraphs) + '\n'
@@ -234,9 +228,8 @@ def _roofline_line(best, roofline) -> str:
   if roofline is None:
     return f'{text} The compiler does not tell the bytes of a step.'
   return (
-    f'{text} An ascent makes {roofline["flops_per_byte"]:.1f} FLOPs for each '
-    f'byte that its operations touch, the ridge is at {roofline["ridge"]:.1f}: '
-    f'{roofline["bound"]}-bound.'
+    f'{text} An ascent makes {roofline["flops_per_byte"]:.1f} FLOPs for each byte that its '
+    f'operations touch, the ridge is at {roofline["ridge"]:.1f}: {roofline["bound"]}-bound.'
   )
 
 

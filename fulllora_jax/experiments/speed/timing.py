@@ -56,8 +56,7 @@ def take_turns(
   """Runs everything once a round, in an order that is turned each round.
 
   Args:
-    runs: name -> a function that does the work once, to its end, and returns
-      the seconds it took.
+    runs: name -> a function that does the work once, to its end, and returns the seconds it took.
     rounds: how many rounds count, at least 1.
     warmup: how many rounds before them do not count.
 

@@ -77,11 +77,7 @@ def number(value: float) -> str:
 
 
 def x_axis(
-  x: Scale,
-  y: Scale,
-  marks: Sequence[tuple[float, str]] | None,
-  title: str,
-  grid: bool = False,
+  x: Scale, y: Scale, marks: Sequence[tuple[float, str]] | None, title: str, grid: bool = False
 ) -> Markup:
   """Draws the axis below a chart, at the larger end of y.
 
@@ -116,12 +112,6 @@ def line(x1: float, y1: float, x2: float, y2: float, look: str) -> Markup:
   return tag('line', x1=x1, y1=y1, x2=x2, y2=y2, class_=look)
 
 
-def text(
-  x: float,
-  y: float,
-  words: str,
-  anchor: str = 'middle',
-  look: str | None = None,
-) -> Markup:
+def text(x: float, y: float, words: str, anchor: str = 'middle', look: str | None = None) -> Markup:
   """Writes words at a place: `anchor` is start, middle or end."""
   return tag('text', words, x=x, y=y, text_anchor=anchor, class_=look)

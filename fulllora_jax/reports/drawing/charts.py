@@ -105,9 +105,7 @@ def line_chart(
     axes.y_axis(x, y, _PERCENT if percent else y.ticks()),
     axes.x_axis(x, y, x_marks, x_title),
     _upright(x, y, marked_x),
-    None
-    if marked_y is None
-    else axes.line(x.first, y(marked_y), x.last, y(marked_y), 'mark'),
+    None if marked_y is None else axes.line(x.first, y(marked_y), x.last, y(marked_y), 'mark'),
     [_line(line, x, y, words) for line in lines],
   ]
   label = _label(title, f'against {x_title}', lines)
@@ -157,9 +155,7 @@ def coloured(colour: str, *parts) -> Markup:
   return tag('g', parts, class_=f'c-{colour}')
 
 
-def mark(
-  x: float, y: float, radius: float, words: str, hollow: bool = False
-) -> Markup:
+def mark(x: float, y: float, radius: float, words: str, hollow: bool = False) -> Markup:
   """Draws a round mark that says its words when pointed at."""
   look = 'hollow' if hollow else 'fill'
   return tag('circle', tag('title', words), cx=x, cy=y, r=radius, class_=look)
@@ -177,11 +173,7 @@ def swatch(entry: Line | Bars) -> Markup:
 
 
 def columns(
-  title: str,
-  names: Sequence[str],
-  series: Sequence[Bars],
-  x_title: str,
-  top: float,
+  title: str, names: Sequence[str], series: Sequence[Bars], x_title: str, top: float
 ) -> Chart:
   """Draws columns side by side for each name.
 
@@ -217,9 +209,7 @@ def columns(
   return Chart(title, label, 170, join(content), width=200)
 
 
-def bars(
-  title: str, names: Sequence[str], series: Sequence[Bars], x_title: str
-) -> Chart:
+def bars(title: str, names: Sequence[str], series: Sequence[Bars], x_title: str) -> Chart:
   """Draws a row of bars for each name, in % from 0 to 100."""
   thick, gap = 9, 8
   row = thick * len(series) + gap
@@ -227,8 +217,7 @@ def bars(
   x = Scale(0, 100, _margin(names), axes.WIDTH - 24)
   y = Scale(0, 1, bottom, 2)
   sides = [
-    _side_name(x, 6 + row * place + (row - gap) / 2, name)
-    for place, name in enumerate(names)
+    _side_name(x, 6 + row * place + (row - gap) / 2, name) for place, name in enumerate(names)
   ]
   drawn = [
     _bar(
@@ -249,9 +238,7 @@ def bars(
   return Chart(title, label, bottom + 44, join([axis, sides, drawn]), series)
 
 
-def _bar(
-  series: Bars, words: str, x: float, y: float, width: float, height: float
-) -> Markup:
+def _bar(series: Bars, words: str, x: float, y: float, width: float, height: float) -> Markup:
   box = {'x': x, 'y': y, 'width': width, 'height': height}
   box = {name: round(value, 2) for name, value in box.items()}
   bar = tag('rect', tag('title', words), **box, class_='fill')
@@ -259,11 +246,7 @@ def _bar(
 
 
 def dot_plot(
-  title: str,
-  rows: Sequence[Dots],
-  x_title: str,
-  unit: str = '%',
-  zero: bool = False,
+  title: str, rows: Sequence[Dots], x_title: str, unit: str = '%', zero: bool = False
 ) -> Chart:
   """Draws a row of marks for each name: every value, their middle, its span.
 
@@ -272,9 +255,7 @@ def dot_plot(
     unit: the unit of the values, for the tooltips.
     zero: keeps 0 in the chart and marks it, for differences.
   """
-  values = [
-    v for row in rows for v in (*row.values, *row[2:5]) if v is not None
-  ]
+  values = [v for row in rows for v in (*row.values, *row[2:5]) if v is not None]
   low, high = room([*values, 0.0] if zero else values or [0.0])
   bottom = 8 + 30 * len(rows)
   x = Scale(low, high, _margin([row.name for row in rows]), axes.WIDTH - 16)
@@ -298,8 +279,7 @@ def _dots(row: Dots, at: float, x: Scale, unit: str) -> Markup:
     words += f' [{row.low:.1f}, {row.high:.1f}]'
     span = axes.line(x(row.low), at, x(row.high), at, 'span')
   each = [
-    mark(x(value), at, 4, f'{row.name}: {value:.1f} {unit}', hollow=True)
-    for value in row.values
+    mark(x(value), at, 4, f'{row.name}: {value:.1f} {unit}', hollow=True) for value in row.values
   ]
   marks = coloured(row.colour, tag('title', words), span, each, middle)
   return join(_side_name(x, at, row.name), marks)

@@ -31,9 +31,7 @@ def look(image: np.ndarray) -> str | None:
   return 'pixels' if max(np.shape(image)[:2]) <= _SMALL else None
 
 
-def difference(
-  clean: np.ndarray, adversarial: np.ndarray
-) -> tuple[np.ndarray, float]:
+def difference(clean: np.ndarray, adversarial: np.ndarray) -> tuple[np.ndarray, float]:
   """Returns the magnified difference of images on grey, and by how much.
 
   The largest change goes from grey to black or white.

@@ -16,9 +16,8 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
   Args:
     name: the name of the element.
-    *children: what is inside. Markup is taken as it is; the members of an
-      iterable follow one another; None is left out; the text of anything else
-      is escaped.
+    *children: what is inside. Markup is taken as it is; the members of an iterable follow one
+      another; None is left out; the text of anything else is escaped.
     **attributes: the attributes; one that is None is left out. `class_` is
       written as class, and any other `_` as a hyphen, as in stroke_width.
 

@@ -21,9 +21,7 @@ _TITLE = 28  # the height of a chart's title
 _FORBIDDEN = re.compile('[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]')
 
 
-def save_charts(
-  path: str | os.PathLike, shown: Sequence[Chart], note: str = ''
-) -> None:
+def save_charts(path: str | os.PathLike, shown: Sequence[Chart], note: str = '') -> None:
   """Writes charts side by side, a legend and a note below them, as an SVG."""
   width = sum(chart.width + _GAP for chart in shown) - _GAP
   width = max(width, axes.WIDTH)
@@ -42,9 +40,7 @@ def save_charts(
   save(path, parts, width, bottom, '; '.join(chart.label for chart in shown))
 
 
-def _legend_rows(
-  shown: Sequence[Chart], width: float
-) -> Iterator[list[tuple[float, Markup]]]:
+def _legend_rows(shown: Sequence[Chart], width: float) -> Iterator[list[tuple[float, Markup]]]:
   """Yields the rows of one legend for all charts: places and entries."""
   row, left = [], 0.0
   entries = {entry.name: entry for chart in shown for entry in chart.series}
@@ -65,9 +61,7 @@ def moved(x: float, y: float, *parts) -> Markup:
   return tag('g', parts, transform=f'translate({round(x, 2)} {round(y, 2)})')
 
 
-def save(
-  path: str | os.PathLike, parts, width: float, height: float, label: str
-) -> None:
+def save(path: str | os.PathLike, parts, width: float, height: float, label: str) -> None:
   """Writes an SVG of Markup from (0, 0) to (width, height), with an edge.
 
   The label describes the picture to readers who cannot see it.

@@ -7,9 +7,7 @@ from fulllora_jax.reports.drawing.axes import LETTER, Scale
 from fulllora_jax.reports.drawing.markup import Markup, join, limited
 
 
-def scatter(
-  title: str, points: Sequence[tuple[str, float, float]], x_title: str
-) -> charts.Chart:
+def scatter(title: str, points: Sequence[tuple[str, float, float]], x_title: str) -> charts.Chart:
   """Draws points (name, x, y), each with its name where nothing else is.
 
   Every x is above 0, on a logarithmic axis; y is in %.
@@ -43,17 +41,13 @@ def _name_beside(name: str, x: float, y: float, taken: list) -> Markup:
     for side in (1, -1)
   ]
   boxes = [
-    (at if at > x else at - width, at + width if at > x else at, b - 11, b + 2)
-    for at, b in places
+    (at if at > x else at - width, at + width if at > x else at, b - 11, b + 2) for at, b in places
   ]
   free = (
     number
     for number, box in enumerate(boxes)
     if box[0] > 40 and box[1] < axes.WIDTH and box[2] > 0 and box[3] < 213
-    if not any(
-      box[0] < t[1] and t[0] < box[1] and box[2] < t[3] and t[2] < box[3]
-      for t in taken
-    )
+    if not any(box[0] < t[1] and t[0] < box[1] and box[2] < t[3] and t[2] < box[3] for t in taken)
   )
   chosen = next(free, 0)
   taken.append(boxes[chosen])

@@ -21,12 +21,7 @@ _COLOURS = {  # on white, on black
   'bad': ('#b3261e', '#ff8a80'),
 }
 # In place of those on white, where ink costs.
-_ON_PAPER = {
-  'panel': '#ffffff',
-  'ink': '#000000',
-  'soft': '#444444',
-  'line': '#bbbbbb',
-}
+_ON_PAPER = {'panel': '#ffffff', 'ink': '#000000', 'soft': '#444444', 'line': '#bbbbbb'}
 _LIGHT = {name: colours[0] for name, colours in _COLOURS.items()}
 _DARK = {name: colours[1] for name, colours in _COLOURS.items()}
 

@@ -16,18 +16,15 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
   """Returns a page that compares methods, as HTML.
 
   Args:
-    comparison: title, command, dataset; threat (norm, eps as the config
-      writes it); headline_attack, a label of `attacks` other than 'clean';
-      references, names of methods; notes, sentences; provenance, nested
-      fields, whose experiment and rows are folded away; and rows, a dict for
-      each method. What is missing or None is left out. A row has method;
-      seeds; trainable, a number of parameters; share, of the base, in [0, 1];
-      adapter_bytes; steps; passes, forward and back, of the whole training;
-      seconds; attacks, label -> the accuracies 'per_seed' in [0, 1], in the
-      order of the seeds, their mean, their standard deviation 'spread' and the
-      number n of images; difference, reference -> label -> the mean of this
-      method less the reference, seed by seed, and the ends low and high of its
-      interval, in [-1, 1].
+    comparison: title, command, dataset; threat (norm, eps as the config writes it);
+      headline_attack, a label of `attacks` other than 'clean'; references, names of methods; notes,
+      sentences; provenance, nested fields, whose experiment and rows are folded away; and rows, a
+      dict for each method. What is missing or None is left out. A row has method; seeds; trainable,
+      a number of parameters; share, of the base, in [0, 1]; adapter_bytes; steps; passes, forward
+      and back, of the whole training; seconds; attacks, label -> the accuracies 'per_seed' in [0,
+      1], in the order of the seeds, their mean, their standard deviation 'spread' and the number n
+      of images; difference, reference -> label -> the mean of this method less the reference, seed
+      by seed, and the ends low and high of its interval, in [-1, 1].
   """
   notes = [tag('li', note) for note in comparison.get('notes') or ()]
   sections = (
@@ -63,10 +60,7 @@ def _found(
   comparison: Mapping[str, Any], label: str | None
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
   """Returns the rows that have an attack, each with what it has of it."""
-  pairs = [
-    (row, (row.get('attacks') or {}).get(label) or {})
-    for row in comparison['rows']
-  ]
+  pairs = [(row, (row.get('attacks') or {}).get(label) or {}) for row in comparison['rows']]
   return [(row, each) for row, each in pairs if each.get('mean') is not None]
 
 
@@ -94,9 +88,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
   }
 
 
-def results_table(
-  comparison: Mapping[str, Any], columns: Sequence[str]
-) -> list[list[str]]:
+def results_table(comparison: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
   """Returns a header and a row for each method, with these of its `cells`."""
   rows = [cells(row) for row in comparison['rows']]
   return [list(columns), *([row.get(n, '-') for n in columns] for row in rows)]
@@ -236,9 +228,8 @@ def _differences(comparison: Mapping[str, Any]) -> Markup | None:
   if len(table) == 1:
     return None
   note = (
-    'Differences are of runs with the same seed, in percentage points; right '
-    'of 0 is better than the reference. An interval that holds 0 tells of no '
-    'difference.'
+    'Differences are of runs with the same seed, in percentage points; right of 0 is better than '
+    'the reference. An interval that holds 0 tells of no difference.'
   )
   whole = document.table(table, 'Differences')
   return join(

@@ -8,19 +8,15 @@ from fulllora_jax.reports.drawing.charts import Chart
 from fulllora_jax.reports.drawing.markup import Markup, tag
 
 _HEAD = Markup(
-  '<meta charset="utf-8">'
-  '<meta name="viewport" content="width=device-width, initial-scale=1">'
-  '<meta name="color-scheme" content="light dark">'
+  '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta '
+  'name="color-scheme" content="light dark">'
   # An icon of nothing: a browser would ask a server for one.
   '<link rel="icon" href="data:,">'
 )
 
 
 def document(
-  title: str,
-  lead: str,
-  sections: Iterable[tuple[str, str, Markup | None]],
-  footer: str,
+  title: str, lead: str, sections: Iterable[tuple[str, str, Markup | None]], footer: str
 ) -> str:
   """Returns a whole page; the lead stands below the title.
 
@@ -113,10 +109,7 @@ def figure(chart: Chart, note: str = '', single: bool = False) -> Markup:
 def legend(series: Iterable[charts.Line | charts.Bars]) -> Markup:
   """Returns what the lines or bars of a chart are."""
   hidden = {'viewBox': '0 0 26 12', 'aria_hidden': 'true'}
-  entries = [
-    tag('li', tag('svg', charts.swatch(entry), **hidden), entry.name)
-    for entry in series
-  ]
+  entries = [tag('li', tag('svg', charts.swatch(entry), **hidden), entry.name) for entry in series]
   return tag('ul', entries, class_='legend')
 
 

@@ -42,21 +42,13 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
   maps = found['maps']
   keys = [key for key in keys if key[0] in maps[0]]
   tops = _tops(maps, keys)
-  figures = [
-    document.figure(_columns(role, maps, keys, top))
-    for role, top in tops.items()
-  ]
+  figures = [document.figure(_columns(role, maps, keys, top)) for role, top in tops.items()]
   rows = [['map', 'role', *(words for _, words, _ in keys)]]
   rows += [
-    [
-      *(m['path'], m['role']),
-      *('-' if m[n] is None else f'{m[n]:.4f}' for n, *_ in keys),
-    ]
+    [*(m['path'], m['role']), *('-' if m[n] is None else f'{m[n]:.4f}' for n, *_ in keys)]
     for m in maps
   ]
-  note = text.format(
-    images=found.get('num_images'), attack=found.get('attack') or 'nothing'
-  )
+  note = text.format(images=found.get('num_images'), attack=found.get('attack') or 'nothing')
   series = [Bars(words, [], colour) for _, words, colour in keys]
   scales = 'Each chart has a scale of its own, for the roles differ much.'
   if len(set(tops.values())) == 1:
@@ -73,9 +65,7 @@ def influence(report: Mapping[str, Any]) -> Markup | None:
 
 def _columns(role: str, maps: Sequence[Mapping], keys, top: float) -> Chart:
   maps = [m for m in maps if m['role'] == role]
-  series = [
-    Bars(words, [m[name] for m in maps], colour) for name, words, colour in keys
-  ]
+  series = [Bars(words, [m[name] for m in maps], colour) for name, words, colour in keys]
   names = _short([m['path'] for m in maps])
   x_title = 'block' if len(maps) > 1 else ''
   return charts.columns(role, names, series, x_title, top)
@@ -109,7 +99,6 @@ def _short(paths: Sequence[str]) -> list[str]:
     return [str(place) for place in range(len(paths))]
   differ = [len(set(column)) > 1 for column in zip(*numbers, strict=True)]
   return [
-    '.'.join(n for n, keep in zip(found, differ, strict=True) if keep)
-    or str(place)
+    '.'.join(n for n, keep in zip(found, differ, strict=True) if keep) or str(place)
     for place, found in enumerate(numbers)
   ]

@@ -37,10 +37,9 @@ def radii(report: Mapping[str, Any]) -> Markup | None:
   header = ['eps', *(line.name for line in lines)]
   table = [[rows[eps].get(n, '-') for n in header] for eps in sorted(rows)]
   note = (
-    f'On {found["num_examples"]} test images; the shade is the 95 % Wilson '
-    'interval, the upright line the eps of the threat model. At eps 0 it is '
-    'the clean accuracy. Steps grow with eps. A robust accuracy that does not '
-    'fall to 0 at a large eps would be a sign of masked gradients.'
+    f'On {found["num_examples"]} test images; the shade is the 95 % Wilson interval, the upright '
+    'line the eps of the threat model. At eps 0 it is the clean accuracy. Steps grow with eps. A '
+    'robust accuracy that does not fall to 0 at a large eps would be a sign of masked gradients.'
   )
   return _with_table(chart, note, [header, *table])
 
@@ -74,13 +73,10 @@ def classes(report: Mapping[str, Any]) -> Markup | None:
   if worst['attack'] != 'clean':
     series.append(Bars(label, [row[3] for row in drawn], 'robust'))
   names = [row[0] for row in drawn]
-  chart = charts.bars(
-    'Accuracy (%) of each class', names, series, 'accuracy (%)'
-  )
+  chart = charts.bars('Accuracy (%) of each class', names, series, 'accuracy (%)')
   table = [['class', 'n', *(part.name for part in series)]]
   table += [
-    [name, str(n), *(f'{v:.1f}' for v in values[: len(series)])]
-    for name, n, *values in rows
+    [name, str(n), *(f'{v:.1f}' for v in values[: len(series)])] for name, n, *values in rows
   ]
   return _with_table(chart, note, table)
 
@@ -91,9 +87,7 @@ def _with_table(chart: Chart, note: str, table: list[list[str]]) -> Markup:
   return join(figure, document.details('The same as a table', whole))
 
 
-def extremes(
-  report: Mapping[str, Any], examples: Mapping[str, Any]
-) -> Markup | None:
+def extremes(report: Mapping[str, Any], examples: Mapping[str, Any]) -> Markup | None:
   """Shows the most and the least robust images, clean and attacked.
 
   Args:
@@ -109,28 +103,22 @@ def extremes(
     return None
   attack = (report.get('radii') or {}).get('attack', 'the attack')
   note = (
-    f'Of the images above that best classifies, those that {attack} breaks '
-    'at the largest and at the smallest eps; among equals the margin of '
-    'the logits decides. The difference is magnified as stated; grey is no '
-    'change.'
+    f'Of the images above that best classifies, those that {attack} breaks at the largest and at '
+    'the smallest eps; among equals the margin of the logits decides. The difference is magnified '
+    'as stated; grey is no change.'
   )
   return join(document.note(note), shown)
 
 
 def _example(example: Mapping[str, Any], labels) -> Markup:
   true, before, after = (
-    results.class_name(labels, example[key])
-    for key in ('label', 'clean_prediction', 'prediction')
+    results.class_name(labels, example[key]) for key in ('label', 'clean_prediction', 'prediction')
   )
   eps = example['eps']
   clean, adversarial = example['clean'], example['adversarial']
   difference, scale = images.difference(clean, adversarial)
   shown = (
-    (
-      clean,
-      f'test image {example["index"]}, labelled {true}',
-      _taken_for('clean', before, true),
-    ),
+    (clean, f'test image {example["index"]}, labelled {true}', _taken_for('clean', before, true)),
     (
       adversarial,
       f'the same attacked with eps {eps}, taken for {after}',
@@ -144,11 +132,7 @@ def _example(example: Mapping[str, Any], labels) -> Markup:
   )
   look = images.look(clean)
   trio = [
-    tag(
-      'div',
-      tag('img', src=images.data_uri(image), alt=words, class_=look),
-      tag('div', below),
-    )
+    tag('div', tag('img', src=images.data_uri(image), alt=words, class_=look), tag('div', below))
     for image, words, below in shown
   ]
   verb = 'broken at' if example['broken'] else 'withstood'

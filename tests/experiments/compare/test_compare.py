@@ -35,9 +35,7 @@ def compared(small, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('compare')
   make_mesh = mesh.make_mesh
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1])
-    )
+    patch.setattr(mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1]))
     part = compare.compare(small, str(workdir), rows=['linear'], seeds=[0])
     assert part is None and not list(workdir.glob('comparison.*'))
     found = compare.compare(small, str(workdir), made_by='the command')
@@ -56,9 +54,7 @@ def test_every_run_is_in_the_table(compared, small):
     path = workdir / 'runs' / f'{row}-0' / 'report.json'
     report = json.loads(path.read_text())
     assert {e['weights'] for e in report['evaluations']} == {'best'}
-    accuracy = next(
-      e['accuracy'] for e in report['evaluations'] if e['attack'] == 'clean'
-    )
+    accuracy = next(e['accuracy'] for e in report['evaluations'] if e['attack'] == 'clean')
     assert rows[row]['attacks']['clean']['per_seed'] == [accuracy]
   # PGD-2 and the update, of 16 images, twice.
   assert rows['fulllora']['passes'] == 3 * 16 * 2
@@ -80,9 +76,7 @@ def test_a_missing_seed_is_named(compared, small):
   workdir, _ = compared
   more = small.copy_and_resolve_references()
   more.seeds = (0, 2)
-  with pytest.raises(
-    UserError, match='2 of 4 runs are missing: fulllora, seed 2; linear, seed 2'
-  ):
+  with pytest.raises(UserError, match='2 of 4 runs are missing: fulllora, seed 2; linear, seed 2'):
     compare.compare(more, str(workdir), table_only=True)
 
 

@@ -13,17 +13,13 @@ from fulllora_jax import data
 
 KEPT = pathlib.Path(__file__).parents[3] / 'docs' / 'results' / 'cifar10_cpu'
 METHODS = sorted(
-  path.stem
-  for path in (KEPT / 'adapters').glob('*.safetensors')
-  if path.stem != 'base'
+  path.stem for path in (KEPT / 'adapters').glob('*.safetensors') if path.stem != 'base'
 )
 
 
 def load(method):
   folder = KEPT / 'adapters'
-  return fulllora_jax.load(
-    folder / f'{method}.safetensors', base=folder / 'base.safetensors'
-  )
+  return fulllora_jax.load(folder / f'{method}.safetensors', base=folder / 'base.safetensors')
 
 
 def report_of(method):

@@ -95,14 +95,10 @@ def test_markdown_csv_and_page_have_the_numbers(comparison, reports):
   lines = list(csv.DictReader(io.StringIO(table.as_csv(found))))
   assert len(lines) == 2 * 2 * 2
   assert {
-    (x['method'], int(x['seed'])): float(x['accuracy'])
-    for x in lines
-    if x['attack'] == 'pgd-2'
+    (x['method'], int(x['seed'])): float(x['accuracy']) for x in lines if x['attack'] == 'pgd-2'
   } == {key: robust for key, (_, robust) in ACCURACY.items()}
   page = comparison_page(found)
-  assert '55.0 ± 7.1' in page and 'http' not in page.replace(
-    'http://www.w3.org/2000/svg', ''
-  )
+  assert '55.0 ± 7.1' in page and 'http' not in page.replace('http://www.w3.org/2000/svg', '')
 
 
 def test_one_seed_has_no_spread(comparison, reports):
@@ -118,14 +114,8 @@ def test_one_seed_has_no_spread(comparison, reports):
   [
     ({'dataset': 'mnist'}, "another data set than .*'mnist', not 'digits'"),
     ({'body_fingerprint': 'xyz'}, "another base than .*'xyz', not 'abc'"),
-    (
-      {'threat': {'norm': 'l2', 'eps': '0.5'}},
-      "another threat than .*'l2 0.5', not 'linf 0.1'",
-    ),
-    (
-      {'config': {'data': {'image_size': 8, 'seed': 4}}},
-      'another split than .*4, not 0',
-    ),
+    ({'threat': {'norm': 'l2', 'eps': '0.5'}}, "another threat than .*'l2 0.5', not 'linf 0.1'"),
+    ({'config': {'data': {'image_size': 8, 'seed': 4}}}, 'another split than .*4, not 0'),
     ({'evaluations': [evaluation('clean', 1.0)]}, 'another evaluation than'),
   ],
 )

@@ -7,9 +7,7 @@ from fulllora_jax.experiments.speed import adapters
 
 
 def test_memory_time_and_compilations(tiny_config):
-  record = adapters.measure(
-    tiny_config(), count=2, batch_size=4, num_classes=3, rounds=1
-  )
+  record = adapters.measure(tiny_config(), count=2, batch_size=4, num_classes=3, rounds=1)
   size = record['bytes']
   # The stack has a row more than adapters: the base's.
   own = (size['whole models'] - 2 * size['base alone']) // 2
@@ -25,6 +23,4 @@ def test_memory_time_and_compilations(tiny_config):
 
 def test_a_batch_that_cannot_be_shared_out(tiny_config):
   with pytest.raises(UserError, match='--batch_size 5: give a multiple of --a'):
-    adapters.measure(
-      tiny_config(), count=2, batch_size=5, num_classes=3, rounds=1
-    )
+    adapters.measure(tiny_config(), count=2, batch_size=5, num_classes=3, rounds=1)

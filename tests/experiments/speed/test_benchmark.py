@@ -116,17 +116,14 @@ def test_parts_add_up_to_the_step(case):
 def test_a_record_has_ours_and_the_peer(record):
   ours, peer = record['steps']['fulllora'], record['steps']['torch']
   assert peer['images_per_second'] == record['batch_size'] / 0.25
-  assert peer['relative_to_first']['all'] == [
-    0.25 / seconds for seconds in ours['seconds']['all']
-  ]
+  assert peer['relative_to_first']['all'] == [0.25 / seconds for seconds in ours['seconds']['all']]
   assert ours['relative_to_first']['all'] == [1.0, 1.0]
   assert len(ours['seconds']['all']) == 2
   assert ours['utilisation'] == pytest.approx(
     ours['flops']['model'] / ours['seconds']['median'] / record['peak']['flops']
   )
   assert (
-    sum(record['breakdown'].values())
-    == pytest.approx(ours['seconds']['median'], rel=1e-6)
+    sum(record['breakdown'].values()) == pytest.approx(ours['seconds']['median'], rel=1e-6)
     or record['breakdown']['update'] == 0
   )
   assert record['roofline']['bound'] in ('arithmetic', 'memory')
@@ -135,9 +132,7 @@ def test_a_record_has_ours_and_the_peer(record):
 
 def test_tables_have_a_row_each(record):
   text = steps.markdown(record)
-  rows = [
-    line.split('|')[1].strip() for line in text.splitlines() if '|' in line
-  ]
+  rows = [line.split('|')[1].strip() for line in text.splitlines() if '|' in line]
   assert rows[:4] == ['step', '---', 'fulllora', 'torch']
   assert rows[4:] == ['part', '---', *record['breakdown']]
   assert '-bound.' in text and 'Input: waited for' in text
@@ -154,9 +149,7 @@ def test_a_compiler_that_tells_nothing_leaves_gaps(record):
 
 @pytest.mark.slow
 def test_evaluations_attack_every_image(case):
-  found = evaluations.measure(
-    case, ['pgd-2', 'apgd-ce'], images=16, peers={'torch': Peer()}
-  )
+  found = evaluations.measure(case, ['pgd-2', 'apgd-ce'], images=16, peers={'torch': Peer()})
   assert [(r['attack'], r['name']) for r in found] == [
     ('pgd-2', 'fulllora'), ('pgd-2', 'torch'), ('apgd-ce', 'fulllora'),
   ]  # fmt: skip
@@ -178,9 +171,7 @@ def test_more_images_than_there_are_is_refused(case, dataset):
 
 @pytest.mark.parametrize('methods', [['fulllora'], ['linear', 'linear']])
 def test_a_method_named_twice_is_refused(dataset, methods):
-  with pytest.raises(
-    UserError, match='--methods .*each once, and not fulllora'
-  ):
+  with pytest.raises(UserError, match='--methods .*each once, and not fulllora'):
     steps.compile_cases(small(), dataset, methods)
 
 

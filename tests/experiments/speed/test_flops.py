@@ -53,9 +53,7 @@ def test_a_convolution_counts_as_its_product_of_patches(gradient):
 
 
 def test_batches_of_products_count_each():
-  assert count(jnp.matmul, jnp.ones((4, 2, 3)), jnp.ones((4, 3, 3))) == (
-    4 * PRODUCT
-  )
+  assert count(jnp.matmul, jnp.ones((4, 2, 3)), jnp.ones((4, 3, 3))) == (4 * PRODUCT)
 
 
 def test_xla_counts_a_product_as_the_trace_does():

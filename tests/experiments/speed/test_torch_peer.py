@@ -84,10 +84,7 @@ def test_an_error_is_one_of_the_user(stand_in):
       "print('a\\nRuntimeError: b\\n', file=sys.stderr); sys.exit(3)",
       r'has died \(exit status 3\): RuntimeError: b$',
     ),
-    (
-      'os.kill(os.getpid(), signal.SIGKILL)',
-      r'has died \(killed by SIGKILL\): it said nothing$',
-    ),
+    ('os.kill(os.getpid(), signal.SIGKILL)', r'has died \(killed by SIGKILL\): it said nothing$'),
   ],
 )
 def test_the_last_words_of_the_dead(stand_in, end, words):

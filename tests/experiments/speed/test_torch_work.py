@@ -88,9 +88,7 @@ def test_as_much_is_trained_as_by_us(tiny_config, method, pool):
   spec = peer_lib.spec_of(config, 5, (8, 8, 3))
   built = adapted.build(config, 5)
   shapes = adapted.shapes(built, (8, 8, 3))
-  leaves = zip(
-    jax.tree.leaves(shapes), jax.tree.leaves(built.mask(shapes)), strict=True
-  )
+  leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(built.mask(shapes)), strict=True)
   ours = sum(int(np.prod(leaf.shape)) for leaf, learns in leaves if learns)
   if method == 'lora_everywhere':
     # peft: one A and one B [r, 3d] for query, key and value, not three As.
@@ -129,9 +127,7 @@ def test_the_attack_is_ours(traced):
     generator=None,
   )
   assert np.abs(wanted - x).max() > 7 / 255
-  np.testing.assert_allclose(
-    found.numpy().transpose(0, 2, 3, 1), wanted, atol=1e-6
-  )
+  np.testing.assert_allclose(found.numpy().transpose(0, 2, 3, 1), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -181,10 +177,7 @@ def test_augment_crops_and_flips():
     for crop in [padded[top : top + 4, left : left + 4]]
     for window in (crop, crop.flip(1))
   ]
-  seen = {
-    next(i for i, w in enumerate(windows) if torch.allclose(w, image[0]))
-    for image in found
-  }
+  seen = {next(i for i, w in enumerate(windows) if torch.allclose(w, image[0])) for image in found}
   assert seen == set(range(18))  # every one of them comes
   still = step_lib.augment(images, 0, False, generator)
   assert still.dtype == torch.float32
@@ -218,9 +211,7 @@ def test_clean_images_are_scored_now_and_then(monkeypatch):
   work = work_of(log_every=3)
   logged = []
   step = work.train_step
-  monkeypatch.setattr(
-    work, 'train_step', lambda log: logged.append(log) or step(log)
-  )
+  monkeypatch.setattr(work, 'train_step', lambda log: logged.append(log) or step(log))
   work.warm_up()
   logged.clear()
   assert all(work.step() > 0 for _ in range(5))

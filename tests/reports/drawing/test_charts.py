@@ -48,9 +48,7 @@ def test_one_point_and_no_point_can_be_drawn():
   for points in ([(5, 0.0)], [(5, None)], []):
     line = Line('a', points, 'clean', marked=True)
     for logarithmic in (False, True):
-      drawn = charts.line_chart(
-        'a', [line], 'x', percent=False, logarithmic=logarithmic
-      )
+      drawn = charts.line_chart('a', [line], 'x', percent=False, logarithmic=logarithmic)
       assert 'nan' not in drawn.content
   nothing = [Bars('b', [None], 'clean')]
   assert charts.dot_plot('a', [Dots('a', (), None)], 'x').content
@@ -90,10 +88,7 @@ def test_pictures_of_any_number_of_channels():
 def test_words_and_series_stand_out_from_their_ground(scheme):
   def luminance(colour):
     levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (
-      v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
-      for v in levels
-    )
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in levels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
   ground = luminance(scheme['ground'])

@@ -47,12 +47,7 @@ def row(method, robust, **changes):
     'share': 0.049,
     'adapter_bytes': 16_800_000,
     'attacks': {
-      'clean': {
-        'per_seed': [0.9, 0.92],
-        'mean': 0.91,
-        'spread': 0.01,
-        'n': 500,
-      },
+      'clean': {'per_seed': [0.9, 0.92], 'mean': 0.91, 'spread': 0.01, 'n': 500},
       'pgd-20': {'per_seed': robust, 'mean': mean, 'spread': 0.02, 'n': 500},
     },
     'difference': {},
@@ -71,10 +66,7 @@ def comparison():
     'command': 'python -m fulllora_jax.compare',
     'dataset': 'digits',
     'threat': {'norm': 'linf', 'eps': '8/255'},
-    'rows': [
-      row('full', [0.6, 0.64]),
-      row('fulllora', [0.57, 0.59], difference={'full': less}),
-    ],
+    'rows': [row('full', [0.6, 0.64]), row('fulllora', [0.57, 0.59], difference={'full': less})],
     'references': ['full', 'fulllora'],
     'headline_attack': 'pgd-20',
     'notes': ['One seed failed.'],

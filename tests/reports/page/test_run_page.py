@@ -73,8 +73,7 @@ def evaluation(weights, attack, correct, total=360):
     'accuracy': correct / total,
     'interval': list(wilson_interval(correct, total)),
     'per_class': [
-      {'label': c, 'num_examples': 180, 'clean': 170, 'num_correct': 90 + c}
-      for c in range(2)
+      {'label': c, 'num_examples': 180, 'clean': 170, 'num_correct': 90 + c} for c in range(2)
     ],
     'dtype': 'float32',
     'matmul_precision': 'highest',
@@ -144,12 +143,7 @@ def report():
       'num_images': 32,
       'attack': 'pgd-10',
       'maps': [
-        {
-          'path': f'block_{i}/fc1',
-          'role': 'fc1',
-          'clean': 0.1,
-          'adversarial': a,
-        }
+        {'path': f'block_{i}/fc1', 'role': 'fc1', 'clean': 0.1, 'adversarial': a}
         for i, a in enumerate((0.125, 0.25))
       ],
     },
@@ -272,8 +266,7 @@ def test_weights_that_changed_have_another_heading(report):
 def test_many_classes_are_drawn_in_part(report):
   report['label_names'] = [f'name {i}' for i in range(100)]
   report['evaluations'][-1]['per_class'] = [
-    {'label': i, 'num_examples': 100, 'clean': 90, 'num_correct': i}
-    for i in range(100)
+    {'label': i, 'num_examples': 100, 'clean': 90, 'num_correct': i} for i in range(100)
   ]
   text = page.run_page(report)
   assert 'name 9, pgd-20: 9.0 %' in text and 'name 50, pgd-20' not in text
@@ -300,9 +293,7 @@ def test_a_run_writes_its_page(finished):
     assert row in read.rows
   records = report['radii']['records']
   assert [(r['weights'], r['eps']) for r in records] == [
-    (weights, eps)
-    for weights in ('base', 'best')
-    for eps in ('0', '0.05', '0.1')
+    (weights, eps) for weights in ('base', 'best') for eps in ('0', '0.05', '0.1')
   ]
   assert f'page: {finished.workdir}/report.html' in finished.stderr
   assert len(report['influence']['maps']) == 7
@@ -337,9 +328,7 @@ class StandIn:
 
 
 @pytest.mark.parametrize('part', ['closer_look.look_at', 'page.write_page'])
-def test_a_fault_in_the_page_loses_no_number(
-  part, tmp_path, report, monkeypatch, capsys
-):
+def test_a_fault_in_the_page_loses_no_number(part, tmp_path, report, monkeypatch, capsys):
   (tmp_path / 'metrics.jsonl').write_text('')
   numbers = {name: report.pop(name) for name in ('radii', 'influence')}
   there = []
@@ -357,17 +346,13 @@ def test_a_fault_in_the_page_loses_no_number(
   assert there == [True]
   assert (tmp_path / 'report.md').exists()
   assert not (tmp_path / 'report.html').exists()
-  assert (
-    'no report.html: RuntimeError: out of memory' in capsys.readouterr().err
-  )
+  assert 'no report.html: RuntimeError: out of memory' in capsys.readouterr().err
   # What was measured before the fault is kept.
   written = json.loads((tmp_path / 'report.json').read_text())
   assert ('radii' in written) == (part == 'page.write_page')
 
 
-@pytest.mark.skipif(
-  not shutil.which('chromium'), reason='there is no chromium to show it in'
-)
+@pytest.mark.skipif(not shutil.which('chromium'), reason='there is no chromium to show it in')
 @pytest.mark.parametrize('scheme', ['0', '1'])
 def test_a_browser_shows_it(tmp_path, report, scheme):
   path = page.write_page(tmp_path, report, HISTORY, EXTREMES)

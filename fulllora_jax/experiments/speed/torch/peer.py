@@ -84,8 +84,7 @@ class TorchPeer:
     """Attacks a batch as an evaluation does; returns the seconds.
 
     Args:
-      steps: how many steps PGD makes from its random start; a forward pass on
-        the result follows.
+      steps: how many steps PGD makes from its random start; a forward pass on the result follows.
     """
     return self._ask(('attack', {'steps': steps}))
 
@@ -99,9 +98,7 @@ class TorchPeer:
 
   def _launch(self, cleaning: contextlib.ExitStack) -> None:
     cache = cleaning.enter_context(
-      tempfile.TemporaryDirectory(
-        prefix='fulllora_torch_', ignore_cleanup_errors=True
-      )
+      tempfile.TemporaryDirectory(prefix='fulllora_torch_', ignore_cleanup_errors=True)
     )
     self._log = Path(cache, 'log')
     self._pipe, theirs = multiprocessing.Pipe()
@@ -146,10 +143,7 @@ class TorchPeer:
 
 
 def start(
-  stack: contextlib.ExitStack,
-  config,
-  dataset: data.Dataset,
-  modes: Sequence[str],
+  stack: contextlib.ExitStack, config, dataset: data.Dataset, modes: Sequence[str]
 ) -> dict[str, TorchPeer]:
   """Starts a peer for each mode, compiled and warm.
 
@@ -181,12 +175,7 @@ def start(
   return running
 
 
-def spec_of(
-  config,
-  num_classes: int,
-  image_shape: tuple[int, int, int],
-  **how: Any,
-) -> Spec:
+def spec_of(config, num_classes: int, image_shape: tuple[int, int, int], **how: Any) -> Spec:
   """Describes the training step of a config for PyTorch.
 
   Args:
@@ -202,9 +191,7 @@ def spec_of(
   _check(config)
   height, width, channels = image_shape
   if height != width:
-    raise UserError(
-      f'torch peer: images of {height} x {width} pixels; it takes square ones'
-    )
+    raise UserError(f'torch peer: images of {height} x {width} pixels; it takes square ones')
   models.create(config.model, num_classes=2)  # is it whole?
   model = models.settings(config.model)
   adapter, optimizer = config.adapter, config.optimizer
@@ -285,8 +272,7 @@ def _targets(adapter) -> tuple[str, ...]:
   if None in names:
     unknown = adapter.targets[names.index(None)]
     raise UserError(
-      f'torch peer: adapter.targets {unknown!r}: it knows the roles '
-      f'{", ".join(_TIMM_NAMES)} alone'
+      f'torch peer: adapter.targets {unknown!r}: it knows the roles {", ".join(_TIMM_NAMES)} alone'
     )
   if adapter.head == 'lnlora':
     names.append('head')

@@ -79,6 +79,4 @@ class Spec:
       choose(f'torch peer: {field}', getattr(self, field), known)
     for field in ('batch_size', 'rank', 'log_every'):
       if getattr(self, field) < 1:
-        raise UserError(
-          f'torch peer: {field} {getattr(self, field)}: it must be at least 1'
-        )
+        raise UserError(f'torch peer: {field} {getattr(self, field)}: it must be at least 1')

@@ -1,8 +1,7 @@
 """The training step of train_step.py as a PyTorch user would write it.
 
-timm's Vision Transformer with peft's LoRA, made to be as fast as PyTorch is: a
-strong peer, or the comparison would say nothing. It differs from ours in what
-its users would have:
+timm's Vision Transformer with peft's LoRA, made to be as fast as PyTorch is: a strong peer, or the
+comparison would say nothing. It differs from ours in what its users would have:
 
 - timm keeps query, key and value in one map, so peft puts one branch beside
   the three, where ours has one beside each: less work for PyTorch.
@@ -27,10 +26,7 @@ from torch.nn import functional as F
 from fulllora_jax.experiments.speed.torch.spec import Spec
 
 _POOLS = {'token': 'token', 'mean': 'avg', 'mean_norm': 'avg'}
-_ACTS = {
-  'gelu': nn.GELU,
-  'gelu_tanh': functools.partial(nn.GELU, approximate='tanh'),
-}
+_ACTS = {'gelu': nn.GELU, 'gelu_tanh': functools.partial(nn.GELU, approximate='tanh')}
 
 
 class Classifier(nn.Module):
@@ -89,12 +85,10 @@ def _with_lora(model: VisionTransformer, spec: Spec) -> nn.Module:
       target_modules=list(spec.targets),
       modules_to_save=['head'] if spec.train_head else None,
     ),
-    # Else branches would be float32 beside a bfloat16 base; `Update` keeps
-    # float32 copies instead.
+    # Else branches would be float32 beside a bfloat16 base; `Update` keeps float32 copies instead.
     autocast_adapter_dtype=False,
   )
-  # timm's module, with the branches in place: what peft wraps around it only
-  # slows torch.compile.
+  # timm's module, with the branches in place: what peft wraps around it only slows torch.compile.
   return adapted.get_base_model()
 
 
@@ -103,18 +97,14 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
   return [p for p in model.parameters() if p.requires_grad]
 
 
-def augment(
-  images: Tensor, padding: int, flip: bool, generator: torch.Generator
-) -> Tensor:
+def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
   """Crops and flips uint8 images [B, H, W, C], all in one indexing.
 
   Returns:
     float32 [B, C, H, W] in [0, 1].
   """
   count, height, width, _ = images.shape
-  draw = functools.partial(
-    torch.randint, generator=generator, device=images.device
-  )
+  draw = functools.partial(torch.randint, generator=generator, device=images.device)
   rows = torch.arange(height, device=images.device).expand(count, -1)
   columns = torch.arange(width, device=images.device).expand(count, -1)
   if flip:
@@ -130,9 +120,7 @@ def augment(
   return images.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def gradient(
-  model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
-) -> Tensor:
+def gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
   """Returns the gradient of the summed loss in the images alone, eager.
 
   The engine of autograd leaves out what only parameters would need.
@@ -142,9 +130,7 @@ def gradient(
   return torch.autograd.grad(loss, images)[0]
 
 
-def traced_gradient(
-  model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
-) -> Tensor:
+def traced_gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
   """`gradient` as torch.compile takes it: one graph, forward and backward."""
 
   def total_loss(images):
@@ -219,9 +205,7 @@ class Update:
     self._masters = parameters
     if spec.dtype != 'float32':
       self._masters = [nn.Parameter(p.detach().float()) for p in parameters]
-    shared = dict(
-      lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True
-    )
+    shared = dict(lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
     if spec.optimizer == 'sgd':
       optimizer = functools.partial(torch.optim.SGD, momentum=spec.momentum)
     else:

@@ -56,9 +56,7 @@ class Work:
     self._steps, self._compile_seconds = 0, 0.0
     mode = COMPILE_MODES.get(spec.mode)
     gradient = step.traced_gradient if mode else step.gradient
-    self._ascend = functools.partial(
-      _compiled(step.ascend, mode), gradient, self.model
-    )
+    self._ascend = functools.partial(_compiled(step.ascend, mode), gradient, self.model)
     self._loss = functools.partial(_compiled(_loss, mode), self.model)
     self._logits = functools.partial(_compiled(_logits, mode), self.model)
 
@@ -81,9 +79,8 @@ class Work:
         raise
       reason = (str(error).strip() or type(error).__name__).splitlines()[0]
       raise UserError(
-        f'torch peer: torch.compile does not work here ({reason.strip()}); '
-        'install a C++ compiler (and Triton for a GPU), or compare with mode '
-        'eager'
+        f'torch peer: torch.compile does not work here ({reason.strip()}); install a C++ compiler '
+        '(and Triton for a GPU), or compare with mode eager'
       ) from error
     if self._cuda:
       torch.cuda.reset_peak_memory_stats()
@@ -109,9 +106,7 @@ class Work:
     x, labels = self._batch(spec.crop_padding, spec.flip)
     x_adv = x
     if spec.attack_steps:
-      x_adv = self._attacked(
-        x, labels, spec.attack_steps, spec.step_size, spec.random_start
-      )
+      x_adv = self._attacked(x, labels, spec.attack_steps, spec.step_size, spec.random_start)
     loss, logits = self._loss(x_adv, labels)
     loss.backward()
     metrics = {'loss': loss.detach(), 'robust_accuracy': _score(logits, labels)}
@@ -142,10 +137,7 @@ class Work:
 
   def _batch(self, padding: int = 0, flip: bool = False):
     """Returns the next batch: augmented [B, C, H, W], and labels [B]."""
-    images, labels = (
-      each.to(self.spec.device, non_blocking=True)
-      for each in next(self._batches)
-    )
+    images, labels = (each.to(self.spec.device, non_blocking=True) for each in next(self._batches))
     return step.augment(images, padding, flip, self._generator), labels
 
   def _attacked(self, x, labels, steps, step_size, random_start) -> Tensor:
@@ -177,9 +169,7 @@ def _random_batches(spec: Spec) -> list[tuple[Tensor, Tensor]]:
   count, side = spec.batch_size, spec.image_size
   batches = []
   for _ in range(_BATCHES):
-    images = torch.randint(
-      256, (count, side, side, spec.channels), dtype=torch.uint8
-    )
+    images = torch.randint(256, (count, side, side, spec.channels), dtype=torch.uint8)
     batches.append((images, torch.randint(spec.num_classes, (count,))))
   if spec.device == 'cuda':
     return [(x.pin_memory(), y.pin_memory()) for x, y in batches]

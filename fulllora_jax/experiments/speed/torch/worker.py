@@ -2,11 +2,10 @@
 
   python -m fulllora_jax.experiments.speed.torch.worker 5
 
-The number is that of an open end of a multiprocessing.Pipe. A Spec comes
-through it first, and is answered by what Work.facts returns, or by the
-UserError that stands in the way; then requests, ('attack', {'steps': 20}) for
-one, which name a method of Work and its arguments. The process ends when its
-stdin does, whatever it is doing.
+The number is that of an open end of a multiprocessing.Pipe. A Spec comes through it first, and is
+answered by what Work.facts returns, or by the UserError that stands in the way; then requests,
+('attack', {'steps': 20}) for one, which name a method of Work and its arguments. The process ends
+when its stdin does, whatever it is doing.
 
 Imports no JAX, and PyTorch only once it was asked for something.
 """
@@ -45,8 +44,7 @@ def _start(spec: Spec):
     from fulllora_jax.experiments.speed.torch.work import Work
   except ImportError as error:
     raise UserError(
-      f'torch peer: it needs torch, torchvision, timm and peft ({error}); '
-      'pip install -e .[bench]'
+      f'torch peer: it needs torch, torchvision, timm and peft ({error}); pip install -e .[bench]'
     ) from error
   work = Work(spec)
   work.warm_up()
