@@ -44,7 +44,7 @@ class Cascade:
   # Int [N], the place in `attacks` of what broke an image; 0 where it is misclassified without an
   # attack, -1 where it is robust
   broken_by: np.ndarray
-  notes: tuple[str, ...] = ()  # on attacks that could not run
+  notes: tuple[str, ...] = ()  # what is said of attacks that could not run
 
   def rows(self) -> list[dict[str, Any]]:
     """Returns one dict for each attack: attack, accuracy, broken, seconds."""

@@ -34,7 +34,7 @@ def exclusive(directory: Path | epath.Path, period: float = PERIOD) -> Iterator[
   that was taken for dead, after a long break of its network, is sent SIGTERM, so that it stops.
 
   Args:
-    directory: to be alone in; it exists.
+    directory: an existing directory, to be alone in.
     period: seconds between renewals; the same for all users of the directory.
 
   Raises:

@@ -242,7 +242,7 @@ def from_primary(function: Callable, *args: Any) -> Any:
   """Calls a function on process 0; returns its JSON value on every process.
 
   Raises:
-    UserError: on every process, where the function raises it.
+    UserError: the function raised it; raised on every process.
   """
   if count() == 1:
     return function(*args)
@@ -257,7 +257,7 @@ def everywhere(function: Callable, *args: Any) -> Any:
   """Calls a function on every process; returns each one's own value.
 
   Raises:
-    UserError: on every process, where the function raises it on one of them.
+    UserError: the function raised it on one of them; raised on every process.
   """
   if count() == 1:
     return function(*args)
@@ -294,7 +294,7 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
 
   Args:
     what: what the values are, for the message.
-    values: by name.
+    values: JSON values by name.
   """
   (host, first), *others = gather([socket.gethostname(), dict(values)])
   for index, (other_host, other) in enumerate(others, 1):

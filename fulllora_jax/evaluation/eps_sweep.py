@@ -32,9 +32,9 @@ class EpsSweep:
   """Attacks images at multiples of a threat's eps.
 
   Args:
-    evaluator: with the model and the threat.
+    evaluator: has the model and the threat.
     split: the examples.
-    attack: at the threat's eps; no ensemble.
+    attack: the attack at the threat's eps; no ensemble.
   """
 
   def __init__(self, evaluator: Evaluator, split: data.Split, attack: Attack):
@@ -88,7 +88,7 @@ def broken_at(labels: np.ndarray, outcomes: Sequence[Outcome]) -> np.ndarray:
 
   Args:
     labels: [n].
-    outcomes: at rising radii.
+    outcomes: the outcomes at rising radii.
 
   Returns:
     int [n]: -1 where it is misclassified without an attack; the number of
@@ -110,8 +110,8 @@ def extremes(
 
   Args:
     labels: [n].
-    outcomes: at rising radii.
-    count: at most so many of the most robust, and of the least.
+    outcomes: the outcomes at rising radii.
+    count: how many of the most robust, and of the least, at most.
 
   Returns:
     The most robust, the very most first, and the least robust, the very least

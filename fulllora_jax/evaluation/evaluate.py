@@ -37,15 +37,15 @@ def evaluate_again(
   Args:
     config: the run's, with what is asked for now put in; of a function, its
       `data`, `threat` and `eval` are read.
-    workdir: of the run; of a function, where the result goes.
-    weights: of base, best, last; empty for all there are.
+    workdir: the work directory of the run; for a function, where the result goes.
+    weights: some of base, best, last; empty for all there are.
     split: train, validation or test.
-    precision: of matrix products, 'highest' or 'default'.
-    logits: in place of a run, 'module:function' of images float32 [B, H, W, C]
+    precision: how exact matrix products are, 'highest' or 'default'.
+    logits: what is evaluated in place of a run, 'module:function' of images float32 [B, H, W, C]
       in [0, 1] to logits [B, K]; for autoattack-rand, of (images, key).
     eps: radii to evaluate at, one after another; empty: config.threat.eps.
     scale_steps: keeps the attacks' step size in proportion to eps.
-    seed: of the attacks and of the choice of images; None: the config's.
+    seed: decides the attacks and the choice of images; None: the config's.
 
   Returns:
     The result, with the keys of report.json.

@@ -43,7 +43,7 @@ class Evaluations:
     apply: (variables, images [B, H, W, C]) -> logits [B, K].
     plan: what to evaluate under.
     folder: adversarial images and the progress of ensembles go there.
-    name: of the result; the adversarial images bear it too.
+    name: the name of the result, which its adversarial images bear too.
   """
 
   def __init__(

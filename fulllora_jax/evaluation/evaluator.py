@@ -112,9 +112,9 @@ class Evaluator:
     """Evaluates all of a split, or `num_examples` chosen by the seed.
 
     Args:
-      variables: of the model, replicated over the mesh.
+      variables: the model's, replicated over the mesh.
       split: the examples.
-      attack: from `fulllora_jax.attacks.parse`.
+      attack: what `fulllora_jax.attacks.parse` returns.
       num_examples: 0 for all.
       title: what to call it in progress lines; none where empty.
       progress_dir: where an ensemble keeps what it has finished.
@@ -194,7 +194,7 @@ class Evaluator:
     """Returns `jax.jit` of a function, in the plan's precision of products.
 
     Args:
-      function: of arrays.
+      function: takes and returns arrays.
       **options: of `jax.jit`; what is returned is whole on every device, unless they say otherwise.
     """
 

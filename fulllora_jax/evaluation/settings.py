@@ -11,15 +11,15 @@ from fulllora_jax.config import ConfigDict
 class Plan:
   """What a model is evaluated under."""
 
-  norm: str = 'linf'  # of the ball: 'linf', 'l2' or 'l1'
+  norm: str = 'linf'  # the norm of the ball: 'linf', 'l2' or 'l1'
   eps: str = '8/255'  # the radius in [0, 1] pixels
   attacks: tuple[str, ...] = ()  # names, such as 'pgd-20'
   step_size: str = '2/255'  # the length of a step of PGD in [0, 1] pixels
   restarts: int = 1  # the number of random starts of PGD
   batch_size: int = 256  # images at once; rounded up for the devices
   num_examples: int = 0  # how many images of the split; 0 for all
-  seed: int = 0  # of the attacks and of the choice of images
-  precision: str = 'highest'  # of matrix products; or 'default'
+  seed: int = 0  # decides the attacks and the choice of images
+  precision: str = 'highest'  # how exact matrix products are; or 'default'
 
   @classmethod
   def of(cls, config: ConfigDict, seed: int | None = None, precision: str = 'highest') -> 'Plan':

@@ -161,7 +161,7 @@ def head_rows(head: np.ndarray, label_map: Sequence[int]) -> np.ndarray:
 
   Args:
     head: kernel [d, K] or bias [K].
-    label_map: which of the K each of n new classes is; -1 for none of
+    label_map: the one of the K that each of n new classes is; -1 for none of
       them, whose weights are zero as those of a new head.
 
   Returns:

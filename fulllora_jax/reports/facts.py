@@ -16,7 +16,7 @@ def facts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   """Yields the fields that are switched on, as (name, value).
 
   Args:
-    config: as report.json has it; one from before these fields yields none.
+    config: the config in report.json; one from before these fields yields none.
   """
   objective = _field(config, 'objective.name')
   if objective not in (None, 'pgd_at'):

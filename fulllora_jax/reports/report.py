@@ -39,7 +39,7 @@ def write_report(
       command, device, versions, base_fingerprint, adapter_bytes and config. Further keys go to
       report.json alone.
     history: the rows of metrics.jsonl, for curves.svg; may be empty.
-    examples: for examples.svg (`pictures.draw_examples`), or None.
+    examples: what examples.svg shows (`pictures.draw_examples`), or None.
 
   Returns:
     The path of report.md.

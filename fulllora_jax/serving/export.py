@@ -29,7 +29,7 @@ class Written(NamedTuple):
   """What an export left on disk."""
 
   path: Path
-  size: int  # in bytes
+  size: int  # bytes
   difference: float  # largest difference of a logit between run and file
 
 

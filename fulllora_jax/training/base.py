@@ -78,8 +78,8 @@ def ensure_base(
   """Makes the base of a run, where it is not there yet.
 
   Args:
-    config: as `open_base` left it.
-    workdir: of the run; a base is made in its base/.
+    config: the config, as `open_base` left it.
+    workdir: the work directory of the run; a base is made in its base/.
     dataset: says the images' shape and the classes.
     opened: what `open_base` returned.
     train: (config, workdir, dataset), trains a base that is to be trained here

@@ -19,7 +19,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   Warns on stderr where the image makes fewer than 16 tokens.
 
   Raises:
-    UserError: at the first field that is wrong, with its name.
+    UserError: a field is wrong; the message names the first.
   """
   method = methods.get(config.method)
   models.linear_maps(config.model.name)

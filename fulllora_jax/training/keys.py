@@ -9,4 +9,4 @@ class Purpose(enum.IntEnum):
   AUGMENT = 0
   ATTACK = 1
   DROPOUT = 2
-  WARMUP = 3  # of the attack: ARD and PRM
+  WARMUP = 3  # the attack's ARD and PRM

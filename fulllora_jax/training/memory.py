@@ -92,7 +92,7 @@ def measure(
   """Counts what a compiled train step needs of each device.
 
   Args:
-    compiled: of train_step.compile_train_step(...).
+    compiled: the compiled result of `train_step.compile_train_step`.
     state: before the step, on the mesh.
     frozen: the frozen leaves, on the mesh.
     batch: global arrays.

@@ -17,7 +17,7 @@ class Origin(NamedTuple):
   base: Path | None  # the artefact of the base; None: from scratch
   # The published checkpoint that the base is, where it is none of our own training
   source: dict[str, Any] | None
-  fingerprint: str  # of the base (`artefact.base_fingerprint`)
+  fingerprint: str  # the base's (`artefact.base_fingerprint`)
 
 
 def publish(

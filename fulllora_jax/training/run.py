@@ -35,8 +35,8 @@ def train_and_evaluate(
 
   Args:
     config: config.py; validated first.
-    workdir: of this run; made if it is not there.
-    dataset: to use instead of opening `config.data`.
+    workdir: the work directory of the run; made if it is not there.
+    dataset: the data to use instead of opening `config.data`.
 
   Returns:
     The report, as in report.json.

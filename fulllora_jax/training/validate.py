@@ -16,7 +16,7 @@ class Validation:
   Attributes:
     evaluator: under the threat of the config.
     best: the score, step and attack of the best validation so far.
-    alarm: of catastrophic overfitting; None where there is no attack to overfit to.
+    alarm: tells of catastrophic overfitting; None where there is no attack to overfit to.
   """
 
   def __init__(self, assembly: Assembly, split: data.Split):

@@ -110,12 +110,12 @@ def examine_and_say(
 
   Args:
     config: its `data` and `threat` are read.
-    workdir: of a run; None without one.
-    weights: of the run: base, best or last.
+    workdir: the work directory of a run; None without one.
+    weights: which weights of the run: base, best or last.
     logits: module:function, in place of the run.
     split: whose images are looked at.
     num_examples: how many; 0 for all.
-    seed: of the attacks and of the choice of images.
+    seed: decides the attacks and the choice of images.
 
   Raises:
     UserError: bad input.

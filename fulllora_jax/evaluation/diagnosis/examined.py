@@ -47,7 +47,7 @@ class Examined:
     logits_fn: images [B, H, W, C] -> logits [B, K]; a stochastic model takes (images, key).
     x: float32 [n, H, W, C] in [0, 1].
     labels: int [n].
-    threat: of norm linf or l2.
+    threat: the ball and the box; its norm is linf or l2.
     key: a PRNG key, for the attacks.
     exact_fn: the same model computed in float32, where logits_fn is not.
 

@@ -35,7 +35,7 @@ MACHINES = (
 class Model:
   """A plain ViT with a class token, its adapter and the inner attack."""
 
-  name: str  # as on the command line, e.g. 'vit_b/16@224'
+  name: str  # what the command line calls it, e.g. 'vit_b/16@224'
   width: int  # numbers of a token
   depth: int  # number of blocks
   mlp_dim: int  # hidden width of each MLP

@@ -89,7 +89,7 @@ class Case:
 
     Returns:
       steps: how many were made, which is fewer where training has fewer;
-      seconds: of the loop; input_wait: seconds of them spent on its input.
+      seconds: the time of the loop; input_wait: the part of it that went into waiting for input.
     """
     stepper = self.stepper
     steps = min(steps, stepper.total_steps)

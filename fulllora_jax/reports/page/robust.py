@@ -91,7 +91,7 @@ def extremes(report: Mapping[str, Any], examples: Mapping[str, Any]) -> Markup |
   """Shows the most and the least robust images, clean and attacked.
 
   Args:
-    report: as `report.write_report` takes it.
+    report: what `report.write_report` takes.
     examples: the extreme examples of `closer_look.look_at`.
   """
   labels = report.get('label_names') or ()

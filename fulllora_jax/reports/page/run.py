@@ -27,7 +27,7 @@ def write_page(
 
   Args:
     workdir: an existing directory, or in a bucket (gs://).
-    report: as `report.write_report` takes it; with 'radii' and 'influence' of
+    report: what `report.write_report` takes, with 'radii' and 'influence' of
       `closer_look.look_at`, where they are known.
     history: the rows of metrics.jsonl; may be empty.
     extreme_examples: those of `closer_look.look_at`; may be empty.

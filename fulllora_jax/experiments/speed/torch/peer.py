@@ -150,7 +150,7 @@ def start(
   They use the device that JAX uses, or as many threads as this process may.
 
   Args:
-    stack: on leaving it the processes end.
+    stack: ends the processes when it is left.
     config: config.py.
     dataset: the peers' images have its shape and its number of classes.
     modes: 'eager', or keys of COMPILE_MODES.

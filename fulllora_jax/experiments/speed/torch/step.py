@@ -159,7 +159,7 @@ def ascend(
     labels: int64 [B].
     low: the least value of each pixel, in the ball and the box.
     high: the largest value of each pixel.
-    step_size: in [0, 1] pixels.
+    step_size: the length of a step in [0, 1] pixels.
   """
   uphill = gradient(model, x_adv, labels).sign()
   return torch.clamp(x_adv + step_size * uphill, low, high)
