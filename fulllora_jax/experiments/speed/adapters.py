@@ -8,7 +8,6 @@ weights change what a batch takes.
 
 import functools
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +16,10 @@ import jax
 import numpy as np
 
 from fulllora_jax.adapters import adapted
-from fulllora_jax.core import errors, files, provenance, tables, trees
+from fulllora_jax.core import errors, provenance, tables, trees
 from fulllora_jax.experiments.speed import timing
 from fulllora_jax.serving import stacking
 from fulllora_jax.serving.many_adapters import ManyAdapters
-from fulllora_jax.training import workdir as workdir_lib
 
 
 def time_adapters(config, workdir: str, given) -> None:
@@ -35,9 +33,7 @@ def time_adapters(config, workdir: str, given) -> None:
   Raises:
     UserError: bad input; a directory that cannot be written.
   """
-  path = files.absolute_path(workdir)
-  with workdir_lib.writing(path):
-    files.make_writable(path)
+  directory = timing.results_directory(workdir)
   record = measure(
     config,
     count=given.adapters,
@@ -45,11 +41,7 @@ def time_adapters(config, workdir: str, given) -> None:
     num_classes=given.num_classes,
     rounds=given.rounds,
   )
-  text = markdown(record)
-  numbers = json.dumps(record, indent=2)
-  files.replace_file(path / 'adapters.json', numbers.encode())
-  files.replace_file(path / 'adapters.md', text.encode())
-  print(text)
+  timing.publish(directory, 'adapters', record, markdown(record))
 
 
 def measure(

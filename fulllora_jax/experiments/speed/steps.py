@@ -1,7 +1,6 @@
 """Train steps side by side: seconds, FLOPs, memory, parts, input."""
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,13 +8,12 @@ import jax
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data
-from fulllora_jax.core import files, provenance, tables
+from fulllora_jax.core import provenance, tables
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.experiments.speed import evaluations, peak, timing
 from fulllora_jax.experiments.speed.cases import Case, Parts, random_dataset
 from fulllora_jax.experiments.speed.torch import peer as peer_lib
-from fulllora_jax.training import workdir as workdir_lib
 from fulllora_jax.training.memory import readable
 
 _LOOP_STEPS = 6  # how many steps the loop with new batches makes
@@ -32,9 +30,7 @@ def time_steps(config, workdir: str, given) -> None:
   Raises:
     UserError: bad input; a directory that cannot be written.
   """
-  path = files.absolute_path(workdir)
-  with workdir_lib.writing(path):
-    files.make_writable(path)
+  directory = timing.results_directory(workdir)
   if given.data == 'config':
     dataset = data.open_dataset(config.data, config.seed)
   else:
@@ -50,10 +46,7 @@ def time_steps(config, workdir: str, given) -> None:
         cases[config.method], given.attacks, given.images, peers
       )
       text += '\n' + evaluations.markdown(record['evaluations'])
-  numbers = json.dumps(record, indent=2)
-  files.replace_file(path / 'benchmark.json', numbers.encode())
-  files.replace_file(path / 'benchmark.md', text.encode())
-  print(text)
+  timing.publish(directory, 'benchmark', record, text)
 
 
 def compile_cases(config, dataset: data.Dataset, methods: Sequence[str]) -> dict[str, Case]:

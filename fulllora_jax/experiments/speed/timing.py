@@ -1,14 +1,18 @@
 """Side by side: what is compared takes turns, so that both see one machine."""
 
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from fulllora_jax.core import files
 from fulllora_jax.core.console import Progress, say
+from fulllora_jax.training import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +89,22 @@ def ratio(a: Seconds, b: Seconds) -> Seconds:
   (2.0, 1.5)
   """
   return Seconds(tuple(x / y for x, y in zip(a.all, b.all, strict=True)))
+
+
+def results_directory(workdir: str) -> Path:
+  """Makes the directory that results go to.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  path = files.absolute_path(workdir)
+  with workdir_lib.writing(path):
+    files.make_writable(path)
+  return path
+
+
+def publish(directory: Path, name: str, record: Mapping[str, Any], text: str) -> None:
+  """Prints a text, and writes NAME.json and NAME.md."""
+  files.replace_file(directory / f'{name}.json', json.dumps(record, indent=2).encode())
+  files.replace_file(directory / f'{name}.md', text.encode())
+  print(text)
