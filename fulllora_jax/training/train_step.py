@@ -244,7 +244,7 @@ def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> jax.stages.Wrapped:
     functools.partial(carrying(train_step), algorithm),
     compiler_options=options,
     donate_argnums=0,
-    # The frozen leaves stay where they are (sharding.shard_frozen).
+    # The frozen leaves stay where they are (mesh.shard_frozen).
     in_shardings=(whole, None, mesh_lib.batch_sharded(mesh), whole),
     out_shardings=(whole, whole),
   )
