@@ -14,8 +14,6 @@ MEMORY_LIMIT = 4 * 2**30  # bytes up to which data.cache=auto decodes at once
 _CHUNK = 256  # examples read at once by a thread
 _QUIET_SECONDS = 3.0
 
-Fetch = Callable[[np.ndarray], np.ndarray]
-
 
 @dataclasses.dataclass(frozen=True)
 class Records:
