@@ -10,23 +10,20 @@ import numpy as np
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import console
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import as_path, bounded, is_remote, os_errors, read_file
+from fulllora_jax.core.files import as_path, bounded, is_remote, read_file
 from fulllora_jax.data import images, records, rng
+from fulllora_jax.data.listing import Files, Listing
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 TEST_FRACTION = 0.2
-_TEST_NAMES = ('test', 'val', 'validation')
-_LAYOUT = 'expected train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png'
-
-Files = list[tuple[Path, int]]  # path, label
 
 
 def open_folder(data: ConfigDict, seed: int) -> records.Source:
-  """Opens `folder:/path`: train/ and test/ (or val/, validation/), or classes.
+  """Opens `folder:/path`: train/ and test/ (or valid/, val/, validation/, dev/), or classes.
 
   The folder may be in a bucket: folder:gs://BUCKET/PATH.
 
-  Classes are the sub-folders' names, sorted. Where there is no test folder, a
+  Classes are the subfolders' names, sorted; their images may lie in subfolders of them. What is
+  left out is said (listing.py). Where there is no test folder, a
   fifth of the images, chosen by the seed, becomes the test split. Every file
   is decoded once to find the broken ones (`data.on_broken`).
 
@@ -39,17 +36,18 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
 
   Raises:
     UserError: if the path or its layout is wrong, train and test have other
-      classes, or a file is broken and `data.on_broken` is 'refuse'.
+      classes, a class is empty, or a file is broken and `data.on_broken` is 'refuse'.
   """
   root = as_path(data.name.removeprefix('folder:'))
   _check_there(data.name, root)
-  train_dir, test_dir = _split_dirs(data, root)
-  names = _class_names(data.name, train_dir)
-  train = _list_files(data.name, train_dir, names)
+  listing = Listing(data.name, root)
+  train_dir, test_dir = listing.split_folders(data)
+  classes = listing.class_folders(train_dir)
+  train = listing.files(train_dir, classes, allow_empty=False)
   if test_dir:
-    _check_same_classes(data.name, names, test_dir)
-    test = _list_files(data.name, test_dir, names)
-  else:
+    test = listing.files(test_dir, listing.same_classes(classes, test_dir), allow_empty=True)
+  listing.say()
+  if not test_dir:
     train, test = _hold_out(data.name, train, seed)
   train, train_gray = _verified(data, train)
   test, test_gray = _verified(data, test)
@@ -59,7 +57,7 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
   return records.Source(
     name=data.name,
     image_shape=(size, size, channels),
-    label_names=tuple(names),
+    label_names=tuple(classes),
     train=_records(data.train_split, train, size, channels),
     test=_records(test_name, test, size, channels),
   )
@@ -77,61 +75,6 @@ def _check_there(name: str, root: Path) -> None:
     raise UserError(f'data.name={name}: there is no folder {str(root)!r}')
 
 
-def _split_dirs(data: ConfigDict, root: Path) -> tuple[Path, Path | None]:
-  """Returns the folders of the training and of the test classes.
-
-  The latter is None where the test split is to be held out.
-  """
-  found = _subfolders(root)
-  wanted = (data.test_split,) if data.test_split else _TEST_NAMES
-  test = next((root / name for name in wanted if name in found), None)
-  if data.test_split and not test:
-    raise UserError(
-      f'data.test_split={data.test_split}: no such folder in {root}; found {_few(found)}'
-    )
-  if data.train_split in found:
-    return root / data.train_split, test
-  if test:
-    raise UserError(
-      f'data.name={data.name}: found {test.name}/ but no '
-      f'{data.train_split}/ in {root}; {_LAYOUT} (or set data.train_split)'
-    )
-  return root, None
-
-
-def _class_names(name: str, folder: Path) -> list[str]:
-  names = _subfolders(folder)
-  if len(names) < 2:
-    raise UserError(
-      f'data.name={name}: found {len(names)} class folders in {folder}, '
-      f'2 or more are needed; {_LAYOUT}'
-    )
-  return names
-
-
-def _check_same_classes(name: str, names: list[str], test_dir: Path) -> None:
-  difference = sorted(set(names) ^ set(_subfolders(test_dir)))
-  if difference:
-    raise UserError(
-      f'data.name={name}: the training folder and {test_dir} must have the '
-      f'same classes; only one of them has {_few(difference)}'
-    )
-
-
-def _list_files(name: str, folder: Path, names: list[str]) -> Files:
-  files = []
-  for label, class_name in enumerate(names):
-    with os_errors(folder):
-      found = sorted((folder / class_name).iterdir())
-    files += [(path, label) for path in found if path.name.lower().endswith(SUFFIXES)]
-  if not files:
-    raise UserError(
-      f'data.name={name}: no image in the class folders of {folder}; '
-      f'files must end with one of {", ".join(SUFFIXES)}'
-    )
-  return files
-
-
 def _hold_out(name: str, files: Files, seed: int) -> tuple[Files, Files]:
   count = max(1, round(TEST_FRACTION * len(files)))
   order = rng.generator(seed, 'folder test split').permutation(len(files))
@@ -145,23 +88,29 @@ def _hold_out(name: str, files: Files, seed: int) -> tuple[Files, Files]:
 
 def _verified(data: ConfigDict, files: Files) -> tuple[Files, bool]:
   """Returns the readable files, and whether all of them are grayscale."""
-  kept, gray = [], True
+  kept, gray, turned = [], True, []
   skipped = 0
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     found = pool.map(_verify, (path for path, _ in files))
-    for file, channels in zip(files, found, strict=True):
-      if isinstance(channels, Exception):
-        _report_broken(data, file[0], channels)
+    for file, seen in zip(files, found, strict=True):
+      if isinstance(seen, Exception):
+        _report_broken(data, file[0], seen)
         skipped += 1
         continue
       kept.append(file)
-      gray = gray and channels == 1
+      gray = gray and seen.channels == 1
+      turned += [file[0]] * seen.turned
   if skipped:
     console.warn(f'{data.name}: skipped {skipped} broken of {len(files)} images')
+  if turned:
+    console.warn(
+      f'{data.name}: {len(turned)} images (e.g. {turned[0]}) have an EXIF orientation, which is '
+      'not applied, as in torchvision and tfds; turn their pixels if they must stand upright'
+    )
   return kept, gray
 
 
-def _verify(path: Path) -> int | Exception:
+def _verify(path: Path) -> images.Seen | Exception:
   try:
     if is_remote(path):
       return images.verify(io.BytesIO(read_file(path)))
@@ -199,16 +148,3 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
     raise UserError(
       f'cannot read image {path} any more ({cause}); put it back, then the same command goes on'
     ) from error
-
-
-def _subfolders(folder: Path) -> list[str]:
-  with os_errors(folder):
-    return sorted(
-      entry.name for entry in folder.iterdir() if not entry.name.startswith('.') and entry.is_dir()
-    )
-
-
-def _few(names: list[str]) -> str:
-  if not names:
-    return 'nothing'
-  return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')

@@ -1,12 +1,45 @@
 """Decodes image files with Pillow and brings them to one square size."""
 
+import contextlib
+import functools
 import io
 import os
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 _GRAYSCALE_MODES = ('1', 'L', 'LA')
+# Formats of Pillow that are no pictures, or that it reads with a program of others' or not at all
+_NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PDF', 'WMF'}
+# Of these the first image is the whole: a photo before its previews, the layers merged
+_FIRST_IS_WHOLE = ('MPO', 'PSD')
+
+
+class Seen(NamedTuple):
+  """What `verify` sees of an image."""
+
+  channels: int  # 1 for a grayscale image, otherwise 3
+  turned: bool  # whether its EXIF orientation asks viewers to turn it, which `decode` does not
+
+
+@functools.cache
+def _suffixes() -> dict[str, str]:
+  """Returns suffix -> format of what Pillow reads here, by its own registry."""
+  found = Image.registered_extensions()
+  known = set(Image.OPEN) - _NO_PICTURES
+  return {suffix: kind for suffix, kind in found.items() if kind in known}
+
+
+def is_picture(name: str) -> bool:
+  """Returns whether Pillow reads pictures with the suffix of a file's name.
+
+  >>> is_picture('cat.JPEG'), is_picture('scan.tif'), is_picture('cat.txt')
+  (True, True, False)
+  """
+  return os.path.splitext(name)[1].lower() in _suffixes()
 
 
 def decode(source: bytes | str, size: int, channels: int) -> np.ndarray:
@@ -22,10 +55,9 @@ def decode(source: bytes | str, size: int, channels: int) -> np.ndarray:
     uint8 [size, size, channels], values 0..255.
 
   Raises:
-    OSError, SyntaxError, ValueError, Image.DecompressionBombError: by Pillow,
-      if this is not a readable image.
+    One of `BROKEN`, if this is no image that `verify` accepts.
   """
-  with Image.open(_opened(source)) as image:
+  with _opened(source) as image:
     if 'transparency' in image.info:  # of a palette, else Pillow warns
       image = image.convert('RGBA')
     image = image.convert('L' if channels == 1 else 'RGB')
@@ -33,33 +65,56 @@ def decode(source: bytes | str, size: int, channels: int) -> np.ndarray:
   return pixels[..., None] if channels == 1 else pixels
 
 
-# What Pillow raises for damaged files: SyntaxError comes from broken PNGs.
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What Pillow and its plugins raise for damaged files.
+BROKEN = (
+  OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, ArithmeticError, RuntimeError,
+  struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
-def verify(source: str | io.BytesIO) -> int:
+def verify(source: str | io.BytesIO) -> Seen:
   """Decodes an image, a JPEG at an eighth of its size to be quick.
 
   Args:
     source: a path, or the bytes of the file.
 
-  Returns:
-    1 for a grayscale image, otherwise 3: its channels.
-
   Raises:
-    One of `BROKEN`, if the file is damaged, cut short, or not of 8 bits.
+    One of `BROKEN`, if the file is damaged, cut short, not of 8 bits, or has several pages or
+      frames. Of colours with 16 bits Pillow keeps the upper 8.
   """
-  with Image.open(source) as image:
+  with _opened(source) as image:
+    channels = 1 if image.mode in _GRAYSCALE_MODES else 3
+    image.draft(image.mode, (max(image.width // 8, 1), max(image.height // 8, 1)))
+    image.load()
+    return Seen(channels, _orientation(image) > 1)
+
+
+def _orientation(image: Image.Image) -> int:
+  """Returns the EXIF orientation of a loaded image; 1 is upright."""
+  try:
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+  except BROKEN:  # the pixels are whole
+    return 1
+
+
+@contextlib.contextmanager
+def _opened(source: bytes | str | io.BytesIO) -> Iterator[Image.Image]:
+  """Opens an image; raises one of `BROKEN` where it is not one, or not of 8 bits."""
+  file = io.BytesIO(source) if isinstance(source, bytes) else source
+  # By name, so that a file that only looks like a picture starts no other program.
+  with Image.open(file, formats=_formats()) as image:
     if image.mode.startswith(('I', 'F')):
       raise ValueError(f'pixels of mode {image.mode}, only 8 bits can be used')
-    channels = 1 if image.mode in _GRAYSCALE_MODES else 3
-    image.draft(image.mode, (image.width // 8, image.height // 8))
-    image.load()
-  return channels
+    if getattr(image, 'is_animated', False) and image.format not in _FIRST_IS_WHOLE:
+      count = getattr(image, 'n_frames', 'several')
+      raise ValueError(f'{count} pages or frames, save the one that is meant as a file of its own')
+    yield image
 
 
-def _opened(source: bytes | str) -> io.BytesIO | str:
-  return io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
+@functools.cache
+def _formats() -> tuple[str, ...]:
+  Image.init()  # imports the plugins of all formats
+  return tuple(kind for kind in Image.ID if kind not in _NO_PICTURES)
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:

@@ -222,7 +222,7 @@ def _readable(where: str):
   """Turns what damaged files raise into one line that names them."""
   try:
     yield
-  except (RuntimeError, *images.BROKEN) as error:
+  except images.BROKEN as error:
     raise UserError(
       f'{where}: the files are damaged or incomplete '
       f'({builders.first_line(error)}); delete the folder and prepare it again'

@@ -1,0 +1,241 @@
+"""What lies in a folder of images: its splits, its classes, their images, and what is left out.
+
+What systems leave behind (hidden files, __MACOSX, Thumbs.db, ...) is no class and no image, and is
+not spoken of. Everything else that is not used is counted in `Listing`, and said.
+"""
+
+import dataclasses
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fulllora_jax.config import ConfigDict
+from fulllora_jax.core import console
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import is_remote, os_errors
+from fulllora_jax.data import images
+
+_TRAIN_NAMES = ('train', 'training')
+_TEST_NAMES = ('test', 'testing')
+_VALIDATION_NAMES = ('valid', 'val', 'validation', 'dev')  # the test split where there is no test
+_SPLIT_WORDS = {*_TRAIN_NAMES, *_TEST_NAMES, *_VALIDATION_NAMES, 'eval'}
+_LAYOUT = 'expected train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png'
+_SYSTEM_NAMES = {
+  '__macosx', '__pycache__', '@eadir', '$recycle.bin', 'system volume information',
+  'lost+found', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r',
+}  # fmt: skip
+_SHOWN = 5  # names of a list in a message
+
+Files = list[tuple[Path, int]]  # path, label
+# Name -> where it is: two folders where one name is written in two ways of Unicode.
+Folders = Mapping[str, list[Path]]
+
+
+@dataclasses.dataclass
+class Listing:
+  """Lists the images of a data set's folders, and counts what is left out."""
+
+  name: str  # data.name
+  root: Path
+  # Reason -> the files that are left out for it
+  left_out: dict[str, list[Path]] = dataclasses.field(default_factory=dict)
+  nested: list[Path] = dataclasses.field(default_factory=list)  # images in subfolders of a class
+
+  def split_folders(self, data: ConfigDict) -> tuple[Path, Path | None]:
+    """Returns the folders of the training and of the test classes.
+
+    The latter is None where the test split is to be held out.
+
+    Raises:
+      UserError: a folder that is asked for is not there, two could be meant, there is a test
+        folder alone, or class folders have the names of splits.
+    """
+    found = self.subfolders(self.root)
+    asked_train = data.train_split not in ('', 'train')
+    train = self._one(found, (data.train_split,) if asked_train else _TRAIN_NAMES, 'train_split')
+    if data.test_split:
+      test = self._one(found, (data.test_split,), 'test_split')
+    else:
+      test = self._one(found, _TEST_NAMES, 'test_split')
+      test = test or self._one(found, _VALIDATION_NAMES, 'test_split')
+    for field, asked, folder in (
+      ('test_split', data.test_split, test),
+      ('train_split', asked_train, train),
+    ):
+      if asked and not folder:
+        raise UserError(
+          f'data.{field}={data[field]}: no such folder in {self.root}; found {few(found)}'
+        )
+    if test and not train:
+      raise UserError(
+        f'data.name={self.name}: found {test.name}/ but no '
+        f'train/ in {self.root}; {_LAYOUT} (or set data.train_split)'
+      )
+    if not train:
+      self._check_no_splits(found)
+      return self.root, None
+    unused = [folder for folder in found if folder not in (train.name, test and test.name)]
+    if unused:
+      console.warn(
+        f'{self.name}: {few(unused)} beside {train.name}/ not used (validation is held out from '
+        f'{train.name}/; data.test_split names another test folder)'
+      )
+    return train, test
+
+  def _one(self, found: Folders, wanted: tuple[str, ...], field: str) -> Path | None:
+    """Returns the one folder that has one of the names; small and capital letters are alike."""
+    exact = [name for name in found if len(wanted) == 1 and name == wanted[0]]
+    names = exact or [n for n in found if n.casefold() in {w.casefold() for w in wanted}]
+    if len(names) > 1:
+      raise UserError(
+        f'data.name={self.name}: found {" and ".join(f"{name}/" for name in names)} in '
+        f'{self.root}, and one can be used; set data.{field} to one of them'
+      )
+    return found[names[0]][0] if names else None
+
+  def _check_no_splits(self, found: Folders) -> None:
+    """Refuses class folders such as seg_train/ and seg_test/: they would be two classes."""
+    splits = [n for n in found if _SPLIT_WORDS & set(re.split('[^a-z]+', n.casefold()))]
+    if len(splits) > 1:
+      raise UserError(
+        f'data.name={self.name}: {few(splits)} in {self.root} have the names of splits, not of '
+        'classes; set data.train_split and data.test_split to them, or rename them'
+      )
+
+  def subfolders(self, folder: Path) -> dict[str, list[Path]]:
+    """Returns the folders in a folder by name, sorted; names are of Unicode's form NFC.
+
+    macOS writes an accent apart from its letter (NFD), Linux and Windows do not: such names are
+    one.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in _entries(folder):
+      if path.is_dir():
+        found.setdefault(unicodedata.normalize('NFC', path.name), []).append(path)
+    return dict(sorted(found.items()))
+
+  def class_folders(self, folder: Path) -> dict[str, list[Path]]:
+    """Returns the class folders in a split's folder.
+
+    Raises:
+      UserError: there are less than 2.
+    """
+    classes = self.subfolders(folder)
+    if len(classes) < 2:
+      raise UserError(
+        f'data.name={self.name}: found {len(classes)} class folders in {folder}, '
+        f'2 or more are needed; {_LAYOUT}'
+      )
+    return classes
+
+  def same_classes(self, classes: Folders, test_dir: Path) -> dict[str, list[Path]]:
+    """Returns the class folders of the test split.
+
+    Raises:
+      UserError: they are others than those of the training split.
+    """
+    found = self.subfolders(test_dir)
+    difference = sorted(set(classes) ^ set(found))
+    if difference:
+      raise UserError(
+        f'data.name={self.name}: the training folder and {test_dir} must have the '
+        f'same classes; only one of them has {few(difference)}'
+      )
+    return found
+
+  def files(self, folder: Path, classes: Folders, *, allow_empty: bool) -> Files:
+    """Lists the images of a split, class after class, with those in subfolders of a class.
+
+    Raises:
+      UserError: there is no image, or a class has none.
+    """
+    for path in _entries(folder):
+      if images.is_picture(path.name) and not path.is_dir():
+        self.left_out.setdefault('in no class folder', []).append(path)
+    files: Files = []
+    empty = []
+    for label, (name, folders) in enumerate(classes.items()):
+      before, seen = len(files), set()
+      for place in folders:
+        files += [(path, label) for path in self._below(place, place, seen)]
+      if len(files) == before:
+        empty.append(name)
+    if not files:
+      raise UserError(
+        f'data.name={self.name}: no image in the class folders of {folder}; files must end as '
+        f'those do that Pillow reads, e.g. .png, .jpg or .tif{self._found_instead()}'
+      )
+    if empty and not allow_empty:
+      raise UserError(
+        f'data.name={self.name}: no image in {few(empty)} of {folder}; remove what is no class, '
+        f'or fill it{self._found_instead()}'
+      )
+    if empty:
+      console.warn(f'{self.name}: no test image of {len(empty)} classes: {few(empty)}')
+    return files
+
+  def _below(self, folder: Path, place: Path, seen: set[str]) -> Iterator[Path]:
+    """Yields the images of a class folder `place`, below `folder`; counts what is none."""
+    real = str(folder) if is_remote(folder) else os.path.realpath(folder)
+    if real in seen:  # a link goes round
+      return
+    seen.add(real)
+    for path in _entries(folder):
+      suffix = os.path.splitext(path.name)[1].lower()
+      if images.is_picture(path.name):
+        if folder != place:
+          self.nested.append(path)
+        yield path
+      elif path.is_dir():
+        yield from self._below(path, place, seen)
+      else:
+        self.left_out.setdefault(suffix or 'without a suffix', []).append(path)
+
+  def say(self) -> None:
+    """Says in a line each what is left out and why, and what lies deeper than usual."""
+    if self.left_out:
+      count = sum(map(len, self.left_out.values()))
+      console.warn(
+        f'{self.name}: {count} files are left out, as they lie in no class folder or have no '
+        f'suffix that Pillow reads: {self._reasons()}'
+      )
+    if self.nested:
+      console.say(
+        f'{self.name}: {len(self.nested)} images in subfolders of a class count as its own '
+        f'(e.g. {self._way(self.nested[0])})'
+      )
+
+  def _found_instead(self) -> str:
+    return f' (left out: {self._reasons()})' if self.left_out else ''
+
+  def _reasons(self) -> str:
+    """Lists how many files are left out by reason, most first, each with an example."""
+    most = sorted(self.left_out.items(), key=lambda item: -len(item[1]))
+    said = [f'{len(paths)} {why} (e.g. {self._way(paths[0])})' for why, paths in most]
+    return few(said)
+
+  def _way(self, path: Path) -> str:
+    return os.fspath(path).removeprefix(os.fspath(self.root)).lstrip('/')
+
+
+def _entries(folder: Path) -> list[Path]:
+  """Returns what is in a folder, sorted, but for what systems leave behind."""
+  try:
+    with os_errors(folder):
+      return sorted(path for path in folder.iterdir() if not _of_the_system(path.name))
+  except OSError as error:
+    raise UserError(f'cannot read {folder}: {error.strerror}; mend that, or remove it') from None
+
+
+def _of_the_system(name: str) -> bool:
+  return name.startswith('.') or name.casefold() in _SYSTEM_NAMES
+
+
+def few(names) -> str:
+  """Returns the first few of some names; 'nothing' of none."""
+  names = list(names)
+  if not names:
+    return 'nothing'
+  return ', '.join(names[:_SHOWN]) + (', ...' if len(names) > _SHOWN else '')
