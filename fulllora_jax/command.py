@@ -12,6 +12,8 @@ from absl import app, flags, logging
 from fulllora_jax.core import console
 from fulllora_jax.core.errors import RESTART, Preempted, Unavailable, UserError, first_line
 
+_BROKEN_PIPE = 128 + 13  # what shells say of a program that SIGPIPE, 13, has ended
+
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses absl flags; whatever a config file or flag raises is bad input."""
@@ -90,7 +92,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a command: `app.run` with bad input shown as one line, exit 2.
 
   Exit status 75 (errors.RESTART): the same command goes on; SIGTERM came, or
-  another host of the run did not come.
+  another host of the run did not come. 141, as of any program that SIGPIPE
+  ends: nobody reads the output on (`doctor | head -1`).
   """
 
   def guarded(argv: Sequence[str]) -> None:
@@ -112,7 +115,31 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _crash(error)
       raise
 
-  app.run(guarded, flags_parser=_parse_flags)
+  try:
+    app.run(guarded, flags_parser=_parse_flags)
+  except (OSError, SystemExit):
+    fault = _give_up_output()
+    if isinstance(fault, BrokenPipeError):
+      _leave(_BROKEN_PIPE)
+    if fault:
+      _exit(f'the output cannot be written: {fault.strerror}; make room there, then run it again')
+    raise
+
+
+def _give_up_output() -> OSError | None:
+  """Writes out what is still buffered, or says why not and lets it go.
+
+  Python would do so at its end, and complain. A failed write stays in the buffer, so this tells
+  whether an OSError was one of the output.
+  """
+  fault = None
+  for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed from the start
+    try:
+      stream.flush()
+    except OSError as error:
+      fault = fault or error
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+  return fault
 
 
 def _crash(error: Exception) -> None:

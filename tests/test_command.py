@@ -1,5 +1,6 @@
 """Bad input to a command: one line that begins with `error: `, exit 2."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -38,6 +39,9 @@ def main(argv):
     raise ZeroDivisionError('a fault of ours')
   if config.steps == 3:
     raise KeyboardInterrupt
+  if config.steps == 4:
+    print('healthy: no', flush=True)  # as the doctor
+    raise SystemExit(1)
   print('steps', config.steps, 'rank', config.model.rank)
 
 if __name__ == '__main__':
@@ -71,6 +75,34 @@ def the_error(process):
   assert process.stderr.startswith('error: ')
   assert process.stdout == ''
   return process.stderr
+
+
+@pytest.fixture
+def run_into(command):
+  """Runs the command with its output into an open file; returns the status and stderr."""
+
+  def run(output, *arguments, errors=subprocess.PIPE):
+    done = subprocess.run(
+      [sys.executable, 'main.py', '--config=config.py', *arguments],
+      cwd=command.directory,
+      env={'PYTHONPATH': str(_ROOT)},
+      stdout=output,
+      stderr=errors,
+      text=True,
+      timeout=300,
+    )
+    return done.returncode, done.stderr
+
+  return run
+
+
+@pytest.fixture
+def closed_pipe():
+  """A pipe that nobody reads, as after `| head -1`."""
+  read, write = os.pipe()
+  os.close(read)
+  yield write
+  os.close(write)
 
 
 def test_good_input(command):
@@ -147,6 +179,32 @@ def test_interrupt(command):
   process = command('--config.steps=3')
   assert process.returncode == 130
   assert process.stderr == 'interrupted; the same command resumes\n'
+
+
+@pytest.mark.parametrize('argument', ['--config.steps=5', '--config.steps=4', '--help'])
+def test_a_closed_pipe_ends_quietly(run_into, closed_pipe, argument):
+  assert run_into(closed_pipe, argument) == (141, '')
+
+
+def test_a_closed_pipe_for_the_errors_ends_quietly(run_into, closed_pipe):
+  status, _ = run_into(subprocess.DEVNULL, '--config.steps=-1', errors=closed_pipe)
+  assert status == 141
+
+
+@pytest.mark.parametrize('argument', ['--config.steps=5', '--config.steps=4', '--help'])
+def test_a_full_disk_behind_the_output_is_one_line(run_into, argument):
+  with open('/dev/full', 'w') as full:
+    status, said = run_into(full, argument)
+  assert (status, len(said.splitlines())) == (2, 1)
+  assert said.startswith('error: the output cannot be written: No space left on device; make room')
+
+
+def test_an_output_that_is_closed_from_the_start(command):
+  line = f'{sys.executable} main.py --config=config.py --config.steps=5 >&-'
+  done = subprocess.run(
+    line, shell=True, cwd=command.directory, env={'PYTHONPATH': str(_ROOT)}, capture_output=True
+  )
+  assert (done.returncode, done.stderr) == (0, b'')
 
 
 def test_help(command):
