@@ -1,11 +1,13 @@
 """What every command does: flags, and errors as one line and a status."""
 
+import contextlib
+import io
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import app, flags, logging
 
@@ -115,31 +117,42 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _crash(error)
       raise
 
-  try:
-    app.run(guarded, flags_parser=_parse_flags)
-  except (OSError, SystemExit):
-    fault = _give_up_output()
-    if isinstance(fault, BrokenPipeError):
-      _leave(_BROKEN_PIPE)
-    if fault:
-      _exit(f'the output cannot be written: {fault.strerror}; make room there, then run it again')
-    raise
-
-
-def _give_up_output() -> OSError | None:
-  """Writes out what is still buffered, or says why not and lets it go.
-
-  Python would do so at its end, and complain. A failed write stays in the buffer, so this tells
-  whether an OSError was one of the output.
-  """
-  fault = None
-  for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed from the start
+  with (
+    contextlib.redirect_stdout(_Output(sys.stdout)),
+    contextlib.redirect_stderr(_Output(sys.stderr)),
+  ):
     try:
-      stream.flush()
+      app.run(guarded, flags_parser=_parse_flags)
+    finally:
+      console.flush()  # Python would do so at its end, and complain
+
+
+class _Output:
+  """stdout or stderr of a command, which ends where it cannot be written any more."""
+
+  def __init__(self, stream: TextIO | None):
+    # None is a stream that was closed from the start.
+    self._stream = stream or io.StringIO()
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    """Writes a text, and returns its length."""
+    return self._or_end(self._stream.write, text)
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+    self._or_end(self._stream.flush)
+
+  def _or_end(self, call: Callable, *arguments: str):
+    try:
+      return call(*arguments)
     except OSError as error:
-      fault = fault or error
-      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-  return fault
+      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # what is buffered too
+      if isinstance(error, BrokenPipeError):
+        _leave(_BROKEN_PIPE)
+      _exit(f'the output cannot be written: {error.strerror}; make room there, then run it again')
 
 
 def _crash(error: Exception) -> None:

@@ -42,6 +42,8 @@ def main(argv):
   if config.steps == 4:
     print('healthy: no', flush=True)  # as the doctor
     raise SystemExit(1)
+  if config.steps == 6:
+    print('more than a buffer' * 10_000)
   print('steps', config.steps, 'rank', config.model.rank)
 
 if __name__ == '__main__':
@@ -181,7 +183,7 @@ def test_interrupt(command):
   assert process.stderr == 'interrupted; the same command resumes\n'
 
 
-@pytest.mark.parametrize('argument', ['--config.steps=5', '--config.steps=4', '--help'])
+@pytest.mark.parametrize('argument', [*(f'--config.steps={n}' for n in (4, 5, 6)), '--helpfull'])
 def test_a_closed_pipe_ends_quietly(run_into, closed_pipe, argument):
   assert run_into(closed_pipe, argument) == (141, '')
 
@@ -191,7 +193,7 @@ def test_a_closed_pipe_for_the_errors_ends_quietly(run_into, closed_pipe):
   assert status == 141
 
 
-@pytest.mark.parametrize('argument', ['--config.steps=5', '--config.steps=4', '--help'])
+@pytest.mark.parametrize('argument', [*(f'--config.steps={n}' for n in (4, 5, 6)), '--helpfull'])
 def test_a_full_disk_behind_the_output_is_one_line(run_into, argument):
   with open('/dev/full', 'w') as full:
     status, said = run_into(full, argument)
