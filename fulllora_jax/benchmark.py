@@ -69,7 +69,9 @@ def define_flags() -> None:
     'With --to_robustness, to measure on along the way; 0: all.',
     lower_bound=0,
   )
-  flags.DEFINE_integer('test_images', 200, 'With --to_robustness, for --final; 0: all.')
+  flags.DEFINE_integer(
+    'test_images', 200, 'With --to_robustness, for --final; 0: all.', lower_bound=0
+  )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ def default() -> ConfigDict:
   """Returns the configuration of the inherited protocol, CIFAR-10 on ViT-B."""
   config = ConfigDict()
   config.name = 'cifar10'  # names the report and the default work directory
-  config.seed = 0  # every random number of the run follows from it
+  config.seed = 0  # every random number of the run follows from it; 0..2^32-1
   # What learns: a method of docs/methods.md (adapters/methods.py), e.g.
   # fulllora, lnlora, lora, adapter, vpt, bias, linear, full or standard.
   config.method = 'fulllora'
@@ -64,9 +64,9 @@ def default() -> ConfigDict:
   config.schedule = step_decay()
   config.train = _train(epochs=40.0, batch_size=64)
   config.mesh = mesh = ConfigDict()
-  # How many devices share one copy of the frozen base; divides their number.
+  # How many devices share one copy of the frozen base, at least 1; divides their number.
   mesh.fsdp = 1
-  mesh.shard_from = 2**18  # arrays of fewer elements are copied to all devices
+  mesh.shard_from = 2**18  # arrays of fewer elements, at least 0, are copied to all devices
   config.base = _base()
   config.eval = _eval()
   config.log = log = ConfigDict()
@@ -79,7 +79,7 @@ def _model() -> ConfigDict:
   # vit_{ti,s,b,l,h}, deit_*, swin_*, ... (models/__init__.py); vit, deit, swin
   # and convit have no size and take it from the fields below.
   model.name = 'vit_b'
-  # The size of the model; None: that of its name.
+  # The size of the model, all above 0; None: that of its name.
   model.width = config_dict.placeholder(int)  # length of a token
   model.depth = config_dict.placeholder(int)  # number of blocks
   model.num_heads = config_dict.placeholder(int)  # divides the width
@@ -87,9 +87,9 @@ def _model() -> ConfigDict:
   model.depths = ()  # swin: number of blocks of each stage
   model.heads = ()  # swin: number of heads of each stage
   model.window = config_dict.placeholder(int)  # swin: side in tokens
-  # convit: how many of the first blocks have gated positional self-attention.
+  # convit: how many first blocks have gated positional self-attention, at least 0.
   model.local_layers = config_dict.placeholder(int)
-  model.patch_size = 4  # side in pixels; divides data.image_size
+  model.patch_size = 4  # side in pixels, above 0; divides data.image_size
   # Where the following are empty or None, the name or the checkpoint decides.
   # How tokens become one vector: token | mean | mean_norm | token_mean | map.
   model.pool = ''
@@ -122,7 +122,7 @@ def _adapter() -> ConfigDict:
   # module paths. (): what the method says (docs/methods.md); in fulllora all roles but the head.
   adapter.targets = ()
   adapter.rank = 24  # 1..min(d_in, d_out) of each map; 24 is 4.9 % of ViT-B
-  adapter.alpha = 24.0  # a branch is multiplied by alpha / rank
+  adapter.alpha = 24.0  # above 0; a branch is multiplied by alpha / rank
   adapter.layer_norm = True  # of a branch's input; False: plain LoRA
   adapter.epsilon = 1e-6  # added to the variance in that norm, above 0
   # Fields of one target that differ: 'patch_embed.layer_norm=False',
@@ -139,13 +139,13 @@ def _data() -> ConfigDict:
   data = ConfigDict()
   data.name = 'cifar10'  # a data set of tfds, or folder:/path/to/images
   data.dir = ''  # of data sets; '': $TFDS_DATA_DIR, then ~/tensorflow_datasets
-  # The side of the square images in pixels; images of another size are resized
+  # The side of the square images in pixels, above 0; images of another size are resized
   # and cropped around their centre.
   data.image_size = 32
   data.train_split = 'train'
   data.test_split = ''  # '': test, or validation where there is no test
   data.validation_fraction = 0.02  # of the train split, held out; in (0, 1)
-  # Chooses the images that are held out; None: config.seed.
+  # Chooses the images that are held out, 0..2^32-1; None: config.seed.
   data.seed = config_dict.placeholder(int)
   # Where decoded images are kept: memory | stream (nowhere) | auto (memory up to 4 GiB).
   data.cache = 'auto'
@@ -180,7 +180,7 @@ def _attack() -> ConfigDict:
 def _augment() -> ConfigDict:
   """What is done to images on the device, before they are attacked."""
   augment = ConfigDict()
-  # Pixels of zeros around an image, from which a window is cut; 0: no crop.
+  # Pixels of zeros around an image, fewer than its side, from which a window is cut; 0: no crop.
   augment.crop_padding = 4
   augment.flip = True  # mirrors an image left to right, with probability 1/2
   # The shares of a mixture of two images are drawn from Beta(a, a), where a is at least 0; 0: off.
@@ -194,16 +194,16 @@ def _augment() -> ConfigDict:
 def _train(epochs: float, batch_size: int) -> ConfigDict:
   train = ConfigDict()
   train.epochs = epochs  # the length of training, above 0
-  train.steps = config_dict.placeholder(int)  # takes the place of epochs
-  # Images of a step on all devices together, in `accumulate` parts one after
+  train.steps = config_dict.placeholder(int)  # takes the place of epochs; above 0
+  # Images of a step on all devices together, in `accumulate` parts (at least 1) one after
   # another, which saves memory; the devices must divide a part.
   train.batch_size = batch_size
   train.accumulate = 1
-  train.log_every = 50  # steps between two lines of metrics
+  train.log_every = 50  # steps between two lines of metrics, at least 1, as the next two
   train.eval_every = 1000  # steps between two validations, which choose `best`
   train.checkpoint_every = 500  # steps between two training checkpoints
   train.keep = 3  # the newest training checkpoints, at least 1
-  # Steps with a loss or gradient that is not finite, before the run stops.
+  # Steps with a loss or gradient that is not finite, before the run stops; at least 0.
   train.max_skipped = 10
   return train
 
@@ -237,7 +237,7 @@ def _eval() -> ConfigDict:
   evaluation.weights = ()  # of base, best and last; (): all there are
   evaluation.step_size = '2/255'  # of pgd and cw_linf, as attack.step_size
   evaluation.restarts = 1  # random starts of pgd and cw_linf, at least 1
-  evaluation.batch_size = 256  # images on all devices together
+  evaluation.batch_size = 256  # images on all devices together, at least 1
   evaluation.num_examples = 0  # of the test split, chosen by the seed; 0: all
   evaluation.validation_attack = 'pgd-10'  # chooses `best`; no ensemble
   evaluation.validation_examples = 1000  # the most that it attacks; 0: all
@@ -270,7 +270,7 @@ def _optimizer(name, learning_rate, weight_decay):
   # adamw: decay of the averages of the gradient and of its square, in [0, 1).
   optimizer.b1 = 0.9
   optimizer.b2 = 0.999
-  # The most that the norm of the gradient of all leaves together may be; 0: no limit.
+  # The most that the norm of the gradient of all leaves together may be, at least 0; 0: no limit.
   optimizer.clip = 1.0
   return optimizer
 
@@ -291,7 +291,7 @@ def _schedule(name, warmup):
   # The fraction of training over which the learning rate rises, in [0, 1].
   schedule.warmup = float(warmup)
   # step: the fractions of training at which the learning rate changes, rising
-  # from warmup to 1, and by what its peak is multiplied from each of them on.
+  # from warmup to 1, and by what (at least 0) its peak is multiplied from each of them on.
   schedule.boundaries = (35 / 40, 38 / 40)
   schedule.factors = (0.1, 0.01)
   return schedule

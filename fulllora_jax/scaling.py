@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from fulllora_jax import command
-from fulllora_jax.core import errors
+from fulllora_jax.core import errors, ranges
 from fulllora_jax.experiments.scaling import costs
 from fulllora_jax.experiments.scaling.costs import METHODS
 
@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
   given = flags.FLAGS
   for method in given.methods:
     errors.choose('--methods', method, METHODS)
+  for flag, interval in (('mfu', '(0, inf)'), ('hop_us', '[0, inf)')):  # absl lets NaN through
+    ranges.check(f'--{flag}', given[flag].value, interval)
   # After the flags: JAX is slow.
   from fulllora_jax.experiments.scaling import prediction
 

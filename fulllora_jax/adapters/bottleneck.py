@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.adapters.branch import Branch, Call, Parameters
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core import ranges
+from fulllora_jax.core.errors import UserError, choose
 
 _ACTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -35,12 +36,16 @@ class Bottleneck(Branch):
   ZERO_MEANS_OFF = ('up', 'up_bias')
 
   rank: int  # r, in 1..min(d_in, d_out)
-  scale: float = 1.0  # factor of what is added
+  scale: float = 1.0  # factor of what is added, above 0
   act: str = 'gelu'  # 'gelu' or 'relu'
   # It reads the module's input, and may stand at any module; else it reads the output of a linear
   # map
   parallel: bool = False
   dtype: str = 'float32'  # name of the parameters' dtype
+
+  def __post_init__(self):
+    ranges.check('bottleneck scale', self.scale, '(0, inf)')
+    choose('bottleneck act', self.act, tuple(_ACTS))
 
   def init(self, key: jax.Array, d_in: int, d_out: int) -> dict[str, jax.Array]:
     """Draws the bottleneck's parameters.

@@ -33,6 +33,7 @@ import numpy as np
 from flax.core.tracers import current_trace
 
 from fulllora_jax.adapters.branch import Branch, Call, Parameters
+from fulllora_jax.core import ranges
 from fulllora_jax.core.errors import UserError
 
 
@@ -46,13 +47,17 @@ class LNLoRA(Branch):
   FITS_HEAD = True
 
   rank: int  # r, in 1..min(d_in, d_out)
-  alpha: float  # the branch is scaled by alpha / rank
+  alpha: float  # the branch is scaled by alpha / rank; above 0
   # False leaves out the LayerNorm: plain LoRA (Hu et al., 2021, arXiv 2106.09685)
   layer_norm: bool = True
   # Added to the variance. Over raw pixels (patch embedding) a small one divides by almost nothing
   # and amplifies an attacker's noise.
-  epsilon: float = 1e-6
+  epsilon: float = 1e-6  # above 0
   dtype: str = 'float32'  # name of the parameters' dtype
+
+  def __post_init__(self):
+    for field in ('alpha', 'epsilon'):
+      ranges.check(f'adapter.{field}', getattr(self, field), '(0, inf)')
 
   def init(self, key: jax.Array, d_in: int, d_out: int) -> dict[str, jax.Array]:
     """Draws the branch's parameters.

@@ -244,7 +244,10 @@ def branches(config, method: Method) -> dict[str, Branch]:
         raise UserError(
           f'adapter.overrides: {override!r}: what method {method.name} puts there has no {field}'
         )
-      chosen[target] = dataclasses.replace(chosen[target], **{field: value})
+      try:
+        chosen[target] = dataclasses.replace(chosen[target], **{field: value})
+      except UserError as error:
+        raise UserError(f'adapter.overrides: {override!r}: {error}') from None
     # A role's rank, say, goes with every method, whether it adapts it or not.
     elif config.adapter.targets or target not in maps or target == 'head':
       raise UserError(

@@ -30,9 +30,11 @@ def first_line(error: Exception) -> str:
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
-  """Raises UserError unless the field's value is one of the known."""
+  """Raises UserError, with the nearest names, unless a value is one of the known."""
   if value not in known:
-    raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}')
+    hint = did_you_mean(value, known, cutoff=0.6) if isinstance(value, str) else ''
+    hint = f'; {hint.rstrip()}' if hint else ''
+    raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}{hint}')
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.5) -> str:
@@ -43,15 +45,3 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 3, cutoff: floa
   """
   near = difflib.get_close_matches(name, list(known), most, cutoff)
   return f'did you mean {" or ".join(near)}? ' if near else ''
-
-
-def check_positive(name: str, value: float) -> None:
-  """Raises UserError unless the field's value is above 0."""
-  if not value > 0:
-    raise UserError(f'{name} {value}: it must be above 0')
-
-
-def check_fraction(name: str, value: float) -> None:
-  """Raises UserError unless the field's value is in [0, 1]."""
-  if not 0 <= value <= 1:
-    raise UserError(f'{name} {value}: it must be in 0..1')

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from fulllora_jax.core import console
+from fulllora_jax.core import console, ranges
 from fulllora_jax.core.errors import RESTART, Unavailable, UserError, first_line
 
 _ENVIRONMENT = {
@@ -49,8 +49,7 @@ def start(values: flags.FlagValues) -> None:
     Unavailable: JAX cannot find the others.
   """
   for name in ('start_timeout', 'peer_timeout'):
-    if not (values[name].value or 0) > 0:
-      raise UserError(f'--{name} {values[name].value}: it must be above 0')
+    ranges.check(f'--{name}', values[name].value, '(0, inf)')
   given = parameters(values, os.environ)
   if given:
     if not given['process_id']:

@@ -6,14 +6,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
+from fulllora_jax.core import ranges
 from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.distributed import mesh
 
 _Model = TypeVar('_Model', bound='ImageModel')
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_RANGES = {'std': '(0, inf)', 'mean': '(-inf, inf)', 'dropout': '[0, 1)', 'epsilon': '(0, inf)'}
 
 # gelu_tanh is the approximation that JAX's own ViTs were trained with.
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -187,6 +190,9 @@ def build(kind: type[_Model], settings: Mapping[str, Any], num_classes: int) -> 
   for name, value in fields.items():
     if isinstance(value, list | tuple):
       fields[name] = tuple(value)
+  for name, interval in _RANGES.items():
+    for value in np.atleast_1d(fields[name]):
+      ranges.check(f'model.{name}', value, interval)
   fields['dtype'] = jnp.dtype(settings['dtype'])
   return kind(num_classes=num_classes, **fields)
 

@@ -13,7 +13,7 @@ from fulllora_jax import config, pretrained
 from fulllora_jax.adapters import AdaptedModel, adapted, artefact
 from fulllora_jax.adapters.artefact import base_fingerprint
 from fulllora_jax.core import trees
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.core.files import as_path, beside
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.serving import adapter_file, stacking
@@ -165,6 +165,7 @@ def read_adapter(path: str | os.PathLike, which: str = 'best') -> stacking.Adapt
 
 def _read_leaves(path, which: str) -> tuple[Path, Tree, dict[str, Any]]:
   """Reads what was trained, of an exported file or of a work directory."""
+  choose('which', which, ('best', 'last'))
   if not _is_exported(path):
     directory = pretrained.find_artefact(path, which)
     return directory, *artefact.read_artefact(directory)

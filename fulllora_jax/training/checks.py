@@ -6,7 +6,8 @@ from fulllora_jax.attacks.losses import LOSSES
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import ConfigDict, default
 from fulllora_jax.core.console import warn
-from fulllora_jax.core.errors import UserError, check_fraction, check_positive, choose
+from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.evaluation import ranges
 from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
 from fulllora_jax.training import carry, objectives, optim
@@ -21,6 +22,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   Raises:
     UserError: a field is wrong; the message names the first.
   """
+  ranges.check(config)
   method = methods.get(config.method)
   models.linear_maps(config.model.name)
   if config.base.source in ('train', 'scratch'):  # nothing else settles it
@@ -41,19 +43,13 @@ def validate(config: ConfigDict, num_devices: int) -> None:
       f'base.source scratch: method {config.method} freezes a base, so it '
       'needs one; give train, or the work directory of a run'
     )
-  choose('model.dtype', config.model.dtype, ('float32', 'bfloat16'))
   models.layers.check_remat(config.model.remat)
-  choose('base.dtype', config.base.dtype, ('float32', 'bfloat16'))
   if config.base.dtype == 'bfloat16' != config.model.dtype:
     raise UserError(
       f'base.dtype bfloat16: model.dtype {config.model.dtype} computes with '
       'more; set both to bfloat16, or neither'
     )
-  resizes = ('sum', 'flexi', 'interpolate')
-  choose('base.patch_resize', config.base.patch_resize, resizes)
   choose('attack.loss', config.attack.loss, tuple(LOSSES))
-  choose('data.cache', config.data.cache, ('auto', 'memory', 'stream'))
-  choose('data.on_broken', config.data.on_broken, ('refuse', 'skip'))
   _check_mesh(config, num_devices)
   _check_attack(config)
   _check_objective(config, method)
@@ -70,14 +66,6 @@ def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
   and so is all in a base that is trained first, which has its run's fields.
   """
   adapter, usual = config.adapter, default().adapter
-  choose('adapter.head', adapter.head, ('train', 'frozen', 'lnlora'))
-  choose('adapter.dtype', adapter.dtype, ('float32', 'bfloat16'))
-  if adapter.rank < 1:
-    raise UserError(
-      f'adapter.rank {adapter.rank}: it must be in 1..min(d_in, d_out) of every target'
-    )
-  if adapter.prompts < 1:
-    raise UserError(f'adapter.prompts {adapter.prompts}: it must be at least 1')
   if method.adversarial:
     for field in ('targets', 'prompts'):
       if field not in method.reads and adapter[field] != usual[field]:
@@ -93,7 +81,6 @@ def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
 
 def _check_mesh(config: ConfigDict, num_devices: int) -> None:
   fsdp = config.mesh.fsdp
-  check_positive('mesh.fsdp', fsdp)
   if num_devices % fsdp:
     raise UserError(
       f'mesh.fsdp {fsdp} does not divide the {num_devices} devices; give a divisor of them, or 1'
@@ -107,10 +94,6 @@ def _check_mesh(config: ConfigDict, num_devices: int) -> None:
 
 def _check_attack(config: ConfigDict) -> None:
   step_size = parse_fraction(config.attack.step_size, 'attack.step_size')
-  check_positive('attack.step_size', step_size)
-  check_positive('attack.steps', config.attack.steps)
-  check_positive('attack.restarts', config.attack.restarts)
-  check_fraction('attack.eps_warmup', config.attack.eps_warmup)
   choose('attack.name', config.attack.name, ATTACKS)
   if config.attack.name in FIXED:
     _check_fixed(config, FIXED[config.attack.name].norms)
@@ -175,20 +158,8 @@ def _check_objective(config: ConfigDict, method: methods.Method) -> None:
 
 def _check_values(config: ConfigDict) -> None:
   objectives.get(config.objective.name)
-  for part, field, below in (
-    ('objective', 'beta', float('inf')),
-    ('objective', 'label_smoothing', 1),
-    ('awp', 'gamma', 1),
-    ('awp', 'warmup', 1),
-    ('ema', 'decay', 1),
-  ):
-    value = config[part][field]
-    if not 0 <= value < below:
-      raise UserError(f'{part}.{field} {value}: it must be at least 0 and below {below}')
   for field in ('ard', 'prm'):
     value = config.attack[field]
-    if not 0 <= value <= 1:
-      raise UserError(f'attack.{field} {value}: it must be in 0..1')
     if value and config.attack.name != 'pgd':
       raise UserError(
         f'attack.{field} {value} is drawn in each step of PGD, but attack.name '
@@ -213,11 +184,16 @@ def _check_clean(config: ConfigDict) -> None:
 
 def _check_patches(config: ConfigDict) -> None:
   image, patch = config.data.image_size, config.model.patch_size
-  check_positive('model.patch_size', patch)
   if image % patch or image < patch:
     raise UserError(
       f'model.patch_size {patch} does not divide data.image_size {image}; change one of them'
     )
+  for prefix, recipe in (('', config), ('base.', config.base)):
+    if recipe.augment.crop_padding >= image:
+      raise UserError(
+        f'{prefix}augment.crop_padding {recipe.augment.crop_padding}: a crop may then hold nothing '
+        f'of an image; it must be below data.image_size {image}'
+      )
   tokens = (image // patch) ** 2
   if tokens < 16:
     warn(
@@ -228,12 +204,9 @@ def _check_patches(config: ConfigDict) -> None:
 
 def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
   """Checks the optimizer, schedule, augmentation and loop of one training."""
-  train, schedule, augment = recipe.train, recipe.schedule, recipe.augment
+  train, schedule = recipe.train, recipe.schedule
   choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
   choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
-  check_positive(f'{prefix}optimizer.learning_rate', recipe.optimizer.learning_rate)
-  check_fraction(f'{prefix}schedule.warmup', schedule.warmup)
-  check_fraction(f'{prefix}augment.mix_probability', augment.mix_probability)
   boundaries = list(schedule.boundaries)
   if schedule.name == 'step' and (
     len(boundaries) != len(schedule.factors)
@@ -244,17 +217,6 @@ def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
       f'{prefix}schedule.boundaries {tuple(boundaries)}: they must rise from schedule.warmup to 1, '
       f'one for each of schedule.factors {tuple(schedule.factors)}'
     )
-  if train.max_skipped < 0:
-    raise UserError(
-      f'{prefix}train.max_skipped {train.max_skipped}: give 0 to stop at the first, or a number'
-    )
-  for field in (
-    'batch_size', 'accumulate', 'log_every', 'eval_every',
-    'checkpoint_every', 'keep',
-  ):  # fmt: skip
-    check_positive(f'{prefix}train.{field}', train[field])
-  length = 'epochs' if train.steps is None else 'steps'
-  check_positive(f'{prefix}train.{length}', train[length])
   if train.batch_size % (train.accumulate * num_devices):
     raise UserError(
       f'{prefix}train.batch_size {train.batch_size} does not divide into '

@@ -169,3 +169,12 @@ def test_a_module_that_hides_its_input_is_refused():
   params = ByKeyword().init(KEY, X)
   with pytest.raises(UserError, match='both: it is called by keywords alone'):
     adapted.init_adapter(KEY, params, X)
+
+
+def test_a_scale_of_nothing_and_an_unknown_activation_are_refused():
+  with pytest.raises(UserError, match='^bottleneck scale 0.0: it must be above 0$'):
+    Bottleneck(rank=2, scale=0.0)
+  with pytest.raises(
+    UserError, match='^bottleneck act: unknown .gleu.; known: gelu, relu; did you mean gelu'
+  ):
+    Bottleneck(rank=2, act='gleu')

@@ -190,3 +190,10 @@ def test_given_moments_are_used():
   np.testing.assert_array_equal(fused(branch, parameters, x, own), fused(branch, parameters, x))
   other = Moments(own.mean, 2 * own.inverse_deviation)
   assert not np.allclose(fused(branch, parameters, x, other), fused(branch, parameters, x))
+
+
+@pytest.mark.parametrize('value', [0, -8.0, float('nan'), float('inf'), None, True])
+@pytest.mark.parametrize('field', ['alpha', 'epsilon'])
+def test_a_branch_of_no_size_or_an_epsilon_of_none_is_refused(field, value):
+  with pytest.raises(UserError, match=f'^adapter.{field} {value}: it must be .*above 0$'):
+    LNLoRA(**{'rank': 2, 'alpha': 2.0, field: value})

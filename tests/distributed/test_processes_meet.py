@@ -166,8 +166,9 @@ def test_a_tpu_slice_without_its_other_hosts_is_one_line(start, libtpu):
 
 def test_a_timeout_of_nothing_is_refused(start):
   for name in ('start_timeout', 'peer_timeout'):
-    with pytest.raises(UserError, match=f'--{name} 0: it must be above 0'):
-      start(dict, {}, **{name: 0})
+    for value in (0, float('nan'), float('inf'), None):
+      with pytest.raises(UserError, match=f'--{name} {value}: it must be .*above 0'):
+        start(dict, {}, **{name: value})
 
 
 def test_a_port_in_use_is_one_line(start):

@@ -166,7 +166,7 @@ def test_results_are_numbered_and_the_report_stays(again):
     ({'eval__attacks': ('pdg',)}, "unknown attack 'pdg'; known: clean"),
     ({'threat__eps': '8'}, 'did you mean 8/255'),
     ({'eval__batch_size': 0}, 'eval.batch_size 0'),
-    ({'eval__restarts': 0}, 'restarts must be at least 1'),
+    ({'eval__restarts': 0}, 'eval.restarts 0: it must be above 0'),
   ],
 )
 def test_bad_input_is_refused_before_anything_is_read(again, monkeypatch, kwargs, words):

@@ -324,6 +324,8 @@ def test_the_document_of_memory_adds_up():
     (['--compile=8', '--remat=all'], "--remat: unknown 'all'; known: none, "),
     (['--compile=8', '--fsdp=3'], '--fsdp 3: it must divide the 8 devices'),
     (['--mfu=2'], 'flag --mfu=2'),
+    (['--mfu=nan'], '--mfu nan: it must be a finite number above 0'),
+    (['--hop_us=inf'], '--hop_us inf: it must be a finite number at least 0'),
     (['--attack_steps=0'], 'flag --attack_steps=0'),
     (['--compile=x'], 'flag --compile=x'),
   ],

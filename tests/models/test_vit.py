@@ -207,6 +207,10 @@ def test_bfloat16_computes_float32_logits_near_the_float32_ones(tiny):
   [
     ({'name': 'vit_giant'}, r"unknown model 'vit_giant'; did you mean .*vit_l.*known: vit, vit_ti"),
     ({'width': None, 'mlp_dim': None}, "'vit' has a free size: set model.width, model.mlp_dim"),
+    ({'std': (0.2, 0.0, 0.2)}, '^model.std 0.0: it must be above 0$'),
+    ({'mean': (float('nan'),)}, '^model.mean nan: it must be a finite number$'),
+    ({'dropout': 1.0}, '^model.dropout 1.0: it must be at least 0 and below 1$'),
+    ({'epsilon': -1e-6}, '^model.epsilon -1e-06: it must be above 0$'),
     ({'num_heads': 3}, 'model.width 8 is not a multiple of model.num_heads 3'),
   ],
 )

@@ -86,6 +86,13 @@ def test_best_last_and_their_paths(finished, images):
   assert classifier.load(finished.workdir, which='last').metadata['step'] == 12
 
 
+def test_which_weights_is_one_of_two(tmp_path):
+  with pytest.raises(
+    UserError, match="which: unknown 'lats'; known: best, last; did you mean last"
+  ):
+    classifier.load(tmp_path, which='lats')
+
+
 def test_a_copied_run_loads_onto_the_base_copied_with_it(finished_copy, loaded, images):
   # The copy's own base is read: with that one gone, it does not load.
   np.testing.assert_array_equal(

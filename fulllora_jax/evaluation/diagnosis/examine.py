@@ -17,8 +17,9 @@ import numpy as np
 from fulllora_jax import data
 from fulllora_jax.config import WEIGHTS
 from fulllora_jax.core import files
+from fulllora_jax.core import ranges as range_lib
 from fulllora_jax.core.errors import choose
-from fulllora_jax.evaluation import evaluations, finished_run, settings
+from fulllora_jax.evaluation import evaluations, finished_run, ranges, settings
 from fulllora_jax.evaluation.diagnosis import attack, model
 from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding
 
@@ -122,6 +123,8 @@ def examine_and_say(
   """
   choose('--split', split, finished_run.SPLITS)
   choose('--weights', weights, WEIGHTS)
+  ranges.check(config, ('seed', 'data'))
+  range_lib.check('--seed', seed, range_lib.SEED, whole=True)
   threat = settings.threat(config)
   if logits:
     path, logits_fn, exact_fn = None, evaluations.load_function(logits), None

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 from fulllora_jax import config as config_lib
 from fulllora_jax import pretrained
 from fulllora_jax.adapters import methods
+from fulllora_jax.core import ranges
 from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.core.files import as_path
 from fulllora_jax.evaluation import settings
@@ -108,6 +109,8 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
     raise UserError('rows: the comparison has none; give at least one')
   if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
     raise UserError(f'seeds {tuple(comparison.seeds)}: give at least one, each once')
+  for seed in comparison.seeds:
+    ranges.check('seeds', seed, ranges.SEED, whole=True)
   for name, given in (('--rows', rows), ('references', comparison.references)):
     for row in given:
       if row not in comparison.rows:

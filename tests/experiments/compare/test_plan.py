@@ -97,6 +97,9 @@ def test_unknown_parts_are_refused(small, rows, seeds, message):
   ('field', 'value', 'message'),
   [
     ('seeds', (), 'seeds .*give at least one'),
+    ('seeds', (0, -1), 'seeds -1: it must be in 0..4294967295'),
+    ('seeds', (2**32,), 'seeds 4294967296: it must be in'),
+    ('seeds', ('0',), 'seeds 0: it must be a whole number'),
     ('seeds', (1, 1), 'seeds .*each once'),
     ('references', ('ful',), "references: unknown 'ful'; did you mean full"),
     ('headline', 'pgd-9', "headline: 'pgd-9' is not of .*clean, pgd-2"),

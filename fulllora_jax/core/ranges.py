@@ -1,0 +1,57 @@
+"""Ranges of numbers, written as in mathematics: '[0, 1)' has 0, and not 1."""
+
+import math
+import numbers
+from typing import Any
+
+from fulllora_jax.core.errors import UserError
+
+SEED = '[0, 4294967295]'  # JAX keys take 32 bits: a larger seed would be a smaller one
+
+
+def check(name: str, value: Any, interval: str, *, whole: bool = False, shown: Any = None) -> None:
+  """Refuses what is no number of an interval; infinity is in none.
+
+  Args:
+    name: the field or argument, for the error.
+    value: anything. True and False are no numbers, and neither is NaN.
+    interval: its ends, as in '(0, inf)'.
+    whole: only whole numbers are in it.
+    shown: what the error says was given; None: the value.
+
+  Raises:
+    UserError: it is not in the interval.
+
+  >>> check('ema.decay', 0.5, '[0, 1)')
+  >>> check('ema.decay', 1.0, '[0, 1)')
+  Traceback (most recent call last):
+  fulllora_jax.core.errors.UserError: ema.decay 1.0: it must be at least 0 and below 1
+  """
+  kind = numbers.Integral if whole else numbers.Real
+  found = isinstance(value, kind) and not isinstance(value, bool)
+  if found and math.isfinite(value) and _inside(value, interval):
+    return
+  what = '' if found and math.isfinite(value) else f'a {"whole" if whole else "finite"} number '
+  given = value if shown is None else shown
+  raise UserError(f'{name} {given}: it must be {what}{_words(interval)}'.rstrip())
+
+
+def _ends(interval: str) -> tuple[float, float]:
+  low, high = interval[1:-1].split(',')
+  return float(low), float(high)
+
+
+def _inside(value: Any, interval: str) -> bool:
+  low, high = _ends(interval)
+  above = value > low or (value == low and interval.startswith('['))
+  return above and (value < high or (value == high and interval.endswith(']')))
+
+
+def _words(interval: str) -> str:
+  """Says an interval: '[0, 1]' is 'in 0..1', and '(0, inf)' is 'above 0'."""
+  low, high = (f'{end:.0f}' for end in _ends(interval))
+  if interval[0] + interval[-1] == '[]':
+    return f'in {low}..{high}'
+  words = [] if low == '-inf' else [f'{"at least" if interval[0] == "[" else "above"} {low}']
+  words += [] if high == 'inf' else [f'below {high}']
+  return ' and '.join(words)
