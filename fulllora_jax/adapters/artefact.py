@@ -13,6 +13,7 @@ from flax import traverse_util
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import absolute_path, bounded, is_remote, read_file
+from fulllora_jax.core.finite import check_finite
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed.saving import (
   checksum,
@@ -90,8 +91,8 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
   """Reads an artefact's leaves, as numpy arrays, and its metadata.
 
   Raises:
-    UserError: there is no artefact, it is damaged (naming the leaf where it is
-      one), or another version of fulllora_jax wrote it.
+    UserError: there is no artefact, it is damaged or not finite (naming the leaf
+      where it is one), or another version of fulllora_jax wrote it.
   """
   newest = _newest(directory)
   metadata = _read_metadata(newest)
@@ -105,6 +106,8 @@ def read_artefact(directory: Path) -> tuple[Tree, dict[str, Any]]:
     verify(tree, {p: leaf['crc32'] for p, leaf in metadata['leaves'].items()})
   except Exception as error:  # Orbax and TensorStore raise bare Exception
     raise _damaged(newest, error) from None
+  for path, leaf in trees.named_leaves(tree).items():
+    check_finite(str(newest), path, leaf, 'its training went wrong; take an earlier artefact')
   return tree, metadata
 
 

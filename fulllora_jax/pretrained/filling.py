@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.finite import check_finite
 from fulllora_jax.pretrained import resize
 from fulllora_jax.pretrained.formats import some
 from fulllora_jax.pretrained.layout import Opened, Rule
@@ -90,7 +91,19 @@ class Filler:
 
   def _turned(self, rule: Rule, key: str):
     """Applies a rule, which may need a number of axes or a divisible one."""
-    array = np.asarray(self.opened.tensors[key]).astype(np.float32, copy=False)
+    stored = np.asarray(self.opened.tensors[key])
+    if stored.dtype.kind not in 'fV':  # V: bfloat16
+      raise UserError(
+        f'{self.source}: {key} holds {stored.dtype}, not floating point numbers; give weights that '
+        'are not quantised'
+      )
+    with np.errstate(over='ignore'):
+      array = stored.astype(np.float32, copy=False)
+    advice = (
+      f'stored as {stored.dtype}; take another copy, and convert to float32 or bfloat16 where '
+      'float16 (65504 at most) is too small'
+    )
+    check_finite(self.source, key, array, advice)
     try:
       return rule.how(array)
     except (ValueError, IndexError):

@@ -6,6 +6,7 @@ whatever code it carries. Shapes come from the headers alone; an array is read w
 
 import json
 import re
+import shlex
 import struct
 import zipfile
 import zlib
@@ -24,7 +25,8 @@ from fulllora_jax.pretrained.layout import Shapes
 INDEX = '.safetensors.index.json'
 SINGLE, SHARDED = 'model.safetensors', f'model{INDEX}'
 _SHOWN = 4  # names of a list in a message
-PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth')
+PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.pth.tar')
+_UNPICKLE = Path(__file__).with_name('unpickle.py')
 
 # What zipfile, zlib and NumPy raise for damaged files.
 _DAMAGE = (
@@ -176,7 +178,7 @@ def recognise(path: Path) -> str:
   if head[8:9] == b'{':  # after 8 bytes with the length of the header
     return 'safetensors'
   if re.match(rb'\x80[\x02-\x05]', head) or _OLD_PICKLE.match(head):
-    raise pickle_error(str(path), path.name)
+    raise pickle_error(str(path), str(path))
   if not head:
     raise UserError(f'{path}: the file is empty; download it again')
   if head.startswith(b'version https://git-lfs'):
@@ -191,14 +193,11 @@ def recognise(path: Path) -> str:
 
 
 def pickle_error(what: str, name: str) -> UserError:
-  """Returns the refusal of a pickle: `what` to the user, `name` on the disk."""
+  """Returns the refusal of a pickle: `what` to the user, `name` to the command that converts it."""
   return UserError(
-    f'{what}: a pickle, which may run code when it is opened; convert it once, '
-    'where PyTorch is, and give model.safetensors instead: python -c "import '
-    'torch; from safetensors.torch import save_file; '
-    f"d = torch.load('{name}', map_location='cpu', weights_only=True); "
-    "d = d.get('model', d.get('state_dict', d)); save_file({k: "
-    "v.contiguous().clone() for k, v in d.items()}, 'model.safetensors')\""
+    f'{what}: a pickle, which may run code when it is opened; convert it once, with a Python that '
+    f'has PyTorch, and give the file that this writes: python {shlex.quote(str(_UNPICKLE))} '
+    f'{shlex.quote(name)}'
   )
 
 
@@ -243,10 +242,10 @@ def _recognise_zip(path: Path, head: bytes) -> str:
       names = archive.namelist()
   except _DAMAGE as error:
     if b'data.pkl' in head:
-      raise pickle_error(str(path), path.name) from None
+      raise pickle_error(str(path), str(path)) from None
     raise _damaged(path, error) from None
   if any(name.endswith('data.pkl') for name in names):
-    raise pickle_error(str(path), path.name)
+    raise pickle_error(str(path), str(path))
   other = [name for name in names if not name.endswith('.npy')]
   if other:
     raise UserError(

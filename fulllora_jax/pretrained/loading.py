@@ -72,10 +72,11 @@ def _describe(layout: Layout, shapes, settings) -> Architecture:
   try:
     described = layout.describe(shapes, _without_nulls(settings))
     _config_of(described)
+  except UserError:  # a ValueError, too
+    raise
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f'the config.json beside it cannot be understood ({error}); mend it, or remove it'
-    ) from None
+    what = 'the config.json beside it' if settings else 'the shapes of its arrays'
+    raise UserError(f'{what} cannot be understood ({error}); mend it, or remove it') from None
   return described
 
 

@@ -39,6 +39,7 @@ from safetensors.numpy import save
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path, read_file
+from fulllora_jax.core.finite import check_finite
 
 FORMAT = 1
 _JSON = ('model', 'branches', 'run')
@@ -84,7 +85,7 @@ def read(path: str | Path) -> tuple[Leaves, dict[str, Any]]:
 
   Raises:
     UserError: there is none, it is damaged, it is another kind of safetensors
-      file, or a newer fulllora_jax wrote it.
+      file, a value is not finite, or a newer fulllora_jax wrote it.
   """
   path = as_path(path)
   try:
@@ -111,6 +112,8 @@ def decode(content: bytes, source: str) -> tuple[Leaves, dict[str, Any]]:
   _check_header(header, source)
   if header.pop('checksum', None) != _checksum(arrays, header):
     raise _damaged(source, 'the checksum does not match')
+  for name, array in arrays.items():
+    check_finite(source, name, array, 'its training went wrong; export another run')
   metadata = {name: header[name] for name in _TEXT}
   metadata |= {name: json.loads(header[name]) for name in _JSON}
   metadata['format_version'] = int(header['format_version'])

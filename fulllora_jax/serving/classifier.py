@@ -17,7 +17,7 @@ from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.core.files import as_path, beside
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.serving import adapter_file, stacking
-from fulllora_jax.serving.image_checks import check_images
+from fulllora_jax.serving.image_checks import check_images, no_logits
 from fulllora_jax.serving.many_adapters import ManyAdapters
 
 
@@ -50,7 +50,7 @@ class RobustClassifier:
     Raises:
       UserError: images of another shape or dtype, or outside [0, 1].
     """
-    return self._apply(self.variables, self._checked(images))
+    return self._logits(self.variables, images)
 
   def predict(self, images: jax.Array | np.ndarray) -> jax.Array:
     """Returns the classes, int [B]; `metadata['label_names']` names them."""
@@ -58,10 +58,13 @@ class RobustClassifier:
 
   def base_logits(self, images: jax.Array | np.ndarray) -> jax.Array:
     """Returns the base's logits [B, K], as if there were no adapter."""
-    return self._apply(self.base_variables, self._checked(images))
+    return self._logits(self.base_variables, images)
 
-  def _checked(self, images) -> jax.Array:
-    return check_images(images, self.metadata['image_shape'])
+  def _logits(self, variables: Tree, images) -> jax.Array:
+    images = check_images(images, self.metadata['image_shape'])
+    if not len(images):
+      return no_logits(self.metadata['num_classes'])
+    return self._apply(variables, images)
 
 
 @overload

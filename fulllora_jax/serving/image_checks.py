@@ -30,8 +30,8 @@ def check_images(images, image_shape: tuple[int, int, int]) -> jax.Array:
       f'images have shape {tuple(images.shape)}, expected [B, H, W, C] with '
       f'[H, W, C] = {list(expected)}'
     )
-  if isinstance(images, jax.core.Tracer):
-    return images
+  if isinstance(images, jax.core.Tracer) or not len(images):
+    return jnp.asarray(images)
   low, high = float(images.min()), float(images.max())
   if not (low >= 0 and high <= 1):
     raise UserError(
@@ -39,3 +39,8 @@ def check_images(images, image_shape: tuple[int, int, int]) -> jax.Array:
       'normalise them, the model does'
     )
   return jnp.asarray(images)
+
+
+def no_logits(num_classes: int) -> jax.Array:
+  """Returns the logits of no images, float32 [0, K]: models reshape, which needs at least one."""
+  return jnp.zeros((0, num_classes), jnp.float32)

@@ -15,7 +15,7 @@ from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.serving import stacking
-from fulllora_jax.serving.image_checks import check_images
+from fulllora_jax.serving.image_checks import check_images, no_logits
 from fulllora_jax.serving.stacking import BASE
 
 
@@ -66,7 +66,10 @@ class ManyAdapters:
         f'adapter has {len(adapter)} names for {len(images)} images; give one '
         'name, or one for each image'
       )
-    return self.logits_fn(adapter)(images)
+    logits_fn = self.logits_fn(adapter)
+    if not len(images):
+      return no_logits(self.metadata[self.names[0]]['num_classes'])
+    return logits_fn(images)
 
   def predict(self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]) -> jax.Array:
     """Returns the classes, int [B]; arguments and errors as `logits`."""

@@ -17,6 +17,7 @@ from jax import export
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path, read_file
+from fulllora_jax.serving.image_checks import no_logits
 
 FORMAT = 1
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -52,7 +53,12 @@ def check_size(variables: Any) -> None:
 
 def decode(content: bytes) -> Logits:
   """Returns the exported function."""
-  return export.deserialize(bytearray(content)).call
+  exported = export.deserialize(bytearray(content))
+
+  def logits(images: jax.Array) -> jax.Array:
+    return exported.call(images) if len(images) else no_logits(exported.out_avals[0].shape[1])
+
+  return logits
 
 
 def describe(content: bytes, metadata: Mapping[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from fulllora_jax import pretrained
 from fulllora_jax.adapters import artefact
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import resize
 from fulllora_jax.serving import classifier
 
@@ -266,6 +267,12 @@ def test_an_augreg_npz_loads_exactly(augreg):
   assert model.act == 'gelu_tanh' and model.mean == (0.5,) * 3
   assert (report.name, report.layout) == ('vit', 'AugReg ViT')
   assert report.count('loaded') == len(before)
+
+
+def test_a_value_of_an_npz_that_is_not_finite(augreg):
+  file, _ = augreg(**{'Transformer/encoder_norm/scale': np.full(24, np.nan, np.float32)})
+  with pytest.raises(UserError, match='encoder_norm/scale has 24 values, of 24, that are NaN'):
+    pretrained.load(file)
 
 
 @pytest.mark.parametrize('num_classes', [5, 6])

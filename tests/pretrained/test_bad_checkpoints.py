@@ -320,6 +320,39 @@ def test_images_that_are_not_square(published):
   assert str(path) in str(caught.value)
 
 
+# Values.
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+  'case, key', [(PLAIN, 'blocks.1.mlp.fc2.weight'), (PLAIN, 'head.bias'), (DEIT, 'classifier.bias')]
+)
+def test_a_value_that_is_not_finite(published, case, key, value):
+  shape = fake_checkpoint.read(case)['shapes'].get(key, (5,))
+  array = fake_checkpoint.array(key, tuple(shape))
+  array.flat[-1] = value
+  path, _ = published(case, **{key: array})
+  message = refused_by_name(path, num_classes=7)
+  assert f'{key} has 1 values, of {array.size}, that are NaN or infinite' in message
+
+
+@pytest.mark.parametrize('dtype, value', [(np.float16, np.inf), (np.float64, 1e39)])
+def test_a_value_too_large_for_its_type(published, dtype, value):
+  array = np.ones(24, np.float64)
+  array[3] = value
+  path, _ = published(PLAIN, **{'norm.bias': array.astype(dtype)})
+  message = refused_by_name(path)
+  assert f'norm.bias has 1 values, of 24, that are NaN or infinite; stored as {dtype.__name__}' in (
+    message
+  )
+
+
+def test_weights_that_are_quantised(published):
+  path, _ = published(PLAIN, **{'blocks.0.mlp.fc1.weight': np.ones((96, 24), np.int8)})
+  message = refused_by_name(path)
+  assert 'blocks.0.mlp.fc1.weight holds int8, not floating point numbers' in message
+
+
 # What config.json says, or does not say.
 
 
@@ -329,6 +362,7 @@ def test_a_width_without_a_number_of_heads(published):
   message = refused_by_name(path)
   assert 'a ViT of width 24 does not say how many heads it has' in message
   assert 'put its config.json beside it' in message
+  assert 'cannot be understood' not in message
 
 
 def test_heads_that_do_not_divide_the_width(published):

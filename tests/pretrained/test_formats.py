@@ -228,8 +228,7 @@ def test_pickles(tmp_path, refused, protocol):
   path.write_bytes(pickle.dumps({'x': [1, 2, 3]}, protocol))
   message = refused(path)
   assert 'weights.safetensors: a pickle' in message
-  assert "torch.load('weights.safetensors'" in message
-  assert 'weights_only=True' in message and 'save_file' in message
+  assert message.endswith(f'unpickle.py {path}')
 
 
 def test_a_zip_of_torch(tmp_path, refused):
@@ -240,18 +239,6 @@ def test_a_zip_of_torch(tmp_path, refused):
   assert ': a pickle' in refused(path)
   path.write_bytes(path.read_bytes()[:600])
   assert ': a pickle' in refused(path)
-
-
-def test_the_recipe_for_a_pickle_works(tmp_path, refused, run_python):
-  torch = pytest.importorskip('torch')
-  path = tmp_path / 'w.pth'
-  weight = torch.arange(6.0).reshape(2, 3).T  # not contiguous
-  torch.save({'model': {'a': weight, 'tied': weight}}, path)
-  recipe = refused(path).split('python -c "')[1].rstrip('"')
-  done = run_python('-c', f'import os; os.chdir({str(tmp_path)!r}); {recipe}')
-  assert done.returncode == 0, done.stderr
-  tensors = formats.read([tmp_path / 'model.safetensors']).tensors
-  np.testing.assert_array_equal(tensors['tied'], weight.numpy())
 
 
 def test_another_zip(tmp_path, refused):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import socket
 import types
@@ -104,7 +105,7 @@ def test_pickles(tmp_path):
   path.write_bytes(b'\x80\x02}q\x00.')
   for source in (path, tmp_path):
     message = refused(str(source))
-    assert 'a pickle' in message and "torch.load('pytorch_model.bin'" in message
+    assert 'a pickle' in message and re.search('unpickle.py .*pytorch_model.bin$', message)
 
 
 @pytest.mark.parametrize('config', [b'{', b'[]', b'\xff'])
