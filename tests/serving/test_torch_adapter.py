@@ -277,3 +277,10 @@ def test_what_is_no_lnlora_is_refused(tiny_config, write_run, tmp_path, method, 
   write_run(tmp_path, tiny_config(method))
   written = export.to_safetensors(tmp_path, with_base=True)
   refused(f'method {method} put {kind} at .*LNLoRA only', torch_adapter.load, written.path)
+
+
+def test_no_images(run):
+  _, _, whole = run
+  model = torch_adapter.load(whole)
+  logits = model(torch.zeros((0, 1, 8, 8)))
+  assert logits.shape == (0, 10) and logits.dtype == torch.float32
