@@ -81,6 +81,8 @@ def apgd(
   Returns:
     x_adv [B, H, W, C]: the last misclassified point, or else the one of highest loss.
   """
+  if not len(x):
+    return x
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   state = begin(evaluate, x, start(keys, x, threat), threat.eps)
   checkpoints, stretches = schedule(steps)

@@ -51,6 +51,8 @@ def apgd_l1(
   Returns:
     x_adv [B, H, W, C]: the last misclassified point in the ball, or else the one of highest loss.
   """
+  if not len(x):
+    return x
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
   x_adv = x + projections.onto_l1_ball(x, noise, RADII[0] * threat.eps)

@@ -58,6 +58,8 @@ def fab(
   Returns:
     x_adv [B, H, W, C]: the nearest point found, where it is in the ball; x elsewhere.
   """
+  if not len(x):
+    return x
   state = Search(
     x_adv=pick(jnp.broadcast_to(random_start, labels.shape), start(keys, x, threat.scaled(0.5)), x),
     nearest=x,

@@ -41,7 +41,8 @@ def _images(x) -> np.ndarray:
     )
   x = np.asarray(x)
   if x.ndim != 4 or not x.size:
-    raise UserError(f'images have shape {x.shape}, expected [N, H, W, C]')
+    none = ', and of none there is no accuracy; give at least one' * (x.shape[:1] == (0,))
+    raise UserError(f'images have shape {x.shape}, expected [N, H, W, C]{none}')
   if x.shape[3] not in (1, 3, 4) and x.shape[1] in (1, 3, 4):
     raise UserError(
       f'images have shape {x.shape}, which looks like [N, C, H, W]; expected '

@@ -53,6 +53,8 @@ def pgd(
   Returns:
     x_adv [B, H, W, C], float32, in the ball and the box; no gradient flows through it.
   """
+  if not len(x):
+    return x
   loss_fn = losses.of(loss, labels)
 
   def step(x_adv, _):

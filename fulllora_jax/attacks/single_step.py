@@ -38,6 +38,8 @@ def fgsm_rs(
   Returns:
     x_adv [B, H, W, C], in the ball and the box.
   """
+  if not len(x):
+    return x
   size = STEP * threat.eps
   return pgd(keys, logits_fn, x, labels, threat, steps=1, step_size=size, loss=loss)
 
@@ -64,6 +66,8 @@ def n_fgsm(
   Returns:
     x_adv [B, H, W, C], in the box; within 3 eps of x.
   """
+  if not len(x):
+    return x
   x_noisy = threat.scaled(_NOISE).random_start(keys, x)
   return pgd(
     keys,

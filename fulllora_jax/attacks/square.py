@@ -61,6 +61,8 @@ def square(
   Returns:
     x_adv [B, H, W, C], of the least margin found.
   """
+  if not len(x):
+    return x
   height, width = x.shape[1:3]
   wanted = jnp.ones(x.shape[0], bool) if mask is None else mask
   if threat.norm == 'linf':
