@@ -1,13 +1,13 @@
 """Measures the train step of a config on whatever devices are here.
 
   python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti
-  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
+  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \\
       --methods linear,lora_everywhere,full --compare torch --rounds 20
-  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
+  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \\
       --attacks pgd-20,apgd-ce --images 256
-  python -m fulllora_jax.benchmark --config configs/digits.py \
+  python -m fulllora_jax.benchmark --config configs/digits.py \\
       --to_robustness 0.5 --schedules pgd-10,carry,quarter-n_fgsm
-  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \
+  python -m fulllora_jax.benchmark --config configs/cifar10.py:vit_ti \\
       --adapters 4 --batch_size 32
 
 Compile time, seconds of a step, images per second, FLOPs and how much of the measured peak they

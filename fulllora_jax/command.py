@@ -1,6 +1,7 @@
 """What every command does: flags, and errors as one line and a status."""
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -14,11 +15,15 @@ from absl import app, flags, logging
 from fulllora_jax.core import console
 from fulllora_jax.core.errors import RESTART, Preempted, Unavailable, UserError, first_line
 
+_HELP = {f'{dash}{name}' for dash in ('-', '--') for name in ('help', 'helpshort', 'helpfull', 'h')}
 _BROKEN_PIPE = 128 + 13  # what shells say of a program that SIGPIPE, 13, has ended
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(main: Callable, argv: Sequence[str]) -> list[str]:
   """Parses absl flags; whatever a config file or flag raises is bad input."""
+  asked = _HELP.intersection(argv[1:])
+  if asked:
+    _say_help(main, whole=any('full' in flag for flag in asked))
   try:
     arguments = flags.FLAGS(argv)
     for flag in flags.FLAGS.flag_values_dict().values():
@@ -34,6 +39,18 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     _exit(f'config file: {reason.group(1) if reason else error}')
   except Exception as error:
     _exit(_unknown_field(argv, error) or _config_fault(error))
+
+
+def _say_help(main: Callable, *, whole: bool) -> NoReturn:
+  """Prints what a command says of itself, line by line, and its flags; ends with 0.
+
+  absl makes one paragraph of the examples, and ends with 1.
+  """
+  module = main.__module__
+  own = sys.argv[0] if module == '__main__' else module  # as absl names it
+  listed = flags.FLAGS.get_help() if whole else flags.FLAGS.module_help(own)
+  print((sys.modules[module].__doc__ or '').strip(), listed.strip(), sep='\n\n')
+  sys.exit(0)
 
 
 def _without_traceback(text: str) -> str:
@@ -122,7 +139,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     contextlib.redirect_stderr(_Output(sys.stderr)),
   ):
     try:
-      app.run(guarded, flags_parser=_parse_flags)
+      app.run(guarded, flags_parser=functools.partial(_parse_flags, main))
     finally:
       console.flush()  # Python would do so at its end, and complain
 

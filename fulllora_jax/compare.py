@@ -1,7 +1,7 @@
 """Compares methods over seeds, in one table.
 
   python -m fulllora_jax.compare --config configs/compare_digits.py
-  python -m fulllora_jax.compare --config configs/compare_digits.py \
+  python -m fulllora_jax.compare --config configs/compare_digits.py \\
       --rows fulllora,full --seeds 0
 
 Each row and seed is a run of its own in WORKDIR/runs, from one base in WORKDIR/base; killed, the

@@ -3,7 +3,7 @@
   python -m fulllora_jax.scaling
   python -m fulllora_jax.scaling --models=vit_b/16@224 --batch=256 --mfu=0.3
   python -m fulllora_jax.scaling --compile=64 --models=vit_b/4@32
-  python -m fulllora_jax.scaling --compile=1 --models=vit_ti/4@32 \
+  python -m fulllora_jax.scaling --compile=1 --models=vit_ti/4@32 \\
       --images=64 --methods=fulllora --remat=none,dots,blocks
 
 The first two print the predictions of docs/scaling.md: parameter counts are those of the code,

@@ -9,7 +9,7 @@
 # the batch sizes, MODES those of torch.compile. A batch that does not fit is
 # said, and the next one is measured.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 failed=()
 for config in imagenette cifar10; do

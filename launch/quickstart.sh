@@ -7,7 +7,7 @@
 # Arguments go to fulllora_jax.main; paths in them start at the root of the
 # repository. VENV and PYTHON choose the environment and the interpreter.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 source launch/environment.sh
 
 workdir=runs/digits

@@ -8,7 +8,7 @@
 # Other arguments go to pytest. VENV and PYTHON choose the environment and the
 # interpreter.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 source launch/environment.sh
 
 enter_environment test

@@ -18,7 +18,7 @@
 # Each --flag=value can be set as LAUNCH_FLAG; --dry-run prints the commands.
 # Exits with 0 (done), 2 (bad input), 1 (gave up). docs/pods.md tells more.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 source launch/cluster.sh
 source launch/tpu_slice.sh
 

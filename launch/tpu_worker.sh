@@ -12,7 +12,7 @@
 # The status is `running`, the exit status with the last line of the log, or
 # what else there is to say: never started, or ended without an exit status.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 source launch/cluster.sh
 
 home=$(cd .. && pwd)

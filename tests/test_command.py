@@ -22,6 +22,9 @@ def get_config():
   c.optional = config_dict.placeholder(int)
   return c
 """
+COMMANDS = (
+  'main', 'evaluate', 'doctor', 'compare', 'benchmark', 'export', 'scaling', 'data.prepare',
+)  # fmt: skip
 _SCRIPT = """
 from absl import flags
 from ml_collections import config_flags
@@ -209,7 +212,23 @@ def test_an_output_that_is_closed_from_the_start(command):
   assert (done.returncode, done.stderr) == (0, b'')
 
 
-def test_help(command):
-  process = command('--help')
-  assert process.returncode in (0, 1)
-  assert 'Where the run goes.' in process.stdout + process.stderr
+@pytest.mark.parametrize('flag', ['--help', '-h', '--helpshort', '--helpfull'])
+def test_help_ends_well_and_needs_no_other_flag(command, flag):
+  for config in (None, '--config=config.py'):
+    process = command(flag, config=config)
+    assert (process.returncode, process.stderr) == (0, '')
+    assert 'Where the run goes.' in process.stdout
+    assert '--config' in process.stdout
+  assert ('verbosity' in process.stdout) == (flag == '--helpfull')
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_shows_the_examples_line_by_line(run_here, run_python, name):
+  run = run_python if name == 'data.prepare' else run_here
+  done = run('-m', f'fulllora_jax.{name}', '--help')
+  assert (done.returncode, done.stderr) == (0, '')
+  source = (_ROOT / 'fulllora_jax' / f'{name.replace(".", "/")}.py').read_text()
+  written = source.split('"""')[1].replace('\\\\', '\\').strip()
+  assert 'python -m fulllora_jax.' in written
+  assert done.stdout.startswith(f'{written}\n\n')
+  assert '\n  --' in done.stdout[len(written) :]

@@ -96,6 +96,16 @@ def test_quickstart_installs_and_runs(shell):
   assert (shell.repository / '.venv' / 'bin' / 'python').exists()
 
 
+@pytest.mark.parametrize('script', ['launch/quickstart.sh', 'launch/test.sh', '.ci/run'])
+def test_a_script_is_found_through_a_link(shell, script):
+  link = shell.bin / 'linked'
+  link.symlink_to(shell.repository / script)
+  process = shell.run(link)
+  assert process.returncode == 0, process.stderr
+  assert (shell.repository / '.venv' / 'bin' / 'python').exists()
+  assert not (shell.bin.parent / '.venv').exists()
+
+
 def test_second_run_installs_nothing(shell):
   for script in ('launch/quickstart.sh', 'launch/test.sh'):
     shell.run(script)

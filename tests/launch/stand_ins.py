@@ -29,7 +29,7 @@ fi
 # All that the scripts may call, so that no program of this machine is.
 _TOOLS = (
   'bash', 'cat', 'dirname', 'grep', 'gzip', 'mkdir', 'mktemp', 'mv', 'pgrep',
-  'pkill', 'rm', 'sed', 'setsid', 'sleep', 'sort', 'tail', 'tar', 'touch', 'wc',
+  'pkill', 'readlink', 'rm', 'sed', 'setsid', 'sleep', 'sort', 'tail', 'tar', 'touch', 'wc',
 )  # fmt: skip
 
 

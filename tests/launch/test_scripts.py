@@ -1,5 +1,6 @@
 """What holds for every script of launch/."""
 
+import os
 import shutil
 import subprocess
 
@@ -20,3 +21,35 @@ def test_shellcheck():
     text=True,
   )
   assert process.returncode == 0, process.stdout
+
+
+# Arguments with which they end at once; quickstart.sh and test.sh: tests/test_launch.py.
+_ENDS = {
+  'benchmark_gpu.sh': (),
+  'gke_apply.sh': ('--no-such-flag',),
+  'slurm.sbatch': ('--no-such-flag',),
+  'tpu_pod.sh': ('--no-such-flag',),
+  'tpu_worker.sh': ('status',),
+}
+
+
+@pytest.mark.parametrize('name', _ENDS)
+def test_a_link_to_a_script_does_what_the_script_does(tmp_path, name):
+  (tmp_path / 'bin').mkdir()
+  first, second = tmp_path / 'bin' / name, tmp_path / 'linked'
+  first.symlink_to(os.path.relpath(_LAUNCH / name, first.parent))
+  second.symlink_to(first)  # of a link, by a whole path
+  done = [
+    subprocess.run(
+      ['bash', script, *_ENDS[name]],
+      env={'PATH': os.defpath, 'PYTHON': 'true', 'BATCHES': '1'},
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    for script in (_LAUNCH / name, first, second)
+  ]
+  results = {(each.returncode, each.stdout, each.stderr) for each in done}
+  assert len(results) == 1, results
+  assert 'No such file' not in done[0].stderr
