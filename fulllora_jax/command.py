@@ -29,6 +29,7 @@ def _parse_flags(main: Callable, argv: Sequence[str]) -> list[str]:
     for flag in flags.FLAGS.flag_values_dict().values():
       # config_flags keeps an unreadable file to itself until it is used.
       getattr(flag, 'lock', None)
+    _check_norm(argv)
     if flags.FLAGS['verbosity'].using_default_value:
       flags.FLAGS.verbosity = logging.WARNING  # Orbax says a lot at INFO
     return arguments
@@ -39,6 +40,14 @@ def _parse_flags(main: Callable, argv: Sequence[str]) -> list[str]:
     _exit(f'config file: {reason.group(1) if reason else error}')
   except Exception as error:
     _exit(_unknown_field(argv, error) or _config_fault(error))
+
+
+def _check_norm(argv: Sequence[str]) -> None:
+  """Refuses a norm that would keep the radius of the config file's norm."""
+  names = {argument.lstrip('-').partition('=')[0] for argument in argv if argument.startswith('-')}
+  for name in names:
+    if name.endswith('threat.norm') and f'{name[:-4]}eps' not in names:
+      _exit(f'--{name}: each norm has radii of another scale; give --{name[:-4]}eps too')
 
 
 def _say_help(main: Callable, *, whole: bool) -> NoReturn:

@@ -271,6 +271,28 @@ def test_training_may_ascend_any_loss(loss):
   checks.validate(changed(attack__loss=loss), num_devices=8)
 
 
+_L2 = {'threat__norm': 'l2', 'eval__attacks': ('clean', 'pgd-20')}
+
+
+@pytest.mark.parametrize(
+  'fields, words',
+  [
+    ({}, 'threat.norm l2: threat.eps 8/255 is a radius of linf; give one such as 0.5'),
+    (
+      {'threat__eps': '0.5'},
+      '10 steps of attack.step_size 2/255, .* do not reach threat.eps 0.5; .* such as 0.125',
+    ),
+    ({'threat__eps': '0.5', 'attack__step_size': '0.1'}, '20 steps of eval.step_size 2/255, which'),
+  ],
+)
+def test_the_scale_of_linf_is_not_that_of_l2(fields, words):
+  good = {'threat__eps': '0.5', 'attack__step_size': '0.1', 'eval__step_size': '0.1'}
+  checks.validate(changed(**_L2, **good), num_devices=8)
+  checks.validate(changed(**_L2, threat__eps='0.05'), num_devices=8)  # they reach it
+  with pytest.raises(UserError, match=words):
+    checks.validate(changed(**_L2, **fields), num_devices=8)
+
+
 def test_evaluation_knows_l1_where_training_does_not():
   attacks = ('clean', 'apgd-ce', 'apgd-t')
   config = changed(threat__norm='l1', threat__eps='12', eval__attacks=attacks)

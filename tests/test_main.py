@@ -64,6 +64,21 @@ def test_bad_input_is_one_line(run_here, small_command, tmp_path, flags, words):
   assert re.search(words, the_error(run_here(*command)))
 
 
+@pytest.mark.parametrize(
+  'module, file, field',
+  [
+    ('main', 'digits', 'config.threat'),
+    ('compare', 'compare_digits', 'config.experiment.threat'),
+    ('benchmark', 'digits', 'config.threat'),
+  ],
+)
+def test_a_norm_without_a_radius_is_one_line(run_here, module, file, field):
+  flags = (f'--config=configs/{file}.py', f'--{field}.norm=l2')
+  done = run_here('-m', f'fulllora_jax.{module}', *flags)
+  assert f'--{field}.norm: each norm has radii of' in the_error(done)
+  assert f'give --{field}.eps too' in the_error(done)
+
+
 def test_a_missing_config_is_one_line(run_here):
   done = run_here('-m', 'fulllora_jax.main', '--config=configs/none.py')
   assert "No such file or directory: 'configs/none.py'" in the_error(done)

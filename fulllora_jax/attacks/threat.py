@@ -16,6 +16,9 @@ from fulllora_jax.attacks import projections
 from fulllora_jax.core.errors import UserError
 
 NORMS = ('linf', 'l2', 'l1')
+# What to say where a radius is missing: each norm has another scale.
+EXAMPLES = {'linf': 'such as 8/255', 'l2': 'such as 0.5', 'l1': 'such as 12'}
+_UNSAID = float('nan')  # an object of its own: no number that is given is it
 # How far past the sphere rounding may put a point of the ball: a distance in
 # float32, relative, and pixels up to 1.
 _ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
@@ -48,18 +51,24 @@ class Threat:
   """A ball around each image, cut by the box [0, 1].
 
   Raises:
-    UserError: unknown norm, eps negative, or above 1 for linf.
+    UserError: unknown norm, eps negative, above 1 for linf, or left out for l2 and l1.
 
   >>> Threat(norm='linf', eps='8/255') == Threat(norm='linf', eps=8 / 255)
   True
   """
 
   norm: str = 'linf'  # 'linf', 'l2', or 'l1' (which only APGD attacks, apgd_l1.py)
-  eps: float | jax.Array = 8 / 255  # the radius in [0, 1] pixels: a number, or text such as '8/255'
+  # The radius in [0, 1] pixels: a number, or text such as '8/255', which it is for linf where
+  # nothing is said
+  eps: float | jax.Array = _UNSAID
 
   def __post_init__(self):
     if self.norm not in NORMS:
       raise UserError(f'threat.norm: unknown norm {self.norm!r}; known: {", ".join(NORMS)}')
+    if self.eps is _UNSAID:
+      if self.norm != 'linf':
+        raise UserError(f'threat.norm {self.norm}: give eps too, {EXAMPLES[self.norm]}')
+      object.__setattr__(self, 'eps', 8 / 255)
     if isinstance(self.eps, jax.Array):  # a scaled threat inside jit
       return
     eps = parse_fraction(self.eps, 'threat.eps')

@@ -5,10 +5,12 @@ A table is a sequence of rows, the header first; a cell is written with `str`.
 
 import csv
 import io
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 Rows = Sequence[Sequence[Any]]
+_SPECIAL = re.compile(r'[\\|`*<]')  # what Markdown would take for its own, in a cell or a heading
 
 
 def aligned(rows: Rows, right: Collection[int] = ()) -> list[str]:
@@ -21,7 +23,7 @@ def aligned(rows: Rows, right: Collection[int] = ()) -> list[str]:
   >>> aligned([['part', 'bytes'], ['base', 1024]], right=[1])
   ['part  bytes', 'base   1024']
   """
-  texts = [[str(cell) for cell in row] for row in rows]
+  texts = [[_one_line(cell) for cell in row] for row in rows]
   widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
   return [
     '  '.join(
@@ -33,7 +35,7 @@ def aligned(rows: Rows, right: Collection[int] = ()) -> list[str]:
 
 
 def markdown(rows: Rows, left: int = 1) -> str:
-  """Returns a table as Markdown; a `|` inside of a cell is escaped.
+  """Returns a table as Markdown, its cells `escaped`.
 
   Args:
     rows: the header first.
@@ -47,8 +49,21 @@ def markdown(rows: Rows, left: int = 1) -> str:
   """
   header, *body = rows
   rule = ['---' if number < left else '---:' for number in range(len(header))]
-  escaped = [[str(cell).replace('|', r'\|') for cell in row] for row in (header, rule, *body)]
-  return '\n'.join(f'| {" | ".join(row)} |' for row in escaped)
+  written = [[escaped(cell) for cell in row] for row in (header, rule, *body)]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in written)
+
+
+def escaped(text: Any) -> str:
+  """Writes what people named so that Markdown shows it as it is, in one line.
+
+  >>> print(escaped('rank|4 * `a`'))
+  rank\\|4 \\* \\`a\\`
+  """
+  return _SPECIAL.sub(r'\\\g<0>', _one_line(text))
+
+
+def _one_line(text: Any) -> str:
+  return re.sub(r'\s*[\r\n]\s*', ' ', str(text))
 
 
 def as_csv(rows: Iterable[Sequence[Any]]) -> str:

@@ -85,7 +85,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
 
 def _markdown(report, drawn) -> str:
   parts = [
-    f'# {report["config_name"]}: {report["method"]} on {report["dataset"]}',
+    tables.escaped(f'# {report["config_name"]}: {report["method"]} on {report["dataset"]}'),
     results.headline(report),
     facts.overfitting_note(report),
     '## Results',

@@ -44,6 +44,14 @@ class RobustClassifier:
     self.metadata = metadata
     self._apply = jax.jit(model.apply)
 
+  def __getstate__(self) -> dict[str, Any]:
+    """Returns what is pickled: all but the compiled programs, which `__setstate__` makes anew."""
+    return {name: value for name, value in vars(self).items() if name != '_apply'}
+
+  def __setstate__(self, state: Mapping[str, Any]) -> None:
+    vars(self).update(state)
+    self._apply = jax.jit(self.model.apply)
+
   def logits(self, images: jax.Array | np.ndarray) -> jax.Array:
     """Returns the adapted model's logits, float32 [B, K].
 

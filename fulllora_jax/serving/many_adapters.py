@@ -45,8 +45,20 @@ class ManyAdapters:
       self.metadata[BASE] = _of_the_base(first.metadata)
     self.stack, self.frozen = jax.device_put((stack.leaves, frozen))
     self._no_base = stack.no_base
-    self._one = jax.jit(functools.partial(mixed.apply_one, stack.model))
-    self._mixed = jax.jit(functools.partial(mixed.apply_mixed, stack.model))
+    self._model = stack.model
+    self._compile()
+
+  def _compile(self) -> None:
+    self._one = jax.jit(functools.partial(mixed.apply_one, self._model))
+    self._mixed = jax.jit(functools.partial(mixed.apply_mixed, self._model))
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Returns what is pickled: all but the compiled programs, which `__setstate__` makes anew."""
+    return {name: v for name, v in vars(self).items() if name not in ('_one', '_mixed')}
+
+  def __setstate__(self, state: Mapping[str, Any]) -> None:
+    vars(self).update(state)
+    self._compile()
 
   def logits(self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]) -> jax.Array:
     """Returns the logits, float32 [B, K].

@@ -3,7 +3,7 @@
 from fulllora_jax import models
 from fulllora_jax.adapters import methods
 from fulllora_jax.attacks.losses import LOSSES
-from fulllora_jax.attacks.threat import parse_fraction
+from fulllora_jax.attacks.threat import EXAMPLES, parse_fraction
 from fulllora_jax.config import ConfigDict, default
 from fulllora_jax.core.console import warn
 from fulllora_jax.core.errors import UserError, choose
@@ -104,8 +104,29 @@ def _check_attack(config: ConfigDict) -> None:
       f'attack.step_size {config.attack.step_size} is over twice threat.eps '
       f'{config.threat.eps}: every step jumps across the whole ball'
     )
+  _check_scale(config, eps)
   if abs(eps * 255 - round(eps * 255)) > 1e-6 and 0.03 <= eps <= 0.032:
     warn(f'threat.eps {config.threat.eps} is not 8/255; write 8/255 if meant')
+
+
+def _check_scale(config: ConfigDict, eps: float) -> None:
+  """Refuses the default radius and steps, which are those of linf, for another norm."""
+  usual, norm = default(), config.threat.norm
+  if norm == 'linf':
+    return
+  if config.threat.eps == usual.threat.eps:
+    raise UserError(
+      f'threat.norm {norm}: threat.eps {config.threat.eps} is a radius of linf; give one '
+      f'{EXAMPLES[norm]}'
+    )
+  iterated = [a.steps for a in Plan.of(config).all_attacks() if a.restarts]
+  for part, count in (('attack', config.attack.steps), ('eval', max(iterated, default=0))):
+    text = config[part].step_size
+    if text == usual[part].step_size and 0 < count * parse_fraction(text) < eps:
+      raise UserError(
+        f'threat.norm {norm}: {count} steps of {part}.step_size {text}, which is one of linf, do '
+        f'not reach threat.eps {config.threat.eps}; give {part}.step_size, such as {eps / 4:g}'
+      )
 
 
 def _check_fixed(config: ConfigDict, norms: tuple[str, ...]) -> None:

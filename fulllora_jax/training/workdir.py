@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_jax import config as config_lib
+from fulllora_jax.attacks.threat import EXAMPLES
 from fulllora_jax.core import locks
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import absolute_path, bounded, make_writable, read_file, replace_file
@@ -144,7 +145,7 @@ def config_of(given, asked: Mapping[str, Any]):
     asked: the fields to change, such as 'threat.eps'; None leaves a field.
 
   Raises:
-    UserError: there is no run; `data` or `image_size` is missing.
+    UserError: there is no run; `data` or `image_size` is missing, or `eps` with another norm.
   """
   for flag in ('data', 'image_size') if given.logits else ():
     if not given[flag].value:
@@ -158,6 +159,12 @@ def config_of(given, asked: Mapping[str, Any]):
     config.eval.attacks = ('clean', 'autoattack')
   else:
     config = read_config(given.workdir)
+  norm = asked.get('threat.norm')
+  if norm in EXAMPLES and norm != config.threat.norm and not given['eps'].value:
+    raise UserError(
+      f'--norm {norm}: eps {config.threat.eps} is a radius of {config.threat.norm}; give --eps '
+      f'too, {EXAMPLES[norm]}'
+    )
   config.update_from_flattened_dict(
     {field: value for field, value in asked.items() if value is not None}
   )

@@ -191,3 +191,14 @@ def test_scaled_multiplies_eps_also_when_traced():
 def test_rounding_reaches_past_the_sphere_and_no_more(norm):
   threat = Threat(norm, 0.5)
   assert 0.5 + 1e-7 < threat.reach < 0.5 + 2e-5
+
+
+def test_only_linf_has_a_radius_where_none_is_given():
+  assert Threat() == Threat('linf', 8 / 255) and Threat().eps == 8 / 255
+  for norm, example in (('l2', '0.5'), ('l1', '12')):
+    with pytest.raises(UserError, match=f'threat.norm {norm}: give eps too, such as {example}'):
+      Threat(norm)
+  with pytest.raises(UserError, match='threat.eps: cannot read nan'):
+    Threat(eps=float('nan'))
+  with pytest.raises(UserError, match='threat.eps: cannot read None'):
+    Threat(eps=None)

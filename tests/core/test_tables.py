@@ -1,5 +1,7 @@
 """Tables: aligned, as Markdown, as CSV."""
 
+import pytest
+
 from fulllora_jax.core import tables
 
 ROWS = [['part', 'n', 'note'], ['a', 1000, ''], ['long name', 7, 'x|y']]
@@ -21,6 +23,27 @@ def test_markdown_aligns_numbers_at_the_right_and_escapes_its_own_sign():
     '| long name | 7 | x\\|y |',
   ]
   assert tables.markdown(ROWS, left=3).splitlines()[1] == ('| --- | --- | --- |')
+
+
+@pytest.mark.parametrize(
+  'name', ['a|b', r'a\|b', 'a`b', '*a*', '<b>a', 'a\nb', 'a\r\n b', 'x_y [1]']
+)
+def test_a_cell_is_shown_as_it_was_named(name):
+  """Read back by the rules of GFM: an escaped sign is itself, and a bare | ends a cell."""
+  *_, line = tables.markdown([['name', 'n'], [name, 1]]).split('\n')
+  cells, plain = [''], True
+  for sign in line:
+    if sign == '\\' and plain:
+      plain = False
+      continue
+    if sign == '|' and plain:
+      cells.append('')
+    else:
+      assert not plain or sign not in '`*<'
+      cells[-1] += sign
+    plain = True
+  assert [cell.strip() for cell in cells[1:-1]] == [' '.join(name.split()), '1']
+  assert tables.aligned([['name'], [name]])[1] == ' '.join(name.split())
 
 
 def test_csv_quotes_what_needs_it():

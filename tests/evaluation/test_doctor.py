@@ -314,6 +314,8 @@ def test_the_command_examines_a_function(run_here, digits_dir, tmp_path, monkeyp
     (['--logits=json:nothing'], 'json has no function nothing'),
     (['--logits=no_such:logits'], 'cannot import no_such'),
     (['--logits=json:dumps', '--eps=x'], "cannot read 'x'"),
+    (['--logits=json:dumps', '--norm=l2'], '--norm l2: eps 8/255 is a radius of linf; give'),
+    (['--logits=json:dumps', '--seed=-1'], '--seed -1: it must be in 0..4294967295'),
     (['--logits=json:dumps', '--norm=l3'], "unknown norm 'l3'"),
     (['--logits=json:dumps', '--split=all'], "--split: unknown 'all'"),
   ],

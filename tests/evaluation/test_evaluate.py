@@ -218,7 +218,7 @@ def test_a_stochastic_function_is_not_verified(linear, monkeypatch, capsys):
 def test_l1_is_evaluated_by_apgd_alone(linear):
   for attack in ('pgd-3', 'square', 'autoattack'):
     with pytest.raises(UserError, match='linf and l2 only; for l1 give apgd-'):
-      linear('--norm=l1', f'--attack={attack}')
+      linear('--norm=l1', '--eps=2', f'--attack={attack}')
   clean, attacked = linear('--norm=l1', '--attack=clean,apgd-ce', '--eps=2', '--num_examples=20')[
     'evaluations'
   ]
@@ -277,6 +277,8 @@ BAD_INPUT = {
   '--image_size=0': '--image_size: say what the images',
   '--attack=clean,autoatack': "unknown attack 'autoatack'; known: .*autoattack",
   '--attack=square-0': "'square-0' has no number of queries",
+  '--norm=l2': '--norm l2: eps 8/255 is a radius of linf; give --eps too, such as 0.5',
+  '--norm=l1': '--norm l1: eps 8/255 is a radius of linf; give --eps too, such as 12',
   '--norm=l3': "unknown norm 'l3'; known: linf, l2, l1",
   '--eps=0': 'threat.eps 0: leaves nothing to attack',
   '--eps=0.1,0': 'threat.eps 0: leaves nothing to attack',
@@ -285,7 +287,7 @@ BAD_INPUT = {
   '--eps=4/255,eight': "threat.eps: cannot read 'eight'",
   '--eps=4/255,1/0': "threat.eps: cannot read '1/0'",
   '--step_size=0': 'eval.step_size 0: it must be above 0',
-  '--num_examples=-1': 'eval.num_examples -1: give 0 for all',
+  '--num_examples=-1': 'eval.num_examples -1: it must be at least 0',
   '--batch_size=0': 'eval.batch_size 0: it must be above 0',
   '--split=tset': "--split: unknown 'tset'; known: train",
   '--workdir=/proc/run': '--workdir: cannot write to /proc/run',

@@ -1,5 +1,7 @@
 """Loading an adapter: whole, onto its own base, or an error with the path."""
 
+import copy
+import pickle
 import shutil
 
 import numpy as np
@@ -255,3 +257,16 @@ def test_every_method_trains_and_loads(
     wrong = shutil.copytree(base, tmp_path / 'wrong')
     rewrite(wrong / 'best', add_one_bit)
     classifier.load(tmp_path, base=wrong)
+
+
+@pytest.mark.parametrize('again', [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+def test_a_classifier_goes_through_pickle(write_run, tiny_config, tmp_path, images, again):
+  write_run(tmp_path, tiny_config())
+  x = np.repeat(images, 3, axis=-1)
+  one = classifier.load(tmp_path)
+  other = again(one)
+  np.testing.assert_array_equal(one.logits(x), other.logits(x))
+  np.testing.assert_array_equal(one.base_logits(x), other.base_logits(x))
+  assert other.metadata == one.metadata
+  many = classifier.load({'a': tmp_path})
+  np.testing.assert_array_equal(many.logits(x, 'a'), again(many).logits(x, 'a'))

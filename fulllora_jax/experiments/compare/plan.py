@@ -111,6 +111,11 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
     raise UserError(f'seeds {tuple(comparison.seeds)}: give at least one, each once')
   for seed in comparison.seeds:
     ranges.check('seeds', seed, ranges.SEED, whole=True)
+  for row in comparison.rows:
+    if not row.strip() or not row.isprintable() or '/' in row:
+      raise UserError(
+        f'rows: label {row!r} names folders too: give letters, digits and signs, but no slash'
+      )
   for name, given in (('--rows', rows), ('references', comparison.references)):
     for row in given:
       if row not in comparison.rows:

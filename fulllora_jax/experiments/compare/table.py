@@ -160,7 +160,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
 def markdown(comparison: Mapping[str, Any]) -> str:
   """Returns comparison.md: the table, the differences, the notes."""
   parts = [
-    f'# {comparison["title"]}',
+    f'# {tables.escaped(comparison["title"])}',
     results_table(comparison),
     f'Accuracy in % on {page.num_images(comparison)} test images of {comparison["dataset"]}: mean '
     f'± standard deviation over the seeds. Threat: {comparison["threat"]["norm"]}, eps '
@@ -169,7 +169,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
   for reference in comparison['references']:
     if table := _difference_table(comparison, reference):
       parts += [
-        f'## Less {reference}, points',
+        f'## Less {tables.escaped(reference)}, points',
         table,
         'Runs of the same seed are subtracted; 95 % interval of the mean '
         'difference (Student) in brackets.',

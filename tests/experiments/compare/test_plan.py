@@ -111,6 +111,14 @@ def test_a_comparison_that_is_wrong_is_refused(small, field, value, message):
     plan.runs(small, 'runs/x')
 
 
+@pytest.mark.parametrize('label', ['', ' ', 'a/b', '/tmp/a', 'a\nb', 'a\0'])
+def test_a_label_that_is_no_name_of_a_folder_is_refused(small, label):
+  small.rows[label] = {'method': 'linear'}
+  with pytest.raises(UserError, match='rows: label .* names folders too') as caught:
+    plan.runs(small, 'runs/x')
+  assert '\n' not in str(caught.value)
+
+
 def test_no_rows_and_no_attack_are_refused(small):
   empty = plan.default(small_digits.get_config())
   with pytest.raises(UserError, match='rows: the comparison has none'):

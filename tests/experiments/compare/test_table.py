@@ -1,10 +1,12 @@
 import copy
 import csv
+import html
 import io
 
 import pytest
 import small_digits
 
+from fulllora_jax.core import tables
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.experiments.compare import plan, table
 from fulllora_jax.reports.page.comparison import comparison_page
@@ -99,6 +101,23 @@ def test_markdown_csv_and_page_have_the_numbers(comparison, reports):
   } == {key: robust for key, (_, robust) in ACCURACY.items()}
   page = comparison_page(found)
   assert '55.0 ± 7.1' in page and 'http' not in page.replace('http://www.w3.org/2000/svg', '')
+
+
+@pytest.mark.parametrize('label', ['a|b', r'a\|`b', '<i>a', '"a, b"'])
+def test_any_label_is_one_cell_wherever_it_is_shown(comparison, reports, label):
+  comparison.rows[label] = comparison.rows['fulllora']
+  comparison.references = ('full', label)
+  every = reports | {(label, seed): reports['fulllora', seed] for seed in (0, 1)}
+  found = table.summarise(comparison, every, 'the command')
+  shown = tables.escaped(label)
+  for line in (t for t in table.markdown(found).splitlines() if t.startswith('| ')):
+    others = line.replace(shown, 'x')
+    assert '\\' not in others and others.count('|') in (4, 12)
+  assert f'## Less {shown}, points' in table.markdown(found)
+  lines = list(csv.DictReader(io.StringIO(table.as_csv(found))))
+  assert {line['method'] for line in lines} == {'full', 'fulllora', label}
+  page = comparison_page(found)
+  assert html.escape(label) in page and ('<' not in label or label not in page)
 
 
 def test_one_seed_has_no_spread(comparison, reports):
