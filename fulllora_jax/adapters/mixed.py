@@ -16,6 +16,7 @@ from flax import traverse_util
 from fulllora_jax.adapters.attach import AdaptedModel
 from fulllora_jax.adapters.branch import COLLECTION, Branch
 from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.trees import Tree
 
 
@@ -51,7 +52,15 @@ def apply_mixed(
 
   Returns:
     Logits [B, K].
+
+  Raises:
+    UserError: another number of images than of adapters.
   """
+  if len(index) != len(images):
+    raise UserError(
+      f'adapter has {len(index)} names for {len(images)} images; give one name, or one for '
+      'each image'
+    )
   targets = {t: b.per_example(index) for t, b in model.targets.items()}
   each = {t: branch for t, branch in targets.items() if branch is not None}
   if len(each) == len(targets) and stack.keys() <= {'params', COLLECTION}:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import losses
+from fulllora_jax.attacks import inputs, losses
 from fulllora_jax.attacks.pgd import pick
 from fulllora_jax.attacks.threat import Threat, l2_norm
 
@@ -83,6 +83,9 @@ def apgd(
   """
   if not len(x):
     return x
+  keys, x, labels = inputs.check_call(
+    'apgd', keys, logits_fn, x, labels, threat, stochastic=draws > 1, steps=(steps, 2)
+  )
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   state = begin(evaluate, x, start(keys, x, threat), threat.eps)
   checkpoints, stretches = schedule(steps)
@@ -111,7 +114,7 @@ def objective(
   def value(logits):
     if targets is not None:
       return losses.targeted_dlr(logits, labels, targets)
-    return losses.LOSSES[loss](logits, labels)
+    return losses.named(loss)(logits, labels)
 
   def total(x_adv, *noise):
     logits = logits_fn(x_adv, *noise)

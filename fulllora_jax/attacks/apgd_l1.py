@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import projections
+from fulllora_jax.attacks import inputs, projections
 from fulllora_jax.attacks.apgd import Evaluate, State, adversarial, begin, objective, remember
 from fulllora_jax.attacks.pgd import pick
 from fulllora_jax.attacks.threat import Threat
@@ -53,6 +53,9 @@ def apgd_l1(
   """
   if not len(x):
     return x
+  keys, x, labels = inputs.check_call(
+    'apgd_l1', keys, logits_fn, x, labels, threat, norms=('l1',), stochastic=draws > 1
+  )
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
   x_adv = x + projections.onto_l1_ball(x, noise, RADII[0] * threat.eps)

@@ -20,13 +20,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from fulllora_jax.attacks import ensemble, inputs, losses
+from fulllora_jax.attacks import ensemble, fingerprint, inputs, losses
 from fulllora_jax.attacks.ensemble import Member
 from fulllora_jax.attacks.progress import Outcome, Progress
 from fulllora_jax.attacks.threat import Threat
 from fulllora_jax.core import files
 from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.console import Pace, duration
+from fulllora_jax.core.errors import choose
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.distributed import processes
 
@@ -89,7 +90,9 @@ def autoattack(
       its batch; the noise of a stochastic model is one for a batch.
     logits_fn: any jittable function, images [B, H, W, C] -> logits [B, K]; for version 'rand'
       (images, key) -> logits. Weights that it closes over become constants of the program;
-      jax.tree_util.Partial(apply, variables) passes large ones as arguments.
+      jax.tree_util.Partial(apply, variables) passes large ones as arguments. A pytree with a method
+      `for_images(rows)` has inputs of its own for each image, such as many.logits_fn(names): it
+      takes the N images of x, and what it returns a batch of those rows.
     x: float32 [N, H, W, C] in [0, 1].
     labels: int [N] in [0, K).
     threat: norm and eps; linf, l2, and for the APGD attacks l1.
@@ -104,7 +107,8 @@ def autoattack(
 
   Raises:
     UserError: any argument that does not fit, in one line, before anything is
-      computed; NaN logits; a progress_dir of another evaluation.
+      computed; NaN logits, or logits that depend on an image's row in the
+      batch; a progress_dir of another evaluation or model.
 
   >>> import jax, jax.numpy as jnp, numpy as np
   >>> x = np.full((2, 4, 4, 1), 0.5, np.float32) + [[[[0.1]]], [[[0.3]]]]
@@ -117,20 +121,27 @@ def autoattack(
   ([False, True], (1.0, 0.5))
   """
   mesh = mesh or mesh_lib.make_mesh()
+  key = inputs.one_key(key)
+  choose('precision', precision, ('highest', 'default'))
   x, labels, indices = inputs.check(x, labels, indices, threat)
   chosen = ensemble.members(version, threat.norm)
   inputs.check_batch_size(batch_size, mesh.size)
   size = min(batch_size, mesh_lib.round_up(len(x), mesh))
   stochastic = any(member.draws > 1 for member in chosen)
-  num_classes = inputs.num_classes(logits_fn, x, size, stochastic, labels)
+  called_with = len(x) if hasattr(logits_fn, 'for_images') else size
+  num_classes = inputs.num_classes(logits_fn, x, called_with, stochastic, labels)
   chosen, notes = ensemble.fit(chosen, num_classes)
   images = (x, labels, indices)
   run = _Run(key, logits_fn, images, threat, chosen, size, precision, mesh)
   logits = run.clean_logits()
   inputs.check_finite(logits)
-  progress = Progress(None if progress_dir is None else files.absolute_path(progress_dir))
-  processes.from_primary(progress.begin, run.identity(), logits)
-  return run.cascade(logits, progress, notes, say or (lambda line: None))
+  run.check_rows(logits)
+  progress, resumed = Progress(None), False
+  if progress_dir is not None:
+    progress = Progress(files.absolute_path(progress_dir))
+    model = run.fingerprint(logits)
+    resumed = processes.from_primary(progress.begin, run.identity(), model)
+  return run.cascade(logits, progress, resumed, notes, say or (lambda line: None))
 
 
 class _Run:
@@ -139,7 +150,8 @@ class _Run:
   def __init__(self, key, logits_fn, images, threat, members, size, precision, mesh):
     self.threat, self.members, self.size = threat, members, size
     self.key, self.precision, self.mesh = key, precision, mesh
-    if not isinstance(logits_fn, Partial):
+    self.source = fingerprint.source(logits_fn)
+    if not isinstance(logits_fn, Partial) and not hasattr(logits_fn, 'for_images'):
       logits_fn = Partial(logits_fn)
     self.logits_fn = mesh_lib.on_mesh(logits_fn, mesh)
     self.draws = max(member.draws for member in members)
@@ -153,11 +165,40 @@ class _Run:
       'eps': float(self.threat.eps),
       'batch_size': self.size,
       'precision': self.precision,
-      'key': np.asarray(jax.random.key_data(self.key)).tolist(),
+      'key': [jax.random.key_impl(self.key), *jax.random.key_data(self.key).tolist()],
       'images': _sha256(self.x),
       'labels': _sha256(self.labels),
       'indices': _sha256(self.indices),
+      'source of the function': self.source,
+      'source of the attacks': fingerprint.source_of_attacks(),
     }
+
+  def fingerprint(self, logits: np.ndarray) -> fingerprint.Fingerprint:
+    """Returns what tells the model from others; the gradient is that of the first batch."""
+    if all(member.name == 'square' for member in self.members):  # the model may have none
+      return {'logits': logits}
+    rows = np.arange(min(len(self.x), self.size))
+    program = fingerprint.gradient_program(self.threat.norm, self.mesh, self.precision, self.draws)
+    key = mesh_lib.put_key(self.key, self.mesh)
+    x = self._batch(rows, np.zeros_like(rows))['x']
+    found = program(self._logits_fn(rows), x, key, np.float32(self.threat.eps))
+    return {'logits': logits, 'gradient': fingerprint.sketch(np.asarray(found)[rows])}
+
+  def check_rows(self, logits: np.ndarray) -> None:
+    """Raises UserError where an image's logits depend on its row: attacks pack images anew."""
+    if self.draws > 1:  # the noise of a row is its own
+      return
+    rows, _ = fill_up(np.arange(min(len(self.x), self.size)), self.size)
+    batch, key = self._batch(rows[::-1], rows), mesh_lib.put_key(self.key, self.mesh)
+    program = _clean_program(self.mesh, self.precision, self.draws)
+    reversed_logits = np.asarray(program(self._logits_fn(rows[::-1]), batch['x'], key))
+    inputs.check_same_rows(logits[rows], reversed_logits[::-1])
+
+  def _logits_fn(self, rows: np.ndarray) -> Callable[..., jax.Array]:
+    """Returns the logits function for a batch of these images, filled up."""
+    if not hasattr(self.logits_fn, 'for_images'):
+      return self.logits_fn
+    return self.logits_fn.for_images(fill_up(rows, self.size)[0])
 
   def clean_logits(self) -> np.ndarray:
     """Returns the logits of the images, [N, K]; odds for a stochastic model."""
@@ -166,21 +207,22 @@ class _Run:
     for first in range(0, len(self.x), self.size):
       chosen = np.arange(len(self.x))[first : first + self.size]
       batch = self._batch(chosen, np.zeros_like(chosen))
-      logits = program(self.logits_fn, batch['x'], key)
+      logits = program(self._logits_fn(chosen), batch['x'], key)
       rows.append(np.asarray(logits)[: len(chosen)])
     return np.concatenate(rows)
 
-  def cascade(self, logits, progress, notes, say) -> Result:
+  def cascade(self, logits, progress, resumed, notes, say) -> Result:
     """Runs the attacks one after another on what is still robust."""
     x_adv, robust = self.x.copy(), logits.argmax(axis=1) == self.labels
     broken_by = np.where(robust, ROBUST, 0)
     names, accuracy, seconds = ['clean'], [float(robust.mean())], [0.0]
     clock = _Clock(self.members)
     for place, member in enumerate(self.members, 1):
-      spent = 0.0
-      for number, runs in enumerate(_batches(member, robust, self.size)):
+      spent, number, taken_up = 0.0, 0, 0
+      for number, runs in enumerate(_batches(member, robust, self.size), 1):
         rows = runs.images
-        name = f'{place:02d}-{member.name}-{number:05d}'
+        # Should a damaged batch come out otherwise, those after it hold other runs.
+        name = f'{place:02d}-{member.name}-{number - 1:05d}-{_crc32(runs)}'
         outcome = progress.read(name, self.x[rows])
         fresh = not all(processes.gather(outcome is not None))
         if fresh:
@@ -192,6 +234,7 @@ class _Run:
           if robust[rows[run]]:
             x_adv[rows[run]] = outcome.x_adv[run]
             robust[rows[run]], broken_by[rows[run]] = False, place
+        taken_up += not fresh
         spent += outcome.seconds
         clock.finished(member, len(rows), outcome.seconds)
         if fresh and clock.due():
@@ -203,7 +246,8 @@ class _Run:
       names.append(member.name)
       accuracy.append(float(robust.mean()))
       seconds.append(spent)
-      say(f'{accuracy[-1]:.1%} robust after {member.name}, {duration(spent)}')
+      kept = f', {taken_up} of {number} batches taken up' if resumed else ''
+      say(f'{accuracy[-1]:.1%} robust after {member.name}, {duration(spent)}{kept}')
     return Result(
       x_adv, robust, Cascade(tuple(names), tuple(accuracy), tuple(seconds), broken_by, notes)
     )
@@ -214,7 +258,7 @@ class _Run:
     # Its own stream for each attack, the same one in every version.
     stream = jax.random.fold_in(self.key, zlib.crc32(member.name.encode()))
     batch, key = (self._batch(rows, runs.stages), mesh_lib.put_key(stream, self.mesh))
-    found = program(self.logits_fn, batch, key, np.float32(self.threat.eps))
+    found = program(self._logits_fn(rows), batch, key, np.float32(self.threat.eps))
     x_adv, broken = (a[: len(rows)] for a in jax.device_get(found))
     x_adv = np.where(broken[:, None, None, None], x_adv, self.x[rows])
     return Outcome(broken, x_adv, time.monotonic() - started)
@@ -336,6 +380,10 @@ def _batches(member: Member, robust: np.ndarray, size: int) -> Iterator[_Runs]:
       return
     yield _Runs(images[:size], stages[:size], max(len(images) - size, 0))
     images, stages = images[size:], stages[size:]
+
+
+def _crc32(runs: _Runs) -> str:
+  return f'{zlib.crc32(np.stack([runs.images, runs.stages]).tobytes()):08x}'
 
 
 def _sha256(array: np.ndarray) -> str:

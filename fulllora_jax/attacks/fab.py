@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import losses, projections
+from fulllora_jax.attacks import inputs, losses, projections
 from fulllora_jax.attacks.apgd import start
 from fulllora_jax.attacks.pgd import LogitsFn, pick
 from fulllora_jax.attacks.threat import Threat
@@ -60,6 +60,7 @@ def fab(
   """
   if not len(x):
     return x
+  keys, x, labels = inputs.check_call('fab', keys, logits_fn, x, labels, threat, steps=(steps, 0))
   state = Search(
     x_adv=pick(jnp.broadcast_to(random_start, labels.shape), start(keys, x, threat.scaled(0.5)), x),
     nearest=x,

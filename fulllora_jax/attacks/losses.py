@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, did_you_mean
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -149,5 +149,20 @@ LOSSES: Mapping[str, Loss] = {'ce': cross_entropy, 'margin': margin, 'dlr': dlr}
 
 
 def of(name: str, labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
-  """Returns a loss of LOSSES as a function of the logits alone."""
-  return lambda logits: LOSSES[name](logits, labels)
+  """Returns a loss of LOSSES as a function of the logits alone; of another name, a UserError."""
+  loss = named(name)
+  return lambda logits: loss(logits, labels)
+
+
+def named(name: str) -> Loss:
+  """Returns a loss of LOSSES.
+
+  Raises:
+    UserError: there is none of this name.
+  """
+  if name in LOSSES:
+    return LOSSES[name]
+  near = did_you_mean(str(name), LOSSES)
+  if 'cw' in str(name).lower():
+    near = 'did you mean margin, the loss of Carlini and Wagner? '
+  raise UserError(f'loss: unknown {name!r}; {near}known: {", ".join(LOSSES)}')

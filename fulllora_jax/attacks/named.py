@@ -40,7 +40,16 @@ class Attack:
     """Returns x_adv [B, H, W, C].
 
     Args: the first five of `pgd`.
+
+    Raises:
+      UserError: the attack is an ensemble, which `autoattack` runs, or none.
     """
+    if self.name not in NAMES:
+      raise UserError(
+        f'attack: {self.name} cannot be called; call autoattack with version={self.version!r}'
+        if self.version
+        else f'attack: unknown attack {self.name!r}; known: {", ".join(NAMES)}'
+      )
     if self.name == 'clean':
       return x
     return pgd(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import losses
+from fulllora_jax.attacks import inputs, losses
 from fulllora_jax.attacks.threat import Threat
 
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -52,9 +52,24 @@ def pgd(
 
   Returns:
     x_adv [B, H, W, C], float32, in the ball and the box; no gradient flows through it.
+
+  Raises:
+    UserError: any argument that does not fit, as far as jit lets it be seen.
   """
   if not len(x):
     return x
+  keys, x, labels = inputs.check_call(
+    'pgd',
+    keys,
+    logits_fn,
+    x,
+    labels,
+    threat,
+    soft=True,
+    steps=(steps, 0),
+    step_size=(step_size, 0),
+    restarts=(restarts, 1),
+  )
   loss_fn = losses.of(loss, labels)
 
   def step(x_adv, _):
@@ -100,13 +115,12 @@ def search(
 ) -> jax.Array:
   """Makes steps from one or more starts, and keeps each image's strongest end.
 
-  Args: those of `pgd`, and:
+  Args: those of `pgd`, with a key for each image, and:
     start: (keys [B], x) -> where to begin, [B, H, W, C] in the ball and the
       box.
     step: (x_adv, t) -> the next x_adv, where t counts the steps of all starts.
     loss: logits [B, K] -> [B], by which starts are compared.
   """
-  keys = _per_example(keys, x.shape[0])
 
   def attempt(restart):
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
@@ -138,10 +152,3 @@ def search(
 def pick(which: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   """Chooses image by image: a where `which` [B], else b."""
   return jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-
-def _per_example(keys: jax.Array, batch_size: int) -> jax.Array:
-  if keys.ndim == 1:
-    return keys
-  places = jnp.arange(batch_size)
-  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, places)

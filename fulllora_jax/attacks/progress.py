@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fulllora_jax.attacks.fingerprint import Fingerprint, difference
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import (
   load_arrays,
@@ -20,6 +21,8 @@ from fulllora_jax.core.files import (
   replace_arrays,
   replace_file,
 )
+
+_REMEDY = 'remove it to start afresh, or give another directory'
 
 
 class Outcome(NamedTuple):
@@ -36,23 +39,27 @@ class Progress:
   def __init__(self, directory: Path | None):
     self.directory = directory
 
-  def begin(self, identity: Mapping[str, Any], logits: np.ndarray) -> None:
+  def begin(self, identity: Mapping[str, Any], model: Fingerprint) -> bool:
     """Makes the directory, or takes it up again for the same evaluation.
 
     Args:
       identity: what the results depend on; JSON values.
-      logits: [N, K] of the images attacked, which identify the model.
+      model: what tells the model from others.
+
+    Returns:
+      Whether there was such an evaluation.
 
     Raises:
       UserError: the directory holds the progress of something else, or cannot be written.
     """
     directory = self.directory
     if directory is None:
-      return
+      return False
     try:
       make_directory(directory)
-      _check_identity(directory, identity)
-      _check_model(directory, logits)
+      resumed = _check_identity(directory, identity)
+      _check_model(directory, model)
+      return resumed
     except OSError as error:
       raise UserError(
         f'cannot keep the progress in {directory}: {error.strerror}; choose another place'
@@ -93,33 +100,31 @@ class Progress:
     )
 
 
-def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
+def _check_identity(directory: Path, identity: Mapping[str, Any]) -> bool:
   path, text = directory / 'identity.json', json.dumps(identity, indent=2)
   with os_errors(path):
     before = path.read_text() if path.exists() else None
   if before is None:
     replace_file(path, text.encode())
-    return
+    return False
   saved = json.loads(before)
   for key, value in json.loads(text).items():
     if saved.get(key) != value:
       raise UserError(
         f'{directory} holds the progress of another evaluation ({key} '
-        f'{saved.get(key)!r}, now {value!r}); give another directory'
+        f'{saved.get(key)!r}, now {value!r}); {_REMEDY}'
       )
+  return True
 
 
-def _check_model(directory: Path, logits: np.ndarray) -> None:
-  path = directory / 'logits.npz'
+def _check_model(directory: Path, model: Fingerprint) -> None:
+  path = directory / 'model.npz'
   with os_errors(path):
     there = path.exists()
   if not there:
-    replace_arrays(path, logits=logits)
+    replace_arrays(path, **model)
     return
   with load_arrays(path) as file:
-    saved = file['logits']
-  if saved.shape != logits.shape or not np.allclose(saved, logits, rtol=1e-3, atol=1e-3):
-    raise UserError(
-      f'{directory} holds the progress on another model: its clean logits '
-      'differ; give another directory'
-    )
+    differs = difference(dict(file), model)
+  if differs:
+    raise UserError(f'{directory} holds the progress on another model: {differs}; {_REMEDY}')

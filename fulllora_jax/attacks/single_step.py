@@ -7,6 +7,7 @@ where the model learns to withstand the one step and nothing else.
 
 import jax
 
+from fulllora_jax.attacks import inputs
 from fulllora_jax.attacks.pgd import LogitsFn, pgd
 from fulllora_jax.attacks.threat import Threat
 
@@ -40,6 +41,9 @@ def fgsm_rs(
   """
   if not len(x):
     return x
+  keys, x, labels = inputs.check_call(
+    'fgsm_rs', keys, logits_fn, x, labels, threat, norms=('linf',), soft=True
+  )
   size = STEP * threat.eps
   return pgd(keys, logits_fn, x, labels, threat, steps=1, step_size=size, loss=loss)
 
@@ -68,6 +72,9 @@ def n_fgsm(
   """
   if not len(x):
     return x
+  keys, x, labels = inputs.check_call(
+    'n_fgsm', keys, logits_fn, x, labels, threat, norms=('linf',), soft=True
+  )
   x_noisy = threat.scaled(_NOISE).random_start(keys, x)
   return pgd(
     keys,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fulllora_jax.attacks import losses
+from fulllora_jax.attacks import inputs, losses
 from fulllora_jax.attacks.pgd import LogitsFn, pick
 from fulllora_jax.attacks.threat import Threat, l2_norm
 
@@ -63,6 +63,9 @@ def square(
   """
   if not len(x):
     return x
+  keys, x, labels = inputs.check_call(
+    'square', keys, logits_fn, x, labels, threat, queries=(queries, 0)
+  )
   height, width = x.shape[1:3]
   wanted = jnp.ones(x.shape[0], bool) if mask is None else mask
   if threat.norm == 'linf':

@@ -5,6 +5,7 @@ units around each image, so the literature's 8 of 255 levels is 8/255. All
 arithmetic stays in float32: in bfloat16, x + 8/255 can land 8.99/255 away.
 """
 
+import copy
 import dataclasses
 import math
 from fractions import Fraction
@@ -24,7 +25,7 @@ _UNSAID = float('nan')  # an object of its own: no number that is given is it
 _ROUNDING, _PIXEL_ROUNDING = 2e-5, 1e-7
 
 
-def parse_fraction(text: str | float, name: str = 'eps') -> float:
+def parse_fraction(text: str | float | jax.Array, name: str = 'eps') -> float:
   """Reads a number or a fraction written as text.
 
   Args:
@@ -38,6 +39,8 @@ def parse_fraction(text: str | float, name: str = 'eps') -> float:
   (0.25, 0.5)
   """
   try:
+    if getattr(text, 'ndim', 0):
+      raise TypeError('an array is no number')
     value = float(Fraction(text) if isinstance(text, str) else text)
   except (ValueError, TypeError, ArithmeticError):
     value = math.nan
@@ -58,8 +61,8 @@ class Threat:
   """
 
   norm: str = 'linf'  # 'linf', 'l2', or 'l1' (which only APGD attacks, apgd_l1.py)
-  # The radius in [0, 1] pixels: a number, or text such as '8/255', which it is for linf where
-  # nothing is said
+  # The radius in [0, 1] pixels: a number of Python, NumPy or JAX, or text such as '8/255', which it
+  # is for linf where nothing is said
   eps: float | jax.Array = _UNSAID
 
   def __post_init__(self):
@@ -69,7 +72,7 @@ class Threat:
       if self.norm != 'linf':
         raise UserError(f'threat.norm {self.norm}: give eps too, {EXAMPLES[self.norm]}')
       object.__setattr__(self, 'eps', 8 / 255)
-    if isinstance(self.eps, jax.Array):  # a scaled threat inside jit
+    if isinstance(self.eps, jax.core.Tracer):  # inside of jit
       return
     eps = parse_fraction(self.eps, 'threat.eps')
     if eps < 0:
@@ -82,7 +85,9 @@ class Threat:
 
   def scaled(self, factor: jax.Array | float) -> 'Threat':
     """Returns the threat with eps times `factor`, which may be traced."""
-    return dataclasses.replace(self, eps=jnp.asarray(self.eps * factor, jnp.float32))
+    other = copy.copy(self)  # twice an eps may be above 1, and stays unchecked
+    object.__setattr__(other, 'eps', jnp.asarray(self.eps * factor, jnp.float32))
+    return other
 
   @property
   def reach(self) -> jax.Array | float:

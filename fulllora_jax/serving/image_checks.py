@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.unit_range import check_unit_range
 
 
 def check_images(images, image_shape: tuple[int, int, int]) -> jax.Array:
@@ -19,24 +19,12 @@ def check_images(images, image_shape: tuple[int, int, int]) -> jax.Array:
   Raises:
     UserError: images of another shape or dtype, or outside [0, 1].
   """
+  images = check_unit_range(images, 'do not normalise them, the model does')
   expected = tuple(image_shape)
-  if getattr(images, 'dtype', None) != np.float32:
-    raise UserError(
-      f'images have dtype {getattr(images, "dtype", type(images).__name__)}, '
-      'expected float32 in [0, 1]; divide uint8 pixels by 255'
-    )
   if images.ndim != 4 or tuple(images.shape[1:]) != expected:
     raise UserError(
       f'images have shape {tuple(images.shape)}, expected [B, H, W, C] with '
       f'[H, W, C] = {list(expected)}'
-    )
-  if isinstance(images, jax.core.Tracer) or not len(images):
-    return jnp.asarray(images)
-  low, high = float(images.min()), float(images.max())
-  if not (low >= 0 and high <= 1):
-    raise UserError(
-      f'images have values in [{low:g}, {high:g}], expected [0, 1]; do not '
-      'normalise them, the model does'
     )
   return jnp.asarray(images)
 

@@ -1,7 +1,8 @@
 """Several adapters on one base, in memory at once: made by `load`."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,27 @@ from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.serving import stacking
 from fulllora_jax.serving.image_checks import check_images, no_logits
 from fulllora_jax.serving.stacking import BASE
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=('stack', 'frozen', 'index'), meta_fields=('apply',)
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class OfEach:
+  """Images -> logits with an adapter for each image, whatever row it is in; a pytree."""
+
+  apply: Callable[..., jax.Array]  # (stack, frozen, index, images) -> logits
+  stack: Tree  # what was trained, each leaf with a first axis over the adapters
+  frozen: Tree  # the variables that were not trained
+  index: np.ndarray | jax.Array  # int [B], the adapter of each image
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Returns the logits [B, K]; raises UserError for another number of images."""
+    return self.apply(self.stack, self.frozen, self.index, images)
+
+  def for_images(self, rows: np.ndarray) -> 'OfEach':
+    """Returns the function of a batch of these images, int [b]."""
+    return dataclasses.replace(self, index=np.asarray(self.index)[rows])
 
 
 class ManyAdapters:
@@ -72,14 +94,8 @@ class ManyAdapters:
         images of another shape or dtype, or outside [0, 1].
     """
     shape = self.metadata[self.names[0]]['image_shape']
-    images = check_images(images, shape)
-    if not isinstance(adapter, str) and len(adapter) != len(images):
-      raise UserError(
-        f'adapter has {len(adapter)} names for {len(images)} images; give one '
-        'name, or one for each image'
-      )
-    logits_fn = self.logits_fn(adapter)
-    if not len(images):
+    images, logits_fn = check_images(images, shape), self.logits_fn(adapter)
+    if not len(images) and (isinstance(adapter, str) or not len(adapter)):
       return no_logits(self.metadata[self.names[0]]['num_classes'])
     return logits_fn(images)
 
@@ -87,23 +103,24 @@ class ManyAdapters:
     """Returns the classes, int [B]; arguments and errors as `logits`."""
     return self.logits(images, adapter).argmax(axis=-1)
 
-  def logits_fn(self, adapter: str | Sequence[str]) -> Partial:
+  def logits_fn(self, adapter: str | Sequence[str]) -> 'Partial | OfEach':
     """Returns images -> logits, for attacks and for programs of one's own.
 
     It is a pytree: given to a jitted function as an argument, it may be
-    another adapter's at each call, and nothing compiles again.
+    another adapter's at each call, and nothing compiles again. With a name for each image it takes
+    that many images, in that order; `autoattack`, which packs images anew, asks it for theirs.
 
     Args:
       adapter: one of `names` for all images, or one of them for each.
 
     Raises:
-      UserError: an unknown name.
+      UserError: an unknown name; the function, called with another number of images than names.
     """
     if isinstance(adapter, str):
       index = np.int32(self._index(adapter))
       return Partial(self._one, self.stack, self.frozen, index)
     index = np.array([self._index(name) for name in adapter], np.int32)
-    return Partial(self._mixed, self.stack, self.frozen, index)
+    return OfEach(self._mixed, self.stack, self.frozen, index)
 
   def put(self, mesh: Mesh) -> None:
     """Copies the arrays to every device of a mesh.

@@ -38,11 +38,21 @@ def apply(weights, x):
   return hidden @ weights['out']
 
 
+def apply_through(weights, through, x):
+  """As `apply`, with `through` times its gradient."""
+  logits = apply(weights, x)
+  held = jax.lax.stop_gradient(logits)
+  return held + through * (logits - held)
+
+
+function = apply
+
+
 def run(progress_dir=None, **options):
   weights, x, labels = make_problem()
   options = dict(threat=LINF, version=VERSION, batch_size=8) | options
   return attacks.autoattack(
-    jax.random.key(0), Partial(apply, weights), x, labels,
+    jax.random.key(0), Partial(function, weights), x, labels,
     progress_dir=progress_dir, **options,
   )  # fmt: skip
 

@@ -12,15 +12,18 @@ import jax
 import numpy as np
 import pytest
 import small_attack
+from jax.tree_util import Partial
 
-from fulllora_jax.attacks import Threat
+from fulllora_jax.attacks import Threat, autoattack, fingerprint
 from fulllora_jax.attacks.progress import Outcome, Progress
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
+MEMBERS = small_attack.VERSION
 IDENTITY = {'norm': 'linf', 'eps': 0.1}
 LOGITS = np.arange(6, dtype=np.float32).reshape(2, 3)
+GRADIENT = fingerprint.sketch(np.random.default_rng(1).normal(size=(2, 4, 4, 1)))
 X = np.random.default_rng(0).uniform(size=(3, 2, 2, 1)).astype(np.float32)
 OUTCOME = Outcome(
   np.array([True, False, True]),
@@ -136,7 +139,12 @@ def test_a_damaged_batch_is_computed_again(tmp_path, uninterrupted, written, dam
 )
 def test_the_progress_of_another_evaluation_is_refused(progress_dir, options, field):
   match = f'{progress_dir} holds the progress of another evaluation .{field}'
-  refused(f'{match}.*; give another directory$', run, progress_dir, **options)
+  refused(
+    f'{match}.*; remove it to start afresh, or give another directory$',
+    run,
+    progress_dir,
+    **options,
+  )
 
 
 @pytest.fixture(scope='module')
@@ -167,8 +175,82 @@ def test_another_model_is_refused(progress_dir, monkeypatch):
   weights['out'] = weights['out'] * np.float32(1.05)
   problem = weights, x, labels
   monkeypatch.setattr(small_attack, 'make_problem', lambda: problem)
-  match = 'holds the progress on another model: its clean logits differ; give'
+  match = 'holds the progress on another model: its clean logits differ; remove'
   refused(match, run, progress_dir)
+
+
+def with_gradient(through, scale=1.0):
+  """The problem, whose gradient is `through` times the right one; its logits stay."""
+  weights, x, labels = small_attack.make_problem()
+  weights = {name: np.float32(scale) * leaf for name, leaf in weights.items()}
+  return Partial(small_attack.apply_through, weights, np.float32(through)), x, labels
+
+
+@pytest.mark.parametrize('scale', [1e-6, 1, 30])
+def test_another_gradient_is_another_model(tmp_path, monkeypatch, scale):
+  def attacked(problem, directory=None):
+    mesh = mesh_lib.make_mesh(jax.devices()[:1])
+    return autoattack(
+      jax.random.key(0), *problem, small_attack.LINF, ['apgd-ce'], 8,
+      progress_dir=directory, mesh=mesh,
+    )  # fmt: skip
+
+  blind, seeing = with_gradient(0, scale), with_gradient(1, scale)
+  write = Progress.write
+  with monkeypatch.context() as patch:
+    patch.setattr(Progress, 'write', lambda *args: write(*args) or interrupt())
+    with pytest.raises(KeyboardInterrupt):
+      attacked(blind, tmp_path)
+  match = 'on another model: its clean logits are the same, but its gradient differs; remove'
+  refused(match, attacked, seeing, tmp_path)
+  right = attacked(seeing)
+  assert right.robust.sum() < attacked(blind).robust.sum()  # what it took for right before
+  assert_same(attacked(seeing, tmp_path / 'afresh'), right)
+
+
+def interrupt():
+  raise KeyboardInterrupt
+
+
+def test_another_source_is_another_evaluation(progress_dir, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(fingerprint, 'source_of_attacks', lambda: 'other')
+    refused('another evaluation .source of the attacks ', run, progress_dir)
+  same = lambda *args: small_attack.apply(*args)  # noqa: E731
+  monkeypatch.setattr(small_attack, 'function', same)
+  refused('another evaluation .source of the function ', run, progress_dir)
+
+
+def test_how_much_is_taken_up_is_said(tmp_path, written):
+  said = []
+  run(tmp_path / 'a', say=said.append)
+  assert not [line for line in said if 'taken up' in line]
+  counts = {
+    member: sum(f'{place:02d}-' == name[:3] for name in written)
+    for place, member in enumerate(MEMBERS, 1)
+  }
+  assert len(written) == sum(counts.values())
+  (tmp_path / 'a' / f'{written[-1]}.npz').unlink()
+  said.clear()
+  run(tmp_path / 'a', say=said.append)
+  ends = [line.rpartition(', ')[2] for line in said if 'taken up' in line]
+  whole = [f'{counts[m]} of {counts[m]} batches taken up' for m in MEMBERS[:-1]]
+  last = counts[MEMBERS[-1]]
+  assert ends == [*whole, f'{last - 1} of {last} batches taken up']
+
+
+def test_batches_after_one_that_came_out_otherwise_are_not_taken_up(tmp_path, written):
+  run(tmp_path)
+  first, *later = written
+  with np.load(tmp_path / f'{first}.npz') as file:
+    saved = dict(file)
+  _, x, _ = small_attack.make_problem()
+  every = np.ones(len(saved['broken']), bool)
+  saved |= {'broken': every, 'x_adv': x[: len(every)]}
+  np.savez(tmp_path / f'{first}.npz', **saved)
+  written.clear()
+  run(tmp_path)
+  assert written and not set(written) & set(later)
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
@@ -178,9 +260,9 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     refused(match, run, place)
 
 
-def begun(directory, logits=LOGITS):
+def begun(directory, logits=LOGITS, gradient=GRADIENT):
   progress = Progress(directory)
-  progress.begin(IDENTITY, logits)
+  progress.begin(IDENTITY, {'logits': logits, 'gradient': gradient})
   return progress
 
 
@@ -205,7 +287,7 @@ def test_a_batch_that_does_not_fit_its_flags_is_not_read(tmp_path):
   assert progress.read('batch', X) is None
 
 
-@pytest.mark.parametrize('name', ['identity.json', 'logits.npz'])
+@pytest.mark.parametrize('name', ['identity.json', 'model.npz'])
 def test_damaged_progress_is_one_line(tmp_path, name):
   begun(tmp_path)
   (tmp_path / name).write_bytes(b'{')
@@ -224,9 +306,24 @@ def test_without_a_directory_nothing_is_kept(tmp_path, monkeypatch):
 
 def test_logits_may_differ_by_rounding(tmp_path):
   begun(tmp_path)
-  begun(tmp_path, LOGITS * np.float32(1 + 1e-5))
+  begun(tmp_path, LOGITS * np.float32(1 + 1e-5), GRADIENT * (1 + 1e-5))
   refused('another model', begun, tmp_path, LOGITS + 0.01)
   refused('another model', begun, tmp_path, LOGITS[:1])
+  refused('gradient differs', begun, tmp_path, LOGITS, 1.01 * GRADIENT)
+
+
+@pytest.mark.parametrize('scale', [1e-20, 1e-6, 1e6])
+def test_what_differs_is_measured_by_its_size(tmp_path, scale):
+  begun(tmp_path, scale * LOGITS, scale * GRADIENT)
+  begun(tmp_path, scale * LOGITS * (1 + 1e-5), scale * GRADIENT)
+  refused('clean logits differ', begun, tmp_path, scale * LOGITS * 1.01, scale * GRADIENT)
+  refused('gradient differs', begun, tmp_path, scale * LOGITS, scale * GRADIENT * 1.01)
+  refused('gradient differs', begun, tmp_path, scale * LOGITS, 0 * GRADIENT)
+
+
+def test_small_differences_of_large_logits_are_seen(tmp_path):
+  begun(tmp_path, 1e3 + LOGITS)
+  refused('clean logits differ', begun, tmp_path, 1e3 + 1.05 * LOGITS)
 
 
 def test_the_identity_is_kept_as_text(tmp_path):

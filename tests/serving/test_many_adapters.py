@@ -148,6 +148,55 @@ def test_an_attack_switches_without_compiling(many, images):
   np.testing.assert_allclose(together, np.stack(expected), atol=1e-6)
 
 
+def evaluate(logits_fn, x, labels, rows, batch_size):
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
+  threat, version = Threat('linf', 0.03), ['square-20', 'square-40']
+  return attacks.autoattack(
+    jax.random.key(0), logits_fn, x[rows], labels[rows], threat, version, batch_size,
+    indices=rows, mesh=mesh,
+  )  # fmt: skip
+
+
+def test_names_travel_with_their_images_through_an_ensemble(many):
+  batch_size = 5
+  x = np.random.default_rng(5).uniform(size=(16, 8, 8, 1)).astype(np.float32)
+  names = np.array([('linf', 'l2', 'wide', 'base')[i % 4] for i in range(len(x))])
+  labels = np.asarray(many.predict(x, names))
+  together = evaluate(many.logits_fn(names), x, labels, np.arange(len(x)), batch_size)
+  assert 0 < together.robust.sum() < len(x) and together.cascade.accuracy[0] == 1
+  for name in many.names:
+    rows = np.flatnonzero(names == name)
+    alone = evaluate(many.logits_fn(name), x, labels, rows, batch_size)
+    np.testing.assert_array_equal(together.robust[rows], alone.robust)
+    np.testing.assert_allclose(together.x_adv[rows], alone.x_adv, atol=1e-6)
+
+
+def test_names_that_stay_behind_are_refused(many, images):
+  labels = np.asarray(many.predict(images, MIXTURE))
+  rows = np.arange(len(images))
+  held = lambda x: many.logits_fn(MIXTURE)(x)  # noqa: E731
+  refused(
+    r'logits of an image change by up to .* with its row in the batch.*many.logits_fn\(names\)',
+    lambda: evaluate(held, images, labels, rows, len(images)),
+  )
+  one = lambda x: many.logits_fn('l2')(x)  # noqa: E731
+  assert evaluate(one, images, labels, rows, len(images)).robust.shape == (6,)
+
+
+@pytest.mark.parametrize('count', [2, 12])
+def test_another_number_of_names_than_images_is_refused(many, images, count):
+  logits_fn = many.logits_fn(['l2', 'linf'] * (count // 2))
+  words = r'adapter has \d+ names for 6 images; give one name, or one for each image'
+  refused(words, lambda: logits_fn(images))
+  refused(words, lambda: jax.jit(logits_fn)(images))
+  labels = np.zeros(len(images), int)
+  refused(words, lambda: evaluate(logits_fn, images, labels, np.arange(6), 2))
+  threat, key = Threat('linf', 0.1), jax.random.key(0)
+  refused(
+    words, lambda: attacks.pgd(key, logits_fn, images, labels, threat, steps=1, step_size=0.1)
+  )
+
+
 def test_gradients_and_jit_from_outside(many, images):
   def gradient(adapter):
     return jax.jit(jax.grad(lambda x: many.logits(x, adapter)[:, 0].sum()))
