@@ -1,7 +1,8 @@
 """Data sets as uint8 images in host memory or on disk, batches by step."""
 
-from fulllora_jax.data.opening import Dataset, Split, identity, is_ready, open_dataset
+from fulllora_jax.data.opening import is_ready, open_dataset, shared_examples
 from fulllora_jax.data.pipeline import batch_indices, choose_examples, eval_batches, train_batches
+from fulllora_jax.data.splits import Dataset, Split, identity
 
 __all__ = [
   'Dataset',
@@ -12,5 +13,6 @@ __all__ = [
   'identity',
   'is_ready',
   'open_dataset',
+  'shared_examples',
   'train_batches',
 ]

@@ -49,8 +49,8 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
   listing.say()
   if not test_dir:
     train, test = _hold_out(data.name, train, seed)
-  train, train_gray = _verified(data, train)
-  test, test_gray = _verified(data, test)
+  train, train_contents, train_gray = _verified(data, train)
+  test, test_contents, test_gray = _verified(data, test)
   channels = 1 if train_gray and test_gray else 3
   test_name = test_dir.name if test_dir else 'test'
   size = data.image_size
@@ -58,8 +58,9 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
     name=data.name,
     image_shape=(size, size, channels),
     label_names=tuple(classes),
-    train=_records(data.train_split, train, size, channels),
-    test=_records(test_name, test, size, channels),
+    train=_records(data.train_split, train, train_contents, size, channels),
+    test=_records(test_name, test, test_contents, size, channels),
+    test_is_drawn=test_dir is None,
   )
 
 
@@ -86,18 +87,20 @@ def _hold_out(name: str, files: Files, seed: int) -> tuple[Files, Files]:
   return [files[i] for i in train], [files[i] for i in test]
 
 
-def _verified(data: ConfigDict, files: Files) -> tuple[Files, bool]:
-  """Returns the readable files, and whether all of them are grayscale."""
-  kept, gray, turned = [], True, []
+def _verified(data: ConfigDict, files: Files) -> tuple[Files, list[str], bool]:
+  """Returns the readable files, the hash of each, and whether all of them are grayscale."""
+  kept, contents, gray, turned = [], [], True, []
   skipped = 0
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     found = pool.map(_verify, (path for path, _ in files))
-    for file, seen in zip(files, found, strict=True):
-      if isinstance(seen, Exception):
-        _report_broken(data, file[0], seen)
+    for file, result in zip(files, found, strict=True):
+      if isinstance(result, Exception):
+        _report_broken(data, file[0], result)
         skipped += 1
         continue
+      seen, content = result
       kept.append(file)
+      contents.append(content)
       gray = gray and seen.channels == 1
       turned += [file[0]] * seen.turned
   if skipped:
@@ -107,14 +110,15 @@ def _verified(data: ConfigDict, files: Files) -> tuple[Files, bool]:
       f'{data.name}: {len(turned)} images (e.g. {turned[0]}) have an EXIF orientation, which is '
       'not applied, as in torchvision and tfds; turn their pixels if they must stand upright'
     )
-  return kept, gray
+  return kept, contents, gray
 
 
-def _verify(path: Path) -> images.Seen | Exception:
+def _verify(path: Path) -> tuple[images.Seen, str] | Exception:
+  """Returns what is seen of an image and the hash of its file, or what is wrong with it."""
   try:
-    if is_remote(path):
-      return images.verify(io.BytesIO(read_file(path)))
-    return images.verify(path)
+    content = read_file(path)
+    seen = images.verify(io.BytesIO(content) if is_remote(path) else path)
+    return seen, records.content_hash(content)
   except images.BROKEN as error:
     return error
 
@@ -127,7 +131,9 @@ def _report_broken(data: ConfigDict, path: Path, error: Exception) -> None:
   console.warn(f'skipping broken image {path} ({error})')
 
 
-def _records(name: str, files: Files, size: int, channels: int) -> records.Records:
+def _records(
+  name: str, files: Files, contents: list[str], size: int, channels: int
+) -> records.Records:
   labels = np.array([label for _, label in files], np.int32)
 
   def read(indices, with_images):
@@ -136,7 +142,7 @@ def _records(name: str, files: Files, size: int, channels: int) -> records.Recor
     decoded = [_decode(files[i][0], size, channels) for i in indices]
     return np.stack(decoded), labels[indices]
 
-  return records.Records(name, len(files), read)
+  return records.Records(name, len(files), read, tuple(contents))
 
 
 def _decode(path: Path, size: int, channels: int) -> np.ndarray:

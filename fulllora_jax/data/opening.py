@@ -1,45 +1,13 @@
 """Opens a data set by its config: three splits of uint8 images and labels."""
 
-import dataclasses
-import zlib
-from collections.abc import Callable
-
 import numpy as np
 
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.data import checks, folder, records, rng, tfds_source
+from fulllora_jax.data import checks, folder, held_out, records, rng, tfds_source
+from fulllora_jax.data.splits import Dataset, Split
 
 _CACHES = ('auto', 'memory', 'stream')
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-  """The examples of one split, numbered from 0."""
-
-  name: str  # 'train', 'validation', 'test', or what the source calls it
-  labels: np.ndarray  # int32 [N]
-  # Indices [b] -> uint8 [b, H, W, C], values 0..255; thread-safe.
-  fetch: Callable[[np.ndarray], np.ndarray]
-
-  def __len__(self) -> int:
-    return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-  """A classification data set."""
-
-  name: str  # data.name
-  image_shape: tuple[int, int, int]  # (H, W, C) of every image
-  label_names: tuple[str, ...]  # the names of the K classes, by label
-  train: Split
-  validation: Split  # held out from the source's train split
-  test: Split
-
-  @property
-  def num_classes(self) -> int:
-    return len(self.label_names)
 
 
 def open_dataset(data: ConfigDict, seed: int) -> Dataset:
@@ -54,7 +22,7 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
     The data set; its images are square, of data.image_size pixels.
 
   Raises:
-    UserError: if it is not there, damaged, no image classification set, or a
+    UserError: if it is not there, damaged, no image classification set, its splits overlap, or a
       field of `data` does not fit it.
   """
   if data.cache not in _CACHES:
@@ -73,14 +41,16 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
   checks.check_classes(data.name, train.labels, source.label_names)
   for split in (train, test):
     checks.check_images(data.name, split)
-  return Dataset(
+  dataset = Dataset(
     name=data.name,
     image_shape=source.image_shape,
     label_names=source.label_names,
     train=train,
     validation=validation,
     test=test,
+    test_is_drawn=source.test_is_drawn,
   )
+  return held_out.separate(dataset)
 
 
 def is_ready(data: ConfigDict) -> bool:
@@ -88,20 +58,9 @@ def is_ready(data: ConfigDict) -> bool:
   return data.name.startswith('folder:') or tfds_source.is_prepared(data)
 
 
-def identity(dataset: Dataset) -> dict[str, object]:
-  """Returns what two copies of a data set must have in common beside pixels.
-
-  Returns:
-    JSON values: the images' shape, the number of classes, and for each split
-    its size and the CRC-32 of its labels.
-  """
-  splits = (dataset.train, dataset.validation, dataset.test)
-  return {
-    'image shape': list(dataset.image_shape),
-    'classes': dataset.num_classes,
-    **{f'{split.name} examples': len(split) for split in splits},
-    **{f'{split.name} labels': zlib.crc32(split.labels) for split in splits},
-  }
+def shared_examples(data: ConfigDict, train_split: str) -> int:
+  """Returns how many test examples of a tfds set are in a train split of it."""
+  return tfds_source.shared_examples(data, train_split)
 
 
 def _split(source: records.Source, role: str, in_memory: bool) -> Split:
@@ -110,7 +69,7 @@ def _split(source: records.Source, role: str, in_memory: bool) -> Split:
     raise UserError(f'data.name={source.name}: split {found.name} is empty')
   labels, fetch = records.load(source, found, in_memory)
   checks.check_labels(source.name, found.name, labels, source.label_names)
-  return Split(found.name, labels, fetch)
+  return Split(found.name, labels, fetch, np.array(found.contents, str))
 
 
 def _hold_out(data: ConfigDict, split: Split, seed: int) -> tuple[Split, Split]:
@@ -132,11 +91,4 @@ def _hold_out(data: ConfigDict, split: Split, seed: int) -> tuple[Split, Split]:
     )
   order = rng.generator(seed, 'validation split').permutation(len(split))
   train, validation = np.sort(order[count:]), np.sort(order[:count])
-  return _subset(split, split.name, train), _subset(split, 'validation', validation)
-
-
-def _subset(split: Split, name: str, rows: np.ndarray) -> Split:
-  def fetch(indices):
-    return split.fetch(rows[indices])
-
-  return Split(name, split.labels[rows], fetch)
+  return split.subset(split.name, train), split.subset('validation', validation)

@@ -8,8 +8,8 @@ import numpy as np
 
 from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.data.opening import Split
 from fulllora_jax.data.rng import generator
+from fulllora_jax.data.splits import Split
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 

@@ -1,6 +1,7 @@
 """Labelled images of a source, decoded once into memory or when asked for."""
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ class Records:
   # (int [b] indices, with_images) -> (uint8 [b, S, S, C] or None, int32 [b]
   # labels). Called from several threads.
   read: Callable[[np.ndarray, bool], tuple[np.ndarray | None, np.ndarray]]
+  # The `content_hash` of each example's file; empty where the source fixes its own splits
+  contents: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +41,16 @@ class Source:
   label_names: tuple[str, ...]
   train: Records
   test: Records
+  test_is_drawn: bool = False  # whether the test records were drawn here from the train split
 
   def num_bytes(self) -> int:
     """Returns the size in memory of both splits once decoded."""
     return (self.train.size + self.test.size) * int(np.prod(self.image_shape))
+
+
+def content_hash(content: bytes) -> str:
+  """Returns 32 hex digits, by which an example is known whatever its file is called."""
+  return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def load(source: Source, records: Records, in_memory: bool):

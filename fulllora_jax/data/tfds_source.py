@@ -49,8 +49,12 @@ def open_tfds(data: ConfigDict) -> records.Source:
     )
   train_split = _split(data.train_split, 'train_split', builder)
   test_split = _test_split(data, builder)
-  if train_split == test_split:
-    raise UserError(f'data.test_split={test_split} is also data.train_split; name another')
+  if shared := _shared(builder, train_split, test_split):
+    raise UserError(
+      f'data.test_split={test_split}: {shared} of its examples are in '
+      f'data.train_split={train_split} too; give splits without a common '
+      'example, such as train[:90%] and train[90%:]'
+    )
 
   def records_of(split):
     read, size = _reader(data, builder, split, (image_key, label_key), channels)
@@ -63,6 +67,14 @@ def open_tfds(data: ConfigDict) -> records.Source:
     train=records_of(train_split),
     test=records_of(test_split),
   )
+
+
+def shared_examples(data: ConfigDict, train_split: str) -> int:
+  """Returns how many test examples of a set are in a train split; 0 where it is not prepared."""
+  builder = builders.get(data.name, builders.data_dir(data.dir))
+  if not builders.formats(builder):
+    return 0  # nothing was trained on it here
+  return _shared(builder, train_split, _test_split(data, builder))
 
 
 def is_prepared(data: ConfigDict) -> bool:
@@ -185,6 +197,22 @@ def _test_split(data: ConfigDict, builder: tfds.core.DatasetBuilder) -> str:
   usual = (n for n in ('test', 'validation') if n in builder.info.splits)
   name = data.test_split or next(usual, 'test')
   return _split(name, 'test_split', builder)
+
+
+def _shared(builder: tfds.core.DatasetBuilder, one: str, other: str) -> int:
+  """Counts the examples that two splits, or slices of splits, have in common."""
+  parts = [builder.info.splits[split].file_instructions for split in (one, other)]
+  return sum(
+    max(0, min(_end(a), _end(b)) - max(a.skip, b.skip))
+    for a in parts[0]
+    for b in parts[1]
+    if a.filename == b.filename
+  )
+
+
+def _end(part) -> int:
+  """Returns the row after the last that an instruction of tfds reads of a file."""
+  return part.examples_in_shard if part.take == -1 else part.skip + part.take
 
 
 def _reader(data, builder, split, keys, channels):

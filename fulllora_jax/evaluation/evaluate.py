@@ -11,6 +11,7 @@ from fulllora_jax import data, pretrained
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import choose
 from fulllora_jax.core.files import absolute_path, replace_file
+from fulllora_jax.data import of_run
 from fulllora_jax.evaluation import checks
 from fulllora_jax.evaluation.evaluations import Evaluations, LogitsFunction, next_name
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
@@ -67,7 +68,7 @@ def evaluate_again(
   else:
     checks.refuse_rand(config)
     pretrained.find_artefact(path)
-    dataset = data.open_dataset(config.data, config.seed)
+    dataset = of_run.as_in_run(path, data.open_dataset(config.data, config.seed))
     run = FinishedRun(config, path, dataset, plans[0], next_name(path))
   for name in weights:  # a run from scratch has no base
     choose('--weights', name, run.weights())

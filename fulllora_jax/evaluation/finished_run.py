@@ -126,6 +126,7 @@ class FinishedRun(Evaluations):
       'body_fingerprint': artefact.body_fingerprint(
         best.base_variables['params'], models.linear_maps(self.config.model.name)['head']
       ),
+      'base_classes': (best.metadata.get('base_source') or {}).get('labels'),
       'best_step': best.metadata['step'],
       'best_validation': best.metadata['validation'],
       'last_step': last.get('step'),

@@ -100,6 +100,8 @@ class Opened(NamedTuple):
   layout: Layout  # how it is written
   architecture: Architecture  # what it is
   identity: Mapping[str, Any]  # source, revision, SHA-256
+  # The names that the class of each row of its head goes by; () where nothing says them
+  label_names: tuple[tuple[str, ...], ...] = ()
 
 
 def conv(weight: np.ndarray) -> np.ndarray:

@@ -35,6 +35,10 @@ class LoadReport:
   std: tuple[float, ...]  # standard deviation of that normalisation
   model: Mapping[str, Any]  # the fields of `config.model` that make the model
   rows: tuple[Row, ...]  # one row for each leaf, and for each array that is not used
+  label_names: tuple[str, ...] = ()  # the model's classes by label; () where nothing says them
+  # The row of the checkpoint's head for each class, -1 for a new one; (): all in order, or none
+  label_map: tuple[int, ...] = ()
+  labels: str = ''  # how the rows of the head were found; '' where there is nothing to say
 
   def count(self, action: str) -> int:
     """Returns how many rows have that action."""
@@ -56,6 +60,7 @@ class LoadReport:
         + ', '.join(f'{counts[action]} {action}' for action in actions),
         f'image {self.image_size} px, patch {self.patch_size} px, '
         f'mean {_numbers(self.mean)}, std {_numbers(self.std)}',
+        *[f'  classes: {self.labels}'] * bool(self.labels),
         *(_line(row) for row in shown),
         *self._unused(),
       ]

@@ -19,9 +19,18 @@ from flax import traverse_util
 from fulllora_jax import config as config_lib
 from fulllora_jax import models
 from fulllora_jax.adapters import artefact as artefact_lib
+from fulllora_jax.core.console import warn
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path
-from fulllora_jax.pretrained import convit, formats, sources, swin, transformers_vit, vit
+from fulllora_jax.pretrained import (
+  convit,
+  formats,
+  head_names,
+  sources,
+  swin,
+  transformers_vit,
+  vit,
+)
 from fulllora_jax.pretrained.base import RUN, resolve_base
 from fulllora_jax.pretrained.filling import Filler
 from fulllora_jax.pretrained.layout import Architecture, Layout, Opened, Rule
@@ -59,7 +68,8 @@ def open_checkpoint(source: str | Path) -> Opened:
     if layout.recognises(shapes):
       with _naming(source):
         described = _describe(layout, shapes, fetched.config)
-      return Opened(tensors, shapes, layout, described, fetched.identity)
+        names = _names(fetched.config)
+      return Opened(tensors, shapes, layout, described, fetched.identity, names)
   raise UserError(
     f'base.source: {source} holds no model that is known here; its first keys '
     f'are {formats.some(sorted(shapes))}; known layouts: '
@@ -78,6 +88,16 @@ def _describe(layout: Layout, shapes, settings) -> Architecture:
     what = 'the config.json beside it' if settings else 'the shapes of its arrays'
     raise UserError(f'{what} cannot be understood ({error}); mend it, or remove it') from None
   return described
+
+
+def _names(settings) -> tuple[tuple[str, ...], ...]:
+  try:
+    return head_names.names_in(settings)
+  except (AttributeError, TypeError, ValueError) as error:
+    raise UserError(
+      f'its config.json names classes in a way that cannot be understood ({error}); mend id2label '
+      'or label_names there, or remove it'
+    ) from None
 
 
 def _without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +138,7 @@ def load(
   channels: int = 3,
   window: int | None = None,
   label_map: Sequence[int] = (),
+  label_names: Sequence[str] = (),
   patch_resize: str = 'sum',
 ) -> tuple[nn.Module, dict[str, Any], LoadReport]:
   """Loads a published checkpoint.
@@ -132,6 +153,8 @@ def load(
     channels: channels of the images, 3 or 1.
     window: side of a Swin's window in tokens; None: its own.
     label_map: row of the checkpoint's head for each class, -1 for a new one.
+    label_names: the K classes of the data, by label: where the checkpoint names its classes too,
+      the rows of its head are matched by name, also a few of many (docs/pretrained.md).
     patch_resize: 'sum', 'flexi' or 'interpolate' (resize.py).
 
   Returns:
@@ -159,13 +182,20 @@ def load(
     config.model.window = window
   configure(config.model, opened, explicit_patch=bool(patch_size))
   image_size = image_size or opened.architecture.image_size
-  num_classes = num_classes or len(label_map) or opened.architecture.num_classes
+  given = num_classes or len(label_map) or len(label_names)
+  num_classes = given or opened.architecture.num_classes
+  if label_names and len(label_names) != num_classes:
+    raise UserError(f'{len(label_names)} label_names for {num_classes} classes; give one for each')
   with _naming(source):
-    return _fill(opened, config, image_size, channels, num_classes)
+    return _fill(opened, config, image_size, channels, num_classes, label_names)
 
 
 def convert(
-  config, opened: Opened, image_shape: tuple[int, int, int], num_classes: int
+  config,
+  opened: Opened,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+  label_names: Sequence[str] = (),
 ) -> tuple[dict[str, Any], LoadReport]:
   """Brings an opened checkpoint to the model of `config`.
 
@@ -174,6 +204,7 @@ def convert(
     opened: the checkpoint, by `open_checkpoint`.
     image_shape: shape of the images, (H, W, C).
     num_classes: K.
+    label_names: the K classes of the data, by label; (): rows go by their position.
 
   Returns:
     The parameters, and the report of the load.
@@ -189,7 +220,7 @@ def convert(
     )
   configure(config.model, opened, explicit_patch=True)
   with _naming(opened.identity['source']):
-    _, variables, report = _fill(opened, config, height, channels, num_classes)
+    _, variables, report = _fill(opened, config, height, channels, num_classes, label_names)
   return variables['params'], report
 
 
@@ -230,7 +261,12 @@ def configure(model_config, opened: Opened, *, explicit_patch: bool) -> None:
 
 
 def _fill(
-  opened: Opened, config, image_size: int, channels: int, num_classes: int
+  opened: Opened,
+  config,
+  image_size: int,
+  channels: int,
+  num_classes: int,
+  label_names: Sequence[str],
 ) -> tuple[nn.Module, dict[str, Any], LoadReport]:
   """Builds the configured model of a config and fills it; see `load`."""
   model_config, label_map = config.model, tuple(config.base.label_map)
@@ -247,7 +283,11 @@ def _fill(
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
   flat = traverse_util.flatten_dict(shapes, sep='/')
   leaves = {path: leaf.shape for path, leaf in flat.items()}
-  filler = Filler(opened, model, leaves, label_map, config.base.patch_resize)
+  source, own = opened.identity['source'], opened.architecture.num_classes
+  head = head_names.find(source, opened.label_names, own, label_names, label_map, num_classes)
+  if head.doubtful:
+    warn(head.said)
+  filler = Filler(opened, model, leaves, head.label_map, config.base.patch_resize)
   params, rows = filler.fill()
   report = LoadReport(
     name=model_config.name,
@@ -259,6 +299,9 @@ def _fill(
     std=std,
     model=model_config.to_dict(),
     rows=tuple(rows),
+    label_names=head.label_names,
+    label_map=head.label_map,
+    labels=head.said,
   )
   variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
   return model, variables, report
@@ -298,4 +341,5 @@ def _open_artefact(path: Path) -> Opened:
   described = Architecture(saved.name, fields, metadata['image_shape'][0], metadata['num_classes'])
   layout = Layout('fulllora_jax run', lambda _: True, lambda *_: described, (Rule(r'(.*)', r'\1'),))
   identity = {'source': str(path), 'revision': None, 'files': {}}
-  return Opened(tensors, shapes, layout, described, identity)
+  names = tuple((name,) for name in metadata.get('label_names') or ())
+  return Opened(tensors, shapes, layout, described, identity, names)

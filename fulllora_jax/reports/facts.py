@@ -121,6 +121,7 @@ def provenance_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   yield 'command', report.get('command')
   yield 'seed', report.get('seed')
   yield 'base', report.get('base_fingerprint')
+  yield "the base's head", report.get('base_classes')
   yield 'device', report.get('device')
   arithmetic = {
     f'{e.get("dtype")}, matmul precision {e.get("matmul_precision")}' for e in report['evaluations']

@@ -203,8 +203,11 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
     elif kind == pretrained.RUN or not published:
       params, _ = pretrained.load_base(source)
     else:
+      own = config.from_mapping(metadata['config'])
+      # The rows of its head that were found by name then.
+      own.base.label_map = tuple(published.get('label_map') or own.base.label_map)
       params, _ = pretrained.convert(
-        config.from_mapping(metadata['config']),
+        own,
         pretrained.open_checkpoint(source),
         tuple(metadata['image_shape']),
         metadata['num_classes'],

@@ -13,10 +13,12 @@ import jax
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, pretrained
 from fulllora_jax.adapters import adapted, artefact
-from fulllora_jax.core import trees
-from fulllora_jax.core.console import say
+from fulllora_jax.core import class_names, trees
+from fulllora_jax.core.console import say, warn
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import make_directory, replace_file
 from fulllora_jax.core.trees import Tree
+from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
 from fulllora_jax.training.assemble import Assembly
 from fulllora_jax.training.publish import Origin, publish
@@ -92,7 +94,8 @@ def ensure_base(
     UserError: base, model and data do not fit.
   """
   source = pretrained.resolve_base(config.base.source)
-  if source.kind == pretrained.RUN:
+  if source.artefact is not None:
+    _check_run(config, source.artefact, dataset)
     return source.artefact
   if source.kind == pretrained.PUBLISHED:
     if opened is not None:
@@ -109,6 +112,44 @@ def ensure_base(
   return directory / 'best'
 
 
+def _check_run(config, base: Path, dataset: data.Dataset) -> None:
+  """Checks that a run of ours, as a base, has the data's classes and saw no test image.
+
+  Raises:
+    UserError: the classes are in another order, or renamed; it was trained on test images.
+  """
+  metadata = pretrained.base_metadata(base)
+  names, told = metadata.get('label_names'), f'base.source: {base} was trained on'
+  if not names:
+    say(f'{base} does not say its class names; assumed the same')
+  elif list(names) != list(dataset.label_names):
+    places = class_names.permutation(dataset.label_names, names)
+    differs = class_names.difference(dataset.label_names, names)
+    if places is not None and list(places) != sorted(places):
+      raise UserError(
+        f'{told} the same classes in another order ({class_names.few(names)}); name them so that '
+        'they sort as then, or train the base anew'
+      )
+    if places is None and metadata['dataset'] == dataset.name:
+      raise UserError(
+        f'{told} {dataset.name} with other classes (now {differs}); name them as they were, or '
+        'train the base anew'
+      )
+    if places is None:
+      warn(f'{told} other classes (now {differs}): each row of its head is taken for another class')
+  seen = of_run.not_held_out(base.parent, dataset)
+  own = metadata['config'].get('data', {})
+  if own.get('name') == config.data.name == dataset.name and not config.data.name.startswith(
+    'folder:'
+  ):
+    seen = processes.everywhere(data.shared_examples, config.data, own['train_split'])
+  if seen:
+    raise UserError(
+      f'{told} {seen} of the {len(dataset.test)} test images; give data.seed and the splits of '
+      'that run, or train the base anew'
+    )
+
+
 def store_base(opened: pretrained.Opened, config, workdir: Path, dataset: data.Dataset) -> None:
   """Converts a published checkpoint to the run's shapes, into its base/.
 
@@ -117,18 +158,21 @@ def store_base(opened: pretrained.Opened, config, workdir: Path, dataset: data.D
   Raises:
     UserError: it does not fit; images that are not square.
   """
-  params, report = pretrained.convert(config, opened, dataset.image_shape, dataset.num_classes)
+  params, report = pretrained.convert(
+    config, opened, dataset.image_shape, dataset.num_classes, dataset.label_names
+  )
   say(report.summary())
   directory = _kept(workdir)
   if processes.is_primary():
     make_directory(directory.parent)
-    table = f'{report.table()}\n'.encode()
-    replace_file(directory.parent / 'load.md', table)
+    table = f'{report.table()}\n' + f'\nClasses: {report.labels}.\n' * bool(report.labels)
+    replace_file(directory.parent / 'load.md', table.encode())
   processes.wait_for_all()
   own = config_lib.base_config(config)
   variables = {'params': params}
   mask = adapted.build(own, dataset.num_classes).mask(variables)
   made = {'layout': report.layout, 'new_head': report.new_head}
+  made |= {'label_map': list(report.label_map), 'labels': report.labels}
   identity = dict(report.identity) | made
   publish(
     directory,

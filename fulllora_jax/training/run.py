@@ -12,6 +12,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import data
 from fulllora_jax.core import files, provenance
 from fulllora_jax.core.console import say, warn
+from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
 from fulllora_jax.evaluation import closer_look, finished_run, settings
 from fulllora_jax.reports import page, report
@@ -64,7 +65,7 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
   else:
     config = config_lib.copy(config)
     opened = processes.everywhere(base_lib.open_base, config, workdir)
-    dataset = dataset or base_lib.open_dataset(config)
+    dataset = of_run.hold(workdir, dataset or base_lib.open_dataset(config))
     base = base_lib.ensure_base(config, workdir, dataset, opened, train=train_and_evaluate)
     training = Training(config, workdir, dataset, base)
     training.run()

@@ -268,7 +268,7 @@ def test_the_command_examines_a_run(run_python, finished_copy):
   ]  # fmt: skip
   wrong = sum(line.startswith('wrong') for line in lines)
   assert lines[-1] == (
-    f'{wrong} of 15 checks found something wrong, on 16 test images at linf, eps 1/20'
+    f'{wrong} of 16 checks found something wrong, on 16 test images at linf, eps 1/20'
   )
   assert done.returncode == (wrong > 0)
 

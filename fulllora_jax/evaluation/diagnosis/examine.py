@@ -19,6 +19,7 @@ from fulllora_jax.config import WEIGHTS
 from fulllora_jax.core import files
 from fulllora_jax.core import ranges as range_lib
 from fulllora_jax.core.errors import choose
+from fulllora_jax.data import of_run
 from fulllora_jax.evaluation import evaluations, finished_run, ranges, settings
 from fulllora_jax.evaluation.diagnosis import attack, model
 from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding
@@ -29,6 +30,7 @@ CHECKS: dict[str, Callable[[Examined], Finding | None]] = {
   'logits, not probabilities': model.probabilities,
   'enough classes': model.classes,
   'clean accuracy above chance': model.clean_accuracy,
+  'classes in the order of the labels': model.class_order,
   'images on the scale the model expects': model.normalisation,
   'eps in its unit': model.eps,
   'gradients that are not zero': attack.gradients,
@@ -132,6 +134,8 @@ def examine_and_say(
     path = files.absolute_path(workdir)
     logits_fn, exact_fn = finished_run.logits_functions(path, weights)
   dataset = data.open_dataset(config.data, config.seed)
+  if path is not None:
+    dataset = of_run.as_in_run(path, dataset)
   examples = getattr(dataset, split)
   chosen = data.choose_examples(len(examples), num_examples, seed)
   examined = Examined(

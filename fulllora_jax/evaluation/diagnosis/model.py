@@ -68,15 +68,34 @@ def classes(model: Examined) -> Finding | None:
 
 def clean_accuracy(model: Examined) -> Finding | None:
   """The model must be right more often than the commonest class."""
-  chance = max(np.bincount(model.labels).max() / len(model.labels), 1 / model.classes)
-  error = (chance * (1 - chance) / len(model.labels)) ** 0.5
-  if model.clean.mean() > chance + 2 * error:
+  chance, above_chance = _chance(model)
+  if model.clean.mean() > above_chance:
     return None
   return wrong(
     f'clean accuracy is {model.clean.mean():.1%}; always saying the commonest '
     f'class gives {chance:.1%}',
     'a model that knows nothing has nothing to lose to an attack',
     'check labels, their order, the head and the weights that were loaded',
+  )
+
+
+def _chance(model: Examined) -> tuple[float, float]:
+  """Returns what always saying the commonest class gives, and two standard errors above it."""
+  chance = max(np.bincount(model.labels).max() / len(model.labels), 1 / model.classes)
+  return chance, chance + 2 * (chance * (1 - chance) / len(model.labels)) ** 0.5
+
+
+def class_order(model: Examined) -> Finding | None:
+  """The model must do best with the classes in the order of the labels."""
+  best = model.in_best_order
+  if best < max(model.clean.mean() + 0.1, _chance(model)[1]):
+    return None
+  return wrong(
+    f'clean accuracy is {model.clean.mean():.1%}, but {best:.1%} if the classes of the model have '
+    'another order than the labels',
+    'the model knows the classes under other numbers, so what it says is taken for another class',
+    'match the classes by name: look at base.label_map, at the names in the checkpoint and at the '
+    'order of the class folders',
   )
 
 
@@ -101,7 +120,8 @@ def normalisation(model: Examined) -> Finding | None:
     name: model.right(model.logits_of(scale(model.x))).mean() for name, scale in _SCALES.items()
   }
   best = max(accuracies, key=accuracies.get)
-  if accuracies[best] < model.clean.mean() + 0.1:
+  # Labels in another order are no matter of scale.
+  if accuracies[best] < max(model.clean.mean(), model.in_best_order) + 0.1:
     return None
   return wrong(
     f'clean accuracy is {model.clean.mean():.1%} on x in [0, 1], but '

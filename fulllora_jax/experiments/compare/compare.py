@@ -14,6 +14,7 @@ from fulllora_jax import data
 from fulllora_jax.core.console import duration, say
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import replace_file
+from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
 from fulllora_jax.experiments.compare import plan, table
 from fulllora_jax.reports.page.comparison import comparison_page
@@ -58,7 +59,7 @@ def compare(
   chosen = plan.runs(comparison, given, rows, seeds)
   if not table_only:
     _prepare_base(plan.base_config(comparison), directory)
-    _execute(chosen)
+    _execute(chosen, directory)
   reports = {(run.row, run.seed): report_of(run) for run in every}
   missing = [r.title for r in every if reports[r.row, r.seed] is None]
   if missing:
@@ -85,17 +86,19 @@ def _prepare_base(config, workdir: Path) -> None:
   if not plan.has_own_base(config):
     return
   if config.base.source == 'train':
-    own = config_lib.base_config(config)
-    run_lib.train_and_evaluate(own, workdir / 'base')
+    own, dataset = config_lib.base_config(config), None
+    if processes.from_primary(run_lib.finished_report, workdir / 'base') is None:
+      dataset = of_run.hold(workdir, base_lib.open_dataset(own))
+    run_lib.train_and_evaluate(own, workdir / 'base', dataset)
     return
   with workdir_lib.exclusive(workdir):
     opened = base_lib.open_base(config, workdir)
     if opened is not None:  # else it is there
-      dataset = data.open_dataset(config.data, config.seed)
+      dataset = of_run.hold(workdir, data.open_dataset(config.data, config.seed))
       base_lib.store_base(opened, config, workdir, dataset)
 
 
-def _execute(runs: Sequence[plan.Run]) -> None:
+def _execute(runs: Sequence[plan.Run], directory: Path) -> None:
   """Trains and evaluates each run that is not finished; each resumes."""
   todo = [run for run in runs if report_of(run) is None]
   dataset = None
@@ -109,7 +112,8 @@ def _execute(runs: Sequence[plan.Run]) -> None:
       left = f', about {duration(rate * (len(todo) - number))} left'
     say(f'\n=== {run.title}: run {number + 1} of {len(todo)}{left}')
     try:
-      dataset = dataset or base_lib.open_dataset(run.config)  # the same for all
+      # The same for all, also for those of a later day.
+      dataset = dataset or of_run.hold(directory, base_lib.open_dataset(run.config))
       run_lib.train_and_evaluate(run.config, run.workdir, dataset)
     except UserError as error:
       raise type(error)(f'{run.title}: {error}') from None

@@ -23,6 +23,7 @@ from fulllora_jax.core import trees
 from fulllora_jax.core.console import Progress, say
 from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.core.files import read_file, replace_file
+from fulllora_jax.data import of_run
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.experiments import variants
@@ -120,6 +121,7 @@ def race(
     checks.validate(own, jax.device_count())
   with workdir_lib.exclusive(workdir):
     directory = workdir_lib.absolute_path(workdir)
+    dataset = of_run.hold(directory, dataset)
     opened = base_lib.open_base(config, directory)
     base = base_lib.ensure_base(
       config, directory, dataset, opened, train=run_lib.train_and_evaluate

@@ -1,0 +1,80 @@
+"""What is held out from training, by the content of its files: no picture is on both sides."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from fulllora_jax.core import console
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.data.splits import Dataset, pool
+
+
+def separate(dataset: Dataset) -> Dataset:
+  """Looks for pictures that are on both sides of a split, as the same file twice or more.
+
+  Where a split was drawn here, all copies of a held-out picture are held out, unless none would be
+  left to train on. Between a train and a test folder copies are counted and said.
+
+  Raises:
+    UserError: every test image is a training image.
+  """
+  train, validation, test = dataset.train, dataset.validation, dataset.test
+  if not len(test.contents):
+    return dataset
+  twice = np.isin(test.contents, np.concatenate([train.contents, validation.contents]))
+  if twice.all() and not dataset.test_is_drawn:
+    raise UserError(
+      f'data.name={dataset.name}: every image of {test.name}/ is in {train.name}/ too; give '
+      'another data.test_split, of images that are not trained on'
+    )
+  if twice.any() and not dataset.test_is_drawn:
+    console.warn(
+      f'{dataset.name}: {twice.sum()} of {len(test)} images of {test.name}/ are in '
+      f'{train.name}/ too, as the same file: the model has seen them; remove them from one'
+    )
+  apart = restore(dataset, test.contents, validation.contents)
+  copies = len(train) - len(apart.train)
+  if not len(apart.train):
+    console.warn(
+      f'{dataset.name}: every training image is a copy of one that is held out, which measures '
+      'nothing; give more images'
+    )
+    return dataset
+  if copies:
+    console.say(f'{dataset.name}: {copies} copies of images that are held out are held out too')
+  return apart
+
+
+def restore(dataset: Dataset, test: Sequence[str], validation: Sequence[str]) -> Dataset:
+  """Returns a data set with given images held out, whatever was drawn when it was opened.
+
+  Args:
+    dataset: an open data set whose contents are known.
+    test: the contents of the test split, in order; images of a test folder that are not among them
+      are left out.
+    validation: the contents of the validation split, in order.
+  """
+  splits = (dataset.train, dataset.validation, dataset.test)
+  together = pool(splits)
+  in_test = np.repeat([False, False, True], [len(split) for split in splits])
+  drawn = dataset.test_is_drawn
+  is_test = np.isin(together.contents, test) & (in_test | drawn)
+  is_validation = np.isin(together.contents, validation) & ~is_test & (~in_test | drawn)
+  is_train = ~is_test & ~is_validation & (~in_test | drawn)
+
+  def ordered(chosen: np.ndarray, contents: Sequence[str]) -> np.ndarray:
+    place = {content: i for i, content in reversed(list(enumerate(contents)))}
+    rows = np.flatnonzero(chosen)
+    return rows[np.argsort([place[c] for c in together.contents[rows]], kind='stable')]
+
+  rows = (np.flatnonzero(is_train), ordered(is_validation, validation), ordered(is_test, test))
+  if all(
+    len(r) == len(split) and (together.contents[r] == split.contents).all()
+    for r, split in zip(rows, splits, strict=True)
+  ):
+    return dataset
+  train, validation_split, test_split = (
+    together.subset(split.name, r) for r, split in zip(rows, splits, strict=True)
+  )
+  return dataclasses.replace(dataset, train=train, validation=validation_split, test=test_split)
