@@ -12,6 +12,7 @@ import sys
 import tempfile
 import types
 import warnings
+import zlib
 
 import filelock
 import numpy as np
@@ -213,12 +214,12 @@ def folder_data(tmp_path):
 
 @pytest.fixture
 def write_images(tmp_path):
-  """Writes `count` random images to tmp_path/images/SUB, names sorted."""
+  """Writes `count` random images to tmp_path/images/SUB, names sorted; other ones in each SUB."""
 
   def write(sub, count, size=(8, 8), mode='RGB', suffix='png', seed=0):
     folder = tmp_path / 'images' / sub
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((seed, zlib.crc32(sub.encode())))
     pixels = rng.integers(0, 256, (count, *size[::-1], 4), np.uint8)
     for i, image in enumerate(pixels):
       path = folder / f'{i:03d}.{suffix}'

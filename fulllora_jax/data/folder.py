@@ -42,6 +42,11 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
   _check_there(data.name, root)
   listing = Listing(data.name, root)
   train_dir, test_dir = listing.split_folders(data)
+  if test_dir and os.path.realpath(train_dir) == os.path.realpath(test_dir):
+    raise UserError(
+      f'data.test_split: {test_dir} is the training folder too; name another, or remove it and a '
+      f'fifth of the images is held out'
+    )
   classes = listing.class_folders(train_dir)
   train = listing.files(train_dir, classes, allow_empty=False)
   if test_dir:

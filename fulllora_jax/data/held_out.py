@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import UserError
 from fulllora_jax.data.splits import Dataset, pool
 
 
@@ -15,19 +14,11 @@ def separate(dataset: Dataset) -> Dataset:
 
   Where a split was drawn here, all copies of a held-out picture are held out, unless none would be
   left to train on. Between a train and a test folder copies are counted and said.
-
-  Raises:
-    UserError: every test image is a training image.
   """
   train, validation, test = dataset.train, dataset.validation, dataset.test
   if not len(test.contents):
     return dataset
   twice = np.isin(test.contents, np.concatenate([train.contents, validation.contents]))
-  if twice.all() and not dataset.test_is_drawn:
-    raise UserError(
-      f'data.name={dataset.name}: every image of {test.name}/ is in {train.name}/ too; give '
-      'another data.test_split, of images that are not trained on'
-    )
   if twice.any() and not dataset.test_is_drawn:
     console.warn(
       f'{dataset.name}: {twice.sum()} of {len(test)} images of {test.name}/ are in '

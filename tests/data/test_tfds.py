@@ -130,7 +130,29 @@ def test_unknown_split_lists_the_splits(digits_data):
 
 def test_train_and_test_split_must_differ(digits_data):
   digits_data.test_split = 'train'
-  assert 'data.test_split=train is also data.train_split' in (open_error(digits_data))
+  message = open_error(digits_data)
+  assert 'data.test_split=train: 1437 of its examples are in data.train_split=train' in message
+
+
+@pytest.mark.parametrize(
+  'train, test, shared',
+  [
+    ('train', 'train[90%:]', 144),
+    ('train[:50%]+train[60%:]', 'train[40%:70%]', 287),
+    ('train+test[:1]', 'test', 1),
+  ],
+)
+def test_slices_that_overlap_are_refused_with_their_number(digits_data, train, test, shared):
+  digits_data.train_split, digits_data.test_split = train, test
+  message = open_error(digits_data)
+  assert f'{shared} of its examples are in data.train_split={train} too' in message
+  assert 'train[:90%] and train[90%:]' in message
+
+
+def test_slices_that_meet_are_apart(digits_data):
+  digits_data.train_split, digits_data.test_split = 'train[:90%]', 'train[90%:]'
+  dataset = open_dataset(digits_data, 0)
+  assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 1437
 
 
 def test_unknown_cache(digits_data):
