@@ -17,6 +17,8 @@ from fulllora_jax.data.splits import Dataset, Split, identity
 from fulllora_jax.distributed import processes
 
 FILE = 'data.json'
+# What is in a directory once something was computed from its data.
+_BEGUN = ('base', 'best', 'last', 'checkpoints', 'runs', 'schedules')
 
 
 def hold(workdir: Path, dataset: Dataset) -> Dataset:
@@ -27,14 +29,14 @@ def hold(workdir: Path, dataset: Dataset) -> Dataset:
     dataset: the data as they are now.
 
   Returns:
-    The data in the run's order of classes, with its test and validation images held out.
+    The data, with the run's test and validation images held out.
 
   Raises:
     UserError: they are not the data that the run began with; the message names what differs.
   """
-  kept = processes.from_primary(read, workdir)
+  kept = processes.from_primary(_read_if_begun, workdir)
   if kept is not None:
-    dataset = _as_kept(workdir, kept, dataset)
+    dataset = _as_kept(workdir, kept, dataset, may_map=False)
   now = _description(dataset)
   before = (kept or {}).get('identity')
   if before:
@@ -95,6 +97,11 @@ def read(workdir: Path) -> dict[str, Any] | None:
   return {'label_names': metadata.get('label_names')}
 
 
+def _read_if_begun(workdir: Path) -> dict[str, Any] | None:
+  """Reads what a run keeps; a start that was refused before anything was made binds nobody."""
+  return read(workdir) if any((workdir / name).exists() for name in _BEGUN) else None
+
+
 def _description(dataset: Dataset) -> dict[str, Any]:
   described: dict[str, Any] = {'dataset': dataset.name, 'label_names': list(dataset.label_names)}
   described['identity'] = identity(dataset)
@@ -116,11 +123,13 @@ def _refuse_changes(workdir: Path, dataset: Dataset, before, now) -> None:
     )
 
 
-def _as_kept(workdir: Path, kept: dict[str, Any], dataset: Dataset) -> Dataset:
+def _as_kept(
+  workdir: Path, kept: dict[str, Any], dataset: Dataset, *, may_map: bool = True
+) -> Dataset:
   if not kept['label_names']:
     console.say(f'{workdir}: the run does not say its class names; assumed the same')
   else:
-    dataset = _in_order(workdir, tuple(kept['label_names']), dataset)
+    dataset = _in_order(workdir, tuple(kept['label_names']), dataset, may_map)
   if not len(dataset.test.contents):
     return dataset
   if 'held_out' not in kept:
@@ -133,7 +142,7 @@ def _as_kept(workdir: Path, kept: dict[str, Any], dataset: Dataset) -> Dataset:
   return _hold_out_again(workdir, kept['held_out'], dataset)
 
 
-def _in_order(workdir: Path, names: tuple[str, ...], dataset: Dataset) -> Dataset:
+def _in_order(workdir: Path, names: tuple[str, ...], dataset: Dataset, may_map: bool) -> Dataset:
   """Gives the classes the numbers that they have in the run."""
   places = class_names.permutation(dataset.label_names, names)
   if places is None:
@@ -144,6 +153,12 @@ def _in_order(workdir: Path, names: tuple[str, ...], dataset: Dataset) -> Datase
     )
   if places == tuple(range(len(names))):
     return dataclasses.replace(dataset, label_names=names)
+  if not may_map:  # its images have another order too, and so had the batches
+    raise UserError(
+      f'data.name={dataset.name}: its classes are in another order than the run in {workdir} began '
+      f'with ({class_names.few(names)}); name them so that they sort as then, or give another '
+      '--workdir'
+    )
   console.say(
     f'{dataset.name}: its classes are those of {workdir} in another order; labels are matched by '
     'name'

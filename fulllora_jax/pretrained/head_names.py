@@ -114,17 +114,17 @@ def _unmatched(
 ) -> HeadRows:
   """Says that some classes of the data are none of the head's."""
   lost = (
-    f'{len(missing)} of the {len(own)} classes are none of its head ({class_names.few(missing)}'
+    f'{len(missing)} of the {len(own)} classes are none of its head ({class_names.few(missing)})'
   )
   if len(names) != len(own):
     # Another task, as often as not; the head is new, which is said.
-    partly = f'{source}: {lost}), so the head is new; base.label_map takes rows for the others'
+    partly = f'{source}: {lost}, so the head is new; base.label_map takes rows for the others'
     return HeadRows((), own, partly if len(missing) < len(own) else '')
   return HeadRows(
     (),
     own,
     f'{source} has as many classes as the data but other names: {lost}; it has '
-    f'{class_names.few(names)}): its rows are taken by position and may be of other classes; name '
+    f'{class_names.few(names)}; its rows are taken by position and may be of other classes; name '
     'the classes as it does, or set base.label_map (-1 for a class that it does not have)',
     True,
   )
