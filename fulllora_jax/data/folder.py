@@ -50,7 +50,7 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
   classes = listing.class_folders(train_dir)
   train = listing.files(train_dir, classes, allow_empty=False)
   if test_dir:
-    test = listing.files(test_dir, listing.same_classes(classes, test_dir), allow_empty=True)
+    test = listing.files(test_dir, listing.class_folders(test_dir, classes), allow_empty=True)
   listing.say()
   if not test_dir:
     train, test = _hold_out(data.name, train, seed)

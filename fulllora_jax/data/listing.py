@@ -53,21 +53,10 @@ class Listing:
         folder alone, or class folders have the names of splits.
     """
     found = self.subfolders(self.root)
-    asked_train = data.train_split not in ('', 'train')
-    train = self._one(found, (data.train_split,) if asked_train else _TRAIN_NAMES, 'train_split')
-    if data.test_split:
-      test = self._one(found, (data.test_split,), 'test_split')
-    else:
-      test = self._one(found, _TEST_NAMES, 'test_split')
-      test = test or self._one(found, _VALIDATION_NAMES, 'test_split')
-    for field, asked, folder in (
-      ('test_split', data.test_split, test),
-      ('train_split', asked_train, train),
-    ):
-      if asked and not folder:
-        raise UserError(
-          f'data.{field}={data[field]}: no such folder in {self.root}; found {few(found)}'
-        )
+    asked = '' if data.train_split == 'train' else data.train_split
+    train = self._one(found, 'train_split', asked, _TRAIN_NAMES)
+    test = self._one(found, 'test_split', data.test_split, _TEST_NAMES)
+    test = test or self._one(found, 'test_split', '', _VALIDATION_NAMES)
     if test and not train:
       raise UserError(
         f'data.name={self.name}: found {test.name}/ but no '
@@ -76,23 +65,24 @@ class Listing:
     if not train:
       self._check_no_splits(found)
       return self.root, None
-    unused = [folder for folder in found if folder not in (train.name, test and test.name)]
-    if unused:
+    if unused := [name for name in found if not {train, test} & set(found[name])]:
       console.warn(
         f'{self.name}: {few(unused)} beside {train.name}/ not used (validation is held out from '
         f'{train.name}/; data.test_split names another test folder)'
       )
     return train, test
 
-  def _one(self, found: Folders, wanted: tuple[str, ...], field: str) -> Path | None:
-    """Returns the one folder that has one of the names; small and capital letters are alike."""
-    exact = [name for name in found if len(wanted) == 1 and name == wanted[0]]
-    names = exact or [n for n in found if n.casefold() in {w.casefold() for w in wanted}]
+  def _one(self, found: Folders, field: str, asked: str, usual: tuple[str, ...]) -> Path | None:
+    """Returns the one folder of that name, if any; small and capital letters are alike."""
+    wanted = {name.casefold() for name in ((asked,) if asked else usual)}
+    names = [asked] if asked in found else [n for n in found if n.casefold() in wanted]
     if len(names) > 1:
       raise UserError(
         f'data.name={self.name}: found {" and ".join(f"{name}/" for name in names)} in '
         f'{self.root}, and one can be used; set data.{field} to one of them'
       )
+    if asked and not names:
+      raise UserError(f'data.{field}={asked}: no such folder in {self.root}; found {few(found)}')
     return found[names[0]][0] if names else None
 
   def _check_no_splits(self, found: Folders) -> None:
@@ -116,34 +106,28 @@ class Listing:
         found.setdefault(unicodedata.normalize('NFC', path.name), []).append(path)
     return dict(sorted(found.items()))
 
-  def class_folders(self, folder: Path) -> dict[str, list[Path]]:
+  def class_folders(self, folder: Path, others: Folders | None = None) -> dict[str, list[Path]]:
     """Returns the class folders in a split's folder.
 
+    Args:
+      folder: the split's folder.
+      others: the class folders of the training split, for those of the test split.
+
     Raises:
-      UserError: there are less than 2.
+      UserError: there are less than 2, or other names than in `others`.
     """
     classes = self.subfolders(folder)
+    if difference := sorted(set(classes) ^ set(classes if others is None else others)):
+      raise UserError(
+        f'data.name={self.name}: the training folder and {folder} must have the '
+        f'same classes; only one of them has {few(difference)}'
+      )
     if len(classes) < 2:
       raise UserError(
         f'data.name={self.name}: found {len(classes)} class folders in {folder}, '
         f'2 or more are needed; {_LAYOUT}'
       )
     return classes
-
-  def same_classes(self, classes: Folders, test_dir: Path) -> dict[str, list[Path]]:
-    """Returns the class folders of the test split.
-
-    Raises:
-      UserError: they are others than those of the training split.
-    """
-    found = self.subfolders(test_dir)
-    difference = sorted(set(classes) ^ set(found))
-    if difference:
-      raise UserError(
-        f'data.name={self.name}: the training folder and {test_dir} must have the '
-        f'same classes; only one of them has {few(difference)}'
-      )
-    return found
 
   def files(self, folder: Path, classes: Folders, *, allow_empty: bool) -> Files:
     """Lists the images of a split, class after class, with those in subfolders of a class.
@@ -157,11 +141,10 @@ class Listing:
     files: Files = []
     empty = []
     for label, (name, folders) in enumerate(classes.items()):
-      before, seen = len(files), set()
-      for place in folders:
-        files += [(path, label) for path in self._below(place, place, seen)]
-      if len(files) == before:
-        empty.append(name)
+      seen: set[str] = set()
+      own = [(path, label) for place in folders for path in self._below(place, place, seen)]
+      files += own
+      empty += [] if own else [name]
     if not files:
       raise UserError(
         f'data.name={self.name}: no image in the class folders of {folder}; files must end as '

@@ -319,7 +319,7 @@ def test_no_program_is_started_for_a_file(tmp_path):
     images.verify(path)
 
 
-@pytest.mark.filterwarnings('ignore:Tag data', 'ignore:Corrupt EXIF')
+@pytest.mark.filterwarnings('ignore:Tag data', 'ignore:Corrupt EXIF', 'ignore:Truncated File')
 @pytest.mark.parametrize('suffix', ['png', 'tif', 'gif', 'bmp', 'tga', 'pcx', 'sgi', 'jp2', 'ppm'])
 def test_whatever_damage_raises_counts_as_broken(suffix, tmp_path):
   path = tmp_path / f'x.{suffix}'
