@@ -76,8 +76,9 @@ def default() -> ConfigDict:
 
 def _model() -> ConfigDict:
   model = ConfigDict()
-  # vit_{ti,s,b,l,h}, deit_*, swin_*, ... (models/__init__.py); vit, deit, swin
-  # and convit have no size and take it from the fields below.
+  # vit_{ti,s,b,l,h}, deit_*, swin_*, ... (models/__init__.py), or a name of timm
+  # or of the hub, as vit_tiny_patch16_224 or google/vit-base-patch16-224; vit,
+  # deit, swin and convit have no size and take it from the fields below.
   model.name = 'vit_b'
   # The size of the model, all above 0; None: that of its name.
   model.width = config_dict.placeholder(int)  # length of a token

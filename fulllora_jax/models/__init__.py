@@ -12,7 +12,7 @@ from typing import Any
 from flax import linen as nn
 
 from fulllora_jax.core.errors import UserError, did_you_mean
-from fulllora_jax.models import convit, layers, swin, vit
+from fulllora_jax.models import convit, layers, published_names, swin, vit
 from fulllora_jax.models.vit import VisionTransformer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _FAMILIES = (vit, swin, convit)
+_MODULES = {'vit': vit, 'swin': swin, 'convit': convit}
 _COMMON = (
   'name', 'patch_size', 'act', 'epsilon', 'mean', 'std', 'dropout', 'dtype',
   'remat',
@@ -96,5 +97,10 @@ def family(name: str) -> types.ModuleType:
   for module in _FAMILIES:
     if name in module.NAMES:
       return module
+  if published := published_names.find(name):
+    return _MODULES[published.family]
   hint = did_you_mean(name, names(), cutoff=0.4)
-  raise UserError(f'model.name: unknown model {name!r}; {hint}known: {", ".join(names())}')
+  raise UserError(
+    f'model.name: unknown model {name!r}; {hint}known: {", ".join(names())}, and the names of timm '
+    'and transformers for them'
+  )

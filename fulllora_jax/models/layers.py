@@ -12,6 +12,7 @@ from flax import linen as nn
 from fulllora_jax.core import ranges
 from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.distributed import mesh
+from fulllora_jax.models import published_names
 
 _Model = TypeVar('_Model', bound='ImageModel')
 
@@ -204,13 +205,14 @@ def resolve(
 
   Args:
     model: the `model` part of a config; None, '' and () are not set.
-    names: registry name -> settings, whose keys are fields of `model` or the family's own.
+    names: registry name -> settings, whose keys are fields of `model` or the family's own. Names
+      of timm and of the hub are known besides (published_names.py).
     needed: fields that a name without a size must be given.
 
   Raises:
     UserError: one of them is missing.
   """
-  settings = dict(names[model.name])
+  settings = dict(_named(model.name, names))
   for field in model:
     value = getattr(model, field)
     if field != 'name' and value is not None and value != '' and value != ():
@@ -222,3 +224,10 @@ def resolve(
       + ', '.join(f'model.{field}' for field in missing)
     )
   return settings
+
+
+def _named(name: str, names: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+  published = None if name in names else published_names.find(name)
+  if published is None:
+    return names[name]
+  return {**names.get(published.ours, {}), **published.settings}

@@ -6,8 +6,8 @@ The timm hub and the authors' convit_{tiny,small,base}.pth have the same names.
 from collections.abc import Mapping
 from typing import Any
 
-from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import convit
+from fulllora_jax.pretrained import timm_config
 from fulllora_jax.pretrained.layout import (
   Architecture,
   Layout,
@@ -43,11 +43,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     'local_layers': count(shapes, r'blocks\.(\d+)\.attn\.gating_param'),
     'mlp_dim': shape_of(shapes, 'blocks.0.mlp.fc1.weight', 2)[0],
   }
-  pool = config.get('global_pool', 'token')
-  if pool != 'token':
-    raise UserError(
-      f"the checkpoint's config.json has global_pool {pool!r}; a ConViT is read with 'token' only"
-    )
+  timm_config.read(config, ('token',))  # refuses what a ConViT here has not
   name = 'convit'
   if size['mlp_dim'] == 4 * width:
     published = {field: size[field] for field in convit.SIZE_FIELDS}

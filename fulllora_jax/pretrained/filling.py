@@ -16,6 +16,8 @@ from fulllora_jax.pretrained.layout import Opened, Rule
 from fulllora_jax.pretrained.load_report import LOADED, NEW, RESIZED, UNUSED, Row
 
 _HEAD = re.compile(r'head(_dist)?/(kernel|bias)')
+_POSITIONS = 'Transformer/posembed_input/pos_embedding'
+_REGISTERS = 'Transformer/registers'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Filler:
         that does not fit its leaf.
     """
     sent, unused = self._send()
-    params, rows = {}, []
+    self._place_registers(sent)
+    params, rows = {}, self._zeros(sent)
+    new = {row.name for row in rows}
     has_head = any(_HEAD.match(path) for path in sent)
     missing = [
       path for path in self.leaves if path not in sent and (has_head or not _HEAD.match(path))
@@ -58,6 +62,9 @@ class Filler:
         f'base.label_map: {self.source} has no head to take rows from; leave it empty'
       )
     for path, shape in self.leaves.items():
+      if path in new:
+        params[path] = sent[path]
+        continue
       if _HEAD.match(path):
         params[path], row, left = self._head(path, shape, sent.get(path))
         unused.extend(left)
@@ -65,6 +72,39 @@ class Filler:
         params[path], row = self._fit(path, shape, sent[path])
       rows.append(row)
     return params, rows + unused
+
+  @property
+  def _patch_count(self) -> int:
+    """How many patches of the checkpoint have a position."""
+    described = self.opened.architecture
+    return (described.image_size // described.fields['patch_size']) ** 2
+
+  @property
+  def _prefix(self) -> int:
+    """How many tokens come before the patches, and have positions, in our model."""
+    return sum(bool(getattr(self.model, token, False)) for token in ('class_token', 'dist_token'))
+
+  def _place_registers(self, sent: dict[str, np.ndarray]) -> None:
+    """Adds the positions of registers to them, as in a model of ours they have none."""
+    positions, registers = sent.get(_POSITIONS), sent.get(_REGISTERS)
+    if positions is None or registers is None:
+      return
+    first = positions.shape[1] - self._patch_count
+    if first == self._prefix + registers.shape[1]:
+      own, patches = positions[:, :first], positions[:, first:]
+      sent[_REGISTERS] = registers + own[:, self._prefix :]
+      sent[_POSITIONS] = np.concatenate([own[:, : self._prefix], patches], axis=1)
+
+  def _zeros(self, sent: dict[str, np.ndarray]) -> list[Row]:
+    """Makes zeros of the layout's optional leaves, where no block has the like."""
+    optional, rows = self.opened.layout.optional, []
+    if not optional or any(re.fullmatch(optional, path) for path in sent):
+      return rows
+    for path, shape in self.leaves.items():
+      if re.fullmatch(optional, path):
+        sent[path] = np.zeros(shape, np.float32)
+        rows.append(Row(NEW, path, shape, (), 'zeros; the checkpoint has no such bias'))
+    return rows
 
   def _send(self) -> tuple[dict[str, np.ndarray], list[Row]]:
     """Applies the layout's rules to every key."""
@@ -162,11 +202,9 @@ class Filler:
     return np.ascontiguousarray(array), row
 
   def _positions(self, stored, shape):
-    tokens = ('class_token', 'dist_token')
-    prefix = sum(bool(getattr(self.model, token, False)) for token in tokens)
+    prefix, notes = self._prefix, []
     side = round((shape[1] - prefix) ** 0.5)
-    count, notes = stored.shape[1], []
-    if prefix and round(count**0.5) ** 2 == count:
+    if prefix and stored.shape[1] == self._patch_count:
       # Stored for the patches alone: the other tokens have no position.
       zeros = np.zeros((1, prefix, stored.shape[2]), stored.dtype)
       stored = np.concatenate([zeros, stored], axis=1)

@@ -61,6 +61,8 @@ class Layout:
   rules: tuple[Rule, ...]  # the first whose key matches counts
   # Regular expression of the start that keys may have, which rules and functions do not see
   prefix: str = ''
+  # Regular expression of our leaves that are zeros where no block has them, as biases of queries
+  optional: str = ''
 
   def recognises(self, shapes: Shapes) -> bool:
     """Returns whether a checkpoint with these keys is written like that."""

@@ -22,6 +22,7 @@ from fulllora_jax.adapters import artefact as artefact_lib
 from fulllora_jax.core.console import warn
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path
+from fulllora_jax.models import published_names
 from fulllora_jax.pretrained import (
   convit,
   formats,
@@ -50,12 +51,14 @@ _STRUCTURE = (
 )  # fmt: skip
 
 
-def open_checkpoint(source: str | Path) -> Opened:
+def open_checkpoint(source: str | Path, model=None) -> Opened:
   """Finds a checkpoint and recognises it; reads no weights yet.
 
   Args:
     source: a file or folder, hf-hub:owner/name[@revision], an URL with
       #sha256=... (sources.py), or a run of ours.
+    model: the `model` part of a config, which says what neither arrays nor config.json do: the
+      number of heads, or all that timm's name stands for; None: nobody asks for a model.
 
   Raises:
     UserError: it is not there or damaged, or no layout recognises it.
@@ -64,10 +67,13 @@ def open_checkpoint(source: str | Path) -> Opened:
     return _open_artefact(as_path(source))
   fetched = sources.fetch(str(source))
   tensors, shapes, _ = formats.read(fetched.files)
+  with _naming(source):  # timm's models that are not here say why
+    published_names.find(str(fetched.config.get('architecture', '')))
   for layout in LAYOUTS:
     if layout.recognises(shapes):
       with _naming(source):
-        described = _describe(layout, shapes, fetched.config)
+        asked = {'wanted': {**models.settings(model), 'name': model.name}} if model else {}
+        described = _describe(layout, shapes, {**fetched.config, **asked})
         names = _names(fetched.config)
       return Opened(tensors, shapes, layout, described, fetched.identity, names)
   raise UserError(
@@ -85,7 +91,8 @@ def _describe(layout: Layout, shapes, settings) -> Architecture:
   except UserError:  # a ValueError, too
     raise
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    what = 'the config.json beside it' if settings else 'the shapes of its arrays'
+    beside = settings.keys() - {'wanted'}
+    what = 'the config.json beside it' if beside else 'the shapes of its arrays'
     raise UserError(f'{what} cannot be understood ({error}); mend it, or remove it') from None
   return described
 
@@ -145,8 +152,8 @@ def load(
 
   Args:
     source: what `open_checkpoint` opens.
-    name: name in the registry, checked against the checkpoint; None: the name
-      that the checkpoint has there.
+    name: name in the registry, or that of timm or transformers, checked against the checkpoint;
+      None: the name that the checkpoint has in the registry.
     image_size: side of the images in pixels; None: that of its training.
     patch_size: side of a patch in pixels; None: its own.
     num_classes: K; None: rows of its head. Another number than that makes a new head, of zeros.
@@ -167,14 +174,13 @@ def load(
     UserError: `open_checkpoint` refuses the source; the checkpoint is of another architecture than
       `name`; sizes do not fit; a key has no place or a leaf no array.
   """
-  if name:
-    models.family(name)  # a wrong name is said before a download
-  opened = open_checkpoint(source)
   config: Any = config_lib.default()
   config.base.update(label_map=tuple(label_map), patch_resize=patch_resize)
   if name:
+    models.family(name)  # a wrong name is said before a download
     config.model.name = name
-  else:
+  opened = open_checkpoint(source, config.model if name else None)
+  if not name:
     config.model = _config_of(opened.architecture)
   if patch_size:
     config.model.patch_size = patch_size

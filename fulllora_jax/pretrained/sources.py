@@ -15,6 +15,7 @@ import pooch
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import is_remote
+from fulllora_jax.models.published_names import repository
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.bucket import from_bucket
 from fulllora_jax.pretrained.downloads import HELP
@@ -51,6 +52,7 @@ def fetch(source: str) -> Fetched:
       weights that can be read; the hash is wrong; the disk is full.
   """
   revision = None
+  source = _hub_source(source)
   if source.startswith('hf-hub:'):
     main = from_hub(source)
     revision = main.parent.name  # its cache has a folder for each commit
@@ -88,6 +90,16 @@ def _read_beside(main: Path) -> tuple[dict[str, Any], list[Path]]:
       raise UserError(f'{path}: cannot be read ({error}); mend it or remove it') from None
     config |= {'preprocessor': read} if name == PREPROCESSOR else read
   return config, found
+
+
+def _hub_source(source: str) -> str:
+  """Returns hf-hub:owner/name for a name of the hub that is no path here."""
+  folder = Path(os.path.expanduser(source.partition('/')[0]))
+  is_name = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(?:@[^\s@]+)?', source)
+  is_file = source.endswith(('.npz', '.safetensors', '.json', *formats.PICKLES))
+  if is_name and not is_file and not folder.exists():
+    source = f'hf-hub:{source}'
+  return repository(source)
 
 
 def _from_path(source: str) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from fulllora_jax.models.swin import NAMES
+from fulllora_jax.pretrained import timm_config
 from fulllora_jax.pretrained.layout import (
   QKV,
   Architecture,
@@ -110,14 +111,15 @@ def _is_timm(shapes: Shapes, *, early: bool) -> bool:
 
 
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
+  said = timm_config.read(config, ('avg',), ('window_size',))
   # Files for older versions of timm have these fields at the top.
   cfg = config.get('pretrained_cfg', config)
   head = shapes.get('head.fc.weight', shapes.get('head.weight', (0,)))
   return _describe(
     shapes,
     _TIMM_TABLE,
-    config.get('model_args', {}).get('window_size'),
-    _side(cfg.get('input_size')),
+    said.args.get('window_size', said.settings.get('window')),
+    said.side,
     patch=shapes[_TIMM_PATCH],
     hidden=shapes[_TIMM_HIDDEN][0],
     num_classes=head[0],
@@ -133,7 +135,7 @@ def _describe_transformers(shapes: Shapes, config: Mapping[str, Any]) -> Archite
     shapes,
     _HF_TABLE,
     config.get('window_size'),
-    _side(config.get('image_size')),
+    timm_config.square(config.get('image_size')),
     patch=shapes[_HF_PATCH],
     hidden=shapes[_HF_HIDDEN][0],
     num_classes=shapes.get('classifier.weight', (0,))[0],
@@ -141,11 +143,6 @@ def _describe_transformers(shapes: Shapes, config: Mapping[str, Any]) -> Archite
     epsilon=config.get('layer_norm_eps', 1e-5),
     **({'mean': IMAGENET_MEAN, 'std': IMAGENET_STD} | normalisation(config)),
   )
-
-
-def _side(value: Any) -> int | None:
-  """Reads a side that config.json may have as [C, H, W] or [H, W]."""
-  return value[-1] if isinstance(value, list | tuple) else value
 
 
 def _describe(
@@ -170,7 +167,7 @@ def _describe(
       f'its first MLP is {hidden} wide; that of a Swin of width {width} here is {4 * width}'
     )
   depths, heads, windows = _stages(shapes, table)
-  window = window if isinstance(window, int) else max(windows)
+  window = timm_config.square(window) or max(windows)
   grid = _grid(windows, window, image_size and image_size // patch_size)
   size = dict(width=width, depths=depths, heads=heads)
   name = named(NAMES, size, 'swin')

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.pretrained import vit
+from fulllora_jax.pretrained import timm_config, vit
 from fulllora_jax.pretrained.layout import (
   QKV,
   Architecture,
@@ -53,6 +53,16 @@ def _family(shapes: Shapes, config: Mapping[str, Any], has_head: bool) -> str:
   return 'deit_distilled'
 
 
+def _heads(config: Mapping[str, Any]) -> int | None:
+  """Returns the number of heads; 12 is transformers' own, where its config does not say it."""
+  return config.get('num_attention_heads', 12 if 'model_type' in config else None)
+
+
+def _grid(config: Mapping[str, Any], positions: int, prefix: int) -> int:
+  timm_config.square(config.get('image_size'))  # refuses images that are not square
+  return side(positions, prefix)
+
+
 def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   patch = shape_of(shapes, 'embeddings.patch_embeddings.projection.weight', 4)
   swiglu = find(shapes, rf'{_LAYER}\.mlp\.weights_in\.bias')
@@ -68,9 +78,10 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     depth=count(shapes, rf'{_LAYER}\..*'),
     mlp_dim=hidden[0] // 2 if swiglu else hidden[0],
     patch_size=patch[-1],
-    grid=side(positions, 1 + ('embeddings.distillation_token' in shapes)),
+    grid=_grid(config, positions, 1 + ('embeddings.distillation_token' in shapes)),
     num_classes=head[0] if head else 0,
-    num_heads=config.get('num_attention_heads'),
+    num_heads=_heads(config),
+    asked=config.get('wanted', {}),
     fields={
       'pool': 'token_mean' if head and 'dinov2' in family else None,
       'swiglu': bool(swiglu) or None,
@@ -123,9 +134,10 @@ def _describe_tower(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     depth=count(shapes, rf'{_TOWER_LAYER}\..*'),
     mlp_dim=hidden[0],
     patch_size=patch[-1],
-    grid=side(positions[0], is_clip),
+    grid=_grid(own, positions[0], is_clip),
     num_classes=0,
-    num_heads=own.get('num_attention_heads'),
+    num_heads=_heads(own),
+    asked=config.get('wanted', {}),
     fields={'act': hidden_act(own), 'epsilon': own.get('layer_norm_eps')} | normalisation(config),
   )
 

@@ -1,9 +1,9 @@
 """Where a ViT's arrays go; timm's ViTs, and the AugReg npz with our names.
 
 timm's `vit_*` and `deit_*` are the plain ViT, DeiT, DINOv2, CLIP and SigLIP. Sizes, and which of
-the family it is, are read off the keys and shapes. What they do not tell (heads, activation, norm
-epsilon, normalisation) comes from the config.json that timm and transformers put beside their
-weights, or else from the registry's name.
+the family it is, are read off the keys and shapes. What they do not tell (heads, pooling,
+activation, norm epsilon, normalisation) comes from the config.json that timm and transformers put
+beside their weights, or from the name that the user gives; heads are never guessed.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import vit
+from fulllora_jax.pretrained import timm_config
 from fulllora_jax.pretrained.layout import (
   Architecture,
   Layout,
@@ -36,8 +37,6 @@ MLP = f'{BLOCK}/MlpBlock_3'
 MAP = 'MAPHead_0'
 MAP_ATTENTION = f'{MAP}/MultiHeadDotProductAttention_0'
 POSITIONS = 'Transformer/posembed_input/pos_embedding'
-# Of the published sizes; SigLIP's so400m and DINOv2's giant are among them.
-_HEADS = {size[0]: size[2] for size in vit.SIZES.values()}
 
 
 def architecture(
@@ -50,18 +49,25 @@ def architecture(
   grid: int,
   num_classes: int,
   num_heads: int | None,
+  asked: Mapping[str, Any],
   fields: Mapping[str, Any],
 ) -> Architecture:
   """Names a size of the family, or gives its numbers.
 
+  No array tells the number of heads. It is `num_heads`, or where that is None the one that the user
+  asked for (`asked`) with this width.
+
   Raises:
     UserError: the number of heads is not known.
   """
-  num_heads = num_heads or _HEADS.get(width)
+  if not num_heads and asked.get('width', width) == width:
+    num_heads = asked.get('num_heads')
   if not num_heads:
+    names = [name for name, own in vit.NAMES.items() if own.get('width') == width]
     raise UserError(
       f'a ViT of width {width} does not say how many heads it has; put its config.json beside it, '
-      'with num_attention_heads or model_args.num_heads'
+      'with num_attention_heads or model_args.num_heads, or give its name as model.name (e.g. '
+      f'{", ".join(names[:2]) or "that of timm"}), or vit with model.num_heads'
     )
   numbers = (width, depth, num_heads, mlp_dim)
   size = dict(zip(vit.SIZE_FIELDS, numbers, strict=True))
@@ -93,6 +99,7 @@ def _describe_augreg(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     grid=side(shape_of(shapes, POSITIONS, 3)[1], has_token),
     num_classes=math.prod(head[:1]),
     num_heads=shape_of(shapes, query, 3)[1],
+    asked={},
     fields={'pool': None if has_token else 'mean'},
   )
 
@@ -103,8 +110,7 @@ def _is_timm(shapes: Shapes) -> bool:
   ) and 'blocks.0.attn.gating_param' not in shapes
 
 
-def _family(shapes: Shapes, config: Mapping[str, Any]) -> str:
-  kind = config.get('architecture', '')
+def _family(shapes: Shapes, said: timm_config.Said) -> str:
   if 'dist_token' in shapes:
     return 'deit_distilled'
   if 'norm_pre.weight' in shapes:
@@ -112,59 +118,90 @@ def _family(shapes: Shapes, config: Mapping[str, Any]) -> str:
   if 'attn_pool.latent' in shapes:
     return 'siglip'
   if 'blocks.0.ls1.gamma' in shapes:
-    if kind.startswith('deit3'):
+    if said.name.startswith('deit3'):
       return 'deit3'
     return 'dinov2_reg' if 'reg_token' in shapes else 'dinov2'
-  return 'deit' if kind.startswith('deit') else 'vit'
+  return 'deit' if said.name.startswith('deit') else 'vit'
 
 
-def _pool(shapes: Shapes, config: Mapping[str, Any]) -> str | None:
+def _name(shapes: Shapes, said: timm_config.Said, registers: int) -> str:
+  """Returns the family, or timm's name where only that has what the keys show."""
+  shown = {
+    'dist_token': 'dist_token' in shapes,
+    'registers': registers,
+    'pre_norm': 'norm_pre.weight' in shapes,
+    'layer_scale': 'blocks.0.ls1.gamma' in shapes,
+  }
+  family = _family(shapes, said)
+  for name, own in ((family, vit.NAMES[family]), (said.name, said.settings)):
+    if own and all(own.get(field, False) == value for field, value in shown.items()):
+      return name
+  return family
+
+
+def _pool(shapes: Shapes, said: timm_config.Said) -> str:
+  """Returns our name of the pooling.
+
+  Raises:
+    UserError: what is said of it and the keys do not go together.
+  """
+  normed_after, has_token = 'fc_norm.weight' in shapes, 'cls_token' in shapes
   if 'attn_pool.latent' in shapes:
-    return 'map'
-  if 'fc_norm.weight' in shapes:
-    return 'mean_norm'
-  # The arrays are the same with a class token that the head does not read.
-  is_mean = 'cls_token' not in shapes or config.get('global_pool') == 'avg'
-  return 'mean' if is_mean else None
+    pool = shown = 'map'
+  elif normed_after or not has_token:
+    pool, shown = 'mean_norm' if normed_after else 'mean', 'avg'
+  else:
+    # The arrays are the same with a class token that the head does not read.
+    shown = 'avg' if said.pool == 'avg' else 'token'
+    pool = 'mean' if shown == 'avg' else 'token'
+  if said.pool not in (None, shown):
+    raise UserError(
+      f'its {said.name or "config.json"} has global_pool {said.pool!r}, and its keys are those of '
+      f'{shown!r}; put the config.json beside it that it was saved with'
+    )
+  return pool
 
 
-def _act(config: Mapping[str, Any], family: str) -> str | None:
+def _act(said: timm_config.Said, family: str) -> str | None:
   """timm's default is the exact GELU, whatever the model was trained with."""
-  act = config.get('model_args', {}).get('act_layer')
-  if not act and config.get('architecture'):
-    return 'quick_gelu' if 'quickgelu' in config['architecture'] else 'gelu'
+  act = said.args.get('act_layer') or said.settings.get('act')
   return act or (None if family == 'clip' else 'gelu')
 
 
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   width, _, patch, _ = shape_of(shapes, 'patch_embed.proj.weight', 4)
-  family = _family(shapes, config)
-  prefix = ('cls_token' in shapes) + ('dist_token' in shapes)
+  said = timm_config.read(config, ('token', 'avg', 'map'), ('act_layer', 'num_heads'))
+  registers = shape_of(shapes, 'reg_token', 3)[1] if 'reg_token' in shapes else 0
+  name = _name(shapes, said, registers)
+  prefix = ('cls_token' in shapes) + ('dist_token' in shapes) + registers
   positions = shape_of(shapes, 'pos_embed', 3)[1]
-  if math.isqrt(positions) ** 2 == positions:
-    prefix = 0  # class and other tokens have no position
   hidden = shape_of(shapes, 'blocks.0.mlp.fc1.weight', 2)[0]
   swiglu = hidden == 2 * shape_of(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]
   published = config.get('pretrained_cfg', config)
-  pool = _pool(shapes, config)
-  beside = pool in ('mean', 'mean_norm') and 'cls_token' in shapes
+  # Those of the name that the user gives count only for a model of that width.
+  heads = said.settings.get('num_heads') if 'architecture' in config else None
+  pool, depth = _pool(shapes, said), count(shapes, r'blocks\.(\d+)\..*')
+  shown = {'embed_dim': width, 'depth': depth, 'patch_size': patch, 'reg_tokens': registers}
+  timm_config.check(said.args, shown | {'class_token': 'cls_token' in shapes})
   fields = {
     'pool': pool,
-    'class_token': True if beside else None,
+    'class_token': 'cls_token' in shapes,
     'swiglu': swiglu or None,
-    'act': None if swiglu else _act(config, family),
+    'act': None if swiglu else _act(said, name),
+    'epsilon': said.settings.get('epsilon'),
     'mean': published.get('mean'),
     'std': published.get('std'),
   }
   return architecture(
-    family,
+    name,
     width=width,
-    depth=count(shapes, r'blocks\.(\d+)\..*'),
+    depth=depth,
     mlp_dim=hidden // 2 if swiglu else hidden,
     patch_size=patch,
-    grid=side(positions, prefix),
+    grid=timm_config.grid(positions, prefix, said.side and said.side // patch),
     num_classes=shapes.get('head.weight', (0,))[0],
-    num_heads=config.get('model_args', {}).get('num_heads'),
+    num_heads=said.args.get('num_heads') or heads,
+    asked=config.get('wanted', {}),
     fields={k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()},
   )
 
@@ -212,5 +249,11 @@ LAYOUTS = (
       Rule(r'(cls|(embedding|Transformer)/.*)', r'\1'),
     ),
   ),
-  Layout('timm ViT', _is_timm, _describe_timm, _TIMM_RULES),
+  Layout(
+    'timm ViT',
+    _is_timm,
+    _describe_timm,
+    _TIMM_RULES,
+    optional=rf'{ATTENTION}/(?:query|key|value)/bias'.replace(r'\1', r'\d+'),
+  ),
 )

@@ -208,7 +208,7 @@ def _load_base(directory: Path, metadata, base, frozen: Tree) -> Tree:
       own.base.label_map = tuple(published.get('label_map') or own.base.label_map)
       params, _ = pretrained.convert(
         own,
-        pretrained.open_checkpoint(source),
+        pretrained.open_checkpoint(source, own.model),
         tuple(metadata['image_shape']),
         metadata['num_classes'],
       )

@@ -63,7 +63,7 @@ def open_base(config, workdir: Path) -> pretrained.Opened | None:
         config.model[field] = own[field]
   elif source.kind == pretrained.PUBLISHED:
     if pretrained.resolve_base(kept).kind != pretrained.RUN:
-      opened = pretrained.open_checkpoint(source.source)
+      opened = pretrained.open_checkpoint(source.source, config.model)
       pretrained.configure(config.model, opened, explicit_patch=True)
       return opened
     config.model = _model_config(kept)

@@ -31,8 +31,13 @@ def main():
     model = make(num_classes=CLASSES, **(SIZE | arguments)).eval()
     config = {
       'architecture': architecture,
+      'global_pool': model.global_pool,
       'model_args': {'num_heads': 3},
-      'pretrained_cfg': {'mean': [0.4, 0.5, 0.6], 'std': [0.2, 0.3, 0.4]},
+      'pretrained_cfg': {
+        'input_size': [3, 24, 24],
+        'mean': [0.4, 0.5, 0.6],
+        'std': [0.2, 0.3, 0.4],
+      },
     }
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     model.load_state_dict(tensors(shapes))
@@ -86,6 +91,22 @@ TIMM = {
   'plain': (VisionTransformer, 'vit_tiny_patch16_224', {}),
   'mean': (VisionTransformer, 'vit_tiny_patch16_224', dict(class_token=False, global_pool='avg')),
   'mean-token': (VisionTransformer, 'vit_tiny_patch16_224', dict(global_pool='avg')),
+  'mean-of-normed': (
+    VisionTransformer,
+    'vit_tiny_patch16_224',
+    dict(global_pool='avg', fc_norm=False),
+  ),
+  'no-bias': (VisionTransformer, 'vit_base_patch16_224_miil', dict(qkv_bias=False)),
+  'map-registers': (
+    VisionTransformer,
+    'vit_so150m_patch16_reg4_map_256',
+    dict(class_token=False, reg_tokens=4, global_pool='map'),
+  ),
+  'siglip-tanh': (
+    VisionTransformer,
+    'vit_base_patch32_siglip_256',
+    dict(class_token=False, global_pool='map', act_layer='gelu_tanh'),
+  ),
   'deit': (VisionTransformer, 'deit_tiny_patch16_224', {}),
   'deit-distilled': (VisionTransformerDistilled, 'deit_tiny_distilled_patch16_224', {}),
   'deit3': (

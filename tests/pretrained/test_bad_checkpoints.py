@@ -128,7 +128,7 @@ def test_an_array_that_the_model_has_no_place_for(published):
   token = np.ones((1, 2, 24), np.float32)
   path, _ = published(PLAIN, reg_token=token)
   message = refused_by_name(path)
-  assert 'no place for Transformer/registers' in message
+  assert '10 positions, 3 of them for tokens without a place, which are no square' in message
 
 
 @pytest.mark.parametrize('num_classes', [5, 7])

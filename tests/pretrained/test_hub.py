@@ -11,6 +11,7 @@ import pytest
 from hub_stand_in import COMMIT, CONFIG, REPOSITORY, WEIGHTS, refused, sha256, sharded, unreachable
 from huggingface_hub import constants
 
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import formats, sources
 
 HUB = f'hf-hub:{REPOSITORY}'
@@ -33,6 +34,12 @@ def hub(web, monkeypatch, tmp_path):
   monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
   return web[1]
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+  """A current folder that holds nothing."""
+  monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -206,3 +213,16 @@ def test_a_branch_that_moves_during_the_download(hub, monkeypatch, tmp_path):
   moved = tmp_path / 'newer' / 'config.json'
   monkeypatch.setattr('fulllora_jax.pretrained.hub._config_of_hub', lambda *args: moved)
   assert 'main changed during the download; run again' in refused(HUB)
+
+
+def test_a_name_of_the_hub_that_is_no_path_here(hub, elsewhere):
+  fetched = sources.fetch(REPOSITORY)
+  assert fetched.identity['source'] == HUB and fetched.config == json.loads(CONFIG)
+  with pytest.raises(UserError, match='hf-hub:google/vit: the hub has no repository google/vit'):
+    sources.fetch('google/vit')
+
+
+def test_a_model_of_timm_without_its_tag(hub, elsewhere):
+  for source in ('timm/vit_tiny_patch16_224', 'hf-hub:timm/vit_tiny_patch16_224'):
+    with pytest.raises(UserError, match='repository timm/vit_tiny_patch16_224.augreg_in21k_ft'):
+      sources.fetch(source)

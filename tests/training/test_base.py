@@ -228,7 +228,7 @@ def test_no_copy_and_no_checkpoint_is_one_line(run, orphan, source_gone):
 def test_a_hub_checkpoint_is_refetched_at_its_commit(orphan, monkeypatch):
   asked = []
 
-  def open_checkpoint(source):
+  def open_checkpoint(source, model):
     asked.append(source)
     raise UserError('stop')
 

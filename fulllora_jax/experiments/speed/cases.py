@@ -129,7 +129,7 @@ class Case:
     config, dataset = self.config, self.stepper.dataset
     if (
       config.method not in costs.METHODS
-      or not re.fullmatch(r'(vit|deit)(_\w+)?', config.model.name)
+      or not re.fullmatch(r'(vit|deit)(_[^\W_]+)?', config.model.name)
       or 'distilled' in config.model.name
       or models.settings(config.model)['pool'] != 'token'
       or config.adapter.targets
