@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import inputs, losses
+from fulllora_jax.attacks.found import Attacking, Found, Met, finite
 from fulllora_jax.attacks.pgd import pick
-from fulllora_jax.attacks.threat import Threat, l2_norm
+from fulllora_jax.attacks.scale import l2_norm
+from fulllora_jax.attacks.threat import Threat
 
 MOMENTUM = 0.75  # alpha of equation 2
 RHO = 0.75  # the share of steps that must increase the loss
@@ -25,9 +27,11 @@ FIRST_STRETCH, SHORTER, SHORTEST = 0.22, 0.03, 0.06  # section 3.2
 class Evaluated(NamedTuple):
   """The attacked loss at a point."""
 
-  loss: jax.Array  # [B]
+  loss: jax.Array  # [B]; -inf where it is no number
   gradient: jax.Array  # [B, H, W, C]
   broken: jax.Array  # bool [B], misclassified
+  known: jax.Array | bool = True  # bool [B], whether all logits are numbers
+  met: Met = Met()  # what was met there
 
 
 Evaluate = Callable[[jax.Array, jax.Array | int], Evaluated]
@@ -42,15 +46,18 @@ class State(NamedTuple):
   x_best: jax.Array  # the point of highest loss so far, and
   gradient_best: jax.Array
   loss_best: jax.Array  # [B]
-  x_broken: jax.Array  # the last misclassified point
+  x_broken: jax.Array  # the last misclassified point; one whose logits are no numbers only if alone
   broken: jax.Array  # [B], whether there is one
   step_size: jax.Array  # [B, 1, 1, 1]
   loss: jax.Array  # [B], at the last step taken
   increases: jax.Array  # [B], steps of this stretch that raised the loss
   loss_best_before: jax.Array  # [B], when the last stretch ended
   halved_before: jax.Array  # bool [B], whether it ended in a halving
+  known: jax.Array  # bool [B], whether x_broken is misclassified with logits that are numbers
+  met: Met  # what the attack met so far
 
 
+@Attacking
 def apgd(
   keys: jax.Array,
   logits_fn: Callable[..., jax.Array],
@@ -62,7 +69,7 @@ def apgd(
   loss: str = 'ce',
   targets: jax.Array | None = None,
   draws: int = 1,
-) -> jax.Array:
+) -> Found:
   """Searches each image's ball for a misclassified point, once.
 
   Args:
@@ -81,8 +88,6 @@ def apgd(
   Returns:
     x_adv [B, H, W, C]: the last misclassified point, or else the one of highest loss.
   """
-  if not len(x):
-    return x
   keys, x, labels = inputs.check_call(
     'apgd', keys, logits_fn, x, labels, threat, stochastic=draws > 1, steps=(steps, 2)
   )
@@ -94,7 +99,8 @@ def apgd(
     state = ascend(i, state, evaluate, x, threat)
     return jax.lax.cond(checkpoints[i], lambda s: check(s, stretches[i]), lambda s: s, state)
 
-  return adversarial(jax.lax.fori_loop(0, steps, iterate, state))
+  state = jax.lax.fori_loop(0, steps, iterate, state)
+  return Found(adversarial(state), state.met)
 
 
 def objective(
@@ -121,25 +127,31 @@ def objective(
     per_example = value(logits)
     return per_example.sum(), (per_example, logits.astype(jnp.float32))
 
-  ascent = jax.value_and_grad(total, has_aux=True)
+  def ascent(x_adv, *noise):
+    (_, (per_example, logits)), gradient = jax.value_and_grad(total, has_aux=True)(x_adv, *noise)
+    return per_example, logits, *finite(gradient, logits)
+
+  def evaluated(per_example, scores, gradient, met):
+    loss = jnp.where(jnp.isfinite(per_example), per_example, -jnp.inf)
+    broken = ~losses.correct(scores, labels)
+    return Evaluated(loss, gradient, broken, losses.finite(scores), met)
 
   def once(x_adv, _):
-    (_, (per_example, logits)), gradient = ascent(x_adv)
-    return Evaluated(per_example, gradient, ~losses.correct(logits, labels))
+    return evaluated(*ascent(x_adv))
 
   def averaged(x_adv, step):
-    def add(sums, noise):
-      (_, (per_example, logits)), gradient = ascent(x_adv, noise)
-      drawn = per_example, gradient, jax.nn.softmax(logits)
-      return jax.tree.map(jnp.add, sums, drawn), None
+    def add(before, noise):
+      sums, met = before
+      per_example, logits, gradient, met_now = ascent(x_adv, noise)
+      drawn = per_example, jax.nn.softmax(logits), gradient
+      return (jax.tree.map(jnp.add, sums, drawn), met.also(met_now)), None
 
     keys = jax.random.split(jax.random.fold_in(key, step), draws)
     shapes = jax.eval_shape(lambda: ascent(x_adv, keys[0]))
-    (_, (per_example, logits)), gradient = shapes
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (per_example, gradient, logits))
-    sums, _ = jax.lax.scan(add, zeros, keys)
-    mean, gradient, odds = jax.tree.map(lambda a: a / draws, sums)
-    return Evaluated(mean, gradient, ~losses.correct(odds, labels))
+    *sums, met = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (sums, met), _ = jax.lax.scan(add, (tuple(sums), met), keys)
+    mean, odds, gradient = jax.tree.map(lambda a: a / draws, sums)
+    return evaluated(mean, odds, gradient, met)
 
   return once if draws == 1 else averaged
 
@@ -177,6 +189,8 @@ def begin(evaluate: Evaluate, x: jax.Array, x_adv: jax.Array, eps: jax.Array | f
     increases=jnp.zeros(count),
     loss_best_before=at_start.loss,
     halved_before=jnp.ones(count, bool),
+    known=at_start.broken & at_start.known,
+    met=at_start.met,
   )
 
 
@@ -199,6 +213,7 @@ def ascend(
 def remember(state: State, x_adv: jax.Array, at_point: Evaluated) -> State:
   """Moves to x_adv; keeps what is best so far (lines 5 to 8)."""
   better = at_point.loss > state.loss_best
+  known = at_point.broken & at_point.known
   return state._replace(
     x_adv=x_adv,
     gradient=at_point.gradient,
@@ -206,9 +221,11 @@ def remember(state: State, x_adv: jax.Array, at_point: Evaluated) -> State:
     x_best=pick(better, x_adv, state.x_best),
     gradient_best=pick(better, at_point.gradient, state.gradient_best),
     loss_best=jnp.maximum(at_point.loss, state.loss_best),
-    x_broken=pick(at_point.broken, x_adv, state.x_broken),
+    x_broken=pick(known | (at_point.broken & ~state.known), x_adv, state.x_broken),
     broken=state.broken | at_point.broken,
     loss=at_point.loss,
+    known=state.known | known,
+    met=state.met.also(at_point.met),
   )
 
 

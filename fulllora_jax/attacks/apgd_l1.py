@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from fulllora_jax.attacks import inputs, projections
 from fulllora_jax.attacks.apgd import Evaluate, State, adversarial, begin, objective, remember
+from fulllora_jax.attacks.found import Attacking, Found, nothing
 from fulllora_jax.attacks.pgd import pick
 from fulllora_jax.attacks.threat import Threat
 
@@ -32,6 +33,7 @@ class Sparsity(NamedTuple):
   changed: jax.Array  # [B], pixels in which the best point differed from x
 
 
+@Attacking
 def apgd_l1(
   keys: jax.Array,
   logits_fn: Callable[..., jax.Array],
@@ -43,7 +45,7 @@ def apgd_l1(
   loss: str = 'ce',
   targets: jax.Array | None = None,
   draws: int = 1,
-) -> jax.Array:
+) -> Found:
   """Searches each image's l1 ball for a misclassified point, once.
 
   Args: those of `apgd`, with an l1 ball as the threat.
@@ -51,8 +53,6 @@ def apgd_l1(
   Returns:
     x_adv [B, H, W, C]: the last misclassified point in the ball, or else the one of highest loss.
   """
-  if not len(x):
-    return x
   keys, x, labels = inputs.check_call(
     'apgd_l1', keys, logits_fn, x, labels, threat, norms=('l1',), stochastic=draws > 1
   )
@@ -61,11 +61,12 @@ def apgd_l1(
   x_adv = x + projections.onto_l1_ball(x, noise, RADII[0] * threat.eps)
   lengths = [math.ceil(share * steps) for share in SHARES[:-1]]
   lengths.append(steps - sum(lengths))
+  met = nothing(x.shape[0])
   for radius, length in zip(RADII, lengths, strict=True):
     eps = radius * threat.eps
     state = search(evaluate, x, x_adv, eps, length)
-    x_adv = state.x_best
-  return adversarial(state)
+    x_adv, met = state.x_best, met.also(state.met)
+  return Found(adversarial(state), met)
 
 
 def search(

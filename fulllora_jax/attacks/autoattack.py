@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from fulllora_jax.attacks import ensemble, fingerprint, inputs, losses
+from fulllora_jax.attacks import ensemble, fingerprint, found, inputs, losses
 from fulllora_jax.attacks.ensemble import Member
 from fulllora_jax.attacks.progress import Outcome, Progress
 from fulllora_jax.attacks.threat import Threat
@@ -45,7 +45,8 @@ class Cascade:
   # Int [N], the place in `attacks` of what broke an image; 0 where it is misclassified without an
   # attack, -1 where it is robust
   broken_by: np.ndarray
-  notes: tuple[str, ...] = ()  # what is said of attacks that could not run
+  # What is said of attacks that could not run, or that met what is no number
+  notes: tuple[str, ...] = ()
 
   def rows(self) -> list[dict[str, Any]]:
     """Returns one dict for each attack: attack, accuracy, broken, seconds."""
@@ -213,10 +214,13 @@ class _Run:
 
   def cascade(self, logits, progress, resumed, notes, say) -> Result:
     """Runs the attacks one after another on what is still robust."""
-    x_adv, robust = self.x.copy(), logits.argmax(axis=1) == self.labels
+    x_adv, robust = self.x.copy(), np.array(losses.correct(logits, self.labels))
     broken_by = np.where(robust, ROBUST, 0)
     names, accuracy, seconds = ['clean'], [float(robust.mean())], [0.0]
-    clock = _Clock(self.members)
+    clock, noted = (
+      _Clock(self.members),
+      found.Noted([member.name for member in self.members], len(self.x)),
+    )
     for place, member in enumerate(self.members, 1):
       spent, number, taken_up = 0.0, 0, 0
       for number, runs in enumerate(_batches(member, robust, self.size), 1):
@@ -229,6 +233,7 @@ class _Run:
           outcome = self._attack(member, runs)
           if processes.is_primary():
             progress.write(name, outcome)
+        noted.add(place, rows, outcome.met)
         # Of several stages that break an image the first one counts.
         for run in np.flatnonzero(outcome.broken & robust[rows]):
           if robust[rows[run]]:
@@ -248,8 +253,12 @@ class _Run:
       seconds.append(spent)
       kept = f', {taken_up} of {number} batches taken up' if resumed else ''
       say(f'{accuracy[-1]:.1%} robust after {member.name}, {duration(spent)}{kept}')
+    for line in (lines := noted.lines(robust, broken_by)):
+      say(line)
     return Result(
-      x_adv, robust, Cascade(tuple(names), tuple(accuracy), tuple(seconds), broken_by, notes)
+      x_adv,
+      robust,
+      Cascade(tuple(names), tuple(accuracy), tuple(seconds), broken_by, (*notes, *lines)),
     )
 
   def _attack(self, member: Member, runs: '_Runs') -> Outcome:
@@ -258,10 +267,10 @@ class _Run:
     # Its own stream for each attack, the same one in every version.
     stream = jax.random.fold_in(self.key, zlib.crc32(member.name.encode()))
     batch, key = (self._batch(rows, runs.stages), mesh_lib.put_key(stream, self.mesh))
-    found = program(self._logits_fn(rows), batch, key, np.float32(self.threat.eps))
-    x_adv, broken = (a[: len(rows)] for a in jax.device_get(found))
+    outputs = program(self._logits_fn(rows), batch, key, np.float32(self.threat.eps))
+    x_adv, broken, met = (a[: len(rows)] for a in jax.device_get(outputs))
     x_adv = np.where(broken[:, None, None, None], x_adv, self.x[rows])
-    return Outcome(broken, x_adv, time.monotonic() - started)
+    return Outcome(broken, x_adv, time.monotonic() - started, met)
 
   def _batch(self, rows: np.ndarray, stages: np.ndarray) -> dict[str, jax.Array]:
     """Returns a batch of the one shape."""
@@ -295,8 +304,8 @@ def _clean_program(mesh: Mesh, precision: str, draws: int) -> Callable:
 def _attack_program(member: Member, norm: str, mesh: Mesh, precision: str, draws: int) -> Callable:
   """Compiles one attack; eps is an argument of the program.
 
-  It returns (x_adv [B, H, W, C], broken [B]). Broken is what a fresh forward
-  pass misclassifies, inside the ball.
+  It returns (x_adv [B, H, W, C], broken [B], met [B, 4] as in `Outcome`). Broken is what a fresh
+  forward pass misclassifies, inside the ball.
   """
   whole, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharded(mesh)
 
@@ -307,10 +316,13 @@ def _attack_program(member: Member, norm: str, mesh: Mesh, precision: str, draws
       stage = batch['stage']
       fold_in = jax.random.fold_in
       keys = jax.vmap(lambda s, i: fold_in(fold_in(stream, s), i))(stage, batch['index'])
-      x_adv = member(stage, keys, logits_fn, x, labels, mask, threat)
+      x_adv, met = member.find(stage, keys, logits_fn, x, labels, mask, threat)
       logits = _classify(logits_fn, x_adv, stream, draws)
       inside = threat.distance(x, x_adv) <= threat.reach
-      return x_adv, mask & inside & ~losses.correct(logits, labels)
+      broken = mask & inside & ~losses.correct(logits, labels)
+      unknown = ~losses.finite(logits)
+      met = met.also(found.Met(logits=unknown))
+      return x_adv, broken, jnp.stack([*met, broken & unknown], axis=1)
 
   sharded = (None, rows, whole, whole)
   return jax.jit(attack, in_shardings=sharded, out_shardings=whole)

@@ -14,6 +14,7 @@ from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.apgd import apgd
 from fulllora_jax.attacks.apgd_l1 import apgd_l1
 from fulllora_jax.attacks.fab import fab
+from fulllora_jax.attacks.found import Found
 from fulllora_jax.attacks.square import square
 from fulllora_jax.attacks.threat import Threat
 from fulllora_jax.core.errors import UserError
@@ -42,7 +43,11 @@ class Member:
       return self.steps
     return self.steps * self.draws * (4 if self.name.startswith('fab') else 3)
 
-  def __call__(
+  def __call__(self, *args) -> jax.Array:
+    """Returns x_adv [B, H, W, C]; takes what `find` takes."""
+    return self.find(*args).x_adv
+
+  def find(
     self,
     stage: jax.Array,
     keys: jax.Array,
@@ -51,7 +56,7 @@ class Member:
     labels: jax.Array,
     mask: jax.Array,
     threat: Threat,
-  ) -> jax.Array:
+  ) -> Found:
     """Runs one stage.
 
     Args:
@@ -64,7 +69,7 @@ class Member:
       threat: the ball and the box.
 
     Returns:
-      x_adv [B, H, W, C].
+      x_adv [B, H, W, C], and what was met.
     """
     targets = None
     if self.targets:
@@ -72,14 +77,14 @@ class Member:
       rank = 1 + stage // self.restarts
       targets = losses.ranked_class(logits_fn(x), rank)
     if self.name == 'square':
-      return square(keys, logits_fn, x, labels, threat, queries=self.steps, mask=mask)
+      return square.find(keys, logits_fn, x, labels, threat, queries=self.steps, mask=mask)
     common: dict[str, Any] = {'steps': self.steps, 'targets': targets}
     if self.name in ('fab', 'fab-t'):
       again = stage % self.restarts > 0
-      return fab(keys, logits_fn, x, labels, threat, random_start=again, **common)
+      return fab.find(keys, logits_fn, x, labels, threat, random_start=again, **common)
     attack = apgd_l1 if threat.norm == 'l1' else apgd
     loss = 'ce' if self.name == 'apgd-ce' else 'dlr'
-    return attack(keys, logits_fn, x, labels, threat, loss=loss, draws=self.draws, **common)
+    return attack.find(keys, logits_fn, x, labels, threat, loss=loss, draws=self.draws, **common)
 
 
 _STANDARD = (

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 
 from fulllora_jax.attacks import inputs, losses, projections
 from fulllora_jax.attacks.apgd import start
+from fulllora_jax.attacks.found import Attacking, Found, Met, finite, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pick
+from fulllora_jax.attacks.scale import power
 from fulllora_jax.attacks.threat import Threat
 
 ALPHA_MAX = 0.1  # the most that a step drifts towards x
 ETA = 1.05  # overshoot past the boundary
 BETA = 0.9  # the backward step: where to go on, between x and x_adv
+# Of eps, how far past a boundary to look from a point exactly on it, where the projection ends
+PAST_A_TIE = 1e-3
 
 
 class Boundary(NamedTuple):
@@ -25,6 +29,7 @@ class Boundary(NamedTuple):
 
   f: jax.Array  # [B], a difference of logits
   w: jax.Array  # [B, H, W, C], its gradient
+  met: Met = Met()  # what was met there
 
 
 class Search(NamedTuple):
@@ -33,8 +38,10 @@ class Search(NamedTuple):
   x_adv: jax.Array  # [B, H, W, C], the current point
   nearest: jax.Array  # [B, H, W, C], the nearest misclassified point; x if none
   distance: jax.Array  # [B], how far that one is; infinite where there is none
+  met: Met = Met()  # what the search met so far
 
 
+@Attacking
 def fab(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -45,7 +52,7 @@ def fab(
   steps: int = 100,
   targets: jax.Array | None = None,
   random_start: jax.Array | bool = False,
-) -> jax.Array:
+) -> Found:
   """Searches the nearest misclassified point of each image.
 
   Args: the first six of `apgd`, where x is classified as the labels and eps
@@ -58,13 +65,12 @@ def fab(
   Returns:
     x_adv [B, H, W, C]: the nearest point found, where it is in the ball; x elsewhere.
   """
-  if not len(x):
-    return x
   keys, x, labels = inputs.check_call('fab', keys, logits_fn, x, labels, threat, steps=(steps, 0))
   state = Search(
     x_adv=pick(jnp.broadcast_to(random_start, labels.shape), start(keys, x, threat.scaled(0.5)), x),
     nearest=x,
     distance=jnp.full(x.shape[0], jnp.inf),
+    met=nothing(x.shape[0]),
   )
 
   def iterate(_, state):
@@ -75,7 +81,7 @@ def fab(
     return advance(state, boundary, logits_fn, x, labels, threat)
 
   state = jax.lax.fori_loop(0, steps, iterate, state)
-  return pick(state.distance <= threat.eps, state.nearest, x)
+  return Found(pick(state.distance <= threat.eps, state.nearest, x), state.met)
 
 
 def advance(
@@ -88,9 +94,10 @@ def advance(
 ) -> Search:
   """Takes one step (equations 9 and 10); goes back where it crosses."""
   norm, count = threat.norm, x.shape[0]
-  w = boundary.w.reshape(count, -1)
-  offset = (boundary.w * state.x_adv).reshape(count, -1).sum(axis=1)
-  offset -= boundary.f
+  f, w = _levelled(boundary)
+  offset = (w * state.x_adv.reshape(count, -1)).sum(axis=1)
+  beyond = -PAST_A_TIE * threat.eps * _dual_norm(w, norm)
+  offset -= jnp.where(f == 0, beyond, f)
 
   def move(z):
     d = projections.onto_hyperplane(z.reshape(count, -1), w, offset, norm)
@@ -111,6 +118,7 @@ def advance(
     x_adv=pick(crossed, x + BETA * (x_adv - x), x_adv),
     nearest=pick(nearer, x_adv, state.nearest),
     distance=jnp.where(nearer, distance, state.distance),
+    met=state.met.also(boundary.met),
   )
 
 
@@ -123,10 +131,10 @@ def boundary_to(
     logits = logits_fn(x_adv).astype(jnp.float32)
     rows = jnp.arange(len(labels))
     f = logits[rows, targets] - logits[rows, labels]
-    return f.sum(), f
+    return f.sum(), (f, logits)
 
-  w, f = jax.grad(difference, has_aux=True)(x_adv)
-  return Boundary(f, w)
+  w, (f, logits) = jax.grad(difference, has_aux=True)(x_adv)
+  return _boundary(f, w, logits)
 
 
 def nearest_boundary(
@@ -143,15 +151,41 @@ def nearest_boundary(
   def compare(best, k):
     direction = jax.nn.one_hot(jnp.full_like(labels, k), classes) - true
     (w,) = pull_back(direction)
-    f = (direction * logits).sum(axis=1)
-    flat = w.reshape(len(labels), -1)
-    dual = jnp.linalg.norm(flat, 1 if norm == 'linf' else 2, axis=1)
-    away = jnp.where(k == labels, jnp.inf, jnp.abs(f) / (dual + 1e-12))
-    nearer = away < best[0]
-    chosen = Boundary(jnp.where(nearer, f, best[1].f), pick(nearer, w, best[1].w))
+    here = _boundary((direction * logits).sum(axis=1), w, logits)
+    f, w = _levelled(here)
+    dual = _dual_norm(w, norm)
+    away = jnp.where((k == labels) | (dual == 0), jnp.inf, jnp.abs(f) / (dual + 1e-12))
+    nearer, best_here = away < best[0], best[1]
+    chosen = Boundary(
+      jnp.where(nearer, here.f, best_here.f),
+      pick(nearer, here.w, best_here.w),
+      best_here.met.also(here.met),
+    )
     return (jnp.minimum(away, best[0]), chosen), None
 
-  nothing = Boundary(jnp.zeros(len(labels)), jnp.zeros_like(x_adv))
-  first = jnp.full(len(labels), jnp.inf), nothing
+  unknown = Boundary(jnp.zeros(len(labels)), jnp.zeros_like(x_adv), nothing(len(labels)))
+  first = jnp.full(len(labels), jnp.inf), unknown
   (_, boundary), _ = jax.lax.scan(compare, first, jnp.arange(classes))
   return boundary
+
+
+def _boundary(f: jax.Array, w: jax.Array, logits: jax.Array) -> Boundary:
+  """Returns the boundary in numbers alone."""
+  w, met = finite(w, logits)
+  return Boundary(jnp.where(jnp.isfinite(f), f, 0), w, met)
+
+
+def _levelled(boundary: Boundary) -> tuple[jax.Array, jax.Array]:
+  """Returns f [B] and w [B, D] of the same boundary, with the largest |w| near 1.
+
+  So what is too flat to divide by is flat beside the rest, at any scale of the logits.
+  """
+  w = boundary.w.reshape(len(boundary.w), -1)
+  scale = power(w, (1,))
+  f = boundary.f * scale[:, 0]
+  return jnp.where(jnp.isfinite(f), f, 0), w * scale
+
+
+def _dual_norm(w: jax.Array, norm: str) -> jax.Array:
+  """Returns the norm of the rows of w [B, D] by which a ball of `norm` moves <w, x>, [B]."""
+  return jnp.linalg.norm(w, 1 if norm == 'linf' else 2, axis=1)

@@ -4,12 +4,14 @@ Logits are [B, K] of any float dtype and computed on in float32. Labels are
 int [B], or soft labels float [B, K] (mixup, cutmix).
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fulllora_jax.attacks.scale import power
 from fulllora_jax.core.errors import UserError, did_you_mean
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -26,6 +28,35 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   if labels.ndim == logits.ndim:
     return optax.losses.softmax_cross_entropy(logits, labels)
   return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+# Below it float32 rounds the likelihood of the other classes away.
+_SATURATED = -16.0
+
+
+def lasting_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the cross entropy, [B], continued by its tangent where it rounds to zero.
+
+  It is log(1 + e^m), m = log sum_{k != y} e^{z_k} - z_y. Below m = -16, where float32 leaves it
+  neither value nor gradient, it goes on as e^-16 (m + 17), which an attack can ascend: the
+  direction is that of the cross entropy itself, for both grow with m. Soft labels are as they were.
+
+  >>> import jax.numpy as jnp
+  >>> z = jnp.array([[0.0, 100.0]])
+  >>> float(cross_entropy(z, jnp.array([1]))[0])
+  0.0
+  >>> f'{lasting_cross_entropy(z, jnp.array([1]))[0]:.3g}'
+  '-9.34e-06'
+  """
+  value = cross_entropy(logits, labels)
+  if labels.ndim == logits.ndim:
+    return value
+  logits = logits.astype(jnp.float32)
+  true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+  others = jax.nn.logsumexp(jnp.where(true, -jnp.inf, logits), axis=-1)
+  m = others - _at(logits, labels)
+  tangent = math.exp(_SATURATED) * (m - _SATURATED + 1)
+  return jnp.where(m < _SATURATED, tangent, value)
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -56,9 +87,9 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
   [-0.5]
   """
   _need_classes('dlr', logits, 3)
-  logits = logits.astype(jnp.float32)
+  logits = _levelled(logits)
   top = jax.lax.top_k(logits, 3)[0]
-  return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+  return margin(logits, labels) / _not_zero(top[:, 0] - top[:, 2])
 
 
 def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
@@ -80,9 +111,9 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> ja
   [-0.4000000059604645]
   """
   _need_classes('targeted dlr', logits, 4)
-  logits = logits.astype(jnp.float32)
+  logits = _levelled(logits)
   top = jax.lax.top_k(logits, 4)[0]
-  scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
+  scale = _not_zero(top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
   return (_at(logits, targets) - _at(logits, labels)) / scale
 
 
@@ -119,6 +150,17 @@ def kl_from(logits: jax.Array, target: jax.Array) -> jax.Array:
   return (jnp.exp(target) * (target - log_softmax(logits))).sum(axis=-1)
 
 
+def _levelled(logits: jax.Array) -> jax.Array:
+  """Returns logits near 1, of which a ratio is the same, and its gradient finite at any scale."""
+  logits = logits.astype(jnp.float32)
+  return logits * jax.lax.stop_gradient(power(logits, (-1,)))
+
+
+def _not_zero(scale: jax.Array) -> jax.Array:
+  """Returns what a ratio is divided by: 1 where all of its logits are equal."""
+  return jnp.where(scale > 0, scale, 1.0)
+
+
 def _need_classes(loss: str, logits: jax.Array, least: int) -> None:
   if logits.shape[-1] < least:
     raise UserError(
@@ -136,16 +178,32 @@ def hard_labels(labels: jax.Array) -> jax.Array:
   return labels if labels.ndim == 1 else labels.argmax(axis=-1)
 
 
-def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Returns whether the largest logit is the label's, bool [B].
+def finite(logits: jax.Array) -> jax.Array:
+  """Returns whether all logits of an image are numbers, bool [B]."""
+  return jnp.isfinite(logits).all(axis=-1)
 
-  A row with a logit that is not finite counts as wrong.
+
+NO_CLASS = -1  # of `predicted`
+
+
+def predicted(logits: jax.Array) -> jax.Array:
+  """Returns the class an image is taken for, int [B].
+
+  It is that of the largest logit, as a model's user computes it: of equal ones, the first. NO_CLASS
+  where a logit is NaN or infinite, for then the largest means nothing.
   """
-  right = logits.argmax(axis=-1) == hard_labels(labels)
-  return right & jnp.isfinite(logits).all(axis=-1)
+  return jnp.where(finite(logits), logits.argmax(axis=-1), NO_CLASS)
 
 
-LOSSES: Mapping[str, Loss] = {'ce': cross_entropy, 'margin': margin, 'dlr': dlr}
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns whether the class of `predicted` is the label's, bool [B].
+
+  "Misclassified", in every attack and wherever images are counted, is that it is not.
+  """
+  return predicted(logits) == hard_labels(labels)
+
+
+LOSSES: Mapping[str, Loss] = {'ce': lasting_cross_entropy, 'margin': margin, 'dlr': dlr}
 
 
 def of(name: str, labels: jax.Array) -> Callable[[jax.Array], jax.Array]:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from fulllora_jax.attacks import ensemble
+from fulllora_jax.attacks.found import Found, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pgd
 from fulllora_jax.attacks.threat import Threat
 from fulllora_jax.core.errors import UserError
@@ -44,6 +45,18 @@ class Attack:
     Raises:
       UserError: the attack is an ensemble, which `autoattack` runs, or none.
     """
+    return self.find(keys, logits_fn, x, labels, threat).x_adv
+
+  def find(
+    self, keys: jax.Array, logits_fn: LogitsFn, x: jax.Array, labels: jax.Array, threat: Threat
+  ) -> Found:
+    """Returns x_adv [B, H, W, C], and what was met.
+
+    Args: the first five of `pgd`.
+
+    Raises:
+      UserError: the attack is an ensemble, which `autoattack` runs, or none.
+    """
     if self.name not in NAMES:
       raise UserError(
         f'attack: {self.name} cannot be called; call autoattack with version={self.version!r}'
@@ -51,8 +64,8 @@ class Attack:
         else f'attack: unknown attack {self.name!r}; known: {", ".join(NAMES)}'
       )
     if self.name == 'clean':
-      return x
-    return pgd(
+      return Found(x, nothing(x.shape[0]))
+    return pgd.find(
       keys,
       logits_fn,
       x,

@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import inputs, losses
+from fulllora_jax.attacks.found import Attacking, Found, finite, nothing
 from fulllora_jax.attacks.threat import Threat
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 Loss = Callable[[jax.Array], jax.Array]  # logits [B, K] -> [B]
 Start = Callable[[jax.Array, jax.Array], jax.Array]  # (keys, x) -> x_adv
-Step = Callable[[jax.Array, jax.Array], jax.Array]  # (x_adv, t) -> x_adv
+Step = Callable[[jax.Array, jax.Array], Found]  # (x_adv, t) -> the next x_adv, what was met
 
 
+@Attacking
 def pgd(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -33,7 +35,7 @@ def pgd(
   restarts: int = 1,
   loss: str = 'ce',
   random_start: bool = True,
-) -> jax.Array:
+) -> Found:
   """Searches each image's ball for a point of high loss.
 
   Args:
@@ -56,8 +58,6 @@ def pgd(
   Raises:
     UserError: any argument that does not fit, as far as jit lets it be seen.
   """
-  if not len(x):
-    return x
   keys, x, labels = inputs.check_call(
     'pgd',
     keys,
@@ -95,10 +95,10 @@ def ascend(
   x_adv: jax.Array,
   threat: Threat,
   step_size: jax.Array | float,
-) -> jax.Array:
+) -> Found:
   """Makes one step of PGD from x_adv, in the ball around x."""
-  gradient = jax.grad(lambda z: loss(logits_fn(z)).sum())(x_adv)
-  return threat.ascend(x, x_adv, gradient, step_size)
+  gradient, met = finite(jax.grad(lambda z: loss(logits_fn(z)).sum())(x_adv))
+  return Found(threat.ascend(x, x_adv, gradient, step_size), met)
 
 
 def search(
@@ -112,41 +112,49 @@ def search(
   steps: int,
   restarts: int,
   loss: Loss,
-) -> jax.Array:
+) -> Found:
   """Makes steps from one or more starts, and keeps each image's strongest end.
 
   Args: those of `pgd`, with a key for each image, and:
     start: (keys [B], x) -> where to begin, [B, H, W, C] in the ball and the
       box.
-    step: (x_adv, t) -> the next x_adv, where t counts the steps of all starts.
+    step: (x_adv, t) -> the next x_adv and what was met, where t counts the steps of all starts.
     loss: logits [B, K] -> [B], by which starts are compared.
   """
 
   def attempt(restart):
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     begin, first = start(fold_in(keys, restart), x), restart * steps
-    return jax.lax.fori_loop(0, steps, lambda i, z: step(z, first + i), begin)
+
+    def go_on(i, found):
+      then = step(found.x_adv, first + i)
+      return Found(then.x_adv, found.met.also(then.met))
+
+    return jax.lax.fori_loop(0, steps, go_on, Found(begin, nothing(x.shape[0])))
 
   def strength(x_adv):
+    """Ranks a misclassified point above one whose logits are no numbers, both above the rest."""
     logits = logits_fn(x_adv)
-    return ~losses.correct(logits, labels), loss(logits)
+    known, value = losses.finite(logits), loss(logits)
+    rank = jnp.where(known, 2 * ~losses.correct(logits, labels), 1)
+    return rank, jnp.where(jnp.isfinite(value), value, -jnp.inf)
 
   def keep_stronger(restart, best):
-    x_best, broken_best, loss_best = best
-    x_new = attempt(restart)
-    broken, value = strength(x_new)
-    stronger = (broken & ~broken_best) | ((broken == broken_best) & (value > loss_best))
+    found_best, rank_best, loss_best = best
+    found = attempt(restart)
+    rank, value = strength(found.x_adv)
+    stronger = (rank > rank_best) | ((rank == rank_best) & (value > loss_best))
     return (
-      pick(stronger, x_new, x_best),
-      broken | broken_best,
+      Found(pick(stronger, found.x_adv, found_best.x_adv), found.met.also(found_best.met)),
+      jnp.maximum(rank, rank_best),
       jnp.where(stronger, value, loss_best),
     )
 
-  x_adv = attempt(0)
+  found = attempt(0)
   if restarts > 1:
-    first = (x_adv, *strength(x_adv))
-    x_adv, _, _ = jax.lax.fori_loop(1, restarts, keep_stronger, first)
-  return jax.lax.stop_gradient(x_adv)
+    first = (found, *strength(found.x_adv))
+    found, _, _ = jax.lax.fori_loop(1, restarts, keep_stronger, first)
+  return jax.lax.stop_gradient(found)
 
 
 def pick(which: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -31,6 +31,9 @@ class Outcome(NamedTuple):
   broken: np.ndarray  # bool [b]
   x_adv: np.ndarray  # float32 [b, H, W, C]; the image itself where it is not broken
   seconds: float  # what the attack took
+  # Bool [b, 4], the fields of `found.Met` and, last, whether an image is broken only because its
+  # logits are no numbers; [0, 4]: nothing was noted
+  met: np.ndarray = np.zeros((0, 4), bool)
 
 
 class Progress:
@@ -78,7 +81,7 @@ class Progress:
       return None
     try:
       with load_arrays(self.directory / f'{name}.npz') as saved:
-        broken, points = saved['broken'], saved['x_adv']
+        broken, points, met = saved['broken'], saved['x_adv'], saved['met']
         seconds = float(saved['seconds'])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
       return None
@@ -86,7 +89,7 @@ class Progress:
       return None
     x_adv = x.copy()
     x_adv[broken] = points
-    return Outcome(broken, x_adv, seconds)
+    return Outcome(broken, x_adv, seconds, met)
 
   def write(self, name: str, outcome: Outcome) -> None:
     """Keeps the outcome of a batch."""
@@ -97,6 +100,7 @@ class Progress:
       broken=outcome.broken,
       x_adv=outcome.x_adv[outcome.broken],
       seconds=outcome.seconds,
+      met=outcome.met,
     )
 
 

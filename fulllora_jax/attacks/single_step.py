@@ -8,6 +8,7 @@ where the model learns to withstand the one step and nothing else.
 import jax
 
 from fulllora_jax.attacks import inputs
+from fulllora_jax.attacks.found import Attacking, Found
 from fulllora_jax.attacks.pgd import LogitsFn, pgd
 from fulllora_jax.attacks.threat import Threat
 
@@ -15,6 +16,7 @@ STEP = 1.25  # of eps: FGSM-RS, and what a few steps of PGD need to cross a ball
 _NOISE = 2.0  # of eps
 
 
+@Attacking
 def fgsm_rs(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -23,7 +25,7 @@ def fgsm_rs(
   threat: Threat,
   *,
   loss: str = 'ce',
-) -> jax.Array:
+) -> Found:
   """FGSM from a random start: one step of 1.25 eps, back into the ball.
 
   Source: Wong, Rice & Kolter, 2020 (arXiv 2001.03994), algorithm 3.
@@ -39,15 +41,14 @@ def fgsm_rs(
   Returns:
     x_adv [B, H, W, C], in the ball and the box.
   """
-  if not len(x):
-    return x
   keys, x, labels = inputs.check_call(
     'fgsm_rs', keys, logits_fn, x, labels, threat, norms=('linf',), soft=True
   )
   size = STEP * threat.eps
-  return pgd(keys, logits_fn, x, labels, threat, steps=1, step_size=size, loss=loss)
+  return pgd.find(keys, logits_fn, x, labels, threat, steps=1, step_size=size, loss=loss)
 
 
+@Attacking
 def n_fgsm(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -56,7 +57,7 @@ def n_fgsm(
   threat: Threat,
   *,
   loss: str = 'ce',
-) -> jax.Array:
+) -> Found:
   """FGSM around an image with strong noise, not projected on the image's ball.
 
     x_noisy = box(x + eta),   eta ~ U(-2 eps, 2 eps)
@@ -70,13 +71,11 @@ def n_fgsm(
   Returns:
     x_adv [B, H, W, C], in the box; within 3 eps of x.
   """
-  if not len(x):
-    return x
   keys, x, labels = inputs.check_call(
     'n_fgsm', keys, logits_fn, x, labels, threat, norms=('linf',), soft=True
   )
   x_noisy = threat.scaled(_NOISE).random_start(keys, x)
-  return pgd(
+  return pgd.find(
     keys,
     logits_fn,
     x_noisy,

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fulllora_jax.attacks import inputs, losses
+from fulllora_jax.attacks.found import Attacking, Found, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pick
-from fulllora_jax.attacks.threat import Threat, l2_norm
+from fulllora_jax.attacks.scale import l2_norm
+from fulllora_jax.attacks.threat import Threat
 
 P_INIT = 0.8  # the first window's share of the image
 # After so many queries the share is halved once more.
@@ -34,10 +36,13 @@ class Search(NamedTuple):
   """The best point of each image."""
 
   x_adv: jax.Array  # [B, H, W, C], the point of the least margin so far
-  margin: jax.Array  # [B], how right it still is there; broken at 0 and below
+  margin: jax.Array  # [B], how right it still is there; a tie at 0 may be right or not
   query: jax.Array  # int [B], the number of the next query
+  broken: jax.Array  # bool [B], misclassified there
+  unknown: jax.Array  # bool [B], whether a point's logits were no numbers
 
 
+@Attacking
 def square(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -48,7 +53,7 @@ def square(
   queries: int = 5000,
   mask: jax.Array | None = None,
   skip_idle: bool = True,
-) -> jax.Array:
+) -> Found:
   """Searches each image's ball by random windows.
 
   Args: the first five of `apgd`, and:
@@ -61,8 +66,6 @@ def square(
   Returns:
     x_adv [B, H, W, C], of the least margin found.
   """
-  if not len(x):
-    return x
   keys, x, labels = inputs.check_call(
     'square', keys, logits_fn, x, labels, threat, queries=(queries, 0)
   )
@@ -80,11 +83,15 @@ def square(
   if threat.norm == 'linf' and skip_idle:
     look_ahead = max(1, min(16, _LOOK_AHEAD // x[0].size))
 
-  def right(x_adv):
-    return -losses.margin(logits_fn(x_adv), labels)
+  def asked_at(x_adv):
+    """Returns the margin, infinite where a logit is no number; misclassified; no number."""
+    logits = logits_fn(x_adv)
+    known = losses.finite(logits)
+    margin = jnp.where(known, -losses.margin(logits, labels), jnp.inf)
+    return margin, known & ~losses.correct(logits, labels), ~known
 
   def go_on(search):
-    return (wanted & (search.margin > 0) & (search.query < queries)).any()
+    return (wanted & ~search.broken & (search.query < queries)).any()
 
   def try_once(search):
     def tried(ahead):
@@ -93,11 +100,16 @@ def square(
     ahead = first_change(tried, search.x_adv, look_ahead)
     x_new, asked = tried(ahead), search.query + ahead < queries
     search = search._replace(query=search.query + ahead + 1)
-    return keep_better(search, x_new, right(x_new), asked)
+    margin, broken, unknown = asked_at(x_new)
+    return keep_better(search, x_new, margin, broken, unknown, asked)
 
   x_adv = jnp.clip(x + first, 0, 1)
-  search = Search(x_adv, right(x_adv), jnp.zeros(x.shape[0], jnp.int32))
-  return jax.lax.while_loop(go_on, try_once, search).x_adv
+  margin, broken, unknown = asked_at(x_adv)
+  search = Search(x_adv, margin, jnp.zeros(x.shape[0], jnp.int32), broken, unknown)
+  search = jax.lax.while_loop(go_on, try_once, search)
+  # It asks for no gradient, so none can fail it.
+  met = nothing(x.shape[0])._replace(logits=search.unknown, slope=jnp.ones(x.shape[0], bool))
+  return Found(search.x_adv, met)
 
 
 def first_change(
@@ -115,15 +127,28 @@ def first_change(
   return changes.argmax(axis=0).astype(jnp.int32)
 
 
-def keep_better(search: Search, tried: jax.Array, margin: jax.Array, asked: jax.Array) -> Search:
-  """Takes what was tried where the margin fell; broken images stay.
+def keep_better(
+  search: Search,
+  tried: jax.Array,
+  margin: jax.Array,
+  broken: jax.Array,
+  unknown: jax.Array,
+  asked: jax.Array,
+) -> Search:
+  """Takes what was tried where the margin fell or the class did; broken images stay.
 
-  `asked`, bool [B], is False where an image has no query left.
+  Args:
+    search: before.
+    tried: the points [B, H, W, C], with their `margin`, `broken` and `unknown` as in `Search`.
+    asked: bool [B], False where an image has no query left.
   """
-  better = (margin < search.margin) | (margin <= 0)
-  better &= asked & (search.margin > 0)
+  asked &= ~search.broken
+  better = asked & ((margin < search.margin) | broken)
   return search._replace(
-    x_adv=pick(better, tried, search.x_adv), margin=jnp.where(better, margin, search.margin)
+    x_adv=pick(better, tried, search.x_adv),
+    margin=jnp.where(better, margin, search.margin),
+    broken=search.broken | (better & broken),
+    unknown=search.unknown | (asked & unknown),
   )
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.attacks import projections
+from fulllora_jax.attacks.scale import l2_norm, unit_l2
 from fulllora_jax.core.errors import UserError
 
 NORMS = ('linf', 'l2', 'l1')
@@ -132,7 +133,7 @@ class Threat:
     """
     if self.norm == 'linf':
       return jnp.sign(gradient)
-    return gradient / jnp.maximum(l2_norm(gradient), 1e-12)
+    return unit_l2(gradient)
 
   def ascend(
     self, x: jax.Array, x_adv: jax.Array, gradient: jax.Array, step_size: jax.Array | float
@@ -164,11 +165,6 @@ class Threat:
     delta = (x_adv - x).reshape(x.shape[0], -1)
     order = {'linf': jnp.inf, 'l2': 2, 'l1': 1}[self.norm]
     return jnp.linalg.norm(delta, order, axis=1)
-
-
-def l2_norm(a: jax.Array) -> jax.Array:
-  """Norm of each image, [B, 1, 1, 1]."""
-  return jnp.sqrt(jnp.square(a).sum(axis=tuple(range(1, a.ndim)), keepdims=True))
 
 
 def _uniform_linf(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -16,9 +16,9 @@ from flax import traverse_util
 
 from fulllora_jax import data, models
 from fulllora_jax.adapters import COLLECTION, influence, methods
-from fulllora_jax.attacks import Attack
+from fulllora_jax.attacks import Attack, losses
 from fulllora_jax.attacks.threat import parse_fraction
-from fulllora_jax.core.console import say
+from fulllora_jax.core.console import say, warn
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.evaluation import settings
 from fulllora_jax.evaluation.eps_sweep import EpsSweep, broken_at, extremes
@@ -91,6 +91,12 @@ def _robustness(run: FinishedRun, sweep: EpsSweep, chosen, factors):
     _, variables = run.variables(weights)
     outcomes = [sweep.outcome(variables, chosen, f) for f in factors]
     right = outcomes[0].clean == labels
+    unknown = np.any([o.attacked == losses.NO_CLASS for o in outcomes], axis=0)
+    if unknown.any():
+      warn(
+        f'{weights}: {unknown.sum()} of {len(chosen)} test images have NaN or infinite logits at '
+        'one of the radii; they count as misclassified there'
+      )
     records.append(_record(weights, 0.0, eps, right))
     for factor, outcome in zip(factors, outcomes, strict=True):
       robust = right & (outcome.attacked == labels)

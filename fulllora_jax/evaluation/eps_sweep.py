@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fulllora_jax import data
@@ -23,7 +22,8 @@ from fulllora_jax.evaluation.evaluator import Evaluator
 class Outcome(NamedTuple):
   """What became of each image, [n], at one radius."""
 
-  clean: np.ndarray  # the class it is taken for without an attack
+  # The class it is taken for without an attack; NO_CLASS where a logit is no number
+  clean: np.ndarray
   attacked: np.ndarray  # the class it is taken for under the attack
   margin: np.ndarray  # attacked, the label's logit less the largest other
 
@@ -79,7 +79,7 @@ class EpsSweep:
     x_adv = attack(used.keys(batch['index']), logits_fn, x, labels, threat)
     clean, attacked = logits_fn(x), logits_fn(x_adv)
     margin = -losses.margin(attacked, labels)
-    classes = (jnp.argmax(z, axis=-1) for z in (clean, attacked))
+    classes = (losses.predicted(z) for z in (clean, attacked))
     return Outcome(*classes, margin), x_adv
 
 

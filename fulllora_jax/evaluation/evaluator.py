@@ -18,8 +18,9 @@ from jax.tree_util import Partial
 
 from fulllora_jax import data
 from fulllora_jax.attacks import Attack, Cascade, autoattack, losses
+from fulllora_jax.attacks.found import Met, lines, run
 from fulllora_jax.core.batching import fill_up
-from fulllora_jax.core.console import Progress, say
+from fulllora_jax.core.console import Progress, say, warn
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh as mesh_lib
@@ -32,7 +33,7 @@ _EVALUATION_STREAM = 1 << 20
 
 
 class Evaluation(NamedTuple):
-  """The outcome for each evaluated example; the last three for ensembles."""
+  """The outcome for each evaluated example; x, x_adv and cascade are those of ensembles."""
 
   indices: np.ndarray  # int [n], which examples of the split
   labels: np.ndarray  # int [n]
@@ -41,6 +42,7 @@ class Evaluation(NamedTuple):
   x: np.ndarray | None = None  # float32 [n, H, W, C], the images
   x_adv: np.ndarray | None = None  # [n, H, W, C], what became of them
   cascade: Cascade | None = None  # what each attack left
+  notes: tuple[str, ...] = ()  # what must be said of the numbers, a line each
 
   def record(self) -> dict[str, Any]:
     """Returns the counts, the accuracy and its 95 % interval, by class too.
@@ -67,7 +69,8 @@ class Evaluation(NamedTuple):
     }
     if self.cascade is not None:
       record['cascade'] = self.cascade.rows()
-      record['notes'] = list(self.cascade.notes)
+    if self.cascade is not None or self.notes:
+      record['notes'] = list(self.notes)
     return record
 
 
@@ -127,14 +130,18 @@ class Evaluator:
     size = self._batch_size_of(len(chosen))
     for batch, placed in self.batches(split, chosen, size):
       mask = batch['mask']
-      clean, robust = jax.device_get(step(variables, placed))
-      parts = batch['index'], batch['label'], clean, robust
+      parts = batch['index'], batch['label'], *jax.device_get(step(variables, placed))
       rows.append([part[mask] for part in parts])
       done += int(mask.sum())
       rate = progress.update(done)
       if title and rate and progress.due():
         say(f'{title} {done}/{len(chosen)} images, {rate}')
-    return Evaluation(*(np.concatenate(part) for part in zip(*rows, strict=True)))
+    *found, unknown, met = (np.concatenate(part) for part in zip(*rows, strict=True))
+    outcome = Evaluation(*found)
+    notes = _notes(attack, outcome, unknown, Met(*met.T))
+    for line in notes:
+      warn(f'{title} {line}'.strip())
+    return outcome._replace(notes=notes)
 
   def batches(
     self, split: data.Split, chosen: np.ndarray, size: int
@@ -174,10 +181,14 @@ class Evaluator:
       say=(lambda line: say(f'{title} {line}')) if title else None,
     )
     clean = result.cascade.broken_by != 0
-    return Evaluation(chosen, labels, clean, result.robust, x, result.x_adv, result.cascade)
+    found = result.robust, x, result.x_adv, result.cascade
+    return Evaluation(chosen, labels, clean, *found, result.cascade.notes)
 
   def predict(self, variables: Any, x: np.ndarray) -> np.ndarray:
-    """Returns classes [n] of images float32 [n, H, W, C], in a fresh pass."""
+    """Returns classes [n] of images float32 [n, H, W, C], in a fresh pass.
+
+    They are those of `losses.predicted`, NO_CLASS where a logit is no number.
+    """
     size, classes = self._batch_size_of(len(x)), []
     for first in range(0, len(x), size):
       rows, mask = fill_up(x[first : first + size], size)
@@ -188,7 +199,7 @@ class Evaluator:
   @functools.cached_property
   def _classify(self) -> Callable:
     """Compiles (variables, x) -> classes, on every process."""
-    return self.jit(lambda variables, x: self.apply(variables, x).argmax(-1))
+    return self.jit(lambda variables, x: losses.predicted(self.apply(variables, x)))
 
   def jit(self, function: Callable, **options) -> Callable:
     """Returns `jax.jit` of a function, in the plan's precision of products.
@@ -216,7 +227,7 @@ class Evaluator:
       logits_fn = functools.partial(self.apply, variables)
       keys = self.keys(jnp.arange(x.shape[0]))
       x_adv = attack(keys, logits_fn, x, labels, self.threat)
-      return x_adv, logits_fn(x_adv).argmax(axis=-1)
+      return x_adv, losses.predicted(logits_fn(x_adv))
 
     return jax.device_get(craft(variables, images, labels))
 
@@ -229,13 +240,18 @@ class Evaluator:
     return self._compiled[attack]
 
   def _correct(self, variables, batch, attack: Attack):
+    """Returns clean and robust, whether the clean logits are no numbers, and `Met` [B, 3]."""
     x, labels = augment.to_unit(batch['image']), batch['label']
     logits_fn = functools.partial(self.apply, variables)
-    clean = losses.correct(logits_fn(x), labels)
+    logits = logits_fn(x)
+    clean, unknown = losses.correct(logits, labels), ~losses.finite(logits)
     if attack.name == 'clean':
-      return clean, clean
-    x_adv = attack(self.keys(batch['index']), logits_fn, x, labels, self.threat)
-    return clean, clean & losses.correct(logits_fn(x_adv), labels)
+      return clean, clean, unknown, jnp.zeros((len(x), len(Met._fields)), bool)
+    keys = self.keys(batch['index'])
+    x_adv, met = run(attack, keys, logits_fn, x, labels, self.threat)
+    logits = logits_fn(x_adv)
+    met = met.also(Met(logits=~losses.finite(logits)))
+    return clean, clean & losses.correct(logits, labels), unknown, jnp.stack(met, axis=1)
 
   def keys(self, indices: jax.Array) -> jax.Array:
     """Returns the PRNG keys [B] of examples, by their indices [B]."""
@@ -244,3 +260,18 @@ class Evaluator:
   def _stream(self) -> jax.Array:
     key = jax.random.key(self.plan.seed)
     return jax.random.fold_in(key, _EVALUATION_STREAM)
+
+
+def _notes(attack: Attack, outcome: Evaluation, unknown: np.ndarray, met: Met) -> tuple[str, ...]:
+  """Returns what must be said of an evaluation, for no number is one in silence."""
+  total, notes = len(unknown), []
+  if unknown.any():
+    notes.append(
+      f'{unknown.sum()} of {total} images have NaN or infinite logits without an attack; they '
+      'count as misclassified'
+    )
+  if attack.name != 'clean':
+    # What was right, and was broken where no logit is a number.
+    alone = outcome.clean & np.asarray(met.logits)
+    notes += lines(attack.name, total, met, robust=outcome.robust, alone=alone)
+  return tuple(notes)

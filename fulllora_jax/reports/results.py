@@ -133,5 +133,7 @@ def threat(report: Mapping[str, Any]) -> str:
 
 
 def class_name(names: Sequence[Any], label: int) -> str:
-  """Returns the name of a class, or its number where it has none."""
+  """Returns the name of a class, or its number where it has none; below 0 it is no class."""
+  if label < 0:
+    return 'no class'
   return str(names[label]) if 0 <= label < len(names) else str(label)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fulllora_jax.attacks.scale import l2_norm_at_any_scale
 from fulllora_jax.core.trees import Tree
 
 # trainable -> (mean loss [], whatever goes with it)
@@ -88,5 +89,6 @@ def _perturb(path, leaf: jax.Array, gradient: jax.Array, *, gamma: float):
   if leaf.ndim < 2 or path[-1].key == 'bias':
     return leaf
   w, g = leaf.astype(jnp.float32), gradient.astype(jnp.float32)
-  size = jnp.linalg.norm(w.ravel()) / (jnp.linalg.norm(g.ravel()) + 1e-20)
+  norm = l2_norm_at_any_scale(g.ravel()[None])[0, 0]
+  size = jnp.linalg.norm(w.ravel()) / jnp.where(norm > 0, norm, 1)
   return (w + gamma * size * g).astype(leaf.dtype)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from fulllora_jax.attacks import Threat, losses
+from fulllora_jax.attacks import Threat, found, losses
 from fulllora_jax.attacks.pgd import LogitsFn, Loss, ascend, search
 from fulllora_jax.attacks.single_step import fgsm_rs, n_fgsm
 from fulllora_jax.training import optim
@@ -75,14 +76,16 @@ class InnerAttack:
     Returns:
       x_adv [B, H, W, C], and metrics: `passes`, how often the attack went
       forward and back through the model. Forward passes alone, which compare
-      restarts or find what a loss refers to, are not counted.
+      restarts or find what a loss refers to, are not counted. And `blind`, the
+      share of images with entries of a gradient that were NaN or infinite, and
+      counted as zero.
     """
     factor = optim.warmup_factor(done, self.total_steps, self.eps_warmup)
     threat = self.threat.scaled(factor) if self.eps_warmup else self.threat
     if self.name in FIXED:
       attack, passes, _ = FIXED[self.name]
-      x_adv = attack(keys, logits_fn, x, labels, threat, loss=self.loss)
-      return x_adv, {'passes': passes}
+      x_adv, met = found.run(attack, keys, logits_fn, x, labels, threat, loss=self.loss)
+      return x_adv, {'passes': passes, 'blind': jnp.mean(met.gradient)}
     if isinstance(self.loss, str):
       loss = losses.of(self.loss, labels)
     else:
@@ -97,7 +100,7 @@ class InnerAttack:
 
     if self.warmup is not None:
       step = self.warmup.held_back(step, x, done, key)
-    x_adv = search(
+    x_adv, met = search(
       keys,
       logits_fn,
       x,
@@ -108,4 +111,4 @@ class InnerAttack:
       restarts=self.restarts,
       loss=loss,
     )
-    return x_adv, {'passes': self.steps * self.restarts}
+    return x_adv, {'passes': self.steps * self.restarts, 'blind': jnp.mean(met.gradient)}

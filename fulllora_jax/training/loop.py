@@ -39,6 +39,7 @@ class Training:
     stepper: holds the train state, and makes the steps.
     validation: scores the state, and keeps the best score.
     skipped: how many steps had a loss or a gradient that was not finite.
+    blind: how many images had an entry of the attack's gradient that was not finite.
     passes: how often an image went forward and back through the model.
     seconds: what the training took so far, killed runs included.
   """
@@ -48,7 +49,7 @@ class Training:
     self.config, self.workdir = config, workdir
     self.stepper = Stepper(config, dataset, base)
     self.validation = Validation(self.stepper.assembly, dataset.validation)
-    self.skipped, self.passes, self.seconds = 0, 0.0, 0.0
+    self.skipped, self.blind, self.passes, self.seconds = 0, 0, 0.0, 0.0
     self._identity = data.identity(dataset)
     self._writer: MetricWriter | None = None
 
@@ -65,6 +66,8 @@ class Training:
         raise memory.explain(error, self.config) or error from None
       finally:
         checkpoints.close()  # once the last save is whole on disk
+    if self.blind:
+      warn(f"{self.blind:,} times in all, an image's gradient had NaN or infinite entries")
     self._publish('last', self.stepper.total_steps)
 
   def _resume(self, checkpoints: TrainingCheckpoints) -> int:
@@ -74,7 +77,7 @@ class Training:
       return 0
     self.stepper.state, notes = restored
     self.validation.restore(notes)
-    self.skipped = notes['skipped']
+    self.skipped, self.blind = notes['skipped'], notes.get('blind', 0)
     self.passes = notes.get('passes', 0.0)
     self.seconds = notes.get('seconds', 0.0)
     self._check_data(notes.get('data'))
@@ -139,6 +142,7 @@ class Training:
       self._writer.flush()  # what a resumed run shall find
     notes = self.validation.notes() | {
       'skipped': self.skipped,
+      'blind': self.blind,
       'passes': self.passes,
       'seconds': self.seconds,
       'data': self._identity,
@@ -150,9 +154,21 @@ class Training:
     nonfinite = metrics.pop('nonfinite')
     if nonfinite.any():
       self._skip(step, float(metrics['loss']), nonfinite)
+    self._note_blind(step, float(metrics.pop('blind', 0.0)))
     self.passes += self.config.train.batch_size * float(metrics['passes'])
     if self.validation.alarm is not None:
       self.validation.alarm.saw(float(metrics['robust_accuracy']))
+
+  def _note_blind(self, step: int, share: float) -> None:
+    """Counts the images, a share of the batch, whose attack met a gradient that is no number."""
+    count = round(share * self.config.train.batch_size)
+    if count and not self.blind:
+      warn(
+        f'step {step}: {count} of {self.config.train.batch_size} images had NaN or infinite '
+        "entries in the attack's gradient, which count as zero: those pixels are not attacked; "
+        'look for a square root or a norm at 0 in the model'
+      )
+    self.blind += count
 
   def _skip(self, step: int, loss: float, nonfinite: np.ndarray) -> None:
     """Counts a step whose update the train step itself left out."""

@@ -244,7 +244,7 @@ def test_a_broken_point_is_not_forgotten():
   ('steps', 'lengths'), [(100, [30, 30, 40]), (10, [3, 3, 4]), (5, [2, 2, 1])]
 )
 def test_l1_takes_its_steps_in_ever_smaller_balls(monkeypatch, steps, lengths):
-  globals_of_attack = apgd_l1.__globals__
+  globals_of_attack = apgd_l1.__wrapped__.__globals__
   search, balls = globals_of_attack['search'], []
 
   def noted(evaluate, x, x_adv, eps, steps):

@@ -10,6 +10,7 @@ import small_attack
 from jax.tree_util import Partial
 
 from fulllora_jax.attacks import Threat, autoattack, ensemble
+from fulllora_jax.attacks.found import Found, nothing
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh as mesh_lib
 
@@ -216,15 +217,16 @@ def test_masked_rows_are_not_broken():
     'stage': jnp.zeros(8, jnp.int32),
     'mask': jnp.arange(8) < 4,
   }
-  _, broken = program(NETWORK, batch, KEY, jnp.float32(0.5))
+  _, broken, _ = program(NETWORK, batch, KEY, jnp.float32(0.5))
   assert broken.tolist() == [True] * 4 + [False] * 4
 
 
 def test_a_point_outside_the_ball_does_not_count(monkeypatch):
   def cheat(self, stage, keys, logits_fn, x, *_):
-    return jnp.where(x.mean((1, 2, 3), keepdims=True) > 0.5, 1 - x, x + 0.01)
+    x_adv = jnp.where(x.mean((1, 2, 3), keepdims=True) > 0.5, 1 - x, x + 0.01)
+    return Found(x_adv, nothing(len(x)))
 
-  monkeypatch.setattr(ensemble.Member, '__call__', cheat)
+  monkeypatch.setattr(ensemble.Member, 'find', cheat)
   module._attack_program.cache_clear()
   result = attack(version=['fab'])
   module._attack_program.cache_clear()

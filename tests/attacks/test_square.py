@@ -135,25 +135,32 @@ def test_l2_spends_all_of_eps():
 
 
 @pytest.mark.parametrize(
-  ('margin', 'tried', 'asked', 'taken'),
+  ('margin', 'broken', 'tried', 'breaks', 'asked', 'taken'),
   [
-    (1.0, 0.9, True, True),
-    (1.0, 1.0, True, False),
-    (1.0, 1.1, True, False),
-    (1.0, 0.0, True, True),
-    (1.0, -1.0, True, True),
-    (1.0, 0.9, False, False),
-    (0.0, -1.0, True, False),
-    (-1.0, -2.0, True, False),
-    (1.0, np.nan, True, False),
+    (1.0, False, 0.9, False, True, True),
+    (1.0, False, 1.0, False, True, False),
+    (1.0, False, 1.1, False, True, False),
+    (1.0, False, 0.0, False, True, True),
+    (1.0, False, -1.0, True, True, True),
+    (1.0, False, 0.9, False, False, False),
+    (0.0, False, -1.0, True, True, True),  # a tie that goes to the label is right
+    (0.0, False, 0.0, True, True, True),  # and one that goes to another class is not
+    (0.0, True, -1.0, True, True, False),
+    (-1.0, True, -2.0, True, True, False),
+    (1.0, False, np.inf, False, True, False),
   ],
 )
-def test_what_lowers_the_margin_is_taken(margin, tried, asked, taken):
-  point = jnp.zeros((1, 1, 1, 1))
-  before = Search(point, jnp.array([margin]), jnp.array([5]))
-  after = keep_better(before, point + 1, jnp.array([tried]), jnp.array([asked]))
+def test_what_lowers_the_margin_is_taken(margin, broken, tried, breaks, asked, taken):
+  point, (no, yes) = jnp.zeros((1, 1, 1, 1)), jnp.array([[False], [True]])
+  flag = {False: no, True: yes}
+  before = Search(point, jnp.array([margin]), jnp.array([5]), flag[broken], no)
+  after = keep_better(
+    before, point + 1, jnp.array([tried]), flag[breaks], flag[np.isinf(tried)], flag[asked]
+  )
   assert after.x_adv.item() == taken
   assert after.margin.item() == np.float32(tried if taken else margin)
+  assert after.broken.item() == (broken or (taken and breaks))
+  assert after.unknown.item() == np.isinf(tried)
 
 
 def test_the_first_query_that_changes_a_pixel_is_next():

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.optimize
 from jax.tree_util import Partial
 
-from fulllora_jax.attacks import Threat, autoattack, inputs, pgd
+from fulllora_jax.attacks import Threat, autoattack, inputs, losses, pgd
 from fulllora_jax.core.errors import UserError
 
 
@@ -108,7 +108,7 @@ class Examined:
       return jax.device_get(jax.jit(function)(logits_fn, *args))
 
   def right(self, logits: np.ndarray) -> np.ndarray:
-    return np.asarray(logits).argmax(axis=1) == self.labels
+    return np.asarray(losses.correct(logits, self.labels))
 
   def after_pgd(
     self,
