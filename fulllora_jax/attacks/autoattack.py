@@ -217,10 +217,7 @@ class _Run:
     x_adv, robust = self.x.copy(), np.array(losses.correct(logits, self.labels))
     broken_by = np.where(robust, ROBUST, 0)
     names, accuracy, seconds = ['clean'], [float(robust.mean())], [0.0]
-    clock, noted = (
-      _Clock(self.members),
-      found.Noted([member.name for member in self.members], len(self.x)),
-    )
+    clock, noted = (_Clock(self.members), found.Noted(self.members, len(self.x)))
     for place, member in enumerate(self.members, 1):
       spent, number, taken_up = 0.0, 0, 0
       for number, runs in enumerate(_batches(member, robust, self.size), 1):

@@ -116,14 +116,14 @@ class Noted:
   """What each of several attacks, one after another, met at each image.
 
   Args:
-    names: the attacks, in order; their places count from 1.
+    members: the attacks with their `name`, in order; their places count from 1.
     count: the number of images.
   """
 
-  def __init__(self, names: Sequence[str], count: int):
-    self._names = names
-    self._met = np.zeros((len(names), count, 4), bool)  # `Met`, and broken for no other reason
-    self._ran = np.zeros((len(names), count), bool)
+  def __init__(self, members: Sequence[Any], count: int):
+    self._members = members
+    self._met = np.zeros((len(members), count, 4), bool)  # `Met`, and broken for no other reason
+    self._ran = np.zeros((len(members), count), bool)
 
   def add(self, place: int, rows: np.ndarray, met: np.ndarray) -> None:
     """Takes down what the attack at `place` met, bool [b, 4]; an image may be there twice."""
@@ -134,9 +134,9 @@ class Noted:
   def lines(self, robust: np.ndarray, broken_by: np.ndarray) -> list[str]:
     """Returns the lines of every attack; `broken_by` has the place of what broke an image."""
     said = []
-    for place, name in enumerate(self._names, 1):
+    for place, member in enumerate(self._members, 1):
       *met, alone = self._met[place - 1].T
       still_robust = robust & self._ran[place - 1]
       alone = alone & (broken_by == place)
-      said += lines(name, len(robust), Met(*met), robust=still_robust, alone=alone)
+      said += lines(member.name, len(robust), Met(*met), robust=still_robust, alone=alone)
     return said
