@@ -13,6 +13,7 @@ import pickle
 import re
 import sys
 import types
+import zipfile
 from typing import Any, NoReturn
 
 # What makes tensors, by module and name; storages are PyTorch's own affair.
@@ -55,17 +56,20 @@ def _read(path: str) -> Any:
     __name__='pickle', Unpickler=Unpickler, load=lambda file, **how: Unpickler(file, **how).load()
   )
   try:
+    if zipfile.is_zipfile(path):
+      with zipfile.ZipFile(path) as archive:
+        if any(name.endswith('constants.pkl') for name in archive.namelist()):
+          raise ValueError('a program of TorchScript, which loading would run')
     return torch.load(path, map_location='cpu', pickle_module=restricted, weights_only=False)
   except Exception as error:  # torch and pickle raise many kinds
     _fail(f'{path}: no whole pickle of PyTorch ({type(error).__name__}: {str(error)[:200]})')
 
 
 def _weights(value: Any, name: str = '', depth: int = 0) -> dict[str, dict]:
-  """Returns where weights lie -> key -> tensor; weights are a dict with a matrix in it."""
+  """Returns where weights lie -> the weights: a dict with a matrix in it."""
   if not isinstance(value, dict):
     return {}
-  tensors = {k: v for k, v in value.items() if hasattr(v, 'ndim') and isinstance(k, str)}
-  found = {name: tensors} if any(v.ndim > 1 for v in tensors.values()) else {}
+  found = {name: value} if any(getattr(v, 'ndim', 0) > 1 for v in value.values()) else {}
   for key, inner in value.items() if depth < _DEPTH else ():
     found |= _weights(inner, f'{name}.{key}'.lstrip('.'), depth + 1)
   return found
@@ -85,12 +89,15 @@ def _choose(path: str, found: dict[str, dict], key: str | None) -> str:
 
 def _plain(path: str, weights: dict) -> dict:
   """Returns the tensors to save, without the prefixes of wrappers."""
-  plain = {}
+  plain: dict[str, Any] = {}
   for key, tensor in weights.items():
+    if not hasattr(tensor, 'ndim'):
+      continue
     name = key[found.end() :] if (found := _PREFIXES.match(key)) else key
     if name in plain:
       _fail(f'{path}: {name} is there twice, with and without {key.removesuffix(name)}')
-    if not bool(tensor.isfinite().all()):
+    # Small types have no `isfinite`, and large ones would overflow as floats.
+    if not bool((tensor.float() if tensor.element_size() < 4 else tensor).isfinite().all()):
       _fail(f'{path}: {key} has values that are NaN or infinite; take another checkpoint')
     plain[name] = tensor.detach().contiguous().clone()  # alone, where tensors share a storage
   return plain
@@ -114,10 +121,16 @@ def main() -> None:
   found = _weights(_read(given.pickle))
   key = _choose(given.pickle, found, given.key)
   plain = _plain(given.pickle, found[key])
-  save_file(plain, f'{output}.part')
-  os.replace(f'{output}.part', output)
-  others = [f'--key={name} takes {len(found[name])} others' for name in found if name != key]
-  print('; '.join([f'{output}: {len(plain)} tensors of {key or "the pickle itself"}', *others]))
+  try:
+    save_file(plain, f'{output}.part')
+    os.replace(f'{output}.part', output)
+  except Exception as error:  # safetensors has its own for a full disk
+    _fail(f'{output} cannot be written: {error}')
+  said = [f'{output}: {len(plain)} tensors of {key or "the pickle itself"}']
+  if other := len(found[key]) - len(plain):
+    said += [f'{other} entries that are no tensors left out']
+  said += [f'--key={name} takes {len(found[name])} others' for name in found if name != key]
+  print('; '.join(said))
 
 
 if __name__ == '__main__':

@@ -98,8 +98,9 @@ def test_tensors_as_they_are_stored(convert, zipped):
     'view': WEIGHT.T, 'tied': WEIGHT, 'half': WEIGHT.half(), 'brain': WEIGHT.bfloat16(),
     'learned': torch.nn.Parameter(WEIGHT[:, 1:]), 'count': torch.tensor(7),
   }  # fmt: skip
-  said, tensors = convert(weights, _use_new_zipfile_serialization=zipped)
-  assert '6 tensors of the pickle itself' in said
+  content = weights | {'version': 3}
+  said, tensors = convert(content, _use_new_zipfile_serialization=zipped)
+  assert '6 tensors of the pickle itself; 1 entries that are no tensors left out' in said
   for key, wanted in weights.items():
     found = tensors[key]
     assert str(wanted.dtype).removeprefix('torch.') == found.dtype.name
@@ -133,8 +134,6 @@ def test_nothing_that_a_pickle_names_is_run(convert, tmp_path):
   evil = type('Evil', (), {'__reduce__': lambda _: (os.mkdir, (str(target),))})()
   _, tensors = convert({'model': {'w': WEIGHT}, 'args': evil})
   assert tensors.keys() == {'w'} and not target.exists()
-  with pytest.raises(UserError):
-    formats.read([tmp_path / 'w.pth'])
   pickle.loads(pickle.dumps(evil))  # it would have run
   assert target.exists()
 
@@ -145,6 +144,20 @@ def test_an_output_that_is_there(convert, command, tmp_path):
   status, said = command(pickled)
   assert status == 2 and 'w.safetensors is there already' in said
   assert command(pickled, other)[0] == 0 and other.exists()
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_program_is_not_loaded(command, tmp_path):
+  path = tmp_path / 'w.pt'
+  torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 2), WEIGHT), path)
+  status, said = command(path)
+  assert status == 2 and 'a program of TorchScript, which loading would run' in said
+
+
+def test_an_output_that_cannot_be_written(command, tmp_path):
+  torch.save({'w': WEIGHT}, tmp_path / 'w.pth')
+  status, said = command(tmp_path / 'w.pth', tmp_path / 'nowhere' / 'w')
+  assert status == 2 and f'{tmp_path}/nowhere/w.safetensors cannot be written' in said
 
 
 def test_what_is_no_pickle(command, tmp_path):
