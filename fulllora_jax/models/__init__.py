@@ -99,7 +99,7 @@ def family(name: str) -> types.ModuleType:
       return module
   if published := published_names.find(name):
     return _MODULES[published.family]
-  hint = did_you_mean(name, names(), cutoff=0.4)
+  hint = did_you_mean(name, (*names(), *published_names.names()), cutoff=0.4)
   raise UserError(
     f'model.name: unknown model {name!r}; {hint}known: {", ".join(names())}, and the names of timm '
     'and transformers for them'

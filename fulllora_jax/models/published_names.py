@@ -79,6 +79,11 @@ def find(name: str) -> Published | None:
   return Published(family, '', settings)
 
 
+def names() -> tuple[str, ...]:
+  """Returns timm's names of models that are here, without tags."""
+  return tuple(_table().known)
+
+
 def is_timm(name: str) -> bool:
   """Returns whether timm has a model of exactly that name, which may be one that is refused."""
   table = _table()

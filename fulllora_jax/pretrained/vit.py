@@ -60,12 +60,13 @@ def architecture(
   Raises:
     UserError: the number of heads is not known.
   """
-  if not num_heads and asked.get('width', width) == width:
-    num_heads = asked.get('num_heads')
+  other = asked.get('width', width) != width
+  num_heads = num_heads or (None if other else asked.get('num_heads'))
   if not num_heads:
     names = [name for name, own in vit.NAMES.items() if own.get('width') == width]
+    what = f'a ViT of width {width}' + (f', no {asked["name"]},' if other else '')
     raise UserError(
-      f'a ViT of width {width} does not say how many heads it has; put its config.json beside it, '
+      f'{what} does not say how many heads it has; put its config.json beside it, '
       'with num_attention_heads or model_args.num_heads, or give its name as model.name (e.g. '
       f'{", ".join(names[:2]) or "that of timm"}), or vit with model.num_heads'
     )

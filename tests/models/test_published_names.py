@@ -47,13 +47,13 @@ def test_what_a_name_stands_for(name, wanted):
 
 
 def test_every_known_name_makes_a_model():
-  known = published_names._table().known
+  known = published_names.names()
   assert len(known) > 150
   for name in known:
     model = config.default().model
     model.name = name
     made = models.create(model, 10)
-    assert made.width == known[name][1]['width']
+    assert made.width == settings(name)['width']
     assert models.linear_maps(name)['head']
 
 
@@ -75,6 +75,8 @@ def test_what_no_model_here_has_is_refused_with_the_reason(name, why):
 
 
 def test_an_unknown_name_is_still_unknown():
+  with pytest.raises(errors.UserError, match='did you mean vit_tiny_patch16_224 or'):
+    models.family('vit_tiny_patch16_22')
   for name in ('vit_tiny_patch17_224', 'google/vit-base', 'timm/resnet50'):
     assert published_names.find(name) is None
     with pytest.raises(errors.UserError, match='unknown model .*and the names of timm'):

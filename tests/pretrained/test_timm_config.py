@@ -235,7 +235,8 @@ def test_a_bare_file_is_asked_for_its_heads(bare):
   message = refused(bare)
   assert 'a ViT of width 192 does not say how many heads it has' in message
   assert 'give its name as model.name (e.g. vit_ti' in message
-  assert 'does not say how many heads' in refused(bare, 'vit_base_patch16_224')
+  for name in ('vit_base_patch16_224', 'swin_t'):
+    assert f'width 192, no {name}, does not say how many heads' in refused(bare, name)
 
 
 def test_the_name_of_another_model(published, bare):
