@@ -57,10 +57,12 @@ class Listing:
     train = self._one(found, 'train_split', asked, _TRAIN_NAMES)
     test = self._one(found, 'test_split', data.test_split, _TEST_NAMES)
     test = test or self._one(found, 'test_split', '', _VALIDATION_NAMES)
-    if test and not train:
+    if train and not asked and self._is_class(train):  # of trains
+      train = None
+    if test and not train and (data.test_split or not self._is_class(test)):
       raise UserError(
         f'data.name={self.name}: found {test.name}/ but no '
-        f'train/ in {self.root}; {_LAYOUT} (or set data.train_split)'
+        f'train/ with class folders in {self.root}; {_LAYOUT} (or set data.train_split)'
       )
     if not train:
       self._check_no_splits(found)
@@ -84,6 +86,11 @@ class Listing:
     if asked and not names:
       raise UserError(f'data.{field}={asked}: no such folder in {self.root}; found {few(found)}')
     return found[names[0]][0] if names else None
+
+  def _is_class(self, folder: Path) -> bool:
+    """Returns whether images lie in a folder itself, and no folders."""
+    has_images = any(images.is_picture(path.name) for path in _entries(folder))
+    return has_images and not self.subfolders(folder)
 
   def _check_no_splits(self, found: Folders) -> None:
     """Refuses class folders such as seg_train/ and seg_test/: they would be two classes."""

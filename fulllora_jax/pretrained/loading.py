@@ -92,8 +92,10 @@ def _describe(layout: Layout, shapes, settings) -> Architecture:
     raise
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     beside = settings.keys() - {'wanted'}
-    what = 'the config.json beside it' if beside else 'the shapes of its arrays'
-    raise UserError(f'{what} cannot be understood ({error}); mend it, or remove it') from None
+    what, advice = ('the config.json beside it', 'mend it, or remove it')
+    if not beside:
+      what, advice = ('the shapes of its arrays', 'give the checkpoint as it was published')
+    raise UserError(f'{what} cannot be understood ({error}); {advice}') from None
   return described
 
 

@@ -196,6 +196,19 @@ def test_splits_under_other_names_are_no_classes(folder_data, two_classes):
   assert count(folder_data) == (10, 10)
 
 
+@pytest.mark.parametrize('name', ['train', 'Train', 'test', 'Dev'])
+def test_a_class_with_the_name_of_a_split(folder_data, write_images, name):
+  for sub in (name, 'bus'):
+    write_images(sub, 5)
+  assert open_dataset(folder_data, 0).label_names == tuple(sorted((name, 'bus')))
+
+
+def test_splits_without_classes_are_no_classes(folder_data, write_images):
+  for sub in ('train', 'test'):
+    write_images(sub, 5)
+  assert 'names of splits, not of classes' in refused(folder_data)
+
+
 def test_an_empty_class(folder_data, two_classes, root, capsys):
   two_classes()
   for path in (root / 'test/b').iterdir():
