@@ -7,13 +7,20 @@ from typing import Any
 
 from fulllora_jax.core.errors import UserError
 
+# Accuracies are counts over at most millions of images: differences that are nearer are equal.
+_RESOLUTION = 1e-9
+
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
   """Returns the mean, and the standard deviation where there are several.
 
+  Both are None where there is no value.
+
   >>> over_seeds([0.5, 0.6, 0.7])
   {'mean': 0.6, 'spread': 0.1}
   """
+  if not values:
+    return {'mean': None, 'spread': None}
   spread = round(stdev(values), 12) if len(values) > 1 else None
   return {'mean': round(fmean(values), 12), 'spread': spread}
 
@@ -25,30 +32,34 @@ def paired_difference(
 
   The differences are taken seed by seed, so that what a seed does to both cancels. The interval is
   Student's (1908) for the mean of paired differences, which takes them as normal; with three seeds
-  it reaches 4.3 standard errors each way.
+  it reaches 4.3 standard errors each way. Differences of accuracies are in [-1, 1], and so is it.
+
+  Differences that are all equal say nothing of how much seeds differ: counts of images, which are
+  whole, hide it. Student's interval would have no width, so there is none.
 
   Args:
-    values: one value for each seed.
+    values: one accuracy for each seed, in [0, 1].
     reference: the values of the same seeds to compare with, in the same order.
     confidence: probability that the two-sided interval covers the mean.
 
   Returns:
-    mean, low, high; low and high are None for a single seed.
+    mean, low, high and n, the number of pairs; low and high are None for a single seed, and where
+    all differences are equal.
 
   >>> paired_difference([0.5, 0.6], [0.4, 0.5])
-  {'mean': 0.1, 'low': 0.1, 'high': 0.1}
+  {'mean': 0.1, 'low': None, 'high': None, 'n': 2}
   """
   differences = [v - r for v, r in zip(values, reference, strict=True)]
   mean, n = fmean(differences), len(differences)
-  if n < 2:
-    return {'mean': round(mean, 12), 'low': None, 'high': None}
+  if max(differences) - min(differences) < _RESOLUTION:
+    return {'mean': round(mean, 12), 'low': None, 'high': None, 'n': n}
   # For this alone SciPy would be imported with the package.
   from scipy import stats
 
   half = float(stats.t.ppf((1 + confidence) / 2, n - 1))
   half *= stdev(differences) / math.sqrt(n)
-  found = {'mean': mean, 'low': mean - half, 'high': mean + half}
-  return {name: round(value, 12) for name, value in found.items()}
+  found = {'mean': mean, 'low': max(mean - half, -1.0), 'high': min(mean + half, 1.0)}
+  return {name: round(value, 12) for name, value in found.items()} | {'n': n}
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import data, models, pretrained
 from fulllora_jax.adapters import AdaptedModel, adapted, artefact
 from fulllora_jax.attacks import Attack
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import tree_size
 from fulllora_jax.distributed import mesh
 from fulllora_jax.evaluation.evaluations import Evaluations
@@ -43,7 +44,7 @@ class FinishedRun(Evaluations):
     plan: Plan | None = None,
     name: str = 'report',
   ):
-    self.workdir = workdir
+    self.workdir, self.config = workdir, config
     self._loaded: dict[str, classifier.Published] = {}
     self._variables: dict[tuple, Any] = {}
     best = self.load('best')
@@ -62,8 +63,17 @@ class FinishedRun(Evaluations):
   def load(self, which: str) -> classifier.Published:
     """Reads `best` or `last`, once."""
     if which not in self._loaded:
-      self._loaded[which] = classifier.read(self.workdir, which=which)
+      self._loaded[which] = self._read(which)
     return self._loaded[which]
+
+  def _read(self, which: str) -> classifier.Published:
+    try:
+      return classifier.read(self.workdir, which=which)
+    except UserError:  # its base may have moved since
+      source = pretrained.resolve_base(self.config.base.source)
+      if source.kind != pretrained.RUN:
+        raise
+      return classifier.read(self.workdir, source.artefact, which)
 
   def weights(self) -> tuple[str, ...]:
     """Returns those there are of base, best, last.

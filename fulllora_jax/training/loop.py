@@ -81,6 +81,11 @@ class Training:
     self.passes = notes.get('passes', 0.0)
     self.seconds = notes.get('seconds', 0.0)
     self._check_data(notes.get('data'))
+    if notes.get('base') not in (None, self.stepper.origin.fingerprint):
+      raise UserError(
+        f'base.source={self.config.base.source}: not the base that the run in {self.workdir} began '
+        'with; put that back, or give another --workdir'
+      )
     start = int(self.stepper.state.step)
     say(f'resuming at step {start}')
     return start
@@ -146,6 +151,7 @@ class Training:
       'passes': self.passes,
       'seconds': self.seconds,
       'data': self._identity,
+      'base': self.stepper.origin.fingerprint,
     }
     checkpoints.save(self.stepper.state, notes)
 

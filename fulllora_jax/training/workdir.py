@@ -23,10 +23,11 @@ from fulllora_jax.core import locks
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import absolute_path, bounded, make_writable, read_file, replace_file
 from fulllora_jax.distributed import processes
+from fulllora_jax.training import contents
 
 # What may change between the runs that share a directory: it decides how a run
 # is watched, not what it computes.
-_FREE_TO_CHANGE = (
+_FREE = (
   'data.dir',
   'data.prepare',
   'eval.closer_look',
@@ -39,6 +40,7 @@ _FREE_TO_CHANGE = (
   'train.checkpoint_every',
   'train.max_skipped',
 )
+FREE_TO_CHANGE = frozenset((*_FREE, *(f'base.{name}' for name in _FREE)))
 _SHARED_TRIES = 10  # a second apart
 
 
@@ -172,12 +174,15 @@ def config_of(given, asked: Mapping[str, Any]):
 
 
 def check_same(path: Path, config) -> None:
-  """Raises UserError where the run in a directory has another config."""
+  """Raises UserError where the run in a directory has another config.
+
+  A base, or a folder of data, may have moved: what is there counts.
+  """
   old, new = config_lib.flat(read_config(path)), config_lib.flat(config)
-  free = {*_FREE_TO_CHANGE, *(f'base.{name}' for name in _FREE_TO_CHANGE)}
+  moved = contents.moved(old, new)
   changed = [
     f'{key} {old.get(key)!r} -> {new.get(key)!r}'
-    for key in sorted((old.keys() | new.keys()) - free)
+    for key in sorted((old.keys() | new.keys()) - FREE_TO_CHANGE - set(moved))
     if old.get(key) != new.get(key)
   ]
   if changed:
@@ -186,3 +191,4 @@ def check_same(path: Path, config) -> None:
       f'--workdir: {path} holds a run with another config ({shown}); give '
       'this run another --workdir, or the old values to go on with that one'
     )
+  contents.check(path, config, moved)

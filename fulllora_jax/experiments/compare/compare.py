@@ -10,17 +10,21 @@ from typing import Any
 import jax
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data
-from fulllora_jax.core.console import duration, say
+from fulllora_jax import data, models, pretrained
+from fulllora_jax.core.console import duration, say, warn
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import replace_file
+from fulllora_jax.core.files import read_file, replace_file
 from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
 from fulllora_jax.experiments.compare import plan, table
 from fulllora_jax.reports.page.comparison import comparison_page
 from fulllora_jax.training import base as base_lib
+from fulllora_jax.training import contents
 from fulllora_jax.training import run as run_lib
 from fulllora_jax.training import workdir as workdir_lib
+from fulllora_jax.training.loop import NonFiniteError
+
+_DIVERGED = 'diverged.json'  # in the work directory of a run that did
 
 
 def compare(
@@ -45,8 +49,12 @@ def compare(
   Returns:
     The comparison (table.summarise), or None while runs are missing.
 
+  A run whose training diverges is a result, which the table shows, and the others go on. The same
+  command does not train it again, unless train.max_skipped is another; remove its directory for
+  that.
+
   Raises:
-    UserError: bad input; a base or a run that cannot be trained or read.
+    UserError: bad input; a base or a run that cannot be trained or read; every run diverged.
   """
   if 'experiment' not in comparison:
     raise UserError(
@@ -69,6 +77,7 @@ def compare(
       raise UserError(f'{text}; give the same command without --table_only')
     say(f'\nno table yet: {text}; give the command without --rows and --seeds')
     return None
+  _check_base(comparison, directory, reports)
   found = table.summarise(comparison, reports, made_by)
   for name, text in (
     ('json', json.dumps(found, indent=2) + '\n'),
@@ -92,10 +101,27 @@ def _prepare_base(config, workdir: Path) -> None:
     run_lib.train_and_evaluate(own, workdir / 'base', dataset)
     return
   with workdir_lib.exclusive(workdir):
+    kept = pretrained.resolve_base(workdir / 'base')
+    if kept.artefact is not None:
+      metadata = pretrained.base_metadata(kept.artefact)
+      contents.check_published(metadata, config.base.source, workdir / 'base')
     opened = base_lib.open_base(config, workdir)
     if opened is not None:  # else it is there
       dataset = of_run.hold(workdir, data.open_dataset(config.data, config.seed))
       base_lib.store_base(opened, config, workdir, dataset)
+
+
+def _check_base(comparison, workdir: Path, reports: table.Reports) -> None:
+  """Refuses runs that stand on another base than the comparison has now."""
+  experiment = comparison.experiment
+  source = workdir / 'base' if plan.has_own_base(experiment) else experiment.base.source
+  body = contents.body_of(source, models.linear_maps(experiment.model.name)['head'])
+  for (row, seed), report in reports.items():
+    if None not in (body, report.get('body_fingerprint')) and report['body_fingerprint'] != body:
+      raise UserError(
+        f'{row}, seed {seed}: it stands on another base than {source} holds now; put that back, or '
+        'remove the run and give the same command'
+      )
 
 
 def _execute(runs: Sequence[plan.Run], directory: Path) -> None:
@@ -115,13 +141,24 @@ def _execute(runs: Sequence[plan.Run], directory: Path) -> None:
       # The same for all, also for those of a later day.
       dataset = dataset or of_run.hold(directory, base_lib.open_dataset(run.config))
       run_lib.train_and_evaluate(run.config, run.workdir, dataset)
+    except NonFiniteError as error:
+      _keep_divergence(run, str(error).split(';')[0])
     except UserError as error:
       raise type(error)(f'{run.title}: {error}') from None
     jax.clear_caches()  # programs of a finished run are of no use to the next
 
 
+def _keep_divergence(run: plan.Run, how: str) -> None:
+  """Notes that a run diverged, for the table and for the next command."""
+  warn(f'{run.title} diverged: {how}; the other runs go on')
+  if processes.is_primary():
+    kept = {'diverged': how, 'max_skipped': run.config.train.max_skipped}
+    replace_file(run.workdir / _DIVERGED, json.dumps(kept).encode())
+  processes.wait_for_all()
+
+
 def report_of(run: plan.Run) -> dict[str, Any] | None:
-  """Returns the report of a finished run, or None.
+  """Returns the report of a finished run, what is kept of one that diverged, or None.
 
   Raises:
     UserError: it cannot be read, or is of another config.
@@ -132,7 +169,7 @@ def report_of(run: plan.Run) -> dict[str, Any] | None:
 def _read_report(run: plan.Run) -> dict[str, Any] | None:
   workdir = run.workdir
   try:
-    report = run_lib.finished_report(workdir)
+    report = run_lib.finished_report(workdir) or _divergence(run)
   except (OSError, ValueError) as error:
     raise UserError(
       f'{workdir}/report.json cannot be read ({error}); remove {workdir} and give the same command'
@@ -143,3 +180,10 @@ def _read_report(run: plan.Run) -> dict[str, Any] | None:
     except UserError as error:
       raise UserError(f'{run.title}: {error}') from None
   return report
+
+
+def _divergence(run: plan.Run) -> dict[str, Any] | None:
+  """Returns what is kept of a run that diverged, unless it may skip more steps now."""
+  path = run.workdir / _DIVERGED
+  kept = json.loads(read_file(path)) if path.exists() else {'max_skipped': None}
+  return kept if kept['max_skipped'] == run.config.train.max_skipped else None

@@ -18,22 +18,30 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
 
   Args:
     comparison: what plan.default returned, with rows.
-    reports: the report of every run of the plan.
+    reports: the report of every run of the plan; of one that diverged, `diverged`, which says how.
     command: the command that makes the comparison again.
 
   Returns:
     title, command, dataset, threat, base, references, headline_attack, notes, provenance; and rows,
-    the most robust first: method (the row's label), seeds, trainable, share, adapter_bytes, steps,
-    passes, seconds, validation, attacks (label -> per_seed, mean, spread, n) and difference
-    (reference -> label -> mean, low, high).
+    the most robust first, those of which a run diverged last: method (the row's label), seeds,
+    diverged (seed -> how), trainable, share, adapter_bytes, steps, passes, seconds, validation,
+    attacks (label -> per_seed, None where it diverged, mean and spread of the others, n) and
+    difference (reference -> label -> mean, low, high, n).
 
   Raises:
-    UserError: the runs have different data, base, threat or evaluation.
+    UserError: the runs have different data, base, threat or evaluation, or all of them diverged.
   """
-  _check_comparable({f'{row}, seed {seed}': r for (row, seed), r in reports.items()})
+  titled = {f'{row}, seed {seed}': r for (row, seed), r in reports.items()}
+  diverged = {name: r['diverged'] for name, r in titled.items() if 'diverged' in r}
+  if len(diverged) == len(titled):
+    name, how = next(iter(diverged.items()))
+    raise UserError(f'every run diverged ({name}: {how}); lower optimizer.learning_rate')
+  finished = {name: r for name, r in titled.items() if name not in diverged}
+  _check_comparable(finished)
+  first = next(iter(finished.values()))
   rows = {
     row: {'method': row, 'seeds': list(comparison.seeds)}
-    | _averaged([reports[row, seed] for seed in comparison.seeds])
+    | _averaged({seed: reports[row, seed] for seed in comparison.seeds}, _own(first))
     for row in comparison.rows
   }
   references = list(comparison.references)
@@ -43,10 +51,11 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
       for reference in references
       if reference != row['method']
     }
-  first = next(iter(reports.values()))
   labels = list(next(iter(rows.values()))['attacks'])
   headline = comparison.headline or labels[-1]
-  ranked = sorted(rows.values(), key=lambda r: -r['attacks'][headline]['mean'])
+  ranked = sorted(
+    rows.values(), key=lambda r: (len(r['diverged']), -(r['attacks'][headline]['mean'] or 0))
+  )
   return {
     'title': comparison.name,
     'command': command,
@@ -56,9 +65,9 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     'headline_attack': headline,
     'references': references,
     'rows': ranked,
-    'notes': _notes(first),
+    'notes': [*(f'{name} diverged: {how}.' for name, how in diverged.items()), *_notes(first)],
     'provenance': {
-      'device': ', '.join(sorted({str(r['device']) for r in reports.values()})),
+      'device': ', '.join(sorted({str(r['device']) for r in finished.values()})),
       'versions': provenance.versions(),
       'base': first['body_fingerprint'],
       'experiment': config_lib.as_plain(comparison.experiment),
@@ -77,7 +86,7 @@ def _check_comparable(reports: Mapping[str, Mapping[str, Any]]) -> None:
   )
   for title, found in others:
     for name, value in found.items():
-      if value != expected[name]:
+      if value != expected[name] and None not in (value, expected[name]):
         raise UserError(
           f'{title} has another {name} than {first}: {value!r}, not '
           f'{expected[name]!r}; remove one of them and run it again'
@@ -93,8 +102,10 @@ def _identity(title: str, report: Mapping[str, Any]) -> dict[str, Any]:
     )
   config = report['config']
   fields = ('attack', 'steps', 'step_size', 'restarts', 'num_examples')
+  in_folder = report['dataset'].startswith('folder:')  # which may move: what it holds counts
   return {
-    'data set': report['dataset'],
+    'data set': 'folder' if in_folder and 'data' in report else report['dataset'],
+    'content of the data': report.get('data'),
     'image size': config['data']['image_size'],
     'split': config['data'].get('seed'),
     'base': report['body_fingerprint'],
@@ -115,35 +126,47 @@ def _label(evaluation: Mapping[str, Any]) -> str:
   return f'{name}-{steps}' if iterated else name
 
 
-def _averaged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Returns what a row says of its runs, one for each seed."""
+def _averaged(
+  reports: Mapping[int, Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+  """Returns what a row says of its runs.
+
+  Args:
+    reports: seed -> report.
+    evaluations: those of any run, to name the attacks by.
+  """
+  found = [report for report in reports.values() if 'diverged' not in report]
   attacks = {}
-  for evaluations in zip(*map(_own, reports), strict=True):
-    each = [e['accuracy'] for e in evaluations]
-    attacks[_label(evaluations[0])] = {
+  for place, evaluation in enumerate(evaluations):
+    each = [None if 'diverged' in r else _own(r)[place]['accuracy'] for r in reports.values()]
+    attacks[_label(evaluation)] = {
       'per_seed': each,
-      **over_seeds(each),
-      'n': evaluations[0]['num_examples'],
+      **over_seeds([accuracy for accuracy in each if accuracy is not None]),
+      'n': evaluation['num_examples'],
     }
-  counts = reports[0]['parameters']
+  one = found[0] if found else {'parameters': {}}
   return {
-    'trainable': counts['trainable'],
-    'share': counts['fraction'],
-    'adapter_bytes': reports[0]['adapter_bytes'],
-    'steps': reports[0]['last_step'],
-    'passes': over_seeds([report['passes'] for report in reports])['mean'],
-    'seconds': over_seeds([r['seconds']['train'] for r in reports])['mean'],
-    'validation': over_seeds([r['best_validation']['score'] for r in reports]),
+    'diverged': {str(s): r['diverged'] for s, r in reports.items() if 'diverged' in r},
+    'trainable': one['parameters'].get('trainable'),
+    'share': one['parameters'].get('fraction'),
+    'adapter_bytes': one.get('adapter_bytes'),
+    'steps': one.get('last_step'),
+    'passes': over_seeds([report['passes'] for report in found])['mean'],
+    'seconds': over_seeds([r['seconds']['train'] for r in found])['mean'],
+    'validation': over_seeds([r['best_validation']['score'] for r in found]),
     'attacks': attacks,
   }
 
 
 def _differences(row, reference) -> dict[str, Any]:
-  others = reference['attacks']
-  return {
-    label: paired_difference(found['per_seed'], others[label]['per_seed'])
-    for label, found in row['attacks'].items()
-  }
+  """Returns attack -> the difference over the seeds of which neither run diverged, if any."""
+  differences = {}
+  for label, found in row['attacks'].items():
+    pairs = zip(found['per_seed'], reference['attacks'][label]['per_seed'], strict=True)
+    both = [pair for pair in pairs if None not in pair]
+    if both:
+      differences[label] = paired_difference(*zip(*both, strict=True))
+  return differences
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
@@ -171,8 +194,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
       parts += [
         f'## Less {tables.escaped(reference)}, points',
         table,
-        'Runs of the same seed are subtracted; 95 % interval of the mean '
-        'difference (Student) in brackets.',
+        'Runs of the same seed are subtracted; 95 % interval of the mean difference (Student) in '
+        'brackets. One seed, or differences that are all equal, have no interval.',
       ]
   parts += [
     '## Notes',
@@ -197,17 +220,21 @@ def _difference_table(comparison, reference: str) -> str:
     found = row['difference'].get(reference)
     if found:
       differences = (page.difference(found[label]) for label in labels)
-      table.append([row['method'], *differences])
+      table.append([page.named(row), *differences])
   return tables.markdown(table) if len(table) > 1 else ''
 
 
 def as_csv(comparison: Mapping[str, Any]) -> str:
-  """Returns comparison.csv: a line for each row, seed and attack."""
+  """Returns comparison.csv: a line for each row, seed and attack.
+
+  The last column says whether the run finished or diverged; then it has no accuracy.
+  """
   costs = ['trainable', 'share', 'adapter_bytes', 'steps']
-  table = [['method', 'seed', 'attack', 'accuracy', 'images', *costs]]
+  table = [['method', 'seed', 'attack', 'accuracy', 'images', *costs, 'run']]
   for row in comparison['rows']:
     for label, found in row['attacks'].items():
       for seed, accuracy in zip(row['seeds'], found['per_seed'], strict=True):
         line = [row['method'], seed, label, accuracy, found['n']]
-        table.append(line + [row[name] for name in costs])
+        ended = 'diverged' if str(seed) in row['diverged'] else 'finished'
+        table.append([*line, *(row[name] for name in costs), ended])
   return tables.as_csv(table)

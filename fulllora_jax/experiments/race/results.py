@@ -40,7 +40,11 @@ def markdown_table(result: Mapping[str, Any]) -> str:
   ]
   for name, lap in result['schedules'].items():
     reached, final = lap['to_target'], lap['final']
-    row = [name, f'{lap["steps"]:,}', f'{lap["passes"]:,.0f}']
+    row = [
+      f'{name} (diverged)' if lap.get('diverged') else name,
+      f'{lap["steps"]:,}',
+      f'{lap["passes"]:,.0f}',
+    ]
     row += [duration(lap['seconds']), duration(lap['seconds_compile'])]
     row += ['-', '-', f'{lap["curve"][-1]["robust"]:.1%}', '-', '-']
     if reached:

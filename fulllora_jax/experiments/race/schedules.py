@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data
+from fulllora_jax import data, models
 from fulllora_jax.adapters import methods
 from fulllora_jax.attacks import Attack
 from fulllora_jax.core import trees
-from fulllora_jax.core.console import Progress, say
+from fulllora_jax.core.console import Progress, say, warn
 from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.core.files import read_file, replace_file
 from fulllora_jax.data import of_run
@@ -28,7 +28,7 @@ from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.experiments import variants
 from fulllora_jax.experiments.race import results
-from fulllora_jax.training import algorithm, checks
+from fulllora_jax.training import algorithm, checks, contents
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import run as run_lib
 from fulllora_jax.training import workdir as workdir_lib
@@ -98,8 +98,9 @@ def race(
 
   Returns:
     target, attack, final, num_validation, num_test, batch_size, config_name, device and schedules:
-    for each name `changes`, `steps`, `passes`, `seconds` of training, `seconds_compile`, `curve` (a
-    list of step, passes, seconds, clean, robust), `to_target` (passes and seconds at the first
+    for each name `changes`, `steps`, `passes`, `seconds` of training, `seconds_compile`, `diverged`
+    (the step after more than train.max_skipped were not finite, or None), `curve` (a list of step,
+    passes, seconds, clean, robust), `to_target` (passes and seconds at the first
     crossing, interpolated; None where it was not reached) and `final` (accuracy, interval,
     num_examples, clean).
 
@@ -126,15 +127,17 @@ def race(
     base = base_lib.ensure_base(
       config, directory, dataset, opened, train=run_lib.train_and_evaluate
     )
-    laps = {}
+    head = models.linear_maps(config.model.name)['head']
+    laps, body = {}, base and contents.body_of(base, head)
     for number, (name, own) in enumerate(raced.items(), 1):
       title = f'{name} ({number}/{len(raced)})'
       path = directory / 'schedules' / f'{name}.json'
-      key = {'config': config_lib.flat(own), **common}
+      key = {'config': _settled(own), 'base': body, 'data': data.identity(dataset), **common}
       laps[name] = _finished(path, key)
       if laps[name] is None:
         lap = _Lap(Stepper(own, dataset, base), common, title)
-        laps[name] = lap.run() | {'final': lap.close(closing)}
+        laps[name] = lap.run()
+        laps[name]['final'] = None if laps[name]['diverged'] else lap.close(closing)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps({'key': key, 'lap': laps[name]}).encode())
       else:
@@ -206,13 +209,20 @@ def _final_attack(config, text: str) -> Attack:
   return Attack(text, 0, 0.0, 0, sum((part.version for part in parts), ()))
 
 
+def _settled(config) -> dict[str, Any]:
+  """Returns the fields that decide what a lap gives, without places, which may move."""
+  fields = config_lib.flat(config)
+  places = {name for name in ('base.source', 'data.name') if contents.is_place(name, fields[name])}
+  return {n: v for n, v in fields.items() if n not in workdir_lib.FREE_TO_CHANGE | places}
+
+
 def _finished(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
   """Returns the lap of the same config in the file, or None."""
   try:
     saved = json.loads(read_file(path))
   except (OSError, ValueError):
     return None
-  return saved['lap'] if saved['key'] == key else None
+  return saved['lap'] if saved['key'] == json.loads(json.dumps(key)) else None
 
 
 def _result(config, target, common, laps) -> dict[str, Any]:
@@ -252,11 +262,16 @@ class _Lap:
     stepper, total = self.stepper, self.stepper.total_steps
     batch_size = stepper.config.train.batch_size
     curve, progress = [self._measure(0)], Progress(total)
-    began, spent = time.monotonic(), 0.0
+    began, spent, skipped, diverged = time.monotonic(), 0.0, 0, None
     for step, finished in stepper.steps():
       if step in self.marks:
         finished += stepper.wait()
       self.passes += batch_size * sum(float(m['passes']) for _, m in finished)
+      skipped += sum(bool(np.any(m['nonfinite'])) for _, m in finished)
+      if skipped > stepper.config.train.max_skipped:
+        diverged = step
+        warn(f'{self.title} diverged by step {step}; the other schedules go on')
+        break
       if step not in self.marks:
         continue
       jax.block_until_ready(stepper.state)
@@ -275,6 +290,7 @@ class _Lap:
       'passes': self.passes,
       'seconds': self.seconds,
       'seconds_compile': stepper.compile_seconds,
+      'diverged': diverged,
       'curve': curve,
     }
 

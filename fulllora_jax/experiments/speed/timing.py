@@ -26,10 +26,10 @@ class Seconds:
     return statistics.median(self.all)
 
   @property
-  def quartiles(self) -> tuple[float, float]:
-    """The first and the third quartile; both are the value of a single run."""
+  def quartiles(self) -> tuple[float, float] | tuple[None, None]:
+    """The first and the third quartile; None of a single run, which has none."""
     if len(self.all) < 2:
-      return self.all[0], self.all[0]
+      return None, None
     first, _, third = statistics.quantiles(self.all, method='inclusive')
     return first, third
 

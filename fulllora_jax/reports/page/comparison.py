@@ -24,7 +24,8 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
       and back, of the whole training; seconds; attacks, label -> the accuracies 'per_seed' in [0,
       1], in the order of the seeds, their mean, their standard deviation 'spread' and the number n
       of images; difference, reference -> label -> the mean of this method less the reference, seed
-      by seed, and the ends low and high of its interval, in [-1, 1].
+      by seed, the ends low and high of its interval, in [-1, 1], and the number n of seeds; and
+      diverged, seed -> how its training ended before its time, whose accuracies are None.
   """
   notes = [tag('li', note) for note in comparison.get('notes') or ()]
   sections = (
@@ -50,7 +51,8 @@ def _lead(comparison: Mapping[str, Any]) -> str:
     text += f', {several} seed{"" if seeds == [1] else "s"} each'
   text += f'; {threat.get("norm", "?")}, eps {threat.get("eps", "?")}.'
   headline = comparison.get('headline_attack')
-  if found := _found(comparison, headline):
+  found = [(row, each) for row, each in _found(comparison, headline) if not row.get('diverged')]
+  if found:
     mean, method = max((each['mean'], row['method']) for row, each in found)
     text += f' Most robust under {headline}: {method} with {100 * mean:.1f} %.'
   return text
@@ -70,17 +72,24 @@ def labels(comparison: Mapping[str, Any]) -> list[str]:
   return list(dict.fromkeys(itertools.chain.from_iterable(every)))
 
 
+def named(row: Mapping[str, Any]) -> str:
+  """Returns the name of a method, and how many of its trainings diverged."""
+  if not row.get('diverged'):
+    return row['method']
+  return f'{row["method"]} ({len(row["diverged"])} of {len(row["seeds"])} diverged)'
+
+
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
   """Returns what tables of a comparison say of a method, by their columns."""
   size, seconds = row.get('adapter_bytes'), row.get('seconds')
-  share = row.get('share')
+  share, none = row.get('share'), 'diverged' if row.get('diverged') else '-'
   return {
-    'method': row['method'],
+    'method': named(row),
     'seeds': str(len(row['seeds'])),
     'learnable': _count(row.get('trainable')),
     'share': '-' if share is None else f'{100 * share:.2f} %',
     'on disk': '-' if size is None else f'{size / 1e6:.2f} MB',
-    **{n: _mean(each) for n, each in (row.get('attacks') or {}).items()},
+    **{n: _mean(each, none) for n, each in (row.get('attacks') or {}).items()},
     'validation': _mean(row.get('validation') or {}),
     'steps': _count(row.get('steps')),
     'passes': _count(row.get('passes')),
@@ -98,10 +107,10 @@ def _count(value: float | None) -> str:
   return '-' if value is None else f'{value:,.0f}'
 
 
-def _mean(found: Mapping[str, Any]) -> str:
+def _mean(found: Mapping[str, Any], none: str = '-') -> str:
   """Writes a mean over the seeds in %, with ± where there are several."""
   if found.get('mean') is None:
-    return '-'
+    return none
   text, each = f'{100 * found["mean"]:.1f}', found.get('per_seed')
   if found.get('spread') is None or (each is not None and len(each) < 2):
     return text
@@ -110,8 +119,9 @@ def _mean(found: Mapping[str, Any]) -> str:
 
 def difference(found: Mapping[str, Any]) -> str:
   """Writes the difference of a method to a reference, in points."""
-  ends = (found.get('low'), found.get('high'))
-  return tables.with_interval(found['mean'], ends, '+.1f')
+  ends, pairs = (found.get('low'), found.get('high')), found.get('n') or 1
+  text = tables.with_interval(found['mean'], ends, '+.1f')
+  return f'{text} ({pairs} equal)' if None in ends and pairs > 1 else text
 
 
 def num_images(comparison: Mapping[str, Any]) -> str:
@@ -143,12 +153,13 @@ def _every_seed(comparison: Mapping[str, Any]) -> Markup:
   table = [['method', 'seed', *labels(comparison)]]
   for row in comparison['rows']:
     for place, seed in enumerate(row['seeds']):
-      line = [row['method'], str(seed)]
+      line, diverged = [row['method'], str(seed)], str(seed) in (row.get('diverged') or ())
       for label in table[0][2:]:
         found = (row.get('attacks') or {}).get(label) or {}
         each = found.get('per_seed') or ()
         value = each[place] if place < len(each) else None
-        line.append('-' if value is None else f'{100 * value:.1f}')
+        none = 'diverged' if diverged else '-'
+        line.append(none if value is None else f'{100 * value:.1f}')
       table.append(line)
   return document.table(table, 'Accuracy of each seed')
 
@@ -219,7 +230,7 @@ def _differences(comparison: Mapping[str, Any]) -> Markup | None:
           ends = (found.get(end) for end in ('mean', 'low', 'high'))
           points = [None if end is None else 100 * end for end in ends]
           dots.append(Dots(row['method'], (), *points, _colour(label)))
-          table.append([row['method'], reference, label, difference(found)])
+          table.append([named(row), reference, label, difference(found)])
       if dots and label in ('clean', comparison.get('headline_attack')):
         title = f'{_under(label)}, less {reference}'
         words = f'points against {reference}'
@@ -229,7 +240,8 @@ def _differences(comparison: Mapping[str, Any]) -> Markup | None:
     return None
   note = (
     'Differences are of runs with the same seed, in percentage points; right of 0 is better than '
-    'the reference. An interval that holds 0 tells of no difference.'
+    'the reference. An interval that holds 0 tells of no difference. One seed, or differences that '
+    'are all equal, have no interval.'
   )
   whole = document.table(table, 'Differences')
   return join(

@@ -1,0 +1,131 @@
+"""A run is known by what its paths hold: its base and its folder of data may move."""
+
+import functools
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from fulllora_jax import config as config_lib
+from fulllora_jax import data, pretrained
+from fulllora_jax.adapters import artefact
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.files import read_file
+from fulllora_jax.core.trees import Tree
+from fulllora_jax.pretrained import sources
+
+
+def moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Returns the fields of two flat configs that name places, and not the same one."""
+  fields = []
+  for field in ('base.source', 'data.name'):
+    before, now = old.get(field), new.get(field)
+    if before != now and is_place(field, before) and is_place(field, now):
+      fields.append(field)
+  return fields
+
+
+def is_place(field: str, name: Any) -> bool:
+  """Returns whether the value of base.source or data.name is a path, here or in a bucket."""
+  if field == 'data.name':
+    return str(name).startswith('folder:')
+  return name not in (pretrained.TRAIN, pretrained.SCRATCH) and not _is_remote(str(name))
+
+
+def _is_remote(source: str) -> bool:
+  return source.startswith(('hf-hub:', 'http://', 'https://'))
+
+
+def check(workdir: Path, config, fields: Collection[str]) -> None:
+  """Refuses places that hold something else than what a run has.
+
+  Of a run that is not finished `Training` sees that, where it goes on from a checkpoint.
+
+  Args:
+    workdir: where the run lives.
+    config: what it is to go on with.
+    fields: which fields name another place now (`moved`).
+
+  Raises:
+    UserError: another base, or other data.
+  """
+  best, report = workdir / 'best', workdir / 'report.json'
+  if 'base.source' in fields and best.exists():
+    _check_base(artefact.read_metadata(best), config.base.source, workdir)
+  if 'data.name' in fields and report.exists():
+    kept = json.loads(read_file(report)).get('data')
+    if kept != _data_identity(config_lib.to_json(config)):
+      raise UserError(
+        f'data.name {config.data.name}: it does not hold, or not for sure, the data of the run in '
+        f'{workdir}; give the place where that is, or another --workdir'
+      )
+
+
+def _check_base(metadata: Mapping[str, Any], source: str, workdir: Path) -> None:
+  found = pretrained.resolve_base(source)
+  if found.artefact is None:
+    check_published(metadata, source, workdir)
+    return
+  params = {'params': _params(found.artefact)}
+  learnt = metadata['leaves']
+  frozen = {path: leaf for path, leaf in trees.named_leaves(params).items() if path not in learnt}
+  if artefact.base_fingerprint(params['params'], frozen) != metadata['base_fingerprint']:
+    raise _other_base(source, workdir)
+
+
+def check_published(metadata: Mapping[str, Any], source: str, workdir: Path) -> None:
+  """Refuses a published checkpoint that is not the one that an artefact came from.
+
+  Args:
+    metadata: that of an artefact.
+    source: a checkpoint, as `config.base.source` names it.
+    workdir: where the artefact is, for the error.
+
+  Raises:
+    UserError: it was another, or none.
+  """
+  kept = metadata.get('base_source') or {'source': None, 'files': {}}
+  if source == kept['source']:
+    return
+  if not _is_remote(source):  # what is not here is known by its name alone
+    found = sources.fetch(source).identity['files']
+    if sorted(found.values()) == sorted(kept['files'].values()):
+      return
+  raise _other_base(source, workdir)
+
+
+def _other_base(source: str, workdir: Path) -> UserError:
+  return UserError(
+    f'base.source {source}: it is another base than the one in {workdir}; give that one, or '
+    'another --workdir'
+  )
+
+
+def _params(directory: Path) -> Tree:
+  return _read_params(directory, json.dumps(artefact.read_metadata(directory)['leaves']))
+
+
+@functools.lru_cache(maxsize=1)  # the runs of a comparison have one base
+def _read_params(directory: Path, checksums: str) -> Tree:
+  del checksums  # what another base in the same place would not have in common
+  return pretrained.load_base(directory)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _data_identity(config: str) -> dict[str, object]:
+  read = config_lib.from_mapping(json.loads(config))
+  return json.loads(json.dumps(data.identity(data.open_dataset(read.data, read.seed))))
+
+
+def body_of(source: str | Path, head: str) -> str | None:
+  """Returns the `body_fingerprint` of the base that a run has; None where there is no run.
+
+  Args:
+    source: the work directory of a run, or the artefact in one.
+    head: regular expression of the head's module path.
+  """
+  found = pretrained.resolve_base(source)
+  if found.artefact is None:
+    return None
+  return artefact.body_fingerprint(_params(found.artefact), head)
