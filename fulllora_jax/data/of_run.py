@@ -61,6 +61,18 @@ def as_in_run(workdir: Path, dataset: Dataset) -> Dataset:
   return dataset
 
 
+def refuse_others(workdir: Path, dataset: Dataset) -> None:
+  """Raises UserError unless data are, for sure, those that a run keeps; on one process alone."""
+  kept = read(workdir) or {}
+  if 'identity' not in kept:
+    raise UserError(
+      f'data.name={dataset.name}: the run in {workdir} does not say what data it had; give the '
+      'data.name that it began with, or another --workdir'
+    )
+  dataset = _as_kept(workdir, kept, dataset, may_map=False)
+  _refuse_changes(workdir, dataset, kept['identity'], _description(dataset)['identity'])
+
+
 def not_held_out(workdir: Path, dataset: Dataset) -> int:
   """Returns how many test images a run on the same data may have trained on; 0: unknown too."""
   kept = processes.from_primary(read, workdir) or {}

@@ -11,8 +11,8 @@ from fulllora_jax import data, pretrained
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.files import read_file
 from fulllora_jax.core.trees import Tree
+from fulllora_jax.data import of_run
 from fulllora_jax.pretrained import sources
 
 
@@ -50,16 +50,11 @@ def check(workdir: Path, config, fields: Collection[str]) -> None:
   Raises:
     UserError: another base, or other data.
   """
-  best, report = workdir / 'best', workdir / 'report.json'
+  best = workdir / 'best'
   if 'base.source' in fields and best.exists():
     _check_base(artefact.read_metadata(best), config.base.source, workdir)
-  if 'data.name' in fields and report.exists():
-    kept = json.loads(read_file(report)).get('data')
-    if kept != _data_identity(config_lib.to_json(config)):
-      raise UserError(
-        f'data.name {config.data.name}: it does not hold, or not for sure, the data of the run in '
-        f'{workdir}; give the place where that is, or another --workdir'
-      )
+  if 'data.name' in fields and (workdir / 'report.json').exists():
+    of_run.refuse_others(workdir, _opened(config_lib.to_json(config)))
 
 
 def _check_base(metadata: Mapping[str, Any], source: str, workdir: Path) -> None:
@@ -113,9 +108,9 @@ def _read_params(directory: Path, checksums: str) -> Tree:
 
 
 @functools.lru_cache(maxsize=1)
-def _data_identity(config: str) -> dict[str, object]:
+def _opened(config: str) -> data.Dataset:
   read = config_lib.from_mapping(json.loads(config))
-  return json.loads(json.dumps(data.identity(data.open_dataset(read.data, read.seed))))
+  return data.open_dataset(read.data, read.seed)
 
 
 def body_of(source: str | Path, head: str) -> str | None:

@@ -93,7 +93,6 @@ def _report(config, workdir: Path, dataset: data.Dataset, training: Training) ->
   seconds = {'train': training.seconds, 'evaluate': spent}
   result, history = run.report(evaluations, seconds), []
   result['passes'] = training.passes
-  result['data'] = data.identity(dataset)
   if processes.is_primary():
     history = read_metrics(workdir / 'metrics.jsonl')
     if steps := overfitting.collapses(history):

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -25,4 +27,38 @@ def test_difference_is_students_of_the_pairs(confidence):
 
 def test_one_pair_has_no_interval():
   found = paired_difference([0.5], [0.75])
-  assert found == {'mean': -0.25, 'low': None, 'high': None}
+  assert found == {'mean': -0.25, 'low': None, 'high': None, 'n': 1}
+
+
+@pytest.mark.parametrize(
+  'ours, theirs',
+  [
+    ([0.6, 0.5], [0.4, 0.3]),  # 0.2 twice, but for the rounding of floats
+    ([0.58, 0.66, 0.7], [0.5, 0.58, 0.62]),
+    ([0.5, 0.5], [0.5, 0.5]),
+    ([1.0, 1.0], [0.0, 0.0]),
+  ],
+)
+def test_differences_that_are_equal_have_no_interval(ours, theirs):
+  found = paired_difference(ours, theirs)
+  assert found['mean'] == pytest.approx(ours[0] - theirs[0])
+  assert (found['low'], found['high'], found['n']) == (None, None, len(ours))
+
+
+def test_the_interval_of_two_and_of_three_is_that_of_the_closed_form():
+  """Student's quantile is tan(0.475 pi) for one degree of freedom, and simple for two."""
+  found = paired_difference([0.61, 0.64], [0.6, 0.6])
+  half = math.tan(0.475 * math.pi) * 0.03 / 2  # differences 0.01 and 0.04
+  assert (found['low'], found['high']) == pytest.approx((0.025 - half, 0.025 + half))
+  found = paired_difference([0.61, 0.62, 0.63], [0.6, 0.6, 0.6])
+  half = 2 * 0.475 * math.sqrt(2 / (1 - 4 * 0.475**2)) * 0.01 / math.sqrt(3)
+  assert (found['low'], found['high']) == pytest.approx((0.02 - half, 0.02 + half))
+
+
+def test_an_interval_ends_where_accuracies_do():
+  found = paired_difference([0.9, 0.1], [0.1, 0.2])
+  assert (found['low'], found['high']) == (-1.0, 1.0)
+
+
+def test_no_seed_has_no_mean():
+  assert over_seeds([]) == {'mean': None, 'spread': None}

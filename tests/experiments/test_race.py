@@ -93,6 +93,9 @@ def test_finished_schedules_are_not_trained_again(raced, race_config, digits, mo
   nearer = schedules.race(race_config, digits, workdir, **OPTIONS | {'target': 0.1})
   assert nearer['target'] == 0.1
   changed = config_lib.copy(race_config)
+  (workdir / 'link').symlink_to(race_config.base.source)
+  changed.base.source, changed.train.log_every = str(workdir / 'link'), 7
+  assert schedules.race(changed, digits, workdir, **OPTIONS)['schedules'] == result['schedules']
   changed.seed = 5
   with pytest.raises(AssertionError, match='trained again'):
     schedules.race(changed, digits, workdir, **OPTIONS)
@@ -169,3 +172,18 @@ def test_joined_attacks_are_one_ensemble(race_config):
   found = schedules._final_attack(race_config, 'apgd-ce+apgd-dlr')
   assert found.version == ('apgd-ce', 'apgd-dlr')
   assert found.label == 'apgd-ce+apgd-dlr'
+
+
+def test_a_schedule_that_diverges_is_shown_and_the_others_go_on(
+  race_config, digits, tmp_path, one_device, capsys
+):
+  wild = config_lib.copy(race_config)
+  wild.optimizer.update(learning_rate=1e30, clip=0.0)
+  wild.schedule.warmup, wild.train.max_skipped = 0.0, 0
+  names = {'schedules': ('pgd-2', 'n_fgsm'), 'final': ''}
+  result = schedules.race(wild, digits, tmp_path, **OPTIONS | names)
+  for lap in result['schedules'].values():
+    assert lap['diverged'] and lap['final'] is None
+    assert all(0 <= point['robust'] <= 1 for point in lap['curve'])
+  assert '| pgd-2 (diverged) |' in (tmp_path / 'road.md').read_text()
+  assert 'pgd-2 (1/2) diverged by step' in capsys.readouterr().err

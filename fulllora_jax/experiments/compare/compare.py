@@ -179,6 +179,7 @@ def _read_report(run: plan.Run) -> dict[str, Any] | None:
       workdir_lib.check_same(workdir, run.config)
     except UserError as error:
       raise UserError(f'{run.title}: {error}') from None
+    report |= {'data': (of_run.read(workdir) or {}).get('identity')}
   return report
 
 

@@ -104,7 +104,7 @@ def _identity(title: str, report: Mapping[str, Any]) -> dict[str, Any]:
   fields = ('attack', 'steps', 'step_size', 'restarts', 'num_examples')
   in_folder = report['dataset'].startswith('folder:')  # which may move: what it holds counts
   return {
-    'data set': 'folder' if in_folder and 'data' in report else report['dataset'],
+    'data set': 'folder' if in_folder and report.get('data') else report['dataset'],
     'content of the data': report.get('data'),
     'image size': config['data']['image_size'],
     'split': config['data'].get('seed'),

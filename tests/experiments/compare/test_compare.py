@@ -1,17 +1,22 @@
 """A small comparison from its command to its table, and going on with it."""
 
 import json
+import shutil
 
 import jax
+import numpy as np
 import pytest
 import small_digits
+from safetensors import numpy
 
 from fulllora_jax import compare as compare_command
+from fulllora_jax.adapters import artefact
 from fulllora_jax.core import provenance
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh
 from fulllora_jax.experiments.compare import compare, plan
 from fulllora_jax.training import run as run_lib
+from fulllora_jax.training import workdir as workdir_lib
 
 
 @pytest.fixture(scope='module')
@@ -88,6 +93,88 @@ def test_a_run_of_another_config_is_refused_by_name(compared, small):
   for table_only in (True, False):  # also where it is finished
     with pytest.raises(UserError, match=message):
       compare.compare(other, str(workdir), table_only=table_only)
+
+
+def elsewhere(compared, small, root):
+  """Copies the comparison and its base to another folder."""
+  shutil.copytree(compared[0], root / 'moved')
+  shutil.copytree(small.experiment.base.source, root / 'base')
+  other = small.copy_and_resolve_references()
+  other.experiment.base.source = 'base'
+  return other
+
+
+@pytest.mark.parametrize('way', ['moved', 'link'])
+def test_a_comparison_that_moved_is_the_same(compared, small, tmp_path, monkeypatch, way):
+  other = elsewhere(compared, small, tmp_path)
+  monkeypatch.chdir(tmp_path)  # the paths are relative ones
+  (tmp_path / 'link').symlink_to('moved')
+  monkeypatch.setattr(run_lib, 'train_and_evaluate', None)
+  assert compare.compare(other, way)['rows'] == compared[1]['rows']
+  assert compare.compare(small, str(tmp_path / way))['rows'] == compared[1]['rows']
+
+
+def other_base(directory):
+  """Changes a number in a base."""
+  tree, metadata = artefact.read_artefact(directory / 'best')
+  leaf = tree['params']['embedding']['bias']
+  tree['params']['embedding']['bias'] = leaf + np.float32(1e-3)
+  artefact.save_artefact(directory / 'best', metadata['step'], tree, metadata)
+
+
+def test_another_base_is_refused_wherever_it_is(compared, small, tmp_path, monkeypatch):
+  other = elsewhere(compared, small, tmp_path)
+  other_base(tmp_path / 'base')
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match='fulllora, seed 0: base.source base: it is another base'):
+    compare.compare(other, 'moved')
+  same = small.copy_and_resolve_references()  # by the name that it had
+  same.experiment.base.source = str(tmp_path / 'same')
+  shutil.copytree(small.experiment.base.source, tmp_path / 'same')
+  for run in plan.runs(same, 'moved'):
+    workdir_lib.claim(run.workdir, run.config)
+  other_base(tmp_path / 'same')
+  with pytest.raises(UserError, match='fulllora, seed 0: it stands on another base than .*same'):
+    compare.compare(same, 'moved', table_only=True)
+  (run, *_) = plan.runs(same, 'moved')  # and where it has not finished, and goes on
+  (run.workdir / 'report.md').unlink()
+  with pytest.raises(UserError, match='fulllora, seed 0: .*not the base that the run in .* began'):
+    compare.compare(same, 'moved')
+
+
+def test_a_base_of_another_source_is_not_taken_as_it_is(small, tmp_path):
+  shutil.copytree(small.experiment.base.source, tmp_path / 'comparison' / 'base')
+  other = small.copy_and_resolve_references()
+  other.experiment.base.source = str(tmp_path / 'weights.safetensors')
+  numpy.save_file({'a': np.zeros(2, np.float32)}, tmp_path / 'weights.safetensors')
+  with pytest.raises(UserError, match=r'weights\.safetensors: it is another base than the one in'):
+    compare.compare(other, str(tmp_path / 'comparison'))
+
+
+def test_a_row_that_diverges_leaves_the_others(compared, small, tmp_path, monkeypatch, capsys):
+  workdir = shutil.copytree(compared[0], tmp_path / 'x')
+  wild = small.copy_and_resolve_references()
+  wild.experiment.train.max_skipped = 0
+  wild.rows['awild'] = {  # before the others
+    'method': 'fulllora',
+    'optimizer': {'learning_rate': 1e30, 'clip': 0.0},
+    'schedule': {'warmup': 0.0},
+  }
+  shutil.rmtree(workdir / 'runs' / 'linear-0')
+  found = compare.compare(wild, str(workdir))
+  assert 'warning: awild, seed 0 diverged: step 2: the loss is nan' in capsys.readouterr().err
+  rows = {row['method']: row for row in found['rows']}
+  assert list(rows['awild']['diverged']) == ['0'] and found['rows'][-1] is rows['awild']
+  before = {row['method']: row for row in compared[1]['rows']}
+  for name in ('fulllora', 'linear'):
+    assert rows[name]['attacks'] == before[name]['attacks']
+  assert (workdir / 'comparison.md').exists()
+  trained = []
+  monkeypatch.setattr(run_lib, 'train_and_evaluate', lambda _, path, *__: trained.append(path.name))
+  assert compare.compare(wild, str(workdir))['rows'] == found['rows']
+  assert compare.compare(wild, str(workdir), table_only=True) and not trained
+  wild.experiment.train.max_skipped = 5  # now it may go on
+  assert compare.compare(wild, str(workdir)) is None and trained == ['awild-0']
 
 
 def test_a_damaged_report_is_named(compared, small):

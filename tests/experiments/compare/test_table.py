@@ -2,6 +2,7 @@ import copy
 import csv
 import html
 import io
+import json
 
 import pytest
 import small_digits
@@ -126,6 +127,84 @@ def test_one_seed_has_no_spread(comparison, reports):
   text = table.markdown(found)
   assert '| 60.0 |' in text and '±' not in table.results_table(found)
   assert '| -10.0 |' in text
+
+
+def test_two_equal_differences_have_no_interval(comparison, reports):
+  for seed, robust in ((0, 0.5), (1, 0.6)):
+    reports['full', seed]['evaluations'][2]['accuracy'] = robust + 0.08
+  text = table.markdown(table.summarise(comparison, reports, ''))
+  line = [t for t in text.splitlines() if t.startswith('| fulllora')][1]
+  assert line.endswith('| -8.0 (2 equal) |')
+  assert 'differences that are all equal, have no interval' in text
+
+
+@pytest.fixture
+def diverged(comparison, reports):
+  """A comparison in which a row diverged once, and another always."""
+  how = 'step 2: the loss is nan, and no gradient is not finite'
+  for row in ('wild', 'wildest'):
+    comparison.rows[row] = {'method': 'linear'}
+    reports |= {(row, seed): reports['fulllora', seed] for seed in (0, 1)}
+  for key in (('wild', 1), ('wildest', 0), ('wildest', 1)):
+    reports[key] = {'diverged': how, 'max_skipped': 10}
+  comparison.references = ('full', 'wildest')
+  return table.summarise(comparison, reports, 'the command'), how
+
+
+def test_what_diverged_is_shown_and_takes_part_in_no_mean(diverged):
+  found, how = diverged
+  names = [row['method'] for row in found['rows']]
+  assert names == ['full', 'fulllora', 'wild', 'wildest']  # what diverged last
+  wild, wildest = found['rows'][2:]
+  assert wild['diverged'] == {'1': how} and wildest['diverged'] == {'0': how, '1': how}
+  assert wild['attacks']['pgd-2']['per_seed'] == [0.5, None]
+  assert wild['attacks']['pgd-2']['mean'] == 0.5
+  assert wildest['attacks']['pgd-2'] == {
+    'per_seed': [None, None], 'mean': None, 'spread': None, 'n': 60,
+  }  # fmt: skip
+  less = wild['difference']['full']['pgd-2']  # of seed 0 alone
+  assert less == {'mean': pytest.approx(-0.2), 'low': None, 'high': None, 'n': 1}
+  assert wildest['difference'] == {'full': {}} and wild['difference']['wildest'] == {}
+  assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_what_diverged_is_named_in_every_format(diverged):
+  found, how = diverged
+  text = table.markdown(found)
+  lines = [t for t in text.splitlines() if t.startswith('| wild')]
+  assert lines[0].startswith('| wild (1 of 2 diverged) | 2 |') and '| 50.0 |' in lines[0]
+  assert lines[1].startswith('| wildest (2 of 2 diverged) | 2 |')
+  assert lines[1].count('diverged') == 3  # its name, clean, and pgd-2
+  assert lines[2].startswith('| wild (1 of 2 diverged) |') and len(lines) == 3
+  assert f'- wild, seed 1 diverged: {how}.' in text
+  rows = list(csv.DictReader(io.StringIO(table.as_csv(found))))
+  ended = {(r['method'], r['seed'], r['run'], r['accuracy'] == '') for r in rows}
+  assert {e for e in ended if e[0] in ('full', 'wild')} == {
+    ('full', '0', 'finished', False),
+    ('full', '1', 'finished', False),
+    ('wild', '0', 'finished', False),
+    ('wild', '1', 'diverged', True),
+  }
+  page = comparison_page(found)
+  assert 'wild (1 of 2 diverged)' in page and 'wildest (2 of 2 diverged)' in page
+  assert f'wildest, seed 0 diverged: {how}.' in page
+  assert page.count('<td>diverged</td>') == 2 + 3 * 2  # the means, and each run's accuracies
+  assert 'Most robust under pgd-2: full' in page
+
+
+def test_if_every_run_diverged_there_is_nothing_to_compare(comparison, reports):
+  lost = {key: {'diverged': 'step 2: the loss is nan'} for key in reports}
+  with pytest.raises(UserError, match='every run diverged .fulllora, seed 0: step 2: the loss'):
+    table.summarise(comparison, lost, '')
+
+
+def test_pictures_may_lie_elsewhere_if_they_are_the_same(comparison, reports):
+  for number, report in enumerate(reports.values()):
+    report |= {'dataset': f'folder:/place/{number}', 'data': {'train labels': 7}}
+  table.summarise(comparison, reports, '')
+  reports['full', 1]['data'] = {'train labels': 8}
+  with pytest.raises(UserError, match='full, seed 1 has another content of the data'):
+    table.summarise(comparison, reports, '')
 
 
 @pytest.mark.parametrize(
