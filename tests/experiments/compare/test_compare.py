@@ -17,6 +17,7 @@ from fulllora_jax.distributed import mesh
 from fulllora_jax.experiments.compare import compare, plan
 from fulllora_jax.training import run as run_lib
 from fulllora_jax.training import workdir as workdir_lib
+from fulllora_jax.training.loop import NonFiniteError
 
 
 @pytest.fixture(scope='module')
@@ -119,7 +120,7 @@ def other_base(directory):
   tree, metadata = artefact.read_artefact(directory / 'best')
   leaf = tree['params']['embedding']['bias']
   tree['params']['embedding']['bias'] = leaf + np.float32(1e-3)
-  artefact.save_artefact(directory / 'best', metadata['step'], tree, metadata)
+  artefact.save_artefact(directory / 'best', metadata['step'] + 1, tree, metadata)
 
 
 def test_another_base_is_refused_wherever_it_is(compared, small, tmp_path, monkeypatch):
@@ -154,27 +155,33 @@ def test_a_base_of_another_source_is_not_taken_as_it_is(small, tmp_path):
 def test_a_row_that_diverges_leaves_the_others(compared, small, tmp_path, monkeypatch, capsys):
   workdir = shutil.copytree(compared[0], tmp_path / 'x')
   wild = small.copy_and_resolve_references()
-  wild.experiment.train.max_skipped = 0
-  wild.rows['awild'] = {  # before the others
-    'method': 'fulllora',
-    'optimizer': {'learning_rate': 1e30, 'clip': 0.0},
-    'schedule': {'warmup': 0.0},
-  }
+  wild.rows['awild'] = {'method': 'fulllora', 'optimizer': {'learning_rate': 1e30}}
   shutil.rmtree(workdir / 'runs' / 'linear-0')
+  trained, how = [], 'step 2: the loss is nan, and no gradient is not finite'
+
+  def train(config, path, *_):
+    trained.append(path.name)
+    if config.optimizer.learning_rate == 1e30:
+      workdir_lib.claim(path, config)
+      raise NonFiniteError(f'{how}; the update was not applied')
+    shutil.copytree(compared[0] / 'runs' / path.name, path)
+
+  monkeypatch.setattr(run_lib, 'train_and_evaluate', train)
   found = compare.compare(wild, str(workdir))
-  assert 'warning: awild, seed 0 diverged: step 2: the loss is nan' in capsys.readouterr().err
+  assert trained == ['awild-0', 'linear-0']  # it goes on behind the one that diverged
+  assert f'warning: awild, seed 0 diverged: {how}; the other runs go on' in capsys.readouterr().err
   rows = {row['method']: row for row in found['rows']}
-  assert list(rows['awild']['diverged']) == ['0'] and found['rows'][-1] is rows['awild']
+  assert rows['awild']['diverged'] == {'0': how} and found['rows'][-1] is rows['awild']
   before = {row['method']: row for row in compared[1]['rows']}
   for name in ('fulllora', 'linear'):
     assert rows[name]['attacks'] == before[name]['attacks']
-  assert (workdir / 'comparison.md').exists()
-  trained = []
-  monkeypatch.setattr(run_lib, 'train_and_evaluate', lambda _, path, *__: trained.append(path.name))
+  assert 'awild (1 of 1 diverged)' in (workdir / 'comparison.md').read_text()
+  trained.clear()
   assert compare.compare(wild, str(workdir))['rows'] == found['rows']
   assert compare.compare(wild, str(workdir), table_only=True) and not trained
   wild.experiment.train.max_skipped = 5  # now it may go on
-  assert compare.compare(wild, str(workdir)) is None and trained == ['awild-0']
+  compare.compare(wild, str(workdir))
+  assert trained == ['awild-0']
 
 
 def test_a_damaged_report_is_named(compared, small):
