@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TextIO
 
 from absl import app, flags, logging
 
-from fulllora_jax.core import console
+from fulllora_jax.core import blame, console
 from fulllora_jax.core.errors import RESTART, Preempted, Unavailable, UserError, first_line
 
 _HELP = {f'{dash}{name}' for dash in ('-', '--') for name in ('help', 'helpshort', 'helpfull', 'h')}
@@ -34,7 +34,7 @@ def _parse_flags(main: Callable, argv: Sequence[str]) -> list[str]:
       flags.FLAGS.verbosity = logging.WARNING  # Orbax says a lot at INFO
     return arguments
   except flags.Error as error:
-    _exit(_without_traceback(str(error)))
+    _exit(_config_fault(error) if 'Error whilst parsing config file' in str(error) else str(error))
   except OSError as error:
     reason = re.search(r'\[Errno \d+\] (.+)', str(error))
     _exit(f'config file: {reason.group(1) if reason else error}')
@@ -62,12 +62,10 @@ def _say_help(main: Callable, *, whole: bool) -> NoReturn:
   sys.exit(0)
 
 
-def _without_traceback(text: str) -> str:
-  """Keeps the last line of the traceback that config_flags quotes, if any."""
-  if 'Error whilst parsing config file' not in text:
-    return text
-  last = text.strip().splitlines()[-1]
-  return f'config file: {last.removeprefix(f"{UserError.__module__}.UserError: ")}'
+def _config_fault(error: Exception) -> str:
+  """Says what a config file raised, in which file and on which line."""
+  said = blame.fault(error)
+  return f'config file: {said.partition("UserError: ")[2] or said}'
 
 
 def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
@@ -89,16 +87,6 @@ def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
       hint = f'; did you mean "{similar.group(1)}"?' if similar else ''
       return f'unknown config field: {flag}{hint}'
   return None
-
-
-def _config_fault(error: Exception) -> str:
-  """Says what a config file raised, and on which of its lines."""
-  where = ''
-  for frame, line in traceback.walk_tb(error.__traceback__):
-    # The name under which config_flags loads the file of --config.
-    if frame.f_globals.get('__name__', '').endswith('_config'):
-      where = f'{frame.f_code.co_filename}, line {line}: '
-  return _without_traceback(f'config file: {where}{type(error).__name__}: {error}')
 
 
 def _exit(message: str, status: int = 2) -> NoReturn:

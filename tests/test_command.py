@@ -153,7 +153,7 @@ def test_no_config(command):
 @pytest.mark.parametrize(
   'text, words',
   [
-    ('def get_config(:', 'config.py'),
+    ('def get_config(:', 'config.py, line 1: SyntaxError: '),
     ('x = 1', 'get_config'),
     (
       """
@@ -164,12 +164,17 @@ def test_no_config(command):
       'error: config file: this config needs a variant\n',
     ),
     ('def get_config():\n  return nothing', 'config.py, line 2: NameError'),
-    ('import no_such_package', 'no_such_package'),
-    ('def get_config():\n  int("x")', 'config file: ValueError: invalid'),
+    ('import no_such_package', "config.py, line 1: ModuleNotFoundError: No module named 'no_such"),
+    ('def get_config():\n  int("x")', 'config.py, line 2: ValueError: invalid literal'),
+    ('import beside', 'beside.py, line 2: ZeroDivisionError: division by zero'),
+    ('import os\nfrom beside_syntax import x', 'beside_syntax.py, line 2: SyntaxError: '),
+    ('def get_config():\n  return {}["x"]', "config.py, line 2: KeyError: 'x'"),
   ],
 )
 def test_broken_config_file(command, text, words):
   (command.directory / 'config.py').write_text(textwrap.dedent(text))
+  (command.directory / 'beside.py').write_text('x = 1\ny = x / 0\n')
+  (command.directory / 'beside_syntax.py').write_text('x = 1\ny = = 2\n')
   assert words in the_error(command())
 
 

@@ -24,7 +24,7 @@ class Preempted(Exception):
   """Training stopped on SIGTERM, after a whole checkpoint."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
   """Returns the first line of an error's message, shortened."""
   return str(error).strip().split('\n')[0][:300]
 

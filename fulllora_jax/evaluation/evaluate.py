@@ -12,7 +12,7 @@ from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import choose
 from fulllora_jax.core.files import absolute_path, replace_file
 from fulllora_jax.data import of_run
-from fulllora_jax.evaluation import checks
+from fulllora_jax.evaluation import checks, users_function
 from fulllora_jax.evaluation.evaluations import Evaluations, LogitsFunction, next_name
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
 from fulllora_jax.evaluation.settings import Plan
@@ -63,16 +63,17 @@ def evaluate_again(
   checks.validate_evaluation(config)
   plans = [plan.at(radius, scale_steps=scale_steps) for radius in eps] or [plan]
   path = absolute_path(workdir)
-  if logits:
-    run = LogitsFunction(logits, config, path, plans[0], split)
-  else:
-    checks.refuse_rand(config)
-    pretrained.find_artefact(path)
-    dataset = of_run.as_in_run(path, data.open_dataset(config.data, config.seed))
-    run = FinishedRun(config, path, dataset, plans[0], next_name(path))
-  for name in weights:  # a run from scratch has no base
-    choose('--weights', name, run.weights())
-  return _finish(run, plans, weights or run.weights(), split)
+  with users_function.blamed(logits):
+    if logits:
+      run = LogitsFunction(logits, config, path, plans[0], split)
+    else:
+      checks.refuse_rand(config)
+      pretrained.find_artefact(path)
+      dataset = of_run.as_in_run(path, data.open_dataset(config.data, config.seed))
+      run = FinishedRun(config, path, dataset, plans[0], next_name(path))
+    for name in weights:  # a run from scratch has no base
+      choose('--weights', name, run.weights())
+    return _finish(run, plans, weights or run.weights(), split)
 
 
 def _finish(

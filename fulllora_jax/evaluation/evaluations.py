@@ -6,9 +6,6 @@ afresh; the record says whether that gives the same result.
 
 import contextlib
 import hashlib
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from fulllora_jax.core.files import (
   replace_arrays,
 )
 from fulllora_jax.distributed import mesh, processes
+from fulllora_jax.evaluation import users_function
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 
@@ -45,6 +43,8 @@ class Evaluations:
     folder: adversarial images and the progress of ensembles go there.
     name: the name of the result, which its adversarial images bear too.
   """
+
+  source = ''  # a hash of the model's source, where that is the user's
 
   def __init__(
     self, config, dataset: data.Dataset, apply: Callable, plan: Plan, *, folder: Path, name: str
@@ -157,9 +157,16 @@ class Evaluations:
     """Returns the same place whenever the same evaluation is asked for."""
     plan = self.evaluator.plan
     computed_in = (self.config.model.dtype, plan.precision)
-    key = (key, plan.seed, computed_in, self.evaluator.ensemble_batch_size)
+    key = (key, plan.seed, computed_in, self.evaluator.ensemble_batch_size, self.source)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
-    directory = self.folder / 'progress' / digest[:16]
+    parent = self.folder / 'progress'
+    directory = parent / digest[:16]
+    others = set(parent.iterdir()) - set(self._progress) if parent.exists() else set()
+    if others and directory not in others:
+      say(
+        f'{parent} holds progress of other settings, or of the function before its source changed: '
+        'none of it is taken up'
+      )
     self._progress.append(directory)
     return directory
 
@@ -215,26 +222,6 @@ class Evaluations:
     return int((~boxed | (distance > threat.reach)).sum())
 
 
-def load_function(spec: str) -> Callable:
-  """Imports 'module:function', from the current directory too.
-
-  Raises:
-    UserError: there is no such function.
-  """
-  module, colon, name = spec.partition(':')
-  if not (module and colon and name) or module.startswith('.'):
-    raise UserError(f'--logits: write module:function, not {spec!r}')
-  if os.getcwd() not in sys.path:
-    sys.path.insert(0, os.getcwd())
-  try:
-    function = getattr(importlib.import_module(module), name, None)
-  except ImportError as error:
-    raise UserError(f'--logits: cannot import {module}: {error}') from None
-  if not callable(function):
-    raise UserError(f'--logits: {module} has no function {name}')
-  return function
-
-
 class LogitsFunction(Evaluations):
   """A logits function of the user's.
 
@@ -250,7 +237,7 @@ class LogitsFunction(Evaluations):
   """
 
   def __init__(self, spec: str, config, workdir: Path, plan: Plan, split: str):
-    function, self.spec = load_function(spec), spec
+    function, self.spec = users_function.load_function(spec), spec
     dataset = data.open_dataset(config.data, config.seed)
     x = np.empty((1, *dataset.image_shape), np.float32)  # only its shape counts
     labels = getattr(dataset, split).labels
@@ -265,6 +252,7 @@ class LogitsFunction(Evaluations):
       folder=workdir / 'evaluations',
       name=next_name(workdir),
     )
+    self.source = users_function.source(spec)
 
   def weights(self) -> tuple[str, ...]:
     return ('model',)

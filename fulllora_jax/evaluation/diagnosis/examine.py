@@ -18,11 +18,11 @@ from fulllora_jax import data
 from fulllora_jax.config import WEIGHTS
 from fulllora_jax.core import files
 from fulllora_jax.core import ranges as range_lib
-from fulllora_jax.core.errors import choose
+from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.data import of_run
-from fulllora_jax.evaluation import evaluations, finished_run, ranges, settings
+from fulllora_jax.evaluation import finished_run, ranges, settings, users_function
 from fulllora_jax.evaluation.diagnosis import attack, model
-from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding
+from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, wrong
 
 CHECKS: dict[str, Callable[[Examined], Finding | None]] = {
   'deterministic output': model.randomness,
@@ -60,8 +60,14 @@ def examine(examined: Examined) -> Iterator[Finding]:
     return
   yield Finding('finite logits')
   for name, check in CHECKS.items():
-    found = check(examined)
-    yield dataclasses.replace(found or Finding(name), check=name)
+    yield dataclasses.replace(_checked(check, examined) or Finding(name), check=name)
+
+
+def _checked(check: Callable[[Examined], Finding | None], examined: Examined) -> Finding | None:
+  try:
+    return check(examined)
+  except UserError as error:  # such as an ensemble that refuses the model
+    return wrong(str(error), 'the check cannot be made', 'mend that first, then look again')
 
 
 def recorded(evaluations: Sequence[dict]) -> Finding:
@@ -127,35 +133,36 @@ def examine_and_say(
   choose('--weights', weights, WEIGHTS)
   ranges.check(config, ('seed', 'data'))
   range_lib.check('--seed', seed, range_lib.SEED, whole=True)
-  threat = settings.threat(config)
-  if logits:
-    path, logits_fn, exact_fn = None, evaluations.load_function(logits), None
-  else:
-    path = files.absolute_path(workdir)
-    logits_fn, exact_fn = finished_run.logits_functions(path, weights)
-  dataset = data.open_dataset(config.data, config.seed)
-  if path is not None:
-    dataset = of_run.as_in_run(path, dataset)
-  examples = getattr(dataset, split)
-  chosen = data.choose_examples(len(examples), num_examples, seed)
-  examined = Examined(
-    logits_fn,
-    examples.fetch(chosen).astype('float32') / 255,
-    examples.labels[chosen],
-    threat,
-    jax.random.key(seed),
-    exact_fn,
-  )
-  levels = []
-  for finding in _findings(examined, path):
-    print(finding.text(), flush=True)
-    levels.append(finding.level)
-  wrong = levels.count('wrong')
-  print(
-    f'\n{wrong} of {len(levels)} checks found something wrong, on '
-    f'{len(chosen)} {split} images at {threat.norm}, eps {config.threat.eps}'
-  )
-  return not wrong
+  with users_function.blamed(logits):
+    threat = settings.threat(config)
+    if logits:
+      path, logits_fn, exact_fn = None, users_function.load_function(logits), None
+    else:
+      path = files.absolute_path(workdir)
+      logits_fn, exact_fn = finished_run.logits_functions(path, weights)
+    dataset = data.open_dataset(config.data, config.seed)
+    if path is not None:
+      dataset = of_run.as_in_run(path, dataset)
+    examples = getattr(dataset, split)
+    chosen = data.choose_examples(len(examples), num_examples, seed)
+    examined = Examined(
+      logits_fn,
+      examples.fetch(chosen).astype('float32') / 255,
+      examples.labels[chosen],
+      threat,
+      jax.random.key(seed),
+      exact_fn,
+    )
+    levels = []
+    for finding in _findings(examined, path):
+      print(finding.text(), flush=True)
+      levels.append(finding.level)
+    wrong = levels.count('wrong')
+    print(
+      f'\n{wrong} of {len(levels)} checks found something wrong, on '
+      f'{len(chosen)} {split} images at {threat.norm}, eps {config.threat.eps}'
+    )
+    return not wrong
 
 
 def _findings(examined: Examined, workdir: Path | None) -> Iterator[Finding]:

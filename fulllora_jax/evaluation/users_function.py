@@ -1,0 +1,86 @@
+"""A logits function of the user's: found by name, known by its source, blamed for its faults."""
+
+import contextlib
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fulllora_jax.core import blame
+from fulllora_jax.core.errors import UserError, did_you_mean
+
+
+def load_function(spec: str) -> Callable:
+  """Imports 'module:function', from the current directory too.
+
+  Raises:
+    UserError: there is no such function, or its module cannot be imported: where it fails.
+  """
+  module, colon, name = spec.partition(':')
+  if not (module and colon and name) or module.startswith('.'):
+    raise UserError(f'--logits: write module:function, not {spec!r}')
+  if module.endswith('.py') or os.sep in module:
+    raise UserError(
+      f'--logits: write the name of the module, {Path(module).stem}:{name}, not its file; it is '
+      'looked for in the current directory'
+    )
+  if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
+  with blame.blaming(f'--logits: cannot import {module}'):
+    try:
+      found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+      if not f'{module}.'.startswith(f'{error.name}.'):  # what it imports is not there
+        raise
+      raise UserError(
+        f'--logits: cannot import {module}: {error}, neither in {os.getcwd()} nor installed'
+      ) from None
+    function = getattr(found, name, None)
+  if not callable(function):
+    known = [other for other, value in vars(found).items() if callable(value)]
+    hint = did_you_mean(name, known).rstrip('? ')
+    raise UserError(f'--logits: {module} has no function {name}{"; " * bool(hint)}{hint}')
+  return function
+
+
+@contextlib.contextmanager
+def blamed(spec: str | None) -> Iterator[None]:
+  """Makes one line, with file and line, of whatever the function does wrong inside; None: nothing.
+
+  Raises:
+    UserError: it cannot be imported, traced, differentiated or run, or gives no logits.
+  """
+  if not spec:
+    yield
+    return
+  place = _place(load_function(spec))
+  with blame.blaming(f'--logits {spec}', place):
+    try:
+      yield
+    except UserError as error:
+      if not str(error).startswith('logits function: '):
+        raise
+      raise UserError(f'{error} ({place.removesuffix(": ")})') from None
+
+
+def source(spec: str) -> str:
+  """Returns a hash of the user's source that was imported from the folder of a function's module.
+
+  Another source is another model: its gradient may differ where its logits do not.
+  """
+  file = getattr(sys.modules[spec.partition(':')[0]], '__file__', None) or ''
+  files = {getattr(module, '__file__', None) or '' for module in list(sys.modules.values())}
+  mine = {f for f in files if blame.is_users(f) and Path(f).is_relative_to(Path(file).parent)}
+  content = [Path(f).read_bytes() for f in sorted({file, *mine}) if Path(f).is_file()]
+  return hashlib.sha256(b''.join(content)).hexdigest()[:12]
+
+
+def _place(function: Callable) -> str:
+  """Returns 'FILE, line N: ', where a function is defined; '' where that is not known."""
+  while hasattr(function, 'func'):  # a partial
+    function = function.func
+  code = getattr(inspect.unwrap(function), '__code__', None)
+  return f'{code.co_filename}, line {code.co_firstlineno}: ' if code else ''
