@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from fulllora_jax.config import ConfigDict
@@ -102,11 +102,7 @@ class Listing:
       )
 
   def subfolders(self, folder: Path) -> dict[str, list[Path]]:
-    """Returns the folders in a folder by name, sorted; names are of Unicode's form NFC.
-
-    macOS writes an accent apart from its letter (NFD), Linux and Windows do not: such names are
-    one.
-    """
+    """Returns the folders in a folder by name, sorted; macOS's names (NFD) as others write them."""
     found: dict[str, list[Path]] = {}
     for path in _entries(folder):
       if path.is_dir():
@@ -115,10 +111,6 @@ class Listing:
 
   def class_folders(self, folder: Path, others: Folders | None = None) -> dict[str, list[Path]]:
     """Returns the class folders in a split's folder.
-
-    Args:
-      folder: the split's folder.
-      others: the class folders of the training split, for those of the test split.
 
     Raises:
       UserError: there are less than 2, or other names than in `others`.
@@ -152,15 +144,12 @@ class Listing:
       own = [(path, label) for place in folders for path in self._below(place, place, seen)]
       files += own
       empty += [] if own else [name]
-    if not files:
+    if not files or (empty and not allow_empty):
+      where = few(empty) if files else 'the class folders'
+      instead = f' (left out: {self._reasons()})' if self.left_out else ''
       raise UserError(
-        f'data.name={self.name}: no image in the class folders of {folder}; files must end as '
-        f'those do that Pillow reads, e.g. .png, .jpg or .tif{self._found_instead()}'
-      )
-    if empty and not allow_empty:
-      raise UserError(
-        f'data.name={self.name}: no image in {few(empty)} of {folder}; remove what is no class, '
-        f'or fill it{self._found_instead()}'
+        f'data.name={self.name}: no image in {where} of {folder}; remove what is no class, or fill '
+        f'it with files that Pillow reads, e.g. .png, .jpg or .tif{instead}'
       )
     if empty:
       console.warn(f'{self.name}: no test image of {len(empty)} classes: {few(empty)}')
@@ -197,9 +186,6 @@ class Listing:
         f'(e.g. {self._way(self.nested[0])})'
       )
 
-  def _found_instead(self) -> str:
-    return f' (left out: {self._reasons()})' if self.left_out else ''
-
   def _reasons(self) -> str:
     """Lists how many files are left out by reason, most first, each with an example."""
     most = sorted(self.left_out.items(), key=lambda item: -len(item[1]))
@@ -223,9 +209,6 @@ def _of_the_system(name: str) -> bool:
   return name.startswith('.') or name.casefold() in _SYSTEM_NAMES
 
 
-def few(names) -> str:
+def few(names: Collection[str]) -> str:
   """Returns the first few of some names; 'nothing' of none."""
-  names = list(names)
-  if not names:
-    return 'nothing'
-  return ', '.join(names[:_SHOWN]) + (', ...' if len(names) > _SHOWN else '')
+  return ', '.join(list(names)[:_SHOWN]) + ', ...' * (len(names) > _SHOWN) or 'nothing'

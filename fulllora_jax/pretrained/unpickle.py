@@ -49,17 +49,14 @@ def _fail(message: str) -> NoReturn:
   sys.exit(2)
 
 
-def _read(path: str) -> Any:
-  import torch
-
+def _read(torch: Any, path: str) -> Any:
   restricted = types.SimpleNamespace(
     __name__='pickle', Unpickler=Unpickler, load=lambda file, **how: Unpickler(file, **how).load()
   )
   try:
-    if zipfile.is_zipfile(path):
-      with zipfile.ZipFile(path) as archive:
-        if any(name.endswith('constants.pkl') for name in archive.namelist()):
-          raise ValueError('a program of TorchScript, which loading would run')
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if any(name.endswith('constants.pkl') for name in names):
+      raise ValueError('a program of TorchScript, which loading would run')
     return torch.load(path, map_location='cpu', pickle_module=restricted, weights_only=False)
   except Exception as error:  # torch and pickle raise many kinds
     _fail(f'{path}: no whole pickle of PyTorch ({type(error).__name__}: {str(error)[:200]})')
@@ -115,10 +112,11 @@ def main() -> None:
   if os.path.exists(output):
     _fail(f'{output} is there already; name another output after {given.pickle}')
   try:
+    import torch
     from safetensors.torch import save_file
   except ImportError as error:
     _fail(f'{error}; run this with a Python that has torch and safetensors')
-  found = _weights(_read(given.pickle))
+  found = _weights(_read(torch, given.pickle))
   key = _choose(given.pickle, found, given.key)
   plain = _plain(given.pickle, found[key])
   try:
@@ -126,9 +124,9 @@ def main() -> None:
     os.replace(f'{output}.part', output)
   except Exception as error:  # safetensors has its own for a full disk
     _fail(f'{output} cannot be written: {error}')
+  other = len(found[key]) - len(plain)
   said = [f'{output}: {len(plain)} tensors of {key or "the pickle itself"}']
-  if other := len(found[key]) - len(plain):
-    said += [f'{other} entries that are no tensors left out']
+  said += [f'{other} entries that are no tensors left out'] * (other > 0)
   said += [f'--key={name} takes {len(found[name])} others' for name in found if name != key]
   print('; '.join(said))
 
