@@ -223,6 +223,12 @@ def _base() -> ConfigDict:
   # The row of the published head for each class, -1 for a new one; (): all rows
   # where there are as many classes, and else a new head.
   base.label_map = ()
+  # How a published checkpoint was trained, where the files beside it do not say so; they go before
+  # what those say. Pixels of [0, 1] became (x - mean) / std, a number for each channel or one for
+  # all, std above 0; act as model.act. Empty: what the files say, or else the family.
+  base.mean = ()
+  base.std = ()
+  base.act = ''
   base.optimizer = adamw(learning_rate=1e-3, weight_decay=0.05)
   base.schedule = cosine(warmup=0.05)
   base.augment = _augment()

@@ -5,11 +5,13 @@ from fulllora_jax.pretrained.base import PUBLISHED, RUN, SCRATCH, TRAIN, Base, r
 from fulllora_jax.pretrained.layout import Opened
 from fulllora_jax.pretrained.load_report import LoadReport
 from fulllora_jax.pretrained.loading import configure, convert, load, open_checkpoint
+from fulllora_jax.pretrained.preprocessing import TOLD, told_of
 
 __all__ = [
   'PUBLISHED',
   'RUN',
   'SCRATCH',
+  'TOLD',
   'TRAIN',
   'Base',
   'LoadReport',
@@ -22,4 +24,5 @@ __all__ = [
   'load_base',
   'open_checkpoint',
   'resolve_base',
+  'told_of',
 ]

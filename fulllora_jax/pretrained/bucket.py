@@ -11,7 +11,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path, bounded, is_remote, make_writable, os_errors
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.downloads import cache_folder, check_space, disk_error
-from fulllora_jax.pretrained.hub import PREPROCESSOR
+from fulllora_jax.pretrained.preprocessing import BESIDE
 
 
 def from_bucket(source: str) -> Path:
@@ -55,7 +55,7 @@ def _copy_all(source: str, main: epath.Path, folder: Path) -> Path:
   _copy(source, main, copy)
   for shard in formats.with_shards(copy)[1:]:
     _copy(source, main.with_name(shard.name), shard)
-  for name in ('config.json', PREPROCESSOR):
+  for name in ('config.json', *BESIDE):
     with os_errors(main):
       there = main.with_name(name).exists()
     if there:

@@ -48,10 +48,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   if size['mlp_dim'] == 4 * width:
     published = {field: size[field] for field in convit.SIZE_FIELDS}
     name = named(convit.NAMES, published, 'convit')
-  published = config.get('pretrained_cfg', {})
   fields = {'patch_size': patch_size} | (size if name == 'convit' else {})
-  for field in ('mean', 'std'):
-    fields[field] = tuple(published.get(field, convit.NAMES[name][field]))
   return Architecture(
     name,
     fields,

@@ -15,8 +15,7 @@ from fulllora_jax.pretrained.downloads import (
   is_of_disk,
   one_line,
 )
-
-PREPROCESSOR = 'preprocessor_config.json'  # transformers' normalisation
+from fulllora_jax.pretrained.preprocessing import BESIDE
 
 
 def from_hub(source: str) -> Path:
@@ -67,7 +66,7 @@ def _download(source: str, name: str, revision: str) -> Path:
   # Before the weights, so that weights in the cache have their config.json. By
   # the revision as given: this is what the cache knows it by when offline.
   config = _config_of_hub(name, revision)
-  beside = {PREPROCESSOR} & sizes.keys()
+  beside = BESIDE.keys() & sizes.keys()
   main, *_ = download(chosen, *beside)
   download(*(path.name for path in formats.with_shards(main)[1:]))
   if config and config.parent != main.parent:

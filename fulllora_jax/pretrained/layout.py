@@ -35,6 +35,11 @@ class Architecture(NamedTuple):
   fields: Mapping[str, Any]
   image_size: int  # side of the images that it was trained at, in pixels
   num_classes: int  # rows of its head; 0 without one
+  # Fields of `config.model` that change the logits and that neither the checkpoint nor the files
+  # beside it say: those of mean, std and act that are taken from the family
+  assumed: tuple[str, ...] = ()
+  # What the files beside it say that changes no number of images of their final size
+  not_needed: tuple[str, ...] = ()
 
 
 class Rule(NamedTuple):
@@ -214,11 +219,9 @@ def named(names: Mapping[str, Mapping[str, Any]], size: Mapping[str, Any], famil
   return next(found, family)
 
 
-def normalisation(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads mean and std of transformers, where config has its preprocessor."""
-  own = config.get('preprocessor', {})
-  found = {'mean': own.get('image_mean'), 'std': own.get('image_std')}
-  return {k: tuple(v) for k, v in found.items() if v}
+def assumed_act(config: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns ('act',) where no config.json of transformers says which model it is."""
+  return () if {'hidden_act', 'model_type', 'vision_config'} & config.keys() else ('act',)
 
 
 def hidden_act(config: Mapping[str, Any]) -> str | None:

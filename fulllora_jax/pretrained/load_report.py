@@ -39,6 +39,10 @@ class LoadReport:
   # The row of the checkpoint's head for each class, -1 for a new one; (): all in order, or none
   label_map: tuple[int, ...] = ()
   labels: str = ''  # how the rows of the head were found; '' where there is nothing to say
+  # (field of `config.base`, value) of what nothing beside the weights says, and the family gives
+  assumed: tuple[tuple[str, Any], ...] = ()
+  # Names of what the files beside the weights say that changes no number here
+  not_needed: tuple[str, ...] = ()
 
   def count(self, action: str) -> int:
     """Returns how many rows have that action."""
@@ -61,10 +65,31 @@ class LoadReport:
         f'image {self.image_size} px, patch {self.patch_size} px, '
         f'mean {_numbers(self.mean)}, std {_numbers(self.std)}',
         *[f'  classes: {self.labels}'] * bool(self.labels),
+        *self.assumptions(),
+        *self._not_needed(),
         *(_line(row) for row in shown),
         *self._unused(),
       ]
     )
+
+  def assumptions(self) -> list[str]:
+    """Returns the line that says what is assumed and how to change it, if anything is."""
+    if not self.assumed:
+      return []
+    values = [
+      f'{field} {value if isinstance(value, str) else _numbers(value)}'
+      for field, value in self.assumed
+    ]
+    fields = ', '.join(f'config.base.{field}' for field, _ in self.assumed)
+    return [
+      f'assumed, as nothing beside the weights says it: {"; ".join(values)}; set {fields} (in '
+      'Python the arguments of pretrained.load) to change it'
+    ]
+
+  def _not_needed(self) -> list[str]:
+    if not self.not_needed:
+      return []
+    return [f'not needed for images of {self.image_size} px: {", ".join(self.not_needed)}']
 
   def table(self) -> str:
     """Returns all rows as a Markdown table."""

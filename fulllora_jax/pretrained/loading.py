@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
@@ -27,6 +28,7 @@ from fulllora_jax.pretrained import (
   convit,
   formats,
   head_names,
+  preprocessing,
   sources,
   swin,
   transformers_vit,
@@ -51,7 +53,9 @@ _STRUCTURE = (
 )  # fmt: skip
 
 
-def open_checkpoint(source: str | Path, model=None) -> Opened:
+def open_checkpoint(
+  source: str | Path, model=None, told: Mapping[str, Any] | None = None
+) -> Opened:
   """Finds a checkpoint and recognises it; reads no weights yet.
 
   Args:
@@ -59,6 +63,8 @@ def open_checkpoint(source: str | Path, model=None) -> Opened:
       #sha256=... (sources.py), or a run of ours.
     model: the `model` part of a config, which says what neither arrays nor config.json do: the
       number of heads, or all that timm's name stands for; None: nobody asks for a model.
+    told: what the user knows of it, which goes before what its files say, by
+      `preprocessing.told_of`.
 
   Raises:
     UserError: it is not there or damaged, or no layout recognises it.
@@ -73,7 +79,7 @@ def open_checkpoint(source: str | Path, model=None) -> Opened:
     if layout.recognises(shapes):
       with _naming(source):
         asked = {'wanted': {**models.settings(model), 'name': model.name}} if model else {}
-        described = _describe(layout, shapes, {**fetched.config, **asked})
+        described = _describe(layout, shapes, {**fetched.config, **asked}, told or {})
         names = _names(fetched.config)
       return Opened(tensors, shapes, layout, described, fetched.identity, names)
   raise UserError(
@@ -83,10 +89,20 @@ def open_checkpoint(source: str | Path, model=None) -> Opened:
   )
 
 
-def _describe(layout: Layout, shapes, settings) -> Architecture:
+def _describe(layout: Layout, shapes, settings, told) -> Architecture:
   """Describes a checkpoint; nulls of its config.json count as not there."""
+  told = {field: value for field, value in told.items() if value not in ((), '', None)}
+  settings = _without_nulls(settings)
   try:
-    described = layout.describe(shapes, _without_nulls(settings))
+    described = layout.describe(shapes, settings)
+    stated = preprocessing.read(settings)
+    fields = {**described.fields, **stated.fields, **told}
+    assumed = {'mean', 'std', *described.assumed} - stated.fields.keys() - told.keys()
+    described = described._replace(
+      fields=fields,
+      assumed=tuple(field for field in preprocessing.TOLD if field in assumed),
+      not_needed=stated.not_needed,
+    )
     _config_of(described)
   except UserError:  # a ValueError, too
     raise
@@ -149,6 +165,9 @@ def load(
   label_map: Sequence[int] = (),
   label_names: Sequence[str] = (),
   patch_resize: str = 'sum',
+  mean: float | Sequence[float] = (),
+  std: float | Sequence[float] = (),
+  act: str = '',
 ) -> tuple[nn.Module, dict[str, Any], LoadReport]:
   """Loads a published checkpoint.
 
@@ -165,6 +184,10 @@ def load(
     label_names: the K classes of the data, by label: where the checkpoint names its classes too,
       the rows of its head are matched by name, also a few of many (docs/pretrained.md).
     patch_resize: 'sum', 'flexi' or 'interpolate' (resize.py).
+    mean: what was subtracted from pixels in [0, 1], one number for each channel or one for all;
+      (): what the files beside the weights say, or else the family's, which a warning says.
+    std: what they were divided by.
+    act: the activation, as in config.model.act.
 
   Returns:
     model: the linen module; `model.apply(variables, images)` gives the logits
@@ -178,10 +201,13 @@ def load(
   """
   config: Any = config_lib.default()
   config.base.update(label_map=tuple(label_map), patch_resize=patch_resize)
+  mean, std = (tuple(np.atleast_1d(values).tolist()) for values in (mean, std))
+  config.base.update(mean=mean, std=std, act=act)
+  told = preprocessing.told_of(config)
   if name:
     models.family(name)  # a wrong name is said before a download
     config.model.name = name
-  opened = open_checkpoint(source, config.model if name else None)
+  opened = open_checkpoint(source, config.model if name else None, told)
   if not name:
     config.model = _config_of(opened.architecture)
   if patch_size:
@@ -195,7 +221,10 @@ def load(
   if label_names and len(label_names) != num_classes:
     raise UserError(f'{len(label_names)} label_names for {num_classes} classes; give one for each')
   with _naming(source):
-    return _fill(opened, config, image_size, channels, num_classes, label_names)
+    model, variables, report = _fill(opened, config, image_size, channels, num_classes, label_names)
+  for line in report.assumptions():
+    warn(f'{source}: {line}')
+  return model, variables, report
 
 
 def convert(
@@ -279,6 +308,7 @@ def _fill(
   """Builds the configured model of a config and fills it; see `load`."""
   model_config, label_map = config.model, tuple(config.base.label_map)
   _check_sizes(opened, model_config, image_size, num_classes, label_map)
+  settings = models.settings(model_config)
   mean, std = models.normalisation(model_config)
   if channels != 1 and len(mean) not in (1, channels):
     raise UserError(
@@ -310,6 +340,8 @@ def _fill(
     label_names=head.label_names,
     label_map=head.label_map,
     labels=head.said,
+    assumed=tuple((field, settings[field]) for field in opened.architecture.assumed),
+    not_needed=opened.architecture.not_needed,
   )
   variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
   return model, variables, report

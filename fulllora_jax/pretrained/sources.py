@@ -19,7 +19,8 @@ from fulllora_jax.models.published_names import repository
 from fulllora_jax.pretrained import formats
 from fulllora_jax.pretrained.bucket import from_bucket
 from fulllora_jax.pretrained.downloads import HELP
-from fulllora_jax.pretrained.hub import PREPROCESSOR, from_hub
+from fulllora_jax.pretrained.hub import from_hub
+from fulllora_jax.pretrained.preprocessing import BESIDE
 from fulllora_jax.pretrained.url import from_url
 
 
@@ -28,8 +29,8 @@ class Fetched(NamedTuple):
 
   # One file of weights, or an index followed by its shards, in order; `formats.read` reads them
   files: tuple[Path, ...]
-  # The config.json beside them, with the preprocessor_config.json as its 'preprocessor'; {} where
-  # there is none
+  # The config.json beside them, with the other files of `preprocessing.BESIDE` in its entries; {}
+  # where there is none
   config: Mapping[str, Any]
   # What can be written as JSON of them: 'source', the user's words, a path made absolute;
   # 'revision', the commit on the hub, or None; 'files', name -> SHA-256 in hex of the files and of
@@ -77,7 +78,7 @@ def fetch(source: str) -> Fetched:
 def _read_beside(main: Path) -> tuple[dict[str, Any], list[Path]]:
   """Reads the JSON files beside the weights; returns them and their paths."""
   config, found = {}, []
-  for name in ('config.json', PREPROCESSOR):
+  for name in ('config.json', *BESIDE):
     path = main.with_name(name)
     if not path.exists():
       continue
@@ -88,7 +89,7 @@ def _read_beside(main: Path) -> tuple[dict[str, Any], list[Path]]:
         raise ValueError('not a JSON object')
     except (OSError, ValueError) as error:
       raise UserError(f'{path}: cannot be read ({error}); mend it or remove it') from None
-    config |= {'preprocessor': read} if name == PREPROCESSOR else read
+    config |= {BESIDE[name]: read} if name in BESIDE else read
   return config, found
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from fulllora_jax.models.swin import NAMES
 from fulllora_jax.pretrained import timm_config
 from fulllora_jax.pretrained.layout import (
@@ -23,6 +22,7 @@ from fulllora_jax.pretrained.layout import (
   Layout,
   Rule,
   Shapes,
+  assumed_act,
   conv,
   dense,
   find,
@@ -30,7 +30,6 @@ from fulllora_jax.pretrained.layout import (
   hidden_act,
   named,
   norm,
-  normalisation,
   unused,
 )
 
@@ -112,8 +111,6 @@ def _is_timm(shapes: Shapes, *, early: bool) -> bool:
 
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   said = timm_config.read(config, ('avg',), ('window_size',))
-  # Files for older versions of timm have these fields at the top.
-  cfg = config.get('pretrained_cfg', config)
   head = shapes.get('head.fc.weight', shapes.get('head.weight', (0,)))
   return _describe(
     shapes,
@@ -125,13 +122,11 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     num_classes=head[0],
     act='gelu',
     epsilon=1e-5,
-    mean=tuple(cfg.get('mean', IMAGENET_MEAN)),
-    std=tuple(cfg.get('std', IMAGENET_STD)),
   )
 
 
 def _describe_transformers(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
-  return _describe(
+  described = _describe(
     shapes,
     _HF_TABLE,
     config.get('window_size'),
@@ -141,8 +136,8 @@ def _describe_transformers(shapes: Shapes, config: Mapping[str, Any]) -> Archite
     num_classes=shapes.get('classifier.weight', (0,))[0],
     act=hidden_act(config) or 'gelu',
     epsilon=config.get('layer_norm_eps', 1e-5),
-    **({'mean': IMAGENET_MEAN, 'std': IMAGENET_STD} | normalisation(config)),
   )
+  return described._replace(assumed=assumed_act(config))
 
 
 def _describe(

@@ -11,6 +11,7 @@ from fulllora_jax.pretrained.layout import (
   Layout,
   Rule,
   Shapes,
+  assumed_act,
   conv,
   count,
   dense,
@@ -18,7 +19,6 @@ from fulllora_jax.pretrained.layout import (
   fused,
   hidden_act,
   norm,
-  normalisation,
   one_token,
   shape_of,
   side,
@@ -87,8 +87,8 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
       'swiglu': bool(swiglu) or None,
       'act': None if swiglu else hidden_act(config) or 'gelu',
       'epsilon': config.get('layer_norm_eps'),
-    }
-    | normalisation(config),
+    },
+    assumed=() if swiglu else assumed_act(config),
   )
 
 
@@ -138,7 +138,8 @@ def _describe_tower(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     num_classes=0,
     num_heads=_heads(own),
     asked=config.get('wanted', {}),
-    fields={'act': hidden_act(own), 'epsilon': own.get('layer_norm_eps')} | normalisation(config),
+    fields={'act': hidden_act(own), 'epsilon': own.get('layer_norm_eps')},
+    assumed=assumed_act(config),
   )
 
 

@@ -51,6 +51,7 @@ def architecture(
   num_heads: int | None,
   asked: Mapping[str, Any],
   fields: Mapping[str, Any],
+  assumed: tuple[str, ...] = (),
 ) -> Architecture:
   """Names a size of the family, or gives its numbers.
 
@@ -76,7 +77,8 @@ def architecture(
   name = named({name: vit.NAMES[name] for name in sizes}, size, family)
   own: dict[str, Any] = size if name == family else {}
   own |= {k: v for k, v in fields.items() if v is not None}
-  return Architecture(name, own | {'patch_size': patch_size}, grid * patch_size, num_classes)
+  own['patch_size'] = patch_size
+  return Architecture(name, own, grid * patch_size, num_classes, assumed)
 
 
 def _is_augreg(shapes: Shapes, *, pre_logits: bool) -> bool:
@@ -163,10 +165,13 @@ def _pool(shapes: Shapes, said: timm_config.Said) -> str:
   return pool
 
 
-def _act(said: timm_config.Said, family: str) -> str | None:
-  """timm's default is the exact GELU, whatever the model was trained with."""
+def _act(said: timm_config.Said, config: Mapping[str, Any]) -> str | None:
+  """Returns the activation that something says; None where nothing does."""
   act = said.args.get('act_layer') or said.settings.get('act')
-  return act or (None if family == 'clip' else 'gelu')
+  clip = config.get('open_clip', {}).get('model_cfg')
+  if not act and clip:
+    return 'quick_gelu' if clip.get('quick_gelu') else 'gelu'
+  return act
 
 
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
@@ -178,20 +183,19 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   positions = shape_of(shapes, 'pos_embed', 3)[1]
   hidden = shape_of(shapes, 'blocks.0.mlp.fc1.weight', 2)[0]
   swiglu = hidden == 2 * shape_of(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]
-  published = config.get('pretrained_cfg', config)
   # Those of the name that the user gives count only for a model of that width.
   heads = said.settings.get('num_heads') if 'architecture' in config else None
   pool, depth = _pool(shapes, said), count(shapes, r'blocks\.(\d+)\..*')
   shown = {'embed_dim': width, 'depth': depth, 'patch_size': patch, 'reg_tokens': registers}
+  act = None if swiglu else _act(said, config)
   timm_config.check(said.args, shown | {'class_token': 'cls_token' in shapes})
   fields = {
     'pool': pool,
     'class_token': 'cls_token' in shapes,
     'swiglu': swiglu or None,
-    'act': None if swiglu else _act(said, name),
+    # timm's default is the exact GELU, whatever a model was trained with.
+    'act': act or (None if swiglu or name == 'clip' else 'gelu'),
     'epsilon': said.settings.get('epsilon'),
-    'mean': published.get('mean'),
-    'std': published.get('std'),
   }
   return architecture(
     name,
@@ -203,6 +207,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     num_classes=shapes.get('head.weight', (0,))[0],
     num_heads=said.args.get('num_heads') or heads,
     asked=config.get('wanted', {}),
+    assumed=() if swiglu or act else ('act',),
     fields={k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()},
   )
 

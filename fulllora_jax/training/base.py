@@ -56,6 +56,9 @@ def open_base(config, workdir: Path) -> pretrained.Opened | None:
     UserError: the source is not there, damaged, or of another architecture.
   """
   source, kept = pretrained.resolve_base(config.base.source), _kept(workdir)
+  told = pretrained.told_of(config)
+  if source.kind != pretrained.PUBLISHED:
+    _check_told(config)
   if source.kind == pretrained.RUN:
     own = _model_config(source.source)
     for field in _UNSEEN:
@@ -63,11 +66,21 @@ def open_base(config, workdir: Path) -> pretrained.Opened | None:
         config.model[field] = own[field]
   elif source.kind == pretrained.PUBLISHED:
     if pretrained.resolve_base(kept).kind != pretrained.RUN:
-      opened = pretrained.open_checkpoint(source.source, config.model)
+      opened = pretrained.open_checkpoint(source.source, config.model, told)
       pretrained.configure(config.model, opened, explicit_patch=True)
       return opened
     config.model = _model_config(kept)
   return None
+
+
+def _check_told(config) -> None:
+  """Refuses what is said of a published checkpoint where the base is none."""
+  for field in pretrained.TOLD:
+    if config.base[field]:
+      raise UserError(
+        f'base.{field}: it says how a published checkpoint was trained, and base.source is '
+        f'{config.base.source!r}; set model.{field}'
+      )
 
 
 def ensure_base(
@@ -165,8 +178,9 @@ def store_base(opened: pretrained.Opened, config, workdir: Path, dataset: data.D
   directory = _kept(workdir)
   if processes.is_primary():
     make_directory(directory.parent)
-    table = f'{report.table()}\n' + f'\nClasses: {report.labels}.\n' * bool(report.labels)
-    replace_file(directory.parent / 'load.md', table.encode())
+    told = [*report.assumptions(), report.table()]
+    told += [f'Classes: {report.labels}.'] * bool(report.labels)
+    replace_file(directory.parent / 'load.md', '\n\n'.join([*told, '']).encode())
   processes.wait_for_all()
   own = config_lib.base_config(config)
   variables = {'params': params}

@@ -413,7 +413,6 @@ def test_an_unknown_activation_of_timm(published):
   'case, fields',
   [
     (PLAIN, {'model_args': {'num_heads': '3'}}),
-    (PLAIN, {'pretrained_cfg': {'mean': 0.5}}),
     (PLAIN, {'pretrained_cfg': 'none'}),
     ('swin-transformers', {'layer_norm_eps': 'small'}),
   ],
