@@ -20,6 +20,7 @@ from fulllora_jax.adapters import artefact
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.trees import named_leaves
 from fulllora_jax.distributed import mesh
+from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import loop
 from fulllora_jax.training import run as run_lib
 
@@ -206,6 +207,16 @@ def test_without_its_copy_it_loads_from_where_it_was_published(run, orphan):
 def test_the_checkpoint_may_be_elsewhere(run, orphan, source_gone, name):
   loaded = fulllora_jax.load(orphan, base=source_gone / name)
   np.testing.assert_array_equal(loaded.logits(run.images), run.logits)
+
+
+def test_a_config_says_the_heads_that_a_bare_checkpoint_does_not(run, orphan, tmp_path, digits_dir):
+  bare = shutil.copy(run.source / 'model.safetensors', tmp_path / 'bare.safetensors')
+  np.testing.assert_array_equal(fulllora_jax.load(orphan, base=bare).logits(run.images), run.logits)
+  config = digits_config(bare, digits_dir, model__num_heads=3)
+  opened = base_lib.open_base(config, tmp_path)
+  assert (config.model.width, opened.architecture.fields['num_heads']) == (24, 3)
+  message = one_line(base_lib.open_base, digits_config(bare, digits_dir), tmp_path)
+  assert 'does not say how many heads it has' in message
 
 
 def test_another_checkpoint_is_refused(run, orphan, tmp_path):
