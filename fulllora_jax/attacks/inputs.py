@@ -264,8 +264,8 @@ def check_same_rows(logits: np.ndarray, elsewhere: np.ndarray) -> None:
   if apart > 0.01 * spread + 1e-5 * np.abs(logits).max():
     raise UserError(
       f'logits function: the logits of an image change by up to {apart:.3g} with its row in the '
-      'batch, and images that withstand an attack move to other rows; give what belongs to each '
-      'image (an adapter, a key) as many.logits_fn(names) does, or evaluate one after another'
+      'batch (or from call to call), and images that withstand an attack move to other rows; give '
+      'what belongs to each image as many.logits_fn(names) does, or evaluate one after another'
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data
-from fulllora_jax.attacks import Attack, inputs
+from fulllora_jax.attacks import Attack, fingerprint, inputs
 from fulllora_jax.core import provenance
 from fulllora_jax.core.console import say, warn
 from fulllora_jax.core.errors import UserError
@@ -156,16 +156,16 @@ class Evaluations:
   def _progress_dir(self, key: tuple) -> Path:
     """Returns the same place whenever the same evaluation is asked for."""
     plan = self.evaluator.plan
-    computed_in = (self.config.model.dtype, plan.precision)
-    key = (key, plan.seed, computed_in, self.evaluator.ensemble_batch_size, self.source)
+    computed_in = (self.config.model.dtype, plan.precision, self.evaluator.ensemble_batch_size)
+    key = (key, plan.seed, computed_in, self.source, fingerprint.source_of_attacks())
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     parent = self.folder / 'progress'
     directory = parent / digest[:16]
     others = set(parent.iterdir()) - set(self._progress) if parent.exists() else set()
     if others and directory not in others:
       say(
-        f'{parent} holds progress of other settings, or of the function before its source changed: '
-        'none of it is taken up'
+        f'{parent} holds progress of other settings, or from before a source file changed: none of '
+        'it is taken up'
       )
     self._progress.append(directory)
     return directory

@@ -17,7 +17,7 @@ from jax import export
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path, read_file
-from fulllora_jax.serving.image_checks import no_logits
+from fulllora_jax.serving.image_checks import check_images, no_logits
 
 FORMAT = 1
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -96,7 +96,7 @@ def read(path: str | Path) -> Logits:
 
   Returns:
     A function of images, float32 [B, H, W, C] in [0, 1], to logits, float32
-    [B, K]; it may be jitted and differentiated.
+    [B, K]; it may be jitted and differentiated. It raises UserError for other images.
 
   Raises:
     UserError: the program or its JSON is missing or damaged, or a newer
@@ -108,6 +108,7 @@ def read(path: str | Path) -> Logits:
     content = read_file(path)
     description = json.loads(read_file(beside))
     version, sha256 = description['format_version'], description['sha256']
+    shape = description['image_shape']
   except OSError as error:
     raise UserError(
       f'cannot read {error.filename}: {error.strerror}; a program is two files, {path.name} and '
@@ -125,10 +126,11 @@ def read(path: str | Path) -> Logits:
       f'{path} is damaged: its checksum is not that in {beside.name}; copy or export both again'
     )
   try:
-    return decode(content)
+    logits = decode(content)
   except Exception as error:  # jax raises many kinds
     reason = ' '.join(str(error).split())[:120]
     raise UserError(
       f'jax {jax.__version__} cannot read {path}, written by jax '
       f'{description.get("lowest_jax")}: {reason}; install that or a newer one'
     ) from None
+  return lambda images: logits(check_images(images, shape))

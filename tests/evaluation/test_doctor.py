@@ -46,6 +46,21 @@ def test_a_healthy_model_passes_every_check(norm, eps):
   assert [f for f in found if f.level != 'ok'] == []
 
 
+def by_row(x):
+  return healthy(x) + 9.0 * (jnp.arange(x.shape[0])[:, None] % 2) * jnp.arange(CLASSES)
+
+
+def test_a_model_that_an_ensemble_refuses_is_examined_to_the_end():
+  found = finding('output independent of the batch', by_row)
+  assert found.level == 'wrong'
+  checks = {'white box beats black box': diagnosis.CHECKS['white box beats black box']}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(diagnosis, 'CHECKS', checks)
+    *_, found = diagnosis.examine(examined(by_row))
+  assert (found.check, found.level) == ('white box beats black box', 'wrong')
+  assert 'change by up to' in found.seen and 'with its row in the batch' in found.seen
+
+
 def straight_through(x, forward):
   """The value of forward(x) with the gradient of x."""
   return x + jax.lax.stop_gradient(forward - x)

@@ -206,7 +206,7 @@ def test_a_changed_gradient_begins_afresh(faulty, evaluate, tmp_path, monkeypatc
   faulty(_SEEING)
   capsys.readouterr()
   assert run('killed') == right < blind
-  assert 'before its source changed: none of it is taken up' in capsys.readouterr().err
+  assert 'from before a source file changed: none of it is taken up' in capsys.readouterr().err
   faulty(_BLIND)
   assert run('killed') == blind
   assert '1 of 3 batches taken up' in capsys.readouterr().err

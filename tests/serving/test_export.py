@@ -173,6 +173,15 @@ def test_the_program_computes_what_the_run_does(stablehlo, loaded, images):
   np.testing.assert_allclose(gradient(logits), gradient(run_logits), rtol=1e-4, atol=1e-4)
 
 
+def test_a_program_refuses_what_the_run_refuses(stablehlo, images):
+  logits = export.load_stablehlo(stablehlo.path)
+  refused(r'values in \[.*\], expected \[0, 1\]', logits, 255 * images)
+  refused('dtype uint8', logits, (255 * images).astype(np.uint8))
+  refused(r'shape \(3, 8, 4, 1\)', logits, images[:, :, :4])
+  near = np.where(images == images.max(), np.float32(1 + 1.2e-7), images)
+  np.testing.assert_array_equal(logits(near), logits(near.clip(0, 1)))
+
+
 def test_the_program_needs_jax_alone(stablehlo, images):
   exported = jax.export.deserialize(bytearray(stablehlo.path.read_bytes()))
   assert exported.platforms == ('cpu', 'cuda', 'tpu')
