@@ -251,8 +251,10 @@ def test_a_disk_that_fills_up(finished, tmp_path, monkeypatch):
   refused('No space left', export.to_safetensors, finished.workdir, output)
 
 
-@pytest.mark.parametrize('value', [3.0, np.nan])
-def test_a_wrong_file_never_gets_its_name(finished, tmp_path, monkeypatch, value):
+@pytest.mark.parametrize(
+  'value, words', [(3.0, 'is not written'), (np.nan, 'head.bias has 10 values, of 10, that are NaN')]
+)
+def test_a_wrong_file_never_gets_its_name(finished, tmp_path, monkeypatch, value, words):
   encode = adapter_file.encode
 
   def wrong(leaves, metadata):
@@ -262,7 +264,7 @@ def test_a_wrong_file_never_gets_its_name(finished, tmp_path, monkeypatch, value
   output = tmp_path / 'a.safetensors'
   output.write_text('the older one')
   monkeypatch.setattr(adapter_file, 'encode', wrong)
-  refused('is not written', export.to_safetensors, finished.workdir, output)
+  refused(words, export.to_safetensors, finished.workdir, output)
   assert output.read_text() == 'the older one'
 
 
