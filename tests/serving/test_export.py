@@ -252,7 +252,8 @@ def test_a_disk_that_fills_up(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'value, words', [(3.0, 'is not written'), (np.nan, 'head.bias has 10 values, of 10, that are NaN')]
+  'value, words',
+  [(3.0, 'is not written'), (np.nan, 'head.bias has 10 values, of 10, that are NaN')],
 )
 def test_a_wrong_file_never_gets_its_name(finished, tmp_path, monkeypatch, value, words):
   encode = adapter_file.encode
