@@ -30,6 +30,7 @@ class Evaluated(NamedTuple):
   loss: jax.Array  # [B]; -inf where it is no number
   gradient: jax.Array  # [B, H, W, C]
   broken: jax.Array  # bool [B], misclassified
+  finer: jax.Array | float = 0.0  # [B], what decides between losses that float32 rounds to equal
   known: jax.Array | bool = True  # bool [B], whether all logits are numbers
   met: Met = Met()  # what was met there
 
@@ -53,6 +54,8 @@ class State(NamedTuple):
   increases: jax.Array  # [B], steps of this stretch that raised the loss
   loss_best_before: jax.Array  # [B], when the last stretch ended
   halved_before: jax.Array  # bool [B], whether it ended in a halving
+  finer: jax.Array  # [B], of the last step and of the best point, what decides between equal losses
+  finer_best: jax.Array
   known: jax.Array  # bool [B], whether x_broken is misclassified with logits that are numbers
   met: Met  # what the attack met so far
 
@@ -132,9 +135,11 @@ def objective(
     return per_example, logits, *finite(gradient, logits)
 
   def evaluated(per_example, scores, gradient, met):
-    loss = jnp.where(jnp.isfinite(per_example), per_example, -jnp.inf)
-    broken = ~losses.correct(scores, labels)
-    return Evaluated(loss, gradient, broken, losses.finite(scores), met)
+    values = jnp.where(jnp.isfinite(per_example), per_example, -jnp.inf)
+    broken, finer = ~losses.correct(scores, labels), jnp.zeros_like(values)
+    if loss == 'ce' and targets is None and draws == 1:
+      finer = losses.finer_cross_entropy(scores, labels)
+    return Evaluated(values, gradient, broken, finer, losses.finite(scores), met)
 
   def once(x_adv, _):
     return evaluated(*ascent(x_adv))
@@ -189,6 +194,8 @@ def begin(evaluate: Evaluate, x: jax.Array, x_adv: jax.Array, eps: jax.Array | f
     increases=jnp.zeros(count),
     loss_best_before=at_start.loss,
     halved_before=jnp.ones(count, bool),
+    finer=jnp.full(count, jnp.inf),
+    finer_best=jnp.zeros(count) + at_start.finer,
     known=at_start.broken & at_start.known,
     met=at_start.met,
   )
@@ -206,13 +213,13 @@ def ascend(
   )
   at_point = evaluate(x_adv, i + 1)
   return remember(state, x_adv, at_point)._replace(
-    increases=state.increases + (at_point.loss > state.loss)
+    increases=state.increases + higher(at_point, state.loss, state.finer)
   )
 
 
 def remember(state: State, x_adv: jax.Array, at_point: Evaluated) -> State:
   """Moves to x_adv; keeps what is best so far (lines 5 to 8)."""
-  better = at_point.loss > state.loss_best
+  better = higher(at_point, state.loss_best, state.finer_best)
   known = at_point.broken & at_point.known
   return state._replace(
     x_adv=x_adv,
@@ -224,9 +231,16 @@ def remember(state: State, x_adv: jax.Array, at_point: Evaluated) -> State:
     x_broken=pick(known | (at_point.broken & ~state.known), x_adv, state.x_broken),
     broken=state.broken | at_point.broken,
     loss=at_point.loss,
+    finer=jnp.zeros_like(state.finer) + at_point.finer,
+    finer_best=jnp.where(better, at_point.finer, state.finer_best),
     known=state.known | known,
     met=state.met.also(at_point.met),
   )
+
+
+def higher(at_point: Evaluated, loss: jax.Array, finer: jax.Array) -> jax.Array:
+  """Returns whether the loss there is above another, bool [B]."""
+  return (at_point.loss > loss) | ((at_point.loss == loss) & (at_point.finer > finer))
 
 
 def check(state: State, stretch: jax.Array | int) -> State:

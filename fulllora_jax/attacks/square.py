@@ -135,7 +135,7 @@ def keep_better(
   unknown: jax.Array,
   asked: jax.Array,
 ) -> Search:
-  """Takes what was tried where the margin fell or the class did; broken images stay.
+  """Takes what was tried where the margin fell, or at a tie is 0 again; broken images stay.
 
   Args:
     search: before.
@@ -143,7 +143,8 @@ def keep_better(
     asked: bool [B], False where an image has no query left.
   """
   asked &= ~search.broken
-  better = asked & ((margin < search.margin) | broken)
+  tied = (margin == 0) & (search.margin == 0)
+  better = asked & ((margin < search.margin) | broken | tied)
   return search._replace(
     x_adv=pick(better, tried, search.x_adv),
     margin=jnp.where(better, margin, search.margin),

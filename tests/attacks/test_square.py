@@ -145,6 +145,7 @@ def test_l2_spends_all_of_eps():
     (1.0, False, 0.9, False, False, False),
     (0.0, False, -1.0, True, True, True),  # a tie that goes to the label is right
     (0.0, False, 0.0, True, True, True),  # and one that goes to another class is not
+    (0.0, False, 0.0, False, True, True),  # else it would stand still there
     (0.0, True, -1.0, True, True, False),
     (-1.0, True, -2.0, True, True, False),
     (1.0, False, np.inf, False, True, False),
