@@ -24,7 +24,7 @@ def apply(weights, x):
 
 
 def version(norm: str, classes: int) -> list[str]:
-  """Returns AutoAttack's attacks; of three classes with the DLR, for the targeted one needs four."""
+  """Returns AutoAttack's attacks, with the plain DLR where the targeted one lacks a class."""
   last = ['fab-t', 'square-300'] if norm != 'l1' else []
   return ['apgd-ce', *{2: [], 3: ['apgd-dlr']}.get(classes, ['apgd-t']), *last]
 

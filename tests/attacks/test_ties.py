@@ -1,8 +1,8 @@
 """A tie goes to the lower class, as argmax has it: no attack calls it broken, nor stops there.
 
-The logits are rounded to halves, with the gradient of what was rounded, so that some images reach a
-tie and no further. A pixel from one side of the ball to the other moves them by more than a half, so
-that random search gets there too. Exact: the least margin in the ball, rounded.
+The logits are rounded to halves, with the gradient of what was rounded, so that some images reach
+a tie and no further. A pixel from one side of the ball to the other moves them by more than a half,
+so that random search gets there too. Exact: the least margin in the ball, rounded.
 """
 
 import jax

@@ -135,6 +135,11 @@ FAULTS = {
   ),
   'eps divided twice': ('eps in its unit', healthy, {'threat': Threat('linf', 8 / 255 / 255)}),
   'quantised': ('gradients that are not zero', lambda x: healthy(jnp.round(x * 32) / 32), {}),
+  'square root at black': (
+    'gradients that are not zero',
+    lambda x: healthy(jnp.sqrt(x) ** 2),
+    {'x': IMAGES * FIRST_ROW_ZERO},
+  ),
   'gradient upside down': (
     'gradients beat noise',
     with_gradient(lambda x, g: -g),
@@ -172,6 +177,16 @@ def test_a_fault_is_found_by_its_check(fault):
   assert found.seen and found.why and found.advice
   for text in (found.seen, found.why, found.advice):
     assert '\n' not in text
+
+
+def test_gradients_that_are_no_numbers_are_counted():
+  images = np.where(np.arange(COUNT)[:, None, None, None] < 7, IMAGES * FIRST_ROW_ZERO, IMAGES)
+
+  def logits_fn(x):
+    return healthy(jnp.sqrt(x) ** 2)
+
+  found = finding('gradients that are not zero', logits_fn, x=images.astype(np.float32))
+  assert found.seen.startswith('7 of 48 images have a gradient with NaN')
 
 
 def test_logits_that_are_no_numbers_end_the_examination():

@@ -244,3 +244,30 @@ def test_few_examples_make_a_small_batch(weights, devices, count, computed):
   placed = mesh_lib.replicate(weights, one.mesh)
   outcome = one.evaluate(placed, split, CLEAN, count)
   assert len(outcome.clean) == count and seen == {computed}
+
+
+def test_what_is_no_number_is_said_and_counts_as_misclassified(split, capsys):
+  """Pixels of 0 have no gradient; above 0.9 there are no logits; without images moved, neither."""
+
+  def apply(variables, images):
+    first = images[:, 0, 0]
+    roots = jnp.sqrt(images).reshape(len(images), -1) @ variables
+    return jnp.where(first > 0.9, jnp.nan, roots)
+
+  pixels = np.full((13, 4, 4, 1), 120, np.uint8)
+  pixels[0, 0, 0], pixels[1, 0, 0], pixels[2, 2, 2] = 255, 228, 0
+  labels = np.zeros(13, np.int32)
+  images = data.Split('test', labels, lambda indices: pixels[indices])
+  variables = np.tile(np.array([[1, -1, -1]], np.float32), (16, 1))
+  variables[0] = [-1, 1, 1]
+  outcome = evaluate(images, variables, apply=apply)
+  assert outcome.clean.tolist() == [False] + [True] * 12
+  assert outcome.robust.tolist() == [False, False] + [True] * 11
+  notes = outcome.record()['notes']
+  assert [note.split(';')[0] for note in notes] == [
+    '1 of 13 images have NaN or infinite logits without an attack',
+    'pgd: 1 of 13 images had NaN or infinite entries in a gradient, which counted as zero',
+    'pgd: 2 of 13 images had NaN or infinite logits',
+  ]
+  assert '1 count as misclassified for nothing else' in notes[2]
+  assert capsys.readouterr().err.count('warning: ') == 3
