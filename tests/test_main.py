@@ -84,6 +84,21 @@ def test_a_missing_config_is_one_line(run_here):
   assert "No such file or directory: 'configs/none.py'" in the_error(done)
 
 
+def test_a_base_that_was_trained_on_test_images_is_refused(
+  run_here, small_command, finished, tmp_path, one_device
+):
+  error = the_error(
+    run_here(
+      *small_command,
+      f'--workdir={tmp_path}/run',
+      f'--config.base.source={finished.workdir}/base',
+      '--config.data.train_split=train[:90%]',
+      '--config.data.test_split=train[90%:]',
+    )
+  )
+  assert 'was trained on 144 of the 144 test images' in error and 'the splits of that run' in error
+
+
 def test_a_run_that_diverges_ends_with_one_line(
   run_here, small_command, finished, tmp_path, one_device
 ):

@@ -1,6 +1,7 @@
 """What is held out from training, by the content of its files: no picture is on both sides."""
 
 import dataclasses
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,18 +49,20 @@ def restore(dataset: Dataset, test: Sequence[str], validation: Sequence[str]) ->
   """
   splits = (dataset.train, dataset.validation, dataset.test)
   together = pool(splits)
-  in_test = np.repeat([False, False, True], [len(split) for split in splits])
+  in_validation, in_test = (
+    np.repeat(which, [len(split) for split in splits])
+    for which in ([False, True, False], [False, False, True])
+  )
   drawn = dataset.test_is_drawn
   is_test = np.isin(together.contents, test) & (in_test | drawn)
   is_validation = np.isin(together.contents, validation) & ~is_test & (~in_test | drawn)
   is_train = ~is_test & ~is_validation & (~in_test | drawn)
 
-  def ordered(chosen: np.ndarray, contents: Sequence[str]) -> np.ndarray:
-    place = {content: i for i, content in reversed(list(enumerate(contents)))}
-    rows = np.flatnonzero(chosen)
-    return rows[np.argsort([place[c] for c in together.contents[rows]], kind='stable')]
-
-  rows = (np.flatnonzero(is_train), ordered(is_validation, validation), ordered(is_test, test))
+  rows = (
+    np.flatnonzero(is_train),
+    _ordered(is_validation, in_validation, together.contents, validation),
+    _ordered(is_test, in_test, together.contents, test),
+  )
   if all(
     len(r) == len(split) and (together.contents[r] == split.contents).all()
     for r, split in zip(rows, splits, strict=True)
@@ -69,3 +72,18 @@ def restore(dataset: Dataset, test: Sequence[str], validation: Sequence[str]) ->
     together.subset(split.name, r) for r, split in zip(rows, splits, strict=True)
   )
   return dataclasses.replace(dataset, train=train, validation=validation_split, test=test_split)
+
+
+def _ordered(
+  chosen: np.ndarray, there: np.ndarray, contents: np.ndarray, wanted: Sequence[str]
+) -> np.ndarray:
+  """Returns the rows that are chosen, in the order of the wanted contents; more copies come last.
+
+  Of several copies, those that are `there` already take the places first.
+  """
+  places = defaultdict(deque)
+  for place, content in enumerate(wanted):
+    places[content].append(place)
+  rows = np.concatenate([np.flatnonzero(chosen & there), np.flatnonzero(chosen & ~there)])
+  order = [places[c].popleft() if places[c] else len(wanted) for c in contents[rows]]
+  return rows[np.argsort(order, kind='stable')]

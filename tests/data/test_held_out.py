@@ -127,6 +127,17 @@ def test_copies_of_what_is_held_out_are_held_out(folder_data, write_images, tmp_
   assert contents(again) == contents(dataset)
 
 
+def test_copies_keep_the_order_of_the_rest(folder_data, write_images, tmp_path):
+  """All of ant/ are in bee/ too, and one copy is drawn for validation and one left in train/."""
+  ant = write_images('test/ant', 6)
+  shutil.copytree(ant, tmp_path / 'images' / 'test' / 'bee')
+  shutil.copytree(tmp_path / 'images' / 'test', tmp_path / 'images' / 'train')
+  dataset = open_dataset(folder_data, 0)
+  files = [records.content_hash(path.read_bytes()) for path in sorted(ant.iterdir())]
+  assert dataset.test.contents.tolist() == files * 2
+  assert dataset.test.labels.tolist() == [0] * 6 + [1] * 6
+
+
 def test_copies_in_the_test_folder_are_counted(folder_data, write_images, tmp_path, capsys):
   for name in 'ab':
     train = write_images(f'train/{name}', 10)

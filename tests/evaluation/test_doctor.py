@@ -335,6 +335,31 @@ def test_the_command_examines_a_function(run_here, digits_dir, tmp_path, monkeyp
   assert 'wrong  logits, not probabilities' in done.stdout
 
 
+@pytest.mark.parametrize('order', [(1, 0, 2, 3, 4), (4, 3, 1, 0, 2)])
+def test_classes_in_another_order_are_no_matter_of_scale(order):
+  def swapped(x):
+    return healthy(x)[:, jnp.array(order)]
+
+  found = finding('classes in the order of the labels', swapped)
+  moved = np.mean(np.array(order)[LABELS] != LABELS)
+  assert found.level == 'wrong'
+  assert f'clean accuracy is {1 - moved:.1%}, but 100.0% if the classes' in found.seen
+  assert finding('images on the scale the model expects', swapped).level == 'ok'
+
+
+def test_chance_is_no_other_order():
+  guesses = np.random.default_rng(3).normal(size=(8 * 8, CLASSES)).astype(np.float32)
+
+  def guessing(x):
+    return jnp.sin(1e3 * x.reshape(len(x), -1) @ guesses)
+
+  assert finding('classes in the order of the labels', guessing).level == 'ok'
+  constant = finding(
+    'classes in the order of the labels', lambda x: 0 * healthy(x) + jnp.arange(5.0)
+  )
+  assert constant.level == 'ok'
+
+
 @pytest.mark.parametrize(
   'flags, message',
   [

@@ -153,6 +153,21 @@ def test_a_base_of_ours_knows_its_classes(run, moved, tmp_path):
     of_that_base(run, moved, tmp_path)
 
 
+def test_a_base_of_ours_that_saw_the_test_images_is_refused(run, moved, tmp_path):
+  """The base was trained with another draw of the test split."""
+  shutil.copy(run.workdir / of_run.FILE, moved.workdir / 'base' / of_run.FILE)
+  config = red_and_blue.small(moved.workdir / 'base', run.data)
+  config.data.seed = 1
+  drawn = open_dataset(config.data, 0).test.contents
+  kept = json.loads((run.workdir / of_run.FILE).read_text())['held_out']['test']
+  seen = sum(content not in kept for content in drawn)
+  assert 0 < seen <= len(drawn) == 8
+  with pytest.raises(
+    UserError, match=f'was trained on {seen} of the 8 test images; give data.seed'
+  ):
+    run_lib.train_and_evaluate(config, tmp_path / 'second')
+
+
 def test_the_doctor_names_labels_before_pixels(run, moved, run_here, monkeypatch, tmp_path):
   source = red_and_blue.write_checkpoint(tmp_path / 'vit')
   (tmp_path / 'swapped.py').write_text(

@@ -67,6 +67,38 @@ def test_every_run_is_in_the_table(compared, small):
   assert rows['linear']['trainable'] < rows['fulllora']['trainable']
 
 
+def test_every_run_has_the_same_images_held_out(
+  folder_data, write_images, tiny_config, tmp_path, monkeypatch
+):
+  """A picture comes between two rows, which would move the draw of the second."""
+  for name in 'ab':
+    write_images(name, 10)
+  experiment = tiny_config()
+  experiment.data = folder_data
+  experiment.base.source, experiment.train.batch_size = 'scratch', 8
+  c = plan.default(experiment)
+  c.rows['full'] = {'method': 'full'}
+  c.rows['standard'] = {'method': 'full', 'attack': {'steps': 1}}
+  c.seeds, c.references = (0,), ()
+  seen = []
+
+  def train(config, workdir, dataset):
+    workdir.mkdir(parents=True)
+    seen.append(dataset)
+
+  monkeypatch.setattr(run_lib, 'train_and_evaluate', train)
+  workdir = str(tmp_path / 'comparison')
+  compare.compare(c, workdir, rows=['full'])
+  folder = write_images('new', 1)
+  (folder / '000.png').rename(tmp_path / 'images' / 'a' / '!.png')
+  folder.rmdir()
+  with pytest.raises(UserError, match='not the data that the run in .*comparison began with'):
+    compare.compare(c, workdir, rows=['standard'])
+  (tmp_path / 'images' / 'a' / '!.png').unlink()
+  compare.compare(c, workdir, rows=['standard'])
+  assert [d.test.contents.tolist() for d in seen] == [seen[0].test.contents.tolist()] * 2
+
+
 def test_finished_runs_are_taken_as_they_are(compared, small, monkeypatch):
   workdir, found = compared
 
