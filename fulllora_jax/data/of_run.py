@@ -13,7 +13,7 @@ from fulllora_jax.core import class_names, console
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import make_directory, read_file, replace_file
 from fulllora_jax.data import held_out
-from fulllora_jax.data.splits import Dataset, Split, identity
+from fulllora_jax.data.splits import Dataset, Split, identity, pool
 from fulllora_jax.distributed import processes
 
 FILE = 'data.json'
@@ -74,11 +74,16 @@ def refuse_others(workdir: Path, dataset: Dataset) -> None:
 
 
 def not_held_out(workdir: Path, dataset: Dataset) -> int:
-  """Returns how many test images a run on the same data may have trained on; 0: unknown too."""
-  kept = processes.from_primary(read, workdir) or {}
-  if kept.get('dataset') != dataset.name or 'held_out' not in kept:
+  """Returns how many test images a run on the same images trained on, or chose its best by.
+
+  The images are the same, wherever they lie, where all that it held out are among them; else, and
+  where it does not say what it held out, the answer is 0.
+  """
+  kept = (processes.from_primary(read, workdir) or {}).get('held_out')
+  splits = (dataset.train, dataset.validation, dataset.test)
+  if not kept or not set(kept['test']) <= set(pool(splits).contents):
     return 0
-  return int((~np.isin(dataset.test.contents, kept['held_out']['test'])).sum())
+  return int((~np.isin(dataset.test.contents, kept['test'])).sum())
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
