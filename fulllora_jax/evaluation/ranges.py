@@ -1,4 +1,4 @@
-"""What the fields of a config may be, each in a line.
+"""What the fields of a config may be, in one table.
 
 An interval is that of a number, or of each number of a tuple (core/ranges.py). Fields that are not
 here are text, a choice or a switch. Comments in config.py say what the numbers mean.
@@ -13,75 +13,33 @@ from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import ranges
 from fulllora_jax.core.errors import UserError, choose
 
-_POSITIVE, _NOT_NEGATIVE, _SHARE, _BELOW_ONE = '(0, inf)', '[0, inf)', '[0, 1]', '[0, 1)'
 _RECIPE = {  # of a training: the run's, and that of its base
-  'optimizer.learning_rate': _POSITIVE,
-  'optimizer.weight_decay': _NOT_NEGATIVE,
-  'optimizer.momentum': _BELOW_ONE,
-  'optimizer.b1': _BELOW_ONE,
-  'optimizer.b2': _BELOW_ONE,
-  'optimizer.clip': _NOT_NEGATIVE,
-  'schedule.warmup': _SHARE,
-  'schedule.boundaries': _SHARE,
-  'schedule.factors': _NOT_NEGATIVE,
-  'augment.crop_padding': _NOT_NEGATIVE,
-  'augment.mixup': _NOT_NEGATIVE,
-  'augment.cutmix': _NOT_NEGATIVE,
-  'augment.mix_probability': _SHARE,
-  'train.epochs': _POSITIVE,
-  'train.steps': _POSITIVE,
-  'train.batch_size': _POSITIVE,
-  'train.accumulate': _POSITIVE,
-  'train.log_every': _POSITIVE,
-  'train.eval_every': _POSITIVE,
-  'train.checkpoint_every': _POSITIVE,
-  'train.keep': _POSITIVE,
-  'train.max_skipped': _NOT_NEGATIVE,
+  '(0, inf)': """optimizer.learning_rate train.epochs train.steps train.batch_size train.accumulate
+    train.log_every train.eval_every train.checkpoint_every train.keep""",
+  '[0, inf)': """optimizer.weight_decay optimizer.clip schedule.factors augment.crop_padding
+    augment.mixup augment.cutmix train.max_skipped""",
+  '[0, 1)': 'optimizer.momentum optimizer.b1 optimizer.b2',
+  '[0, 1]': 'schedule.warmup schedule.boundaries augment.mix_probability',
 }
-INTERVALS: Mapping[str, str] = {
-  'seed': ranges.SEED,
-  'model.width': _POSITIVE,
-  'model.depth': _POSITIVE,
-  'model.num_heads': _POSITIVE,
-  'model.mlp_dim': _POSITIVE,
-  'model.depths': _POSITIVE,
-  'model.heads': _POSITIVE,
-  'model.window': _POSITIVE,
-  'model.local_layers': _NOT_NEGATIVE,
-  'model.patch_size': _POSITIVE,
-  'model.epsilon': _POSITIVE,
-  'model.mean': '(-inf, inf)',
-  'model.std': _POSITIVE,
-  'model.dropout': _BELOW_ONE,
-  'adapter.rank': _POSITIVE,
-  'adapter.alpha': _POSITIVE,
-  'adapter.epsilon': _POSITIVE,
-  'adapter.prompts': _POSITIVE,
-  'data.image_size': _POSITIVE,
-  'data.validation_fraction': '(0, 1)',
-  'data.seed': ranges.SEED,
-  'attack.steps': _POSITIVE,
-  'attack.step_size': _POSITIVE,
-  'attack.restarts': _POSITIVE,
-  'attack.eps_warmup': _SHARE,
-  'attack.ard': _SHARE,
-  'attack.prm': _SHARE,
-  'objective.beta': _NOT_NEGATIVE,
-  'objective.label_smoothing': _BELOW_ONE,
-  'awp.gamma': _BELOW_ONE,
-  'awp.warmup': _BELOW_ONE,
-  'ema.decay': _BELOW_ONE,
-  'mesh.fsdp': _POSITIVE,
-  'mesh.shard_from': _NOT_NEGATIVE,
-  'base.label_map': '[-1, inf)',
-  'eval.step_size': _POSITIVE,
-  'eval.restarts': _POSITIVE,
-  'eval.batch_size': _POSITIVE,
-  'eval.num_examples': _NOT_NEGATIVE,
-  'eval.validation_examples': _NOT_NEGATIVE,
-  'eval.radii': _POSITIVE,
-  **_RECIPE,
-  **{f'base.{field}': interval for field, interval in _RECIPE.items()},
+_RUN = {
+  ranges.SEED: 'seed data.seed',
+  '(-inf, inf)': 'model.mean',
+  '[-1, inf)': 'base.label_map',
+  '(0, inf)': """model.width model.depth model.num_heads model.mlp_dim model.depths model.heads
+    model.window model.patch_size model.epsilon model.std adapter.rank adapter.alpha adapter.epsilon
+    adapter.prompts data.image_size attack.steps attack.step_size attack.restarts mesh.fsdp
+    eval.step_size eval.restarts eval.batch_size eval.radii""",
+  '[0, inf)': """model.local_layers objective.beta mesh.shard_from eval.num_examples
+    eval.validation_examples""",
+  '(0, 1)': 'data.validation_fraction',
+  '[0, 1)': 'model.dropout objective.label_smoothing awp.gamma awp.warmup ema.decay',
+  '[0, 1]': 'attack.eps_warmup attack.ard attack.prm',
+}
+INTERVALS: Mapping[str, str] = {  # field -> its interval
+  f'{prefix}{field}': interval
+  for prefix, table in (('', _RUN), ('', _RECIPE), ('base.', _RECIPE))
+  for interval, fields in table.items()
+  for field in fields.split()
 }
 FRACTIONS = ('attack.step_size', 'eval.step_size', 'eval.radii')  # numbers, or such as '8/255'
 WHOLE = ('model.depths', 'model.heads', 'base.label_map')  # tuples of whole numbers
