@@ -10,6 +10,7 @@
 # said, and the next one is measured.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+source launch/environment.sh
 
 failed=()
 for config in imagenette cifar10; do

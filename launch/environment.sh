@@ -1,4 +1,5 @@
-# Sourced by quickstart.sh and test.sh, at the root of the repository.
+# Sourced by every script here, at the root of the repository, with what the
+# script was given: --help prints the comment at the head of the script.
 #
 #   enter_environment EXTRAS
 #
@@ -13,6 +14,20 @@ die() {
   say "error: $*"
   exit 2
 }
+
+# `cd` has left behind where the script's own path starts.
+show_help() {
+  cd "$OLDPWD"
+  sed -n -e 1d -e '/^#/!q' -e '/^#SBATCH/!s/^# \{0,1\}//p' "$0"
+  exit 0
+}
+
+for argument in "$@"; do
+  case $argument in
+    --) break ;;
+    --help | -h) show_help ;;
+  esac
+done
 
 enter_environment() {
   local extras=$1 venv=${VENV:-.venv}

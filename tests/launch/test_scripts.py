@@ -1,5 +1,6 @@
 """What holds for every script of launch/."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -53,3 +54,25 @@ def test_a_link_to_a_script_does_what_the_script_does(tmp_path, name):
   results = {(each.returncode, each.stdout, each.stderr) for each in done}
   assert len(results) == 1, results
   assert 'No such file' not in done[0].stderr
+
+
+@pytest.mark.parametrize('name', _SCRIPTS)
+def test_help_is_what_a_script_says_at_its_head(tmp_path, name):
+  if name in ('cluster.sh', 'environment.sh', 'tpu_slice.sh'):
+    pytest.skip('it is sourced')
+  (tmp_path / 'linked').symlink_to(_LAUNCH / name)
+  _, *lines = (_LAUNCH / name).read_text().splitlines()
+  head = list(itertools.takewhile(lambda line: line.startswith('#'), lines))
+  said = [line[2:] for line in head if not line.startswith('#SBATCH')]
+  assert any(name in line and line.startswith('  ') for line in said)  # an example
+  for script in (_LAUNCH / name, 'linked'):
+    done = subprocess.run(
+      ['bash', script, '--help'],
+      env={'PATH': os.defpath},
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.splitlines() == said
