@@ -80,6 +80,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
     lines.append(f'trained: {results.parameters(report)}')
   if results.attacks(report):
     lines.append(f'threat: {results.threat(report)}')
+  lines += results.notes(report)
   return '\n'.join(lines)
 
 
@@ -91,6 +92,7 @@ def _markdown(report, drawn) -> str:
     '## Results',
     tables.markdown(results.table(report)),
     f'Accuracy in % [95 % Wilson interval]; n is the number of images.{facts.steps_note(report)}',
+    '\n'.join(f'- {tables.escaped(note)}' for note in results.notes(report)),
     *attack_report.markdown(report),
     *drawn,
     '## Parameters and threat model',

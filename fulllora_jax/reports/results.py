@@ -132,6 +132,16 @@ def threat(report: Mapping[str, Any]) -> str:
   return f'{found.get("norm", "?")}, eps {found.get("eps", "?")}, pixels in [0, 1]'
 
 
+def notes(report: Mapping[str, Any]) -> list[str]:
+  """Returns what must be said of the numbers, a line each; AutoAttack's own section has its own."""
+  return [
+    f'{evaluation["weights"]}, {note}'
+    for evaluation in report.get('evaluations', ())
+    if not evaluation['attack'].startswith('autoattack')
+    for note in evaluation.get('notes', ())
+  ]
+
+
 def class_name(names: Sequence[Any], label: int) -> str:
   """Returns the name of a class, or its number where it has none; below 0 it is no class."""
   if label < 0:

@@ -81,17 +81,21 @@ def nearest(gap: float, speed: np.ndarray, room: np.ndarray, norm: str) -> float
   return float(np.linalg.norm(move) if norm == 'l2' else move.max())
 
 
-def random_model(seed: int, *, inner: bool, scale: float | None = None, count: int = 16) -> Linear:
-  """Returns a model of 2 to 6 classes with some images.
+def random_model(
+  seed: int, *, inner: bool, classes: int | None = None, scale: float | None = None, count: int = 16
+) -> Linear:
+  """Returns a model with some images.
 
   Args:
     seed: decides everything else.
     inner: keeps the images far from the box; otherwise a third of the pixels are 0 or 1.
+    classes: how many; None: drawn from 2 to 6.
     scale: of the logits; None: drawn from 1e-20 to 1e6.
     count: how many images.
   """
   rng = np.random.default_rng(seed)
-  classes = int(rng.integers(2, 7))
+  drawn = int(rng.integers(2, 7))
+  classes = drawn if classes is None else classes
   x = rng.uniform(size=(count, 4, 4, 1))
   x = 0.4 + 0.2 * x if inner else np.clip(2 * x - 0.5, 0, 1)
   size = 10 ** rng.uniform(-20, 6) if scale is None else scale

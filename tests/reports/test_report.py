@@ -127,6 +127,15 @@ def test_weights_with_fewer_attacks_leave_a_dash():
   assert rows[2][-3:] == ['10', '/', '20']
 
 
+def test_what_must_be_said_of_a_number_stands_under_it(tmp_path):
+  """AutoAttack's notes stand in its own section."""
+  notes = ['pgd: 3 of 360 images had NaN or infinite logits']
+  report = example_report(evaluations=[evaluation('best', 'pgd-20', 100, notes=notes)])
+  assert summary_table(report).endswith('\nbest, pgd: 3 of 360 images had NaN or infinite logits')
+  text = write_report(tmp_path, report, [], None).read_text()
+  assert text.count('- best, pgd: 3 of 360 images had NaN or infinite logits\n') == 1
+
+
 def test_write_report_minimal(tmp_path):
   path = write_report(tmp_path, example_report(), [], None)
   assert path == tmp_path / 'report.md'
