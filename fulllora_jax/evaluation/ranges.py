@@ -23,12 +23,12 @@ _RECIPE = {  # of a training: the run's, and that of its base
 }
 _RUN = {
   ranges.SEED: 'seed data.seed',
-  '(-inf, inf)': 'model.mean',
+  '(-inf, inf)': 'model.mean base.mean',
   '[-1, inf)': 'base.label_map',
   '(0, inf)': """model.width model.depth model.num_heads model.mlp_dim model.depths model.heads
-    model.window model.patch_size model.epsilon model.std adapter.rank adapter.alpha adapter.epsilon
-    adapter.prompts data.image_size attack.steps attack.step_size attack.restarts mesh.fsdp
-    eval.step_size eval.restarts eval.batch_size eval.radii""",
+    model.window model.patch_size model.epsilon model.std base.std adapter.rank adapter.alpha
+    adapter.epsilon adapter.prompts data.image_size attack.steps attack.step_size attack.restarts
+    mesh.fsdp eval.step_size eval.restarts eval.batch_size eval.radii""",
   '[0, inf)': """model.local_layers objective.beta mesh.shard_from eval.num_examples
     eval.validation_examples""",
   '(0, 1)': 'data.validation_fraction',

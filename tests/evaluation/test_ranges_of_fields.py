@@ -37,6 +37,7 @@ REFUSED = {
   'base.augment.crop_padding': (-1,),
   'base.optimizer.b2': (1.0,),
   'base.label_map': ((-2, 0),),
+  'base.std': ((0.0,),),
 }
 
 
