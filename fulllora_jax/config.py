@@ -175,6 +175,11 @@ def _attack() -> ConfigDict:
   # ard: the gradient through attention; prm: the patches (training/ard_prm.py).
   attack.ard = 0.0
   attack.prm = 0.0
+  # What follows where the model is seen to withstand this attack and no other (docs/road.md):
+  # warn: a line, and it goes on; stop: the training ends, and `best` is from before it; strengthen:
+  # it goes on from the last validation without a sign of it, or from the start, with PGD of twice
+  # the steps, four at least, and so again; ten steps and more are let be with a line.
+  attack.on_overfitting = 'warn'
   return attack
 
 
@@ -386,7 +391,7 @@ def base_config(config: ConfigDict) -> ConfigDict:
   # What else belongs to the main run alone.
   for part in ('objective', 'awp', 'ema'):
     base[part] = ConfigDict(default()[part].to_dict())
-  base.attack.update(carry=False, ard=0.0, prm=0.0)
+  base.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
   base.base.source = 'scratch'
   base.eval.attacks = ('clean',)
   base.eval.validation_attack = 'clean'

@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fulllora_jax import command
+from fulllora_jax.core.errors import UserError
 
 
 def define_flags() -> None:
@@ -41,7 +42,14 @@ def main(argv: Sequence[str]) -> None:
   processes.start(flags.FLAGS)
   config = flags.FLAGS.config
   workdir = flags.FLAGS.workdir or os.path.join('runs', config.name)
-  run.train_and_evaluate(config, workdir)
+  report = run.train_and_evaluate(config, workdir)
+  if stopped := report.get('stopped'):
+    raise UserError(
+      f'attack.on_overfitting=stop: catastrophic overfitting at step {stopped["step"]} of '
+      f'{stopped["of"]}: {stopped["why"]}; {workdir} has `best`, from before it, and the report; '
+      'give attack.on_overfitting=strengthen, or attack.name=pgd with more attack.steps, and '
+      'another --workdir'
+    )
   processes.finish()
 
 

@@ -30,19 +30,23 @@ def parse_fraction(text: str | float | jax.Array, name: str = 'eps') -> float:
   """Reads a number or a fraction written as text.
 
   Args:
-    text: a number, '0.031', or a fraction such as '8/255'.
+    text: a number, '0.031', or a fraction such as '8/255' or '2.5/255'.
     name: what it is, for the error.
 
   Raises:
     UserError: if it is neither, or not finite.
 
-  >>> parse_fraction('1/4'), parse_fraction(0.5)
-  (0.25, 0.5)
+  >>> parse_fraction('1/4'), parse_fraction('0.5/4'), parse_fraction(0.5)
+  (0.25, 0.125, 0.5)
   """
   try:
     if getattr(text, 'ndim', 0):
       raise TypeError('an array is no number')
-    value = float(Fraction(text) if isinstance(text, str) else text)
+    if isinstance(text, str) and text.count('/') == 1:
+      above, below = text.split('/')
+      value = float(Fraction(above) / Fraction(below))
+    else:
+      value = float(Fraction(text) if isinstance(text, str) else text)
   except (ValueError, TypeError, ArithmeticError):
     value = math.nan
   if not math.isfinite(value):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from ml_collections.config_dict import ConfigDict
 
-from fulllora_jax.attacks.single_step import STEP
 from fulllora_jax.core.errors import UserError
+from fulllora_jax.training.inner_attack import few_steps
 
 
 class Published(NamedTuple):
@@ -136,11 +136,3 @@ def fast(config: ConfigDict) -> ConfigDict:
   config.attack.carry = True
   few_steps(config, 2)
   return config
-
-
-def few_steps(config: ConfigDict, steps: int) -> None:
-  """Lets PGD make a few steps, so long that all together cross the ball."""
-  eps, *divisor = config.threat.eps.split('/')  # 8/255 stays readable
-  step_size = f'{float(eps) * STEP / steps:g}'
-  config.attack.steps = steps
-  config.attack.step_size = '/'.join((step_size, *divisor))

@@ -37,14 +37,27 @@ def weights_note(config: Mapping[str, Any]) -> str:
 
 def overfitting_note(report: Mapping[str, Any]) -> str:
   """Says that catastrophic overfitting happened; returns '' otherwise."""
-  steps = report.get('overfitting')
+  steps, stopped = report.get('overfitting'), report.get('stopped')
   if not steps:
     return ''
+  if stopped:
+    then = f'the training stopped at step {stopped["step"]:,} of {stopped["of"]:,}, and best is '
+    then += 'from before that'
+  elif stronger := dict(_strengthened(report)):
+    then = '; '.join(f'{name} it went on with {attack}' for name, attack in stronger.items())
+  else:
+    then = 'train with more steps of PGD, or with attack.on_overfitting=strengthen'
   return (
-    '**Catastrophic overfitting**: robust accuracy on validation images collapsed by step '
-    f'{steps[0]:,} while that in training did not (in {len(steps)} of the validations). The model '
-    'learned to withstand the attack it was trained with alone; train with more steps of PGD.'
+    '**Catastrophic overfitting**: robust accuracy collapsed by step '
+    f'{steps[0]:,} while that in training did not (seen {len(steps)} times). The model '
+    f'learned to withstand the attack it was trained with alone; {then}.'
   )
+
+
+def _strengthened(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """Yields from which steps the attack was another, and which."""
+  for row in report.get('strengthened') or ():
+    yield f'from step {row["step"]:,} on', f'{row["attack"]}, steps of {row["step_size"]}'
 
 
 def steps_note(report: Mapping[str, Any]) -> str:
@@ -100,6 +113,7 @@ def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   yield 'method', report['method']
   for name in names:
     yield name, _field(config, name)
+  yield from _strengthened(report)
   yield from facts(config)
   if _field(config, 'train.steps') is None:
     yield 'train.epochs', _field(config, 'train.epochs')

@@ -126,7 +126,15 @@ class TrainingCheckpoints:
     )
     return state, meta['notes']
 
-  def close(self) -> None:
+  def drop_from(self, step: int) -> None:
+    """Deletes the checkpoints of this step and later ones."""
+    with saving(self._directory):
+      self._manager.wait_until_finished()
+      for later in sorted(self._manager.all_steps(), reverse=True):
+        if later >= step:
+          self._manager.delete(later)
+
+  def wait(self) -> None:
     """Waits until the last save is whole on disk, on every host.
 
     Raises:
@@ -134,6 +142,11 @@ class TrainingCheckpoints:
     """
     with saving(self._directory):
       self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Does what `wait` does, and ends."""
+    self.wait()
+    with saving(self._directory):
       self._manager.close()
 
 

@@ -12,6 +12,7 @@ from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
 from fulllora_jax.training import carry, objectives, optim
 from fulllora_jax.training.inner_attack import ATTACKS, FIXED
+from fulllora_jax.training.overfitting import ANSWERS
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -95,6 +96,7 @@ def _check_mesh(config: ConfigDict, num_devices: int) -> None:
 def _check_attack(config: ConfigDict) -> None:
   step_size = parse_fraction(config.attack.step_size, 'attack.step_size')
   choose('attack.name', config.attack.name, ATTACKS)
+  choose('attack.on_overfitting', config.attack.on_overfitting, ANSWERS)
   if config.attack.name in FIXED:
     _check_fixed(config, FIXED[config.attack.name].norms)
   carry.check(config)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from fulllora_jax.attacks import Threat, found, losses
 from fulllora_jax.attacks.pgd import LogitsFn, Loss, ascend, search
-from fulllora_jax.attacks.single_step import fgsm_rs, n_fgsm
+from fulllora_jax.attacks.single_step import STEP, fgsm_rs, n_fgsm
+from fulllora_jax.config import ConfigDict
 from fulllora_jax.training import optim
 from fulllora_jax.training.ard_prm import Warmup
 
@@ -53,6 +54,13 @@ class InnerAttack:
     """Returns e.g. 'pgd-10', or the bare name where the steps are implied."""
     name = f'pgd-{self.steps}' if self.name == 'pgd' else self.name
     return f'{name} on {self.loss.__name__}' if callable(self.loss) else name
+
+  @property
+  def full_from(self) -> int:
+    """Returns the first step, from 1, in which nothing holds the attack back any more."""
+    held = self.warmup
+    fraction = max(self.eps_warmup, held.ard if held else 0.0, held.prm if held else 0.0)
+    return max(1, round(fraction * self.total_steps))
 
   def __call__(
     self,
@@ -112,3 +120,11 @@ class InnerAttack:
       loss=loss,
     )
     return x_adv, {'passes': self.steps * self.restarts, 'blind': jnp.mean(met.gradient)}
+
+
+def few_steps(config: ConfigDict, steps: int, reach: float = STEP) -> None:
+  """Lets PGD make a few steps, so long that all together go `reach` times eps."""
+  eps, *divisor = config.threat.eps.split('/')  # 8/255 stays readable
+  step_size = f'{float(eps) * reach / steps:g}'
+  config.attack.steps = steps
+  config.attack.step_size = '/'.join((step_size, *divisor))

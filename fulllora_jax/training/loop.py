@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from fulllora_jax import config as config_lib
 from fulllora_jax import data
 from fulllora_jax.core import trees
 from fulllora_jax.core.console import Progress, say, warn
 from fulllora_jax.core.errors import Preempted, UserError
 from fulllora_jax.distributed import processes
 from fulllora_jax.distributed.preemption import Notice
-from fulllora_jax.training import carry, ema, memory
+from fulllora_jax.training import carry, ema, memory, overfitting
 from fulllora_jax.training.checkpoints import TrainingCheckpoints
 from fulllora_jax.training.metrics import MetricWriter
 from fulllora_jax.training.publish import publish
@@ -40,6 +41,9 @@ class Training:
     validation: scores the state, and keeps the best score.
     skipped: how many steps had a loss or a gradient that was not finite.
     blind: how many images had an entry of the attack's gradient that was not finite.
+    strengthened: the stronger attacks that took the place of the config's, one after another: from
+      which `step` on, and at which step the sign of catastrophic overfitting was `found`.
+    stopped: where that sign ended the training: its `step`, the length `of` it, and `why`.
     passes: how often an image went forward and back through the model.
     seconds: what the training took so far, killed runs included.
   """
@@ -50,6 +54,10 @@ class Training:
     self.stepper = Stepper(config, dataset, base)
     self.validation = Validation(self.stepper.assembly, dataset.validation)
     self.skipped, self.blind, self.passes, self.seconds = 0, 0, 0.0, 0.0
+    self.strengthened: list[dict[str, Any]] = []
+    self.stopped: dict[str, Any] | None = None
+    # The last validation without a sign, to go on from.
+    self._good: TrainingCheckpoints | None = None
     self._identity = data.identity(dataset)
     self._writer: MetricWriter | None = None
 
@@ -57,25 +65,92 @@ class Training:
     """Trains to the last step."""
     assembly = self.stepper.assembly
     say(trees.parameter_table(assembly.shapes, assembly.mask))
-    checkpoints = TrainingCheckpoints(self.workdir / 'checkpoints', self.config.train.keep)
-    start = self._resume(checkpoints)
-    with self._metric_writer(start) as self._writer, Notice() as notice:
+    with contextlib.ExitStack() as opened:
+      checkpoints = TrainingCheckpoints(self.workdir / 'checkpoints', self.config.train.keep)
+      opened.callback(checkpoints.close)  # once the last save is whole on disk
+      if self.validation.alarm and overfitting.answer(self.config) == 'strengthen':
+        self._good = TrainingCheckpoints(self.workdir / 'good', 1)
+        opened.callback(self._good.close)
+      start: int | None = self._resume(checkpoints)
+      notice = opened.enter_context(Notice())
       try:
-        self._loop(start, checkpoints, notice)
+        while start is not None:
+          start = self._go_on(start, checkpoints, notice)
       except jax.errors.JaxRuntimeError as error:
         raise memory.explain(error, self.config) or error from None
-      finally:
-        checkpoints.close()  # once the last save is whole on disk
     if self.blind:
       warn(f"{self.blind:,} times in all, an image's gradient had NaN or infinite entries")
-    self._publish('last', self.stepper.total_steps)
+    if self.stopped is None:
+      self._publish('last', self.stepper.total_steps)
+
+  def _go_on(self, start: int, checkpoints: TrainingCheckpoints, notice: Notice) -> int | None:
+    """Trains from a step on; returns the step to go on from, None at the end."""
+    with self._metric_writer(start) as self._writer:
+      for row in self.strengthened:
+        if row['step'] == start:
+          say(f'from step {start} on: {row["attack"]}, steps of {row["step_size"]}')
+          scalars = {overfitting.FLAG: 1.0, 'found_at_step': row['found']}
+          self._write(start, f'strengthened_to_{row["attack"]}', scalars)
+      try:
+        self._loop(start, checkpoints, notice)
+        return None
+      except overfitting.Collapse as found:
+        collapse = found
+    if self._good is not None:
+      return self._strengthen(collapse, checkpoints, self._good)
+    self._stop(collapse)
+    return None
+
+  def _stop(self, collapse: overfitting.Collapse) -> None:
+    """Ends the training; where nothing was validated yet, its start is `best`."""
+    self._writer = None
+    if 'step' not in self.validation.best:
+      self.stepper.begin()
+      self.validation.begin(self.stepper.assembly)
+      self._validate(0)
+    self.stopped = {'step': collapse.step, 'of': self.stepper.total_steps, 'why': collapse.why}
+    best = self.validation.best['step']
+    warn(f'{collapse}; stopped (attack.on_overfitting=stop); `best` is step {best}')
+
+  def _strengthen(
+    self,
+    collapse: overfitting.Collapse,
+    checkpoints: TrainingCheckpoints,
+    good: TrainingCheckpoints,
+  ) -> int:
+    """Goes back to the last good state with a stronger attack; returns its step."""
+    self.stepper.put_together(overfitting.strengthened(self.stepper.config))
+    self.validation.begin(self.stepper.assembly)
+    if restored := good.restore(self.stepper.state):
+      self.stepper.state, notes = restored
+      self.validation.restore(notes)
+    else:
+      self.stepper.begin()
+    step, attack = int(self.stepper.state.step), self.stepper.config.attack
+    label = f'{attack.name}-{attack.steps}'
+    row = {'step': step, 'found': collapse.step, 'attack': label, 'why': collapse.why}
+    row |= {'steps': attack.steps, 'step_size': attack.step_size}
+    self.strengthened.append(row)
+    warn(f'{collapse}; going back to step {step}, and on with {label}')
+    checkpoints.drop_from(step)
+    self._save(checkpoints)
+    return step
 
   def _resume(self, checkpoints: TrainingCheckpoints) -> int:
     """Takes the newest checkpoint up; returns the number of its step."""
     restored = checkpoints.restore(self.stepper.state)
+    start = int(restored[0].step) if restored else 0
+    if self._good is not None:
+      self._good.drop_from(start + 1)
     if not restored:
       return 0
     self.stepper.state, notes = restored
+    self.strengthened = notes.get('strengthened', [])
+    if self.strengthened:
+      own, last = config_lib.copy(self.config), self.strengthened[-1]
+      own.attack.update(name='pgd', steps=last['steps'], step_size=last['step_size'])
+      self.stepper.put_together(own)
+      self.validation.begin(self.stepper.assembly)
     self.validation.restore(notes)
     self.skipped, self.blind = notes['skipped'], notes.get('blind', 0)
     self.passes = notes.get('passes', 0.0)
@@ -86,7 +161,6 @@ class Training:
         f'base.source={self.config.base.source}: not the base that the run in {self.workdir} began '
         'with; put that back, or give another --workdir'
       )
-    start = int(self.stepper.state.step)
     say(f'resuming at step {start}')
     return start
 
@@ -152,6 +226,7 @@ class Training:
       'seconds': self.seconds,
       'data': self._identity,
       'base': self.stepper.origin.fingerprint,
+      'strengthened': self.strengthened,
     }
     checkpoints.save(self.stepper.state, notes)
 
@@ -163,7 +238,23 @@ class Training:
     self._note_blind(step, float(metrics.pop('blind', 0.0)))
     self.passes += self.config.train.batch_size * float(metrics['passes'])
     if self.validation.alarm is not None:
-      self.validation.alarm.saw(float(metrics['robust_accuracy']))
+      robust, clean = (float(metrics[f'{name}_accuracy']) for name in ('robust', 'clean'))
+      if why := self.validation.alarm.saw(step, robust, clean):
+        self._write(step, 'overfitting', {overfitting.FLAG: 1.0})
+        self._answer(step, why)
+
+  def _answer(self, step: int, why: str) -> None:
+    """Says that the alarm rings, or raises Collapse where the training does not just go on."""
+    collapse = overfitting.Collapse(step, why)
+    if overfitting.answer(self.stepper.config) != 'warn':
+      raise collapse
+    best = self.validation.best.get('step')
+    warn(
+      f'{collapse}; it goes on (attack.on_overfitting=warn): train with more steps, '
+      'attack.name=pgd with attack.steps=10, a lower optimizer.learning_rate, or '
+      'attack.on_overfitting=strengthen'
+      + ('' if best in (None, step) else f'; `best` is step {best}')
+    )
 
   def _note_blind(self, step: int, share: float) -> None:
     """Counts the images, a share of the batch, whose attack met a gradient that is no number."""
@@ -218,11 +309,16 @@ class Training:
     """Scores the held-out split; publishes the state as `best` if it is."""
     published = ema.published(self.stepper.state)
     variables = trees.merge(published, self.stepper.frozen)
-    scores, text = self.validation(step, variables)
+    scores, text, why = self.validation(step, variables)
     self._write(step, 'validation', scores)
-    if self.validation.best['step'] == step:
+    if self.validation.best.get('step') == step:
       self._publish('best', step)
     say(text)
+    if why:
+      self._answer(step, why)
+    if self._good is not None and self.validation.good:
+      self._save(self._good)
+      self._good.wait()  # before any later checkpoint is there to resume from
 
   def _publish(self, which: str, step: int) -> None:
     publish(
@@ -234,4 +330,5 @@ class Training:
       parameters=self.stepper.assembly.counts,
       origin=self.stepper.origin,
       validation=self.validation.best,
+      strengthened=self.strengthened,
     )

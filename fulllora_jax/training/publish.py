@@ -1,5 +1,6 @@
 """Publishing an adapter: its leaves, and what there is to know of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ def publish(
   parameters: dict[str, Any],
   origin: Origin,
   validation: dict[str, Any],
+  strengthened: Sequence[dict[str, Any]] = (),
 ) -> None:
   """Writes an artefact, a `best` or a `last`: leaves and their metadata.
 
@@ -42,6 +44,7 @@ def publish(
     parameters: their counts (core/trees.py).
     origin: what they began from.
     validation: the score that chose `best`, its attack and step.
+    strengthened: the stronger attacks that took the place of the config's, and from which steps.
   """
   threat = settings.threat(config)
   mean, std = models.normalisation(config.model)
@@ -65,5 +68,7 @@ def publish(
   }
   if config.ema.decay:
     metadata['ema_decay'] = config.ema.decay
+  if strengthened:
+    metadata['strengthened'] = list(strengthened)
   metadata['base_source'] = origin.source
   artefact.save_artefact(directory, step, leaves, metadata)

@@ -93,6 +93,9 @@ def _report(config, workdir: Path, dataset: data.Dataset, training: Training) ->
   seconds = {'train': training.seconds, 'evaluate': spent}
   result, history = run.report(evaluations, seconds), []
   result['passes'] = training.passes
+  for name in ('stopped', 'strengthened'):
+    if found := getattr(training, name):
+      result[name] = found
   if processes.is_primary():
     history = read_metrics(workdir / 'metrics.jsonl')
     if steps := overfitting.collapses(history):

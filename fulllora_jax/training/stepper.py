@@ -8,10 +8,12 @@ from typing import Any
 import jax
 
 from fulllora_jax import data
+from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import mesh
 from fulllora_jax.training import algorithm, memory, train_step
 from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.base import starting_point
+from fulllora_jax.training.state import TrainState
 
 # JAX returns from a step before it is computed. On CPU, jax 0.10 deadlocks
 # above 32 collectives that nobody waited for.
@@ -38,19 +40,32 @@ class Stepper:
     input_seconds: what the steps so far waited for their batches.
   """
 
+  state: TrainState
+  frozen: Tree
+
   def __init__(self, config, dataset: data.Dataset, base: Path | None):
-    self.config, self.dataset = config, dataset
-    count = len(dataset.train)
-    self.total_steps = algorithm.total_steps(config, count)
-    self.assembly = assemble(
-      config, dataset.num_classes, dataset.image_shape, mesh.mesh_of(config), self.total_steps
-    )
-    variables, self.origin = starting_point(self.assembly, base)
-    self.state, self.frozen = self.assembly.place(variables, count)
-    self.root_key = mesh.put_key(jax.random.key(config.seed), self.assembly.mesh)
-    self.step_fn: Callable | None = None
+    self.dataset, self._base = dataset, base
+    self.total_steps = algorithm.total_steps(config, len(dataset.train))
     self.compile_seconds = self.input_seconds = 0.0
+    self.put_together(config)
+    self.begin()
+    self.root_key = mesh.put_key(jax.random.key(config.seed), self.assembly.mesh)
+
+  def put_together(self, config) -> None:
+    """Takes a config, at first or in place of one with another attack; the state stays."""
+    self.config, image_shape = config, self.dataset.image_shape
+    self.assembly = assemble(
+      config, self.dataset.num_classes, image_shape, mesh.mesh_of(config), self.total_steps
+    )
+    self.step_fn: Callable | None = None
     self._in_flight: list[tuple[int, train_step.Metrics]] = []
+
+  def begin(self) -> None:
+    """Makes the state before the first step."""
+    if hasattr(self, 'state'):
+      del self.state, self.frozen  # not twice in memory
+    variables, self.origin = starting_point(self.assembly, self._base)
+    self.state, self.frozen = self.assembly.place(variables, len(self.dataset.train))
 
   def steps(self, start: int = 0) -> Iterator[tuple[int, list[tuple[int, train_step.Metrics]]]]:
     """Makes the steps that follow `start`, to the last one.

@@ -29,6 +29,7 @@ from fulllora_jax.training.carry import carrying
 from fulllora_jax.training.inner_attack import InnerAttack
 from fulllora_jax.training.keys import Purpose
 from fulllora_jax.training.objectives import OuterLoss
+from fulllora_jax.training.overfitting import WATCH
 from fulllora_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -49,8 +50,8 @@ class Algorithm:
   accumulate: int = 1  # the number of microbatches of a step
   remat: str = 'none'  # config.model.remat, which the model already follows
   dropout: bool = False  # whether the training forward pass draws random numbers
-  # The number of steps from one that is logged to the next; nobody reads the clean scores of
-  # others, which cost a forward pass of their own
+  # The number of steps from one that is logged to the next; of others only every WATCH-th has clean
+  # scores, for the alarm: they cost a forward pass of their own
   log_every: int = 1
   total_steps: int = 0  # the length of training; its last step is logged too
   # Perturbs the weights before the gradient is taken; None: nothing does
@@ -81,7 +82,7 @@ def train_step(
     The new state, and metrics: scalars, and `nonfinite`, bool [1 + leaves], whether the loss and
     each gradient leaf (in the order of `jax.tree.leaves`) was not finite. `passes` is how often the
     step went forward and back through the model, as a mean over the images; beside an attack, the
-    clean scores are NaN in a step that is not logged.
+    clean scores are NaN in a step that is neither logged nor a multiple of WATCH.
   """
   key = jax.random.fold_in(root_key, state.step)
   x, labels = _augmented(algorithm, key, batch)
@@ -184,11 +185,12 @@ def _gradient(
 
 
 def _clean_scores(algorithm, logits_fn, x, labels, step) -> Metrics:
-  """Scores the clean images where the step is logged; else NaN, for nothing."""
+  """Scores the clean images where someone reads it; else NaN, for nothing."""
   if algorithm.log_every == 1:
     return _scores('clean', logits_fn(x), labels)
   done = step + 1
   logged = (done % algorithm.log_every == 0) | (done == algorithm.total_steps)
+  logged |= done % WATCH == 0
   shape = jax.eval_shape(logits_fn, x)
   # The scores stay outside: no branch has a sum over devices.
   logits = jax.lax.cond(logged, logits_fn, lambda _: jnp.zeros(shape.shape, shape.dtype), x)

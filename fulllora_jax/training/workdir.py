@@ -4,6 +4,7 @@ config.json     what the run was started with
 data.json       the names of its classes, and which images it held out
 base/           the work directory of the base's standard training
 checkpoints/    adapter, optimizer state and step; the newest few
+good/           the same, of the last validation that attack.on_overfitting may go back to
 best/ last/     adapter and metadata only: what one would publish
 metrics.jsonl   report.json   report.html   report.md   curves.svg
 examples.svg
