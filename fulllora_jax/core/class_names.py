@@ -9,7 +9,7 @@ import functools
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 
 # The share of a head's 1,000 names that must be ImageNet's, each in its row: lists of these names
@@ -21,7 +21,8 @@ _SHOWN = 5
 def rows_of(names: Sequence[str], known: Sequence[Sequence[str]]) -> list[tuple[int, ...]]:
   """Returns for each name the rows whose class it is; a name that fits two rows gets both.
 
-  Whole names count before first synonyms, so that 'maillot' is not 'maillot, tank suit'.
+  Whole names count before first synonyms, so that 'maillot' is not 'maillot, tank suit'. Rows whose
+  names are alike, such as 'a' and 'A', are told apart where each is asked for by its very name.
 
   Args:
     names: the names to find.
@@ -30,19 +31,12 @@ def rows_of(names: Sequence[str], known: Sequence[Sequence[str]]) -> list[tuple[
   >>> rows_of(['Sports_Car', 'tench'], [['tench, Tinca tinca'], ['sports car', 'n04285008']])
   [(1,), (0,)]
   """
-  whole, loose = defaultdict(set), defaultdict(set)
-  for row, aliases in enumerate(known):
-    for alias in aliases:
-      for form in _whole(alias):
-        whole[form].add(row)
-      for form in _whole(alias) | _short(alias):
-        loose[form].add(row)
-  found = []
-  for name in names:
-    exact = {row for form in _whole(name) for row in whole.get(form, ())}
-    near = {row for form in _whole(name) | _short(name) for row in loose.get(form, ())}
-    found.append(tuple(sorted(exact or near)))
-  return found
+  exact, whole, near = (_rows(names, known, forms) for forms in (_exact, _whole, _any))
+  claimed = {rows[0] for rows in exact if len(rows) == 1}
+  return [
+    very if len(very) == 1 and set(rows) <= claimed else rows or loose
+    for very, rows, loose in zip(exact, whole, near, strict=True)
+  ]
 
 
 def permutation(names: Sequence[str], of: Sequence[str]) -> tuple[int, ...] | None:
@@ -97,12 +91,28 @@ def with_wordnet_ids(known: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
   if len(rows) != len(classes):
     return rows
   agree = sum(
-    any(_plain(name) in _whole(alias) | _short(alias) for alias in aliases)
+    any(_plain(name) in _any(alias) for alias in aliases)
     for (_, name), aliases in zip(classes, rows, strict=True)
   )
   if agree < _IMAGENET_SHARE * len(rows):
     return rows
   return [(*aliases, wnid) for (wnid, _), aliases in zip(classes, rows, strict=True)]
+
+
+def _rows(
+  names: Sequence[str], known: Sequence[Sequence[str]], forms: Callable[[str], set[str]]
+) -> list[tuple[int, ...]]:
+  """Returns for each name the rows that have one of its forms."""
+  rows = defaultdict(set)
+  for row, aliases in enumerate(known):
+    for alias in aliases:
+      for form in forms(alias):
+        rows[form].add(row)
+  return [tuple(sorted({row for f in forms(name) for row in rows.get(f, ())})) for name in names]
+
+
+def _exact(name: str) -> set[str]:
+  return {unicodedata.normalize('NFC', name)}
 
 
 def _whole(name: str) -> set[str]:
@@ -112,10 +122,10 @@ def _whole(name: str) -> set[str]:
   return {plain, wnid.group()} if wnid else {plain}
 
 
-def _short(name: str) -> set[str]:
-  """Returns the first synonym of a name, also that of a WordNet id of ImageNet."""
+def _any(name: str) -> set[str]:
+  """Returns also the first synonym of a name, and that of a WordNet id of ImageNet."""
   first = _plain(name.split(',')[0])
-  forms = {first}
+  forms = _whole(name) | {first}
   if wnid := re.match(r'n\d{8}\b', first):
     forms |= {_plain(first[wnid.end() :]), _plain(_imagenet().get(wnid.group(), ''))}
   return forms - {''}

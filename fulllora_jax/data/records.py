@@ -49,8 +49,8 @@ class Source:
 
 
 def content_hash(content: bytes) -> str:
-  """Returns 32 hex digits, by which an example is known whatever its file is called."""
-  return hashlib.blake2b(content, digest_size=16).hexdigest()
+  """Returns 16 hex digits, by which an example is known whatever its file is called."""
+  return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def load(source: Source, records: Records, in_memory: bool):

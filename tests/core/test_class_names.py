@@ -70,6 +70,12 @@ def test_a_head_in_another_order_gets_no_ids():
   assert class_names.with_wordnet_ids(described[::-1]) == [tuple(r) for r in described[::-1]]
 
 
+def test_the_very_same_name_comes_first():
+  """EMNIST has both cases of a letter."""
+  assert class_names.rows_of(['a', 'A', 'b'], [['A'], ['a'], ['B']]) == [(1,), (0,), (2,)]
+  assert class_names.permutation(['a', 'A'], ['A', 'a']) == (1, 0)
+
+
 @pytest.mark.parametrize(
   'names, of',
   [
