@@ -1,7 +1,6 @@
 """Where a user's own code fails: a line that names the file and the line."""
 
 import contextlib
-import logging
 import re
 import sysconfig
 import traceback
@@ -50,10 +49,7 @@ def blaming(what: str, place: str = '') -> Iterator[None]:
     what: what is asked of that code; it begins the message. '': nothing is caught.
     place: 'FILE, line N: ', where to look if no line of that code raised it.
   """
-  log = logging.getLogger('jax._src.callback')  # prints the traceback of a callback besides
-  level = log.level
   try:
-    log.setLevel(logging.CRITICAL if what else level)
     yield
   except UserError:
     raise
@@ -63,8 +59,6 @@ def blaming(what: str, place: str = '') -> Iterator[None]:
     if not what or not (theirs or isinstance(error, _OF_A_FUNCTION)):
       raise
     raise UserError(f'{what}: {"" if theirs else place}{said}{_hint(error)}') from None
-  finally:
-    log.setLevel(level)
 
 
 def _hint(error: BaseException) -> str:

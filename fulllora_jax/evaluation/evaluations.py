@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from fulllora_jax import config as config_lib
@@ -244,6 +245,8 @@ class LogitsFunction(Evaluations):
     for attack in plan.all_attacks():  # called in the abstract, as each will
       stochastic = attack.version == 'rand'
       inputs.num_classes(function, x, plan.batch_size, stochastic, labels)
+      key = (jax.random.key(0),) if stochastic else ()
+      users_function.try_callbacks(function, np.zeros_like(x), *key)
     super().__init__(
       config,
       dataset,

@@ -4,10 +4,13 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import jax
 
 from fulllora_jax.core import blame
 from fulllora_jax.core.errors import UserError, did_you_mean
@@ -57,6 +60,8 @@ def blamed(spec: str | None) -> Iterator[None]:
     yield
     return
   place = _place(load_function(spec))
+  for module in ('callback', 'debugging'):  # they print the traceback of a callback besides
+    logging.getLogger(f'jax._src.{module}').setLevel(logging.CRITICAL)
   with blame.blaming(f'--logits {spec}', place):
     try:
       yield
@@ -64,6 +69,16 @@ def blamed(spec: str | None) -> Iterator[None]:
       if not str(error).startswith('logits function: '):
         raise
       raise UserError(f'{error} ({place.removesuffix(": ")})') from None
+
+
+def try_callbacks(function: Callable, *args: jax.Array) -> None:
+  """Runs a function that calls back into Python once, on one device.
+
+  Where several run it together, one whose callback raises has the others wait for it, and after
+  a minute XLA ends the process.
+  """
+  if 'callback' in str(jax.make_jaxpr(function)(*args)):
+    jax.block_until_ready(jax.jit(function)(*args))
 
 
 def source(spec: str) -> str:

@@ -45,6 +45,10 @@ _IN_FUNCTION = {
     '  return jax.pure_callback(lambda _: {}["key"], like, x)',
     "line 8: KeyError: 'key'",
   ),
+  'debug': (
+    'jax.debug.callback(lambda _: {}["key"], x)\n  return x.reshape(len(x), -1)[:, :10]',
+    "line 7: KeyError: 'key'",
+  ),
 }
 
 
@@ -71,7 +75,7 @@ def refused(words, spec='faulty:logits'):
 
 
 @pytest.fixture
-def fails(run_here, digits_dir, tmp_path, one_device):
+def fails(run_here, digits_dir, tmp_path):
   """Runs a command on the function, which must end in one line."""
 
   def run(command, function='logits'):
