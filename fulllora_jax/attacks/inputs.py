@@ -249,7 +249,8 @@ def _check_signature(logits_fn: Callable[..., jax.Array], stochastic: bool) -> N
     signature.bind(*names)
   except TypeError as error:
     raise UserError(
-      f'logits function: it cannot be called with ({", ".join(names)}): {error}'
+      f'logits function: it cannot be called with ({", ".join(names)}): '
+      f'{getattr(logits_fn, "__name__", "it")}{signature}: {error}'
       f'{"; version rand gives the noise of a model a key" * stochastic}'
     ) from None
 

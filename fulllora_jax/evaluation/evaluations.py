@@ -256,6 +256,20 @@ class LogitsFunction(Evaluations):
       name=next_name(workdir),
     )
     self.source = users_function.source(spec)
+    if not any(attack.version for attack in plan.all_attacks()):  # ensembles look for themselves
+      self._check_rows(getattr(dataset, split))
+
+  def _check_rows(self, split: data.Split) -> None:
+    """Raises UserError where an image's class depends on its row, which its batch decides."""
+    count = min(len(split), self.evaluator.ensemble_batch_size)
+    x = split.fetch(np.arange(count)).astype(np.float32) / 255
+    classes = self.evaluator.predict({}, x)
+    moved = (self.evaluator.predict({}, x[::-1])[::-1] != classes).sum()
+    if moved > max(1, 0.01 * count):
+      raise UserError(
+        f'logits function: {moved} of {count} images change their class with their row in the '
+        'batch, or from call to call; run the doctor'
+      )
 
   def weights(self) -> tuple[str, ...]:
     return ('model',)

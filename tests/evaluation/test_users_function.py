@@ -12,7 +12,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.evaluation import users_function
 
 COMMANDS = {
-  'evaluate': ('fulllora_jax.evaluate', '--attack=apgd-ce'),
+  'evaluate': ('fulllora_jax.evaluate', '--attack=ATTACK'),
   'doctor': ('fulllora_jax.doctor', '--norm=linf'),
 }
 _HEAD = """
@@ -78,11 +78,12 @@ def refused(words, spec='faulty:logits'):
 def fails(run_here, digits_dir, tmp_path):
   """Runs a command on the function, which must end in one line."""
 
-  def run(command, function='logits'):
+  def run(command, attack='apgd-ce'):
     module, flag = COMMANDS[command]
     done = run_here(
-      '-m', module, f'--logits=faulty:{function}', '--data=digits', '--image_size=8',
-      f'--data_dir={digits_dir}', '--num_examples=16', '--eps=0.1', flag,
+      '-m', module, '--logits=faulty:logits', '--data=digits', '--image_size=8',
+      f'--data_dir={digits_dir}', '--num_examples=16', '--eps=0.1',
+      flag.replace('ATTACK', attack),
       f'--workdir={tmp_path / "run"}',
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -149,6 +150,19 @@ def test_a_module_that_is_not_there_is_told_from_a_broken_one(faulty, tmp_path, 
           'nowhere:logits')  # fmt: skip
   refused(r'write the name of the module, mods:f, not its file', 'mods.py:f')
   refused(r'write the name of the module, mods:f, not its file', 'models/mods.py:f')
+
+
+def test_a_function_of_rows_is_refused_without_an_ensemble_too(faulty, fails):
+  faulty(
+    _HEAD
+    + """
+  first = x.reshape(len(x), -1)[:, :10]
+  return jnp.where(jnp.arange(len(x))[:, None] % 2, first, -first)
+"""
+  )
+  for attack in ('clean', 'apgd-ce'):
+    line = fails('evaluate', attack=attack)
+    assert 'with its row in the batch' in line or 'with their row in the batch' in line
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
