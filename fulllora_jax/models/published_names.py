@@ -15,14 +15,9 @@ from typing import Any, NamedTuple
 from fulllora_jax.core.errors import UserError
 
 _SIZES = {
-  'tiny': 'ti',
-  'small': 's',
-  'base': 'b',
-  'large': 'l',
-  'huge': 'h',
-  'giant': 'g',
+  'tiny': 'ti', 'small': 's', 'base': 'b', 'large': 'l', 'huge': 'h', 'giant': 'g',
   'so400m': 'so400m',
-}
+}  # fmt: skip
 _SIZE = rf'({"|".join(_SIZES)})'
 # Names of the hub -> our family, and what transformers sets otherwise than our name does.
 _HUB: tuple[tuple[str, str, dict[str, Any]], ...] = (

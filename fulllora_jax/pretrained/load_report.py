@@ -57,7 +57,7 @@ class LoadReport:
     """Returns the lines to show: counts, and all that is not plainly loaded."""
     counts = Counter(row.action for row in self.rows)
     actions = (LOADED, RESIZED, NEW, UNUSED)
-    shown = [row for row in self.rows if row.action in (RESIZED, NEW)]
+    shown = [row for row in self.rows if row.action in (RESIZED, NEW) and not _in_groups(row)]
     return '\n'.join(
       [
         f'{self.name} from {self.identity["source"]} ({self.layout}): '
@@ -68,7 +68,7 @@ class LoadReport:
         *self.assumptions(),
         *self._not_needed(),
         *(_line(row) for row in shown),
-        *self._unused(),
+        *self._groups(),
       ]
     )
 
@@ -97,18 +97,21 @@ class LoadReport:
     rows = [[row.action, row.name, _by(row.shape), _by(row.stored), row.note] for row in self.rows]
     return tables.markdown([header, *rows], left=len(header))
 
-  def _unused(self) -> list[str]:
-    """Groups unused keys by reason: a text tower has hundreds."""
+  def _groups(self) -> list[str]:
+    """Groups unused keys, and biases of zeros, by reason: a text tower has hundreds."""
     reasons: dict[str, list[Row]] = {}
-    for row in self.rows:
-      if row.action == UNUSED:
-        reasons.setdefault(row.note, []).append(row)
+    for row in filter(_in_groups, self.rows):
+      reasons.setdefault(row.note, []).append(row)
     return [
-      f'  unused: {rows[0].name}'
+      f'  {rows[0].action}: {rows[0].name}'
       + (f' and {len(rows) - 1} more' if len(rows) > 1 else '')
       + f' ({why})'
       for why, rows in reasons.items()
     ]
+
+
+def _in_groups(row: Row) -> bool:
+  return row.action == UNUSED or (row.action == NEW and not row.name.startswith('head'))
 
 
 def _line(row: Row) -> str:

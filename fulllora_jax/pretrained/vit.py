@@ -142,11 +142,12 @@ def _name(shapes: Shapes, said: timm_config.Said, registers: int) -> str:
   return family
 
 
-def _pool(shapes: Shapes, said: timm_config.Said) -> str:
+def _pool(shapes: Shapes, said: timm_config.Said, asked: Any) -> str:
   """Returns our name of the pooling.
 
   Raises:
-    UserError: what is said of it and the keys do not go together.
+    UserError: what is said of it and the keys do not go together, or nothing says whether the
+      tokens are averaged, or their largest taken.
   """
   normed_after, has_token = 'fc_norm.weight' in shapes, 'cls_token' in shapes
   if 'attn_pool.latent' in shapes:
@@ -161,6 +162,11 @@ def _pool(shapes: Shapes, said: timm_config.Said) -> str:
     raise UserError(
       f'its {said.name or "config.json"} has global_pool {said.pool!r}, and its keys are those of '
       f'{shown!r}; put the config.json beside it that it was saved with'
+    )
+  if shown == 'avg' and not said.pool and asked != pool:
+    raise UserError(
+      'its keys are those of a mean or a maximum over tokens, and nothing says which; put its '
+      f"config.json beside it, give timm's name as model.name, or set model.pool to {pool}"
     )
   return pool
 
@@ -177,6 +183,7 @@ def _act(said: timm_config.Said, config: Mapping[str, Any]) -> str | None:
 def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   width, _, patch, _ = shape_of(shapes, 'patch_embed.proj.weight', 4)
   said = timm_config.read(config, ('token', 'avg', 'map'), ('act_layer', 'num_heads'))
+  asked = config.get('wanted', {})
   registers = shape_of(shapes, 'reg_token', 3)[1] if 'reg_token' in shapes else 0
   name = _name(shapes, said, registers)
   prefix = ('cls_token' in shapes) + ('dist_token' in shapes) + registers
@@ -185,7 +192,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   swiglu = hidden == 2 * shape_of(shapes, 'blocks.0.mlp.fc2.weight', 2)[1]
   # Those of the name that the user gives count only for a model of that width.
   heads = said.settings.get('num_heads') if 'architecture' in config else None
-  pool, depth = _pool(shapes, said), count(shapes, r'blocks\.(\d+)\..*')
+  pool, depth = _pool(shapes, said, asked.get('pool')), count(shapes, r'blocks\.(\d+)\..*')
   shown = {'embed_dim': width, 'depth': depth, 'patch_size': patch, 'reg_tokens': registers}
   act = None if swiglu else _act(said, config)
   timm_config.check(said.args, shown | {'class_token': 'cls_token' in shapes})
@@ -206,7 +213,7 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     grid=timm_config.grid(positions, prefix, said.side and said.side // patch),
     num_classes=shapes.get('head.weight', (0,))[0],
     num_heads=said.args.get('num_heads') or heads,
-    asked=config.get('wanted', {}),
+    asked=asked,
     assumed=() if swiglu or act else ('act',),
     fields={k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()},
   )

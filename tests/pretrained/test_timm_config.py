@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fulllora_jax import config as config_lib
 from fulllora_jax import pretrained
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.pretrained import loading, timm_config
@@ -124,6 +125,18 @@ def test_a_pooling_that_is_not_here(published, case, pool):
   assert f'global_pool {pool!r}; known here: ' in refused(path)
 
 
+@pytest.mark.parametrize('case', ['mean', 'mean-token'])
+def test_a_pooling_that_nothing_says_is_asked_for(published, case, pool='mean_norm'):
+  path, _ = published(f'vit-timm-{case}')
+  (path / 'config.json').unlink()
+  model = config_lib.default().model
+  model.name, model.num_heads = 'vit', 3
+  with pytest.raises(UserError, match=f'a mean or a maximum.*or set model.pool to {pool}$'):
+    pretrained.open_checkpoint(path, model)
+  model.pool = pool
+  assert pretrained.open_checkpoint(path, model).architecture.fields['pool'] == pool
+
+
 def test_a_pooling_that_the_keys_deny(published):
   path, _ = published(PLAIN)
   set_config(path, global_pool='map')
@@ -185,6 +198,10 @@ def test_biases_that_no_block_has_are_zeros(published):
   for part in ('query', 'key', 'value'):
     assert not block['MultiHeadDotProductAttention_1'][part]['bias'].any()
   assert report.count('new') == 6 and not report.new_head
+  lines = [line for line in report.summary().splitlines() if 'no such bias' in line]
+  assert len(lines) == 1 and lines[0].endswith(
+    'and 5 more (zeros; the checkpoint has no such bias)'
+  )
 
 
 def test_a_bias_that_one_block_lacks_is_missed(published):
