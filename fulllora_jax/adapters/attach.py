@@ -4,24 +4,34 @@
 path, the branch of that target computes the call in its place (branch.py). The model's own `params`
 keep their tree; the branches' arrays live in the collection `lnlora`, under the path of the module
 that they stand at. The model needs no change.
+
+`nn.jit` takes up a trace again without asking interceptors. What it compares includes the flags of
+the scope, so that every run has a flag there which says under what it is traced.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from flax.core import freeze
 
 from fulllora_jax.adapters.branch import COLLECTION, Branch, Call
 from fulllora_jax.adapters.map_inputs import LINEAR_TYPES
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, first_line
 
 # (the module, what it gives, what its branch adds to that); may sow.
 Watch = Callable[[nn.Module, jax.Array, jax.Array], None]
+
+# What is equal, and so may be traced once, has one number.
+_NUMBERS: dict[Any, int] = {}
+TRACES = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +71,29 @@ class AdaptedModel:
 
     def draw(key):
       base = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      with nn.intercept_methods(self.interceptor(seen)):
-        _, drawn = self.model.apply(
-          base, *args, **kwargs, rngs={'params': key}, mutable=[COLLECTION]
-        )
-      return drawn
+      _, drawn = intercepted(
+        self.model,
+        [self.interceptor(seen)],
+        base,
+        *args,
+        number=next(TRACES),
+        initialising=True,
+        rngs={'params': key},
+        mutable=True,
+        **kwargs,
+      )
+      return drawn.get(COLLECTION, {})
 
-    drawn = jax.jit(draw)(key)
+    try:
+      drawn = jax.jit(draw)(key)
+    except UserError:
+      raise
+    except (TypeError, ValueError) as error:  # of flax or jax; the bare model may have it too
+      jax.eval_shape(lambda base: self.model.apply(base, *args, **kwargs), shapes)
+      raise UserError(
+        f'no adapter can be drawn for this model: {first_line(error)}; give {COLLECTION} in every '
+        'transform (variable_axes, variable_broadcast, ...) the place that params have'
+      ) from error
     unmatched = [t for t in self.targets if t not in seen.values()]
     if unmatched:
       anywhere = self.targets[unmatched[0]].anywhere
@@ -75,14 +101,22 @@ class AdaptedModel:
         f'adapter target {unmatched[0]!r} matches no '
         f'{"module" if anywhere else "linear map"}; the model has: ' + ', '.join(sorted(seen))
       )
-    return drawn[COLLECTION]
+    return drawn
 
   def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Runs the model; with no `lnlora` in `variables`, the bare base."""
     if not variables.get(COLLECTION):
       return self.model.apply(variables, *args, **kwargs)
-    with nn.intercept_methods(self.interceptor()):
-      return self.model.apply(variables, *args, **kwargs)
+    number = _number(tuple(self.targets.items()))
+    try:
+      return intercepted(
+        self.model, [self.interceptor()], variables, *args, number=number, **kwargs
+      )
+    except jax.errors.UnexpectedTracerError as error:
+      raise UserError(
+        f'a value left the transform that made it ({first_line(error)}); around a map with a '
+        f'branch nn.custom_vjp has to name {COLLECTION} in grad_vars, nn.vjp in vjp_variables'
+      ) from error
 
   def fold(self, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Computes once what `apply` computes of the branches at each call.
@@ -104,22 +138,25 @@ class AdaptedModel:
 
     Not at those that add nothing to what a module gives, as prompts.
     """
-    with nn.intercept_methods(self.interceptor(watch=watch)):
-      return self.model.apply(variables, *args, **kwargs)
+    watching = self.interceptor(watch=watch)
+    return intercepted(self.model, [watching], variables, *args, number=next(TRACES), **kwargs)
 
   def interceptor(self, seen: dict[str, str | None] | None = None, watch: Watch | None = None):
-    """Makes what `flax.linen.intercept_methods` takes.
+    """Makes what `flax.linen.intercept_methods` takes; for `intercepted`.
 
     Args:
       seen: takes path -> target of every map that a branch could stand at.
       watch: called at every branch.
     """
     shared: dict[Any, Any] = {}
+    running: set[str] = set()  # a module that calls super().__call__ is called twice
 
     def intercept(next_fun, args, kwargs, context):
       module = context.module
       if context.method_name != '__call__':
         return next_fun(*args, **kwargs)
+      if not module.scope.has_flag(COLLECTION):
+        raise UserError('run an adapted model by its apply: nn.jit knows nothing of interceptors')
       path = '/'.join(module.path)
       target = self.target_of(path)
       branch = None if target is None else self.targets[target]
@@ -127,10 +164,14 @@ class AdaptedModel:
         return next_fun(*args, **kwargs)
       if seen is not None:
         seen[path] = target
-      if branch is None:
+      if branch is None or path in running:
         return next_fun(*args, **kwargs)
       x, run = _first_argument(path, next_fun, args, kwargs)
-      y, added = branch.run(Call(module=module, path=path, x=x, run=run, shared=shared))
+      running.add(path)
+      try:
+        y, added = branch.run(Call(module=module, path=path, x=x, run=run, shared=shared))
+      finally:
+        running.discard(path)
       if added is None:
         return y
       if watch is not None:
@@ -189,6 +230,50 @@ def attach(model: nn.Module, targets: Mapping[str, Branch]) -> AdaptedModel:
     except re.error as error:
       raise UserError(f'adapter target {target!r} is not a regular expression: {error}') from None
   return AdaptedModel(model, dict(targets))
+
+
+def intercepted(
+  model: nn.Module,
+  interceptors: Sequence[Callable[..., Any]],
+  variables: Mapping[str, Any],
+  *args: Any,
+  number: int,
+  initialising: bool = False,
+  method: str | Callable[..., Any] | None = None,
+  **kwargs: Any,
+) -> Any:
+  """Runs `model.apply` under interceptors, never by a trace of other ones.
+
+  Args:
+    model: a linen module.
+    interceptors: what `flax.linen.intercept_methods` takes, the outermost first.
+    variables: the model's collections.
+    *args: what the model is called with.
+    number: equal where the interceptors do the same, so that nn.jit may reuse its trace.
+    initialising: whether the model is to see what it sees in `model.init`.
+    method: that of `model.apply`.
+    **kwargs: further arguments of `model.apply`.
+  """
+  flags = {COLLECTION: number} | ({'initializing': True} if initialising else {})
+
+  def run(bound, *args, **kwargs):
+    bound.scope.flags = freeze({**bound.scope.flags, **flags})
+    module = model.copy(parent=bound.scope.rewound())  # whose parts are bound with the flags
+    if callable(method):
+      return getattr(method, '__func__', method)(module, *args, **kwargs)
+    return getattr(module, method or '__call__')(*args, **kwargs)
+
+  with contextlib.ExitStack() as stack:
+    for interceptor in interceptors:
+      stack.enter_context(nn.intercept_methods(interceptor))
+    return model.apply(variables, *args, method=run, **kwargs)
+
+
+def _number(what: Any) -> int:
+  try:
+    return _NUMBERS.setdefault(what, next(TRACES))
+  except TypeError:  # it has arrays, and is like no other
+    return next(TRACES)
 
 
 def _first_argument(

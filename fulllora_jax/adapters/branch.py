@@ -62,7 +62,10 @@ class Branch(Protocol):
     return False
 
   def fold(self, parameters: Parameters) -> Parameters:
-    """Computes what `run` needs of the parameters, whatever the images are."""
+    """Computes what `run` needs of the parameters, whatever the images are.
+
+    Returns parameters as they are where a transform such as nn.scan has stacked them.
+    """
     return parameters
 
   def settings(self) -> dict[str, Any]:
@@ -129,6 +132,12 @@ class Call:
       return module.variables[COLLECTION]
     if not all(module.has_variable(COLLECTION, n) for n in branch.names()):
       if not module.is_mutable_collection(COLLECTION):
+        if module.is_initializing():
+          raise UserError(
+            f'{self.path}: a transform around it does not let {COLLECTION} in; name that beside '
+            "params, e.g. variable_axes={'params': 0, 'lnlora': 0} in nn.scan or nn.vmap (a branch "
+            "for each entry), variable_broadcast=['params', 'lnlora'] in nn.RNN (one for all)"
+          )
         raise UserError(
           f'the adapter has no parameters for {self.path}: it was made for other targets'
         )

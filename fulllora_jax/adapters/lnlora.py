@@ -125,8 +125,11 @@ class LNLoRA(Branch):
 
     Returns:
       In float32: g [d_in, rank], which is G centred, and b [rank, d_out], which is (alpha / r) B;
-      with the LayerNorm also offset [rank], which is bias A.
+      with the LayerNorm also offset [rank], which is bias A. Parameters that nn.scan or nn.vmap
+      have stacked, along axes that only they know, are returned as they are.
     """
+    if parameters['lora_a'].ndim != 2:
+      return dict(parameters)
     wide = {n: p.astype(jnp.float32) for n, p in parameters.items()}
     a, b = wide['lora_a'], (self.alpha / self.rank) * wide['lora_b']
     if not self.layer_norm:

@@ -45,10 +45,11 @@ def _conv_patches(module: nn.Conv, path: str, x: jax.Array) -> jax.Array:
   """Extracts the flattened receptive fields, in (spatial, channel) order."""
   size = _tuple(module.kernel_size, 1)
   ndim = len(size)
-  if module.feature_group_count != 1 or module.padding in _WRAPPED:
+  masked = module.mask is not None  # a branch would read what it hides
+  if module.feature_group_count != 1 or module.padding in _WRAPPED or masked:
+    what = 'a mask' if masked else f'groups or {module.padding} padding'
     raise UserError(
-      f'{path}: a Conv with groups or {module.padding} padding cannot be '
-      'adapted; leave it out of adapter.targets'
+      f'{path}: a Conv with {what} cannot be adapted; leave it out of adapter.targets'
     )
   if x.ndim != ndim + 2:
     raise UserError(f'{path}: a Conv of unbatched input cannot be adapted')
