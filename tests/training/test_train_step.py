@@ -97,7 +97,7 @@ def test_frozen_leaves_stay_and_trainable_ones_move(fulllora, make_config, fill,
     names = {'loss', 'clean_loss', 'clean_accuracy', 'nonfinite', 'passes'}
     names |= {'gradient_norm', 'learning_rate'}
     if method != 'standard':
-      names |= {'robust_loss', 'robust_accuracy'}
+      names |= {'robust_loss', 'robust_accuracy', 'blind'}
     assert set(metrics) == names
 
 

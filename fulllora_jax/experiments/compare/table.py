@@ -7,6 +7,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax.core import provenance, tables
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import over_seeds, paired_difference
+from fulllora_jax.reports import facts
 from fulllora_jax.reports.page import comparison as page
 
 # (row, seed) -> report.json
@@ -37,6 +38,7 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     name, how = next(iter(diverged.items()))
     raise UserError(f'every run diverged ({name}: {how}); lower optimizer.learning_rate')
   finished = {name: r for name, r in titled.items() if name not in diverged}
+  overfitted = {name: facts.overfitting_note(r) for name, r in finished.items()}
   _check_comparable(finished)
   first = next(iter(finished.values()))
   rows = {
@@ -65,7 +67,11 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     'headline_attack': headline,
     'references': references,
     'rows': ranked,
-    'notes': [*(f'{name} diverged: {how}.' for name, how in diverged.items()), *_notes(first)],
+    'notes': [
+      *(f'{name} diverged: {how}.' for name, how in diverged.items()),
+      *(f'{name}: {note.replace("*", "")}' for name, note in overfitted.items() if note),
+      *_notes(first),
+    ],
     'provenance': {
       'device': ', '.join(sorted({str(r['device']) for r in finished.values()})),
       'versions': provenance.versions(),

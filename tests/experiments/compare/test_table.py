@@ -192,6 +192,17 @@ def test_what_diverged_is_named_in_every_format(diverged):
   assert 'Most robust under pgd-2: full' in page
 
 
+def test_a_run_that_overfitted_catastrophically_is_named(comparison, reports):
+  stopped = {'step': 250, 'of': 400, 'why': 'so'}
+  reports['full', 1] |= {'overfitting': [250], 'stopped': stopped}
+  notes = table.summarise(comparison, reports, '')['notes']
+  [note] = [note for note in notes if 'atastrophic' in note]
+  assert note.startswith(
+    'full, seed 1: Catastrophic overfitting: robust accuracy'
+  )
+  assert 'the training stopped at step 250 of 400' in note
+
+
 def test_if_every_run_diverged_there_is_nothing_to_compare(comparison, reports):
   lost = {key: {'diverged': 'step 2: the loss is nan'} for key in reports}
   with pytest.raises(UserError, match='every run diverged .fulllora, seed 0: step 2: the loss'):
