@@ -85,15 +85,7 @@ def square(size: Any) -> int | None:
 
 
 def check(args: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-  """Refuses a checkpoint whose `model_args` are not of its arrays.
-
-  Args:
-    args: `model_args` of config.json.
-    shown: what the arrays show, by timm's names.
-
-  Raises:
-    UserError: an argument is another than the arrays show.
-  """
+  """Raises UserError where `model_args` are not what the arrays show, both by timm's names."""
   for name, value in shown.items():
     said = args.get(name, value)
     if (square(said) if name == 'patch_size' else said) != value:
@@ -104,12 +96,10 @@ def check(args: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
 
 
 def grid(positions: int, prefix: int, expected: int | None) -> int:
-  """Returns the side of the grid of patches that have a position.
+  """Returns the side of the grid of patches that have one of so many positions.
 
-  Args:
-    positions: how many positions there are.
-    prefix: how many tokens come before the patches; all of them have a position, or none.
-    expected: the side, where something says it.
+  Of the `prefix` tokens before the patches all have a position, or none; `expected` is the side
+  where something says it.
 
   Raises:
     UserError: they make no square, or two squares and nothing says which.
@@ -129,34 +119,28 @@ def grid(positions: int, prefix: int, expected: int | None) -> int:
 
 def _architecture(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
   """Returns timm's name of the model, from config.json or the user, and its settings."""
-  found, name = config.get('architecture', ''), ''
-  asked = _plain(config.get('wanted', {}).get('name', ''))
-  if not published_names.is_timm(asked):
-    asked = ''
-  if found:
-    name = _plain(found)
-    if not published_names.is_timm(name):
-      raise UserError(
-        f'its config.json has architecture {found!r}, which is no ViT, Swin or ConViT of timm; '
-        'mend it, or remove config.json and set model.name'
-      )
-  settings = _settings(name or asked)
+  name, asked = (
+    said.rpartition('/')[2].partition('.')[0]
+    for said in (config.get('architecture', ''), config.get('wanted', {}).get('name', ''))
+  )
+  if name and not published_names.is_timm(name):
+    raise UserError(
+      f'its config.json has architecture {name!r}, which is no ViT, Swin or ConViT of timm; '
+      'mend it, or remove config.json and set model.name'
+    )
+  own, other = (
+    published.settings
+    if published_names.is_timm(said) and (published := published_names.find(said))
+    else {}
+    for said in (name, asked)
+  )
   for field in ('pool', 'act', 'epsilon'):
-    if name and asked and settings.get(field) != _settings(asked).get(field):
+    if own and other and own.get(field) != other.get(field):
       raise UserError(
         f'its config.json is of {name}, not of the {asked} asked for: {field} '
-        f'{settings.get(field)} in place of {_settings(asked).get(field)}'
+        f'{own.get(field)} in place of {other.get(field)}'
       )
-  return name or asked, settings
-
-
-def _plain(name: str) -> str:
-  return name.rpartition('/')[2].partition('.')[0]
-
-
-def _settings(name: str) -> Mapping[str, Any]:
-  published = published_names.find(name) if name else None
-  return published.settings if published else {}
+  return (name, own) if own else (asked if other else '', other)
 
 
 def _pool(
