@@ -58,7 +58,7 @@ def evaluate_again(
     choose('--weights', name, config_lib.WEIGHTS)
   choose('--split', split, SPLITS)
   plan = Plan.of(config, seed=seed, precision=precision)
-  for radius in eps:
+  for radius in eps or (plan.eps,):
     checks.validate_plan(plan.at(radius, scale_steps=False))
   checks.validate_evaluation(config)
   plans = [plan.at(radius, scale_steps=scale_steps) for radius in eps] or [plan]

@@ -112,11 +112,11 @@ def _check_attack(config: ConfigDict) -> None:
 
 
 def _check_scale(config: ConfigDict, eps: float) -> None:
-  """Refuses the default radius and steps, which are those of linf, for another norm."""
-  usual, norm = default(), config.threat.norm
+  """Refuses a radius and steps that linf has, for another norm: they would attack weakly."""
+  norm = config.threat.norm
   if norm == 'linf':
     return
-  if config.threat.eps == usual.threat.eps:
+  if config.threat.eps == default().threat.eps:
     raise UserError(
       f'threat.norm {norm}: threat.eps {config.threat.eps} is a radius of linf; give one '
       f'{EXAMPLES[norm]}'
@@ -124,10 +124,10 @@ def _check_scale(config: ConfigDict, eps: float) -> None:
   iterated = [a.steps for a in Plan.of(config).all_attacks() if a.restarts]
   for part, count in (('attack', config.attack.steps), ('eval', max(iterated, default=0))):
     text = config[part].step_size
-    if text == usual[part].step_size and 0 < count * parse_fraction(text) < eps:
+    if 0 < count * parse_fraction(text) < 0.999 * eps:
       raise UserError(
-        f'threat.norm {norm}: {count} steps of {part}.step_size {text}, which is one of linf, do '
-        f'not reach threat.eps {config.threat.eps}; give {part}.step_size, such as {eps / 4:g}'
+        f'threat.norm {norm}: {count} steps of {part}.step_size {text} do not reach threat.eps '
+        f'{config.threat.eps} (is it one of linf?); give a longer one, such as {eps / 4:g}'
       )
 
 
