@@ -54,6 +54,24 @@ def onto_l1_ball(x: jax.Array, delta: jax.Array, eps: jax.Array | float) -> jax.
   return (jnp.sign(delta) * shrunk(threshold)).reshape(shape)
 
 
+def farthest_in_l1_ball(x: jax.Array, gradient: jax.Array, eps: jax.Array | float) -> jax.Array:
+  """Returns the delta of the l1 ball around x, cut by the box, that goes farthest along a gradient.
+
+  The pixels of largest |gradient| go all the way to the box, one after another, until eps is spent:
+  the step of Frank and Wolfe, 1956, and for a linear model the worst point.
+
+  Args: those of `onto_l1_ball`, and:
+    gradient: [B, ...], of x's shape.
+  """
+  shape, x, gradient = gradient.shape, _flat(x), _flat(gradient)
+  room = jnp.where(gradient > 0, 1 - x, jnp.where(gradient < 0, x, 0))
+  order = jnp.argsort(-jnp.abs(gradient), axis=1)
+  ordered = jnp.take_along_axis(room, order, axis=1)
+  spent = jnp.clip(eps - (jnp.cumsum(ordered, axis=1) - ordered), 0, ordered)
+  spent = jnp.take_along_axis(spent, jnp.argsort(order, axis=1), axis=1)
+  return (jnp.sign(gradient) * spent).reshape(shape)
+
+
 def onto_hyperplane(x: jax.Array, normal: jax.Array, offset: jax.Array, norm: str) -> jax.Array:
   """Moves x the least, within the box, to the plane <normal, x> = offset.
 

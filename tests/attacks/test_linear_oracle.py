@@ -92,6 +92,11 @@ def test_the_verdict_is_exact_at_any_scale_of_the_logits(name, norm, seed):
   assert wrong == dict.fromkeys(SCALES, (0, 0))
 
 
+def test_l1_finds_what_the_box_holds_back():
+  """Of this model's 8 images the sparse steps alone leave 2 falsely robust."""
+  assert linear_sweep.verdicts(range(57, 58), 'l1', 2).tolist() == [[0, 0, 8]]
+
+
 @pytest.mark.slow
 def test_the_verdict_on_random_models_is_exact():
   for *_, falsely_robust, falsely_broken in linear_sweep.table(200):

@@ -202,3 +202,10 @@ def test_large_images_reach_the_plane(norm):
   on_plane = (normal.astype(np.float64) * (x + np.asarray(d))).sum(axis=1)
   scale = np.abs(normal).sum(axis=1)
   np.testing.assert_allclose((on_plane - offset) / scale, 0, atol=1e-5)
+
+
+def test_the_farthest_point_of_the_l1_ball_fills_the_steepest_pixels_first():
+  x = jnp.array([[0.9, 0.5, 0.2, 0.3], [0.5, 0.5, 0.5, 0.0]])
+  gradient = jnp.array([[4.0, -3.0, 2.0, 0.0], [0.0, 0.0, 1.0, -9.0]])
+  found = projections.farthest_in_l1_ball(x, gradient, 0.8)
+  np.testing.assert_allclose(found, [[0.1, -0.5, 0.2, 0], [0, 0, 0.5, 0]], atol=1e-6)
