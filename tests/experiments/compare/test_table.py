@@ -197,9 +197,7 @@ def test_a_run_that_overfitted_catastrophically_is_named(comparison, reports):
   reports['full', 1] |= {'overfitting': [250], 'stopped': stopped}
   notes = table.summarise(comparison, reports, '')['notes']
   [note] = [note for note in notes if 'atastrophic' in note]
-  assert note.startswith(
-    'full, seed 1: Catastrophic overfitting: robust accuracy'
-  )
+  assert note.startswith('full, seed 1: Catastrophic overfitting: robust accuracy')
   assert 'the training stopped at step 250 of 400' in note
 
 
