@@ -123,7 +123,7 @@ class AdaptedModel:
 
     Returns:
       Variables that `apply` takes in place of those given, with the same
-      result and the same gradients.
+      result and the same gradients; not where nn.map_variables is to change `lnlora` itself.
     """
     if not variables.get(COLLECTION):
       return dict(variables)
@@ -258,7 +258,8 @@ def intercepted(
 
   def run(bound, *args, **kwargs):
     bound.scope.flags = freeze({**bound.scope.flags, **flags})
-    module = model.copy(parent=bound.scope.rewound())  # whose parts are bound with the flags
+    # Again, for modules that are fields of the model are bound already, without the flags.
+    module = model.copy(parent=bound.scope.rewound(), name=model.name)
     if callable(method):
       return getattr(method, '__func__', method)(module, *args, **kwargs)
     return getattr(module, method or '__call__')(*args, **kwargs)

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.models.layers import ACTIVATIONS
 
 Values = tuple[float, ...]
 
@@ -110,6 +111,8 @@ def told_of(config) -> dict[str, Any]:
     own, models_own = config.base[field], config.model[field]
     if field != 'act' and own != ():
       own = numbers(f'base.{field}', own, above_zero=field == 'std')
+    if field == 'act' and own:
+      choose('base.act', own, tuple(ACTIVATIONS))
     if own and models_own and own != models_own:
       raise UserError(f'base.{field} {own} and model.{field} {models_own}: give one of them')
     told[field] = own or models_own

@@ -212,6 +212,7 @@ def test_training_reads_and_is_told_the_same(published, tmp_path):
   [
     (dict(base__source='train', base__act='gelu'), 'base.act: .* set model.act'),
     (dict(base__mean=(0.5,), model__mean=(0.4,)), 'base.mean .* and model.mean .* give one'),
+    (dict(base__act='relu'), "base.act: unknown 'relu'; known: gelu, gelu_tanh, quick_gelu"),
     (dict(base__std=(0.0,)), r'base.std \(0.0,\): give a number above 0'),
   ],
 )
