@@ -70,6 +70,8 @@ def open_checkpoint(
     UserError: it is not there or damaged, or no layout recognises it.
   """
   if resolve_base(source).kind == RUN:
+    if any((told or {}).values()):
+      raise UserError(f'{source} is a run, which has its own mean, std and act; leave them out')
     return _open_artefact(as_path(source))
   fetched = sources.fetch(str(source))
   tensors, shapes, _ = formats.read(fetched.files)

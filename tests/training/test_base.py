@@ -122,6 +122,11 @@ def test_the_load_is_accounted_for(run):
   assert 'head.weight' not in table and '5 classes' in table
 
 
+def test_a_run_is_told_nothing(run):
+  message = one_line(pretrained.load, run.workdir, mean=0.5)
+  assert 'is a run, which has its own mean, std and act; leave them out' in message
+
+
 def test_the_metadata_says_what_the_base_is(run):
   source = run.metadata['base_source']
   assert source['source'] == str(run.source)
