@@ -53,9 +53,14 @@ def fetch(source: str) -> Fetched:
       weights that can be read; the hash is wrong; the disk is full.
   """
   revision = None
-  source = _hub_source(source)
+  given, source = source, _hub_source(source)
   if source.startswith('hf-hub:'):
-    main = from_hub(source)
+    try:
+      main = from_hub(source)
+    except UserError as error:
+      if given.startswith('hf'):
+        raise
+      raise type(error)(f'{given}: no such file or folder here; {error}') from None
     revision = main.parent.name  # its cache has a folder for each commit
   elif re.match('https?://', source):
     main = from_url(source)

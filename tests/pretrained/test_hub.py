@@ -218,7 +218,8 @@ def test_a_branch_that_moves_during_the_download(hub, monkeypatch, tmp_path):
 def test_a_name_of_the_hub_that_is_no_path_here(hub, elsewhere):
   fetched = sources.fetch(REPOSITORY)
   assert fetched.identity['source'] == HUB and fetched.config == json.loads(CONFIG)
-  with pytest.raises(UserError, match='hf-hub:google/vit: the hub has no repository google/vit'):
+  said = 'google/vit: no such file or folder here; hf-hub:google/vit: the hub has no repository'
+  with pytest.raises(UserError, match=said):
     sources.fetch('google/vit')
 
 
