@@ -201,19 +201,19 @@ def test_a_report_and_its_pictures(bucket):
 def test_the_progress_of_an_ensemble(bucket):
   x = np.zeros((2, 2, 2, 1), np.float32)
   broken = np.array([True, False])
-  logits = np.arange(6.0).reshape(2, 3)
+  model = {'logits': np.arange(6.0).reshape(2, 3)}
   progress = Progress(files.as_path(f'{RUN}/progress'))
-  progress.begin({'eps': 0.1}, logits)
+  progress.begin({'eps': 0.1}, model)
   progress.write('apgd', Outcome(broken, x, 1.5))
-  progress.begin({'eps': 0.1}, logits)
+  progress.begin({'eps': 0.1}, model)
   np.testing.assert_array_equal(progress.read('apgd', x).broken, broken)
   assert progress.read('fab', x) is None
-  assert 'another evaluation' in refused(progress.begin, {'eps': 1}, logits)
-  bucket.objects[f'{RUN}/progress/logits.npz'] = b'torn'
-  message = refused(progress.begin, {'eps': 0.1}, logits)
+  assert 'another evaluation' in refused(progress.begin, {'eps': 1}, model)
+  bucket.objects[f'{RUN}/progress/model.npz'] = b'torn'
+  message = refused(progress.begin, {'eps': 0.1}, model)
   assert 'remove it to start over' in message
   bucket.refuse(DENIED)
-  message = refused(progress.begin, {'eps': 0.1}, logits)
+  message = refused(progress.begin, {'eps': 0.1}, model)
   assert 'permission denied; choose another' in message
 
 
