@@ -11,6 +11,7 @@ from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.reports.report import summary_table, write_report
+from fulllora_jax.reports.results import class_name
 
 
 def evaluation(weights, attack, correct, total=360, **changes):
@@ -233,3 +234,7 @@ def test_a_method_of_a_later_version_keeps_its_name(tmp_path):
   report = example_report(method='later')
   text = write_report(tmp_path, report, [], None).read_text()
   assert '\nlater on digits gives' in text
+
+
+def test_a_prediction_without_numbers_is_no_class():
+  assert [class_name(['cat', 'dog'], label) for label in (1, 2, -1)] == ['dog', '2', 'no class']

@@ -11,7 +11,7 @@ from test_train_step import ALGORITHM, ATTACK, BATCH, FROZEN, TRAINABLE, copy, t
 
 from fulllora_jax.attacks import losses
 from fulllora_jax.core import trees
-from fulllora_jax.training import objectives
+from fulllora_jax.training import awp, objectives
 from fulllora_jax.training import state as state_lib
 from fulllora_jax.training.awp import WeightPerturbation
 
@@ -108,3 +108,13 @@ def test_devices_change_nothing(warmup):
   four, other = toy_step(start, devices=4, awp=awp)
   assert metrics['passes'] == other['passes'] == 4
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, four)
+
+
+@pytest.mark.parametrize('scale', [1e-25, 1e-12, 1e12])
+def test_the_perturbation_does_not_depend_on_the_scale_of_the_loss(scale):
+  rng = np.random.default_rng(0)
+  leaf, gradient = (jnp.asarray(rng.normal(size=(5, 4)), jnp.float32) for _ in range(2))
+  path = (jax.tree_util.DictKey('kernel'),)
+  found = awp._perturb(path, leaf, jnp.float32(scale) * gradient, gamma=0.1)
+  np.testing.assert_allclose(jnp.linalg.norm(found - leaf), 0.1 * jnp.linalg.norm(leaf), rtol=1e-5)
+  np.testing.assert_allclose(found, awp._perturb(path, leaf, gradient, gamma=0.1), rtol=1e-5)
