@@ -1,7 +1,7 @@
 """The Square Attack, Andriushchenko et al., 2020 (arXiv 1912.00049).
 
 Random search without gradients: change a square window, keep the change if
-the margin falls (Algorithm 1; sampling by Algorithm 2 for linf and 3 for l2).
+the margin does not rise (Algorithm 1; sampling by Algorithm 2 for linf and 3 for l2).
 
 The margin and the window's schedule are those of the authors' code. Windows
 are drawn for each image by itself and over all places, as the paper has it
@@ -135,7 +135,9 @@ def keep_better(
   unknown: jax.Array,
   asked: jax.Array,
 ) -> Search:
-  """Takes what was tried where the margin fell, or at a tie is 0 again; broken images stay.
+  """Takes what was tried where the margin did not rise; broken images stay.
+
+  The authors' code stands still where it is equal, which rounded logits make a plateau.
 
   Args:
     search: before.
@@ -143,8 +145,7 @@ def keep_better(
     asked: bool [B], False where an image has no query left.
   """
   asked &= ~search.broken
-  tied = (margin == 0) & (search.margin == 0)
-  better = asked & ((margin < search.margin) | broken | tied)
+  better = asked & ((margin <= search.margin) | broken)
   return search._replace(
     x_adv=pick(better, tried, search.x_adv),
     margin=jnp.where(better, margin, search.margin),

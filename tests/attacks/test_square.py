@@ -138,7 +138,7 @@ def test_l2_spends_all_of_eps():
   ('margin', 'broken', 'tried', 'breaks', 'asked', 'taken'),
   [
     (1.0, False, 0.9, False, True, True),
-    (1.0, False, 1.0, False, True, False),
+    (1.0, False, 1.0, False, True, True),  # a plateau is walked over
     (1.0, False, 1.1, False, True, False),
     (1.0, False, 0.0, False, True, True),
     (1.0, False, -1.0, True, True, True),

@@ -81,3 +81,20 @@ def test_fab_leaves_a_point_that_is_exactly_on_the_boundary():
     result = autoattack(jax.random.key(0), tied, x, np.zeros(8, np.int32), THREAT, version, 8)
     assert not result.robust.any(), version
     assert (THREAT.distance(x, result.x_adv) < 0.1 * EPS).all()
+
+
+def test_square_walks_over_plateaus():
+  """Where one pixel moves the logits by less than they are rounded to, most images break too."""
+
+  def fine(x):
+    scored = halves((x.reshape(len(x), -1) - 0.5) @ WEIGHTS / 4 + 1.0)
+    return jnp.stack([scored, jnp.zeros(len(x))], axis=1)
+
+  threat = Threat('linf', 0.08)
+  labels = np.zeros(COUNT, np.int32)
+  worst = (X - 0.08 * np.sign(WEIGHTS).reshape(4, 4, 1)).astype(np.float32)
+  exact = np.asarray(fine(worst).argmax(axis=1) == labels)
+  result = autoattack(jax.random.key(0), fine, X, labels, threat, ['square-2000'], COUNT)
+  assert not (exact & ~result.robust).any()
+  missed = (result.robust & ~exact).sum() / (~exact).sum()
+  assert (~exact).mean() > 0.5 and missed < 0.2, missed
