@@ -180,7 +180,9 @@ def test_it_strengthens_again_until_the_attack_is_not_weak(train, config, capsys
   assert 'step 6: catastrophic overfitting: a sign; it goes on' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('moments', [(9, 3, 2), (7, 4)])
+@pytest.mark.parametrize(
+  'moments', [(9, 3, 2), pytest.param((7, 4), marks=pytest.mark.slow)], ids=str
+)
 def test_killed_at_any_step_it_ends_the_same(train, config, moments, tmp_path):
   config.attack.on_overfitting = 'strengthen'
   train(workdir=tmp_path / 'whole')
@@ -202,6 +204,7 @@ def test_killed_at_any_step_it_ends_the_same(train, config, moments, tmp_path):
   assert rows == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moment', ['_save', '_go_on'])
 def test_killed_in_the_middle_of_going_back(train, config, moment, tmp_path, monkeypatch):
   config.attack.on_overfitting = 'strengthen'
