@@ -13,7 +13,7 @@ from flax import traverse_util
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import absolute_path, bounded, is_remote, read_file
-from fulllora_jax.core.finite import check_finite
+from fulllora_jax.core.ranges import check_finite
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed.saving import (
   checksum,

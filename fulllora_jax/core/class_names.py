@@ -9,20 +9,21 @@ import functools
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
+
+from fulllora_jax.core.errors import few
 
 # The share of a head's 1,000 names that must be ImageNet's, each in its row: lists of these names
 # differ in a few words.
 _IMAGENET_SHARE = 0.95
-_SHOWN = 5
 
 
 def rows_of(names: Sequence[str], known: Sequence[Sequence[str]]) -> list[tuple[int, ...]]:
   """Returns for each name the rows whose class it is; a name that fits two rows gets both.
 
-  Whole names count before first synonyms, so that 'maillot' is not 'maillot, tank suit'. Rows whose
-  names are alike, such as 'a' and 'A', are told apart where each is asked for by its very name.
+  The very same name counts before one that is alike, and whole names before first synonyms, so that
+  'maillot' is not 'maillot, tank suit'.
 
   Args:
     names: the names to find.
@@ -31,12 +32,19 @@ def rows_of(names: Sequence[str], known: Sequence[Sequence[str]]) -> list[tuple[
   >>> rows_of(['Sports_Car', 'tench'], [['tench, Tinca tinca'], ['sports car', 'n04285008']])
   [(1,), (0,)]
   """
-  exact, whole, near = (_rows(names, known, forms) for forms in (_exact, _whole, _any))
-  claimed = {rows[0] for rows in exact if len(rows) == 1}
-  return [
-    very if len(very) == 1 and set(rows) <= claimed else rows or loose
-    for very, rows, loose in zip(exact, whole, near, strict=True)
-  ]
+  rows: list[dict[str, set[int]]] = [defaultdict(set) for _ in range(3)]
+  for row, aliases in enumerate(known):
+    for alias in aliases:
+      for found, forms in zip(rows, _forms(alias), strict=True):
+        for form in forms:
+          found[form].add(row)
+
+  def find(name: str) -> tuple[int, ...]:
+    tiers = zip(rows, _forms(name), strict=True)
+    fits = (set().union(*(found.get(form, ()) for form in forms)) for found, forms in tiers)
+    return tuple(sorted(next(filter(None, fits), ())))
+
+  return [find(name) for name in names]
 
 
 def permutation(names: Sequence[str], of: Sequence[str]) -> tuple[int, ...] | None:
@@ -56,20 +64,12 @@ def permutation(names: Sequence[str], of: Sequence[str]) -> tuple[int, ...] | No
 
 def difference(names: Sequence[str], of: Sequence[str]) -> str:
   """Says which of the names `of` are missing among `names`, and which are new there."""
-  pairs = ((of, names, 'without'), (names, of, 'with new'))
   parts = []
-  for ours, theirs, word in pairs:
+  for ours, theirs, word in ((of, names, 'without'), (names, of, 'with new')):
     found = rows_of(ours, [[name] for name in theirs])
     if lost := [name for name, rows in zip(ours, found, strict=True) if not rows]:
       parts.append(f'{word} {few(lost)}')
   return ', '.join(parts) or f'{few(names)} are not {few(of)}'
-
-
-def few(names: Iterable[str]) -> str:
-  """Writes the first few names, and how many there are."""
-  names = list(names)
-  more = f', ... ({len(names)} in all)' if len(names) > _SHOWN else ''
-  return ', '.join(names[:_SHOWN]) + more
 
 
 def natural_order(names: Sequence[str]) -> tuple[int, ...]:
@@ -81,8 +81,8 @@ def natural_order(names: Sequence[str]) -> tuple[int, ...]:
   if not all(name.isdecimal() for name in names):
     return ()
   order = sorted(range(len(names)), key=lambda i: int(names[i]))
-  places = tuple(order.index(i) for i in range(len(names)))
-  return places if places != tuple(range(len(names))) else ()
+  places = tuple(map(order.index, range(len(names))))
+  return () if list(places) == sorted(places) else places
 
 
 def with_wordnet_ids(known: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -91,7 +91,7 @@ def with_wordnet_ids(known: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
   if len(rows) != len(classes):
     return rows
   agree = sum(
-    any(_plain(name) in _any(alias) for alias in aliases)
+    any(_plain(name) in _forms(alias)[2] for alias in aliases)
     for (_, name), aliases in zip(classes, rows, strict=True)
   )
   if agree < _IMAGENET_SHARE * len(rows):
@@ -99,36 +99,15 @@ def with_wordnet_ids(known: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
   return [(*aliases, wnid) for (wnid, _), aliases in zip(classes, rows, strict=True)]
 
 
-def _rows(
-  names: Sequence[str], known: Sequence[Sequence[str]], forms: Callable[[str], set[str]]
-) -> list[tuple[int, ...]]:
-  """Returns for each name the rows that have one of its forms."""
-  rows = defaultdict(set)
-  for row, aliases in enumerate(known):
-    for alias in aliases:
-      for form in forms(alias):
-        rows[form].add(row)
-  return [tuple(sorted({row for f in forms(name) for row in rows.get(f, ())})) for name in names]
-
-
-def _exact(name: str) -> set[str]:
-  return {unicodedata.normalize('NFC', name)}
-
-
-def _whole(name: str) -> set[str]:
-  """Returns the forms that stand for all of a name."""
-  plain = _plain(name)
-  wnid = re.match(r'n\d{8}\b', plain)
-  return {plain, wnid.group()} if wnid else {plain}
-
-
-def _any(name: str) -> set[str]:
-  """Returns also the first synonym of a name, and that of a WordNet id of ImageNet."""
+def _forms(name: str) -> tuple[set[str], set[str], set[str]]:
+  """Returns the very name; what stands for all of it; and its first synonym, too."""
+  exact, plain = unicodedata.normalize('NFC', name), _plain(name)
   first = _plain(name.split(',')[0])
-  forms = _whole(name) | {first}
-  if wnid := re.match(r'n\d{8}\b', first):
-    forms |= {_plain(first[wnid.end() :]), _plain(_imagenet().get(wnid.group(), ''))}
-  return forms - {''}
+  whole, loose = {plain}, {plain, first}
+  if wnid := re.match(r'n\d{8}\b', plain):
+    whole.add(wnid.group())
+    loose |= {wnid.group(), _plain(first[9:]), _plain(_imagenet().get(wnid.group(), ''))}
+  return {exact}, whole, loose - {''}
 
 
 def _plain(name: str) -> str:

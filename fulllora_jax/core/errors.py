@@ -32,9 +32,16 @@ def first_line(error: BaseException) -> str:
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
   """Raises UserError, with the nearest names, unless a value is one of the known."""
   if value not in known:
-    hint = did_you_mean(value, known, cutoff=0.6) if isinstance(value, str) else ''
+    hint = did_you_mean(value.lower(), known, cutoff=0.6) if isinstance(value, str) else ''
     hint = f'; {hint.rstrip()}' if hint else ''
     raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}{hint}')
+
+
+def few(names: Iterable[str]) -> str:
+  """Writes the first five of some names, and how many there are; 'nothing' of none."""
+  names = list(names)
+  more = f', ... ({len(names)} in all)' if len(names) > 5 else ''
+  return ', '.join(names[:5]) + more or 'nothing'
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.5) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, few
 
 _SAMPLE = 16  # how many images of a split are looked at
 _IMBALANCE = 10  # largest class / smallest class above which it is said
@@ -31,10 +31,7 @@ def check_classes(name, labels, label_names) -> None:
   counts = np.bincount(labels, minlength=len(label_names))
   absent = [label_names[k] for k in np.flatnonzero(counts == 0)]
   if absent:
-    more = ', ...' if len(absent) > 5 else ''
-    console.warn(
-      f'{name}: no training example of {len(absent)} classes: {", ".join(absent[:5])}{more}'
-    )
+    console.warn(f'{name}: no training example of {len(absent)} classes: {few(absent)}')
   present = counts[counts > 0]
   if present.max() > _IMBALANCE * present.min():
     console.warn(

@@ -94,36 +94,28 @@ def _hold_out(name: str, files: Files, seed: int) -> tuple[Files, Files]:
 
 def _verified(data: ConfigDict, files: Files) -> tuple[Files, list[str], bool]:
   """Returns the readable files, the hash of each, and whether all of them are grayscale."""
-  kept, contents, gray, turned = [], [], True, []
-  skipped = 0
+  kept, contents, gray = [], [], True
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     found = pool.map(_verify, (path for path, _ in files))
     for file, result in zip(files, found, strict=True):
       if isinstance(result, Exception):
         _report_broken(data, file[0], result)
-        skipped += 1
         continue
-      seen, content = result
+      channels, content = result
       kept.append(file)
       contents.append(content)
-      gray = gray and seen.channels == 1
-      turned += [file[0]] * seen.turned
-  if skipped:
+      gray = gray and channels == 1
+  if skipped := len(files) - len(kept):
     console.warn(f'{data.name}: skipped {skipped} broken of {len(files)} images')
-  if turned:
-    console.warn(
-      f'{data.name}: {len(turned)} images (e.g. {turned[0]}) have an EXIF orientation, which is '
-      'not applied, as in torchvision and tfds; turn their pixels if they must stand upright'
-    )
   return kept, contents, gray
 
 
-def _verify(path: Path) -> tuple[images.Seen, str] | Exception:
-  """Returns what is seen of an image and the hash of its file, or what is wrong with it."""
+def _verify(path: Path) -> tuple[int, str] | Exception:
+  """Returns the channels of an image and the hash of its file, or what is wrong with it."""
   try:
     content = read_file(path)
-    seen = images.verify(io.BytesIO(content) if is_remote(path) else path)
-    return seen, records.content_hash(content)
+    channels = images.verify(io.BytesIO(content) if is_remote(path) else path)
+    return channels, records.content_hash(content)
   except images.BROKEN as error:
     return error
 

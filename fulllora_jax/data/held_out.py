@@ -16,7 +16,7 @@ def separate(dataset: Dataset) -> Dataset:
   Where a split was drawn here, all copies of a held-out picture are held out, unless none would be
   left to train on. Between a train and a test folder copies are counted and said.
   """
-  train, validation, test = dataset.train, dataset.validation, dataset.test
+  train, validation, test = dataset.splits.values()
   if not len(test.contents):
     return dataset
   twice = np.isin(test.contents, np.concatenate([train.contents, validation.contents]))
@@ -26,14 +26,13 @@ def separate(dataset: Dataset) -> Dataset:
       f'{train.name}/ too, as the same file: the model has seen them; remove them from one'
     )
   apart = restore(dataset, test.contents, validation.contents)
-  copies = len(train) - len(apart.train)
   if not len(apart.train):
     console.warn(
       f'{dataset.name}: every training image is a copy of one that is held out, which measures '
       'nothing; give more images'
     )
     return dataset
-  if copies:
+  if copies := len(train) - len(apart.train):
     console.say(f'{dataset.name}: {copies} copies of images that are held out are held out too')
   return apart
 
@@ -47,31 +46,19 @@ def restore(dataset: Dataset, test: Sequence[str], validation: Sequence[str]) ->
       are left out.
     validation: the contents of the validation split, in order.
   """
-  splits = (dataset.train, dataset.validation, dataset.test)
-  together = pool(splits)
-  in_validation, in_test = (
-    np.repeat(which, [len(split) for split in splits])
-    for which in ([False, True, False], [False, False, True])
-  )
-  drawn = dataset.test_is_drawn
-  is_test = np.isin(together.contents, test) & (in_test | drawn)
-  is_validation = np.isin(together.contents, validation) & ~is_test & (~in_test | drawn)
-  is_train = ~is_test & ~is_validation & (~in_test | drawn)
-
-  rows = (
-    np.flatnonzero(is_train),
-    _ordered(is_validation, in_validation, together.contents, validation),
-    _ordered(is_test, in_test, together.contents, test),
-  )
-  if all(
-    len(r) == len(split) and (together.contents[r] == split.contents).all()
-    for r, split in zip(rows, splits, strict=True)
-  ):
+  splits = dataset.splits
+  together = pool(splits.values())
+  was = np.repeat(range(3), [len(split) for split in splits.values()])
+  in_folder = (was == 2) & (not dataset.test_is_drawn)  # its images are for the test alone
+  is_test = np.isin(together.contents, test) & (in_folder | dataset.test_is_drawn)
+  role = np.select([is_test, in_folder, np.isin(together.contents, validation)], [2, -1, 1], 0)
+  found = {}
+  for number, (name, wanted) in enumerate(zip(splits, ([], validation, test), strict=True)):
+    rows = _ordered(role == number, was == number, together.contents, wanted)
+    found[name] = together.subset(splits[name].name, rows)
+  if all(np.array_equal(found[name].contents, split.contents) for name, split in splits.items()):
     return dataset
-  train, validation_split, test_split = (
-    together.subset(split.name, r) for r, split in zip(rows, splits, strict=True)
-  )
-  return dataclasses.replace(dataset, train=train, validation=validation_split, test=test_split)
+  return dataclasses.replace(dataset, **found)
 
 
 def _ordered(

@@ -6,10 +6,9 @@ import io
 import os
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 _GRAYSCALE_MODES = ('1', 'L', 'LA')
 # Formats of Pillow that are no pictures, or that it reads with a program of others' or not at all
@@ -18,28 +17,13 @@ _NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PDF', 'WMF'}
 _FIRST_IS_WHOLE = ('MPO', 'PSD')
 
 
-class Seen(NamedTuple):
-  """What `verify` sees of an image."""
-
-  channels: int  # 1 for a grayscale image, otherwise 3
-  turned: bool  # whether its EXIF orientation asks viewers to turn it, which `decode` does not
-
-
-@functools.cache
-def _suffixes() -> dict[str, str]:
-  """Returns suffix -> format of what Pillow reads here, by its own registry."""
-  found = Image.registered_extensions()
-  known = set(Image.OPEN) - _NO_PICTURES
-  return {suffix: kind for suffix, kind in found.items() if kind in known}
-
-
 def is_picture(name: str) -> bool:
   """Returns whether Pillow reads pictures with the suffix of a file's name.
 
   >>> is_picture('cat.JPEG'), is_picture('scan.tif'), is_picture('cat.txt')
   (True, True, False)
   """
-  return os.path.splitext(name)[1].lower() in _suffixes()
+  return Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in _formats()
 
 
 def decode(source: bytes | str, size: int, channels: int) -> np.ndarray:
@@ -72,11 +56,14 @@ BROKEN = (
 )  # fmt: skip
 
 
-def verify(source: str | io.BytesIO) -> Seen:
+def verify(source: str | io.BytesIO) -> int:
   """Decodes an image, a JPEG at an eighth of its size to be quick.
 
   Args:
     source: a path, or the bytes of the file.
+
+  Returns:
+    1 for a grayscale image, otherwise 3: its channels.
 
   Raises:
     One of `BROKEN`, if the file is damaged, cut short, not of 8 bits, or has several pages or
@@ -86,15 +73,7 @@ def verify(source: str | io.BytesIO) -> Seen:
     channels = 1 if image.mode in _GRAYSCALE_MODES else 3
     image.draft(image.mode, (max(image.width // 8, 1), max(image.height // 8, 1)))
     image.load()
-    return Seen(channels, _orientation(image) > 1)
-
-
-def _orientation(image: Image.Image) -> int:
-  """Returns the EXIF orientation of a loaded image; 1 is upright."""
-  try:
-    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-  except BROKEN:  # the pixels are whole
-    return 1
+  return channels
 
 
 @contextlib.contextmanager

@@ -4,16 +4,16 @@ What systems leave behind (hidden files, __MACOSX, Thumbs.db, ...) is no class a
 not spoken of. Everything else that is not used is counted in `Listing`, and said.
 """
 
-import dataclasses
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, few
 from fulllora_jax.core.files import is_remote, os_errors
 from fulllora_jax.data import images
 
@@ -26,22 +26,19 @@ _SYSTEM_NAMES = {
   '__macosx', '__pycache__', '@eadir', '$recycle.bin', 'system volume information',
   'lost+found', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r',
 }  # fmt: skip
-_SHOWN = 5  # names of a list in a message
 
 Files = list[tuple[Path, int]]  # path, label
 # Name -> where it is: two folders where one name is written in two ways of Unicode.
 Folders = Mapping[str, list[Path]]
 
 
-@dataclasses.dataclass
 class Listing:
   """Lists the images of a data set's folders, and counts what is left out."""
 
-  name: str  # data.name
-  root: Path
-  # Reason -> the files that are left out for it
-  left_out: dict[str, list[Path]] = dataclasses.field(default_factory=dict)
-  nested: list[Path] = dataclasses.field(default_factory=list)  # images in subfolders of a class
+  def __init__(self, name: str, root: Path):
+    self.name, self.root = name, root
+    self._left_out = defaultdict(list)  # reason -> the files that are left out for it
+    self._nested: list[Path] = []  # images in subfolders of a class
 
   def split_folders(self, data: ConfigDict) -> tuple[Path, Path | None]:
     """Returns the folders of the training and of the test classes.
@@ -52,21 +49,20 @@ class Listing:
       UserError: a folder that is asked for is not there, two could be meant, there is a test
         folder alone, or class folders have the names of splits.
     """
-    found = self.subfolders(self.root)
+    found = _subfolders(self.root)
     asked = '' if data.train_split == 'train' else data.train_split
     train = self._one(found, 'train_split', asked, _TRAIN_NAMES)
     test = self._one(found, 'test_split', data.test_split, _TEST_NAMES)
     test = test or self._one(found, 'test_split', '', _VALIDATION_NAMES)
-    if train and not asked and self._is_class(train):  # of trains
-      train = None
-    if test and not train and (data.test_split or not self._is_class(test)):
-      raise UserError(
-        f'data.name={self.name}: found {test.name}/ but no '
-        f'train/ with class folders in {self.root}; {_LAYOUT} (or set data.train_split)'
-      )
-    if not train:
+    with_classes = any(_subfolders(folder) for folder in (train, test) if folder)
+    if not (asked or data.test_split or with_classes):  # at most classes of these names
       self._check_no_splits(found)
       return self.root, None
+    if not train:
+      raise self._error(
+        f'found {test.name}/ but no train/ with class folders in {self.root}; {_LAYOUT} (or set '
+        'data.train_split)'
+      )
     if unused := [name for name in found if not {train, test} & set(found[name])]:
       console.warn(
         f'{self.name}: {few(unused)} beside {train.name}/ not used (validation is held out from '
@@ -75,56 +71,41 @@ class Listing:
     return train, test
 
   def _one(self, found: Folders, field: str, asked: str, usual: tuple[str, ...]) -> Path | None:
-    """Returns the one folder of that name, if any; small and capital letters are alike."""
-    wanted = {name.casefold() for name in ((asked,) if asked else usual)}
-    names = [asked] if asked in found else [n for n in found if n.casefold() in wanted]
-    if len(names) > 1:
-      raise UserError(
-        f'data.name={self.name}: found {" and ".join(f"{name}/" for name in names)} in '
-        f'{self.root}, and one can be used; set data.{field} to one of them'
-      )
-    if asked and not names:
+    """Returns the folder that is asked for, or the one with a usual name, if any."""
+    if asked and asked not in found:
       raise UserError(f'data.{field}={asked}: no such folder in {self.root}; found {few(found)}')
+    names = [asked] if asked else [name for name in found if name.casefold() in usual]
+    if len(names) > 1:
+      raise self._error(
+        f'found {" and ".join(f"{name}/" for name in names)} in {self.root}, and one can be used; '
+        f'set data.{field} to one of them'
+      )
     return found[names[0]][0] if names else None
-
-  def _is_class(self, folder: Path) -> bool:
-    """Returns whether images lie in a folder itself, and no folders."""
-    has_images = any(images.is_picture(path.name) for path in _entries(folder))
-    return has_images and not self.subfolders(folder)
 
   def _check_no_splits(self, found: Folders) -> None:
     """Refuses class folders such as seg_train/ and seg_test/: they would be two classes."""
     splits = [n for n in found if _SPLIT_WORDS & set(re.split('[^a-z]+', n.casefold()))]
     if len(splits) > 1:
-      raise UserError(
-        f'data.name={self.name}: {few(splits)} in {self.root} have the names of splits, not of '
-        'classes; set data.train_split and data.test_split to them, or rename them'
+      raise self._error(
+        f'{few(splits)} in {self.root} have the names of splits, not of classes; set '
+        'data.train_split and data.test_split to them, or rename them'
       )
 
-  def subfolders(self, folder: Path) -> dict[str, list[Path]]:
-    """Returns the folders in a folder by name, sorted; macOS's names (NFD) as others write them."""
-    found: dict[str, list[Path]] = {}
-    for path in _entries(folder):
-      if path.is_dir():
-        found.setdefault(unicodedata.normalize('NFC', path.name), []).append(path)
-    return dict(sorted(found.items()))
-
-  def class_folders(self, folder: Path, others: Folders | None = None) -> dict[str, list[Path]]:
+  def class_folders(self, folder: Path, others: Folders | None = None) -> Folders:
     """Returns the class folders in a split's folder.
 
     Raises:
       UserError: there are less than 2, or other names than in `others`.
     """
-    classes = self.subfolders(folder)
+    classes = _subfolders(folder)
     if difference := sorted(set(classes) ^ set(classes if others is None else others)):
-      raise UserError(
-        f'data.name={self.name}: the training folder and {folder} must have the '
-        f'same classes; only one of them has {few(difference)}'
+      raise self._error(
+        f'the training folder and {folder} must have the same classes; only one of them has '
+        f'{few(difference)}'
       )
     if len(classes) < 2:
-      raise UserError(
-        f'data.name={self.name}: found {len(classes)} class folders in {folder}, '
-        f'2 or more are needed; {_LAYOUT}'
+      raise self._error(
+        f'found {len(classes)} class folders in {folder}, 2 or more are needed; {_LAYOUT}'
       )
     return classes
 
@@ -134,81 +115,85 @@ class Listing:
     Raises:
       UserError: there is no image, or a class has none.
     """
-    for path in _entries(folder):
-      if images.is_picture(path.name) and not path.is_dir():
-        self.left_out.setdefault('in no class folder', []).append(path)
+    stray = [p for p in _entries(folder) if images.is_picture(p.name) and not p.is_dir()]
+    if stray:
+      self._left_out['in no class folder'] += stray
     files: Files = []
     empty = []
     for label, (name, folders) in enumerate(classes.items()):
       seen: set[str] = set()
-      own = [(path, label) for place in folders for path in self._below(place, place, seen)]
+      own = [(path, label) for place in folders for path in self._below(place, seen, deep=False)]
       files += own
       empty += [] if own else [name]
     if not files or (empty and not allow_empty):
       where = few(empty) if files else 'the class folders'
-      instead = f' (left out: {self._reasons()})' if self.left_out else ''
-      raise UserError(
-        f'data.name={self.name}: no image in {where} of {folder}; remove what is no class, or fill '
-        f'it with files that Pillow reads, e.g. .png, .jpg or .tif{instead}'
+      instead = f' (left out: {self._reasons()})' if self._left_out else ''
+      raise self._error(
+        f'no image in {where} of {folder}; remove what is no class, or fill it with files that '
+        f'Pillow reads, e.g. .png, .jpg or .tif{instead}'
       )
     if empty:
       console.warn(f'{self.name}: no test image of {len(empty)} classes: {few(empty)}')
     return files
 
-  def _below(self, folder: Path, place: Path, seen: set[str]) -> Iterator[Path]:
-    """Yields the images of a class folder `place`, below `folder`; counts what is none."""
+  def _below(self, folder: Path, seen: set[str], *, deep: bool) -> Iterator[Path]:
+    """Yields the images below a class folder, or `deep` in it; counts what is none."""
     real = str(folder) if is_remote(folder) else os.path.realpath(folder)
     if real in seen:  # a link goes round
       return
     seen.add(real)
     for path in _entries(folder):
-      suffix = os.path.splitext(path.name)[1].lower()
       if images.is_picture(path.name):
-        if folder != place:
-          self.nested.append(path)
+        self._nested += [path] * deep
         yield path
       elif path.is_dir():
-        yield from self._below(path, place, seen)
+        yield from self._below(path, seen, deep=True)
       else:
-        self.left_out.setdefault(suffix or 'without a suffix', []).append(path)
+        self._left_out[path.suffix.lower() or 'without a suffix'].append(path)
 
   def say(self) -> None:
     """Says in a line each what is left out and why, and what lies deeper than usual."""
-    if self.left_out:
-      count = sum(map(len, self.left_out.values()))
+    if self._left_out:
+      count = sum(map(len, self._left_out.values()))
       console.warn(
         f'{self.name}: {count} files are left out, as they lie in no class folder or have no '
         f'suffix that Pillow reads: {self._reasons()}'
       )
-    if self.nested:
+    if self._nested:
       console.say(
-        f'{self.name}: {len(self.nested)} images in subfolders of a class count as its own '
-        f'(e.g. {self._way(self.nested[0])})'
+        f'{self.name}: {len(self._nested)} images in subfolders of a class count as its own '
+        f'(e.g. {self._way(self._nested[0])})'
       )
 
   def _reasons(self) -> str:
     """Lists how many files are left out by reason, most first, each with an example."""
-    most = sorted(self.left_out.items(), key=lambda item: -len(item[1]))
-    said = [f'{len(paths)} {why} (e.g. {self._way(paths[0])})' for why, paths in most]
-    return few(said)
+    most = sorted(self._left_out.items(), key=lambda item: -len(item[1]))
+    return few(f'{len(paths)} {why} (e.g. {self._way(paths[0])})' for why, paths in most)
 
   def _way(self, path: Path) -> str:
     return os.fspath(path).removeprefix(os.fspath(self.root)).lstrip('/')
+
+  def _error(self, text: str) -> UserError:
+    return UserError(f'data.name={self.name}: {text}')
+
+
+def _subfolders(folder: Path) -> dict[str, list[Path]]:
+  """Returns the folders in a folder by name, sorted; macOS's names (NFD) as others write them."""
+  found: dict[str, list[Path]] = defaultdict(list)
+  for path in _entries(folder):
+    if path.is_dir():
+      found[unicodedata.normalize('NFC', path.name)].append(path)
+  return dict(sorted(found.items()))
 
 
 def _entries(folder: Path) -> list[Path]:
   """Returns what is in a folder, sorted, but for what systems leave behind."""
   try:
     with os_errors(folder):
-      return sorted(path for path in folder.iterdir() if not _of_the_system(path.name))
+      return sorted(
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith('.') and path.name.casefold() not in _SYSTEM_NAMES
+      )
   except OSError as error:
     raise UserError(f'cannot read {folder}: {error.strerror}; mend that, or remove it') from None
-
-
-def _of_the_system(name: str) -> bool:
-  return name.startswith('.') or name.casefold() in _SYSTEM_NAMES
-
-
-def few(names: Collection[str]) -> str:
-  """Returns the first few of some names; 'nothing' of none."""
-  return ', '.join(list(names)[:_SHOWN]) + ', ...' * (len(names) > _SHOWN) or 'nothing'

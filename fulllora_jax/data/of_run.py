@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core import class_names, console
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, few
 from fulllora_jax.core.files import make_directory, read_file, replace_file
 from fulllora_jax.data import held_out
-from fulllora_jax.data.splits import Dataset, Split, identity, pool
+from fulllora_jax.data.splits import Dataset, identity
 from fulllora_jax.distributed import processes
 
 FILE = 'data.json'
@@ -36,14 +37,10 @@ def hold(workdir: Path, dataset: Dataset) -> Dataset:
   """
   kept = processes.from_primary(_read_if_begun, workdir)
   if kept is not None:
-    dataset = _as_kept(workdir, kept, dataset, may_map=False)
-  now = _description(dataset)
-  before = (kept or {}).get('identity')
-  if before:
-    _refuse_changes(workdir, dataset, before, now['identity'])
-  elif processes.is_primary():
+    dataset = _the_same(workdir, kept, dataset)
+  if 'identity' not in (kept or {}) and processes.is_primary():
     make_directory(workdir)
-    replace_file(workdir / FILE, json.dumps(now).encode())
+    replace_file(workdir / FILE, json.dumps(_description(dataset)).encode())
   processes.wait_for_all()
   return dataset
 
@@ -54,11 +51,10 @@ def as_in_run(workdir: Path, dataset: Dataset) -> Dataset:
   Raises:
     UserError: it has other classes, or none of its held-out images is there any more.
   """
-  kept = processes.from_primary(read, workdir) or {'label_names': None}
-  dataset = _as_kept(workdir, kept, dataset)
-  if 'identity' in kept and not len(dataset.test.contents):
-    _refuse_changes(workdir, dataset, kept['identity'], identity(dataset))
-  return dataset
+  kept = processes.from_primary(read, workdir) or {}
+  if not len(dataset.test.contents):  # nothing else tells whether they are the same
+    return _the_same(workdir, kept, dataset, may_map=True)
+  return _held_out(workdir, kept, in_order(f'the run in {workdir}', kept, dataset, may_map=True))
 
 
 def refuse_others(workdir: Path, dataset: Dataset) -> None:
@@ -69,21 +65,55 @@ def refuse_others(workdir: Path, dataset: Dataset) -> None:
       f'data.name={dataset.name}: the run in {workdir} does not say what data it had; give the '
       'data.name that it began with, or another --workdir'
     )
-  dataset = _as_kept(workdir, kept, dataset, may_map=False)
-  _refuse_changes(workdir, dataset, kept['identity'], _description(dataset)['identity'])
+  _the_same(workdir, kept, dataset)
 
 
-def not_held_out(workdir: Path, dataset: Dataset) -> int:
-  """Returns how many test images a run on the same images trained on, or chose its best by.
+def trained_on(workdir: Path, dataset: Dataset) -> int:
+  """Returns how many test images a run trained on, or chose its best by; 0 if it does not say."""
+  kept = (processes.from_primary(read, workdir) or {}).get('contents', {})
+  seen = kept.get('train', []) + kept.get('validation', [])
+  return int(np.isin(dataset.test.contents, seen).sum())
 
-  The images are the same, wherever they lie, where all that it held out are among them; else, and
-  where it does not say what it held out, the answer is 0.
+
+def in_order(told: str, kept: Mapping[str, Any], dataset: Dataset, *, may_map: bool) -> Dataset:
+  """Gives the classes the numbers that they have in a run, by their names.
+
+  Args:
+    told: names the run, for messages.
+    kept: its `label_names`, if it says them.
+    dataset: the data as they are now.
+    may_map: whether its classes may be in another order, in which its images are too.
+
+  Raises:
+    UserError: they are other classes, or in another order and that is not wanted.
   """
-  kept = (processes.from_primary(read, workdir) or {}).get('held_out')
-  splits = (dataset.train, dataset.validation, dataset.test)
-  if not kept or not set(kept['test']) <= set(pool(splits).contents):
-    return 0
-  return int((~np.isin(dataset.test.contents, kept['test'])).sum())
+  names = tuple(kept.get('label_names') or dataset.label_names)
+  if not kept.get('label_names'):
+    console.say(f'{told} does not say its class names; assumed the same')
+  places = class_names.permutation(dataset.label_names, names)
+  if places is None:
+    raise UserError(
+      f'data.name={dataset.name}: its classes are not those of {told} '
+      f'({class_names.difference(dataset.label_names, names)}); name the classes as there, or give '
+      'another --workdir'
+    )
+  dataset = dataclasses.replace(dataset, label_names=names)
+  if places == tuple(range(len(names))):
+    return dataset
+  if not may_map:
+    raise UserError(
+      f'data.name={dataset.name}: its classes are in another order than in {told} ({few(names)}); '
+      'name them so that they sort as then, or give another --workdir'
+    )
+  console.say(
+    f'{dataset.name}: its classes are those of {told} in another order; labels are matched by name'
+  )
+  table = np.array(places, np.int32)
+  mapped = {
+    role: dataclasses.replace(split, labels=table[split.labels])
+    for role, split in dataset.splits.items()
+  }
+  return dataclasses.replace(dataset, **mapped)
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
@@ -91,8 +121,8 @@ def read(workdir: Path) -> dict[str, Any] | None:
 
   Returns:
     label_names (None: unknown) and, where there is a data.json, `identity` (splits.identity, and
-    for folders the hash of the training images), and `held_out` (for folders, the contents of
-    `test` and `validation`, in order). None: nothing was trained there.
+    for folders the hash of the training images), and for folders the `contents` of each split, in
+    order. None: nothing was trained there.
 
   Raises:
     UserError: the file is damaged.
@@ -125,88 +155,46 @@ def _description(dataset: Dataset) -> dict[str, Any]:
   if len(dataset.test.contents):
     training = ''.join(dataset.train.contents)
     described['identity']['training images'] = hashlib.sha256(training.encode()).hexdigest()[:16]
-    described['held_out'] = {
-      name: getattr(dataset, name).contents.tolist() for name in ('test', 'validation')
-    }
+    described['contents'] = {role: s.contents.tolist() for role, s in dataset.splits.items()}
   return described
 
 
-def _refuse_changes(workdir: Path, dataset: Dataset, before, now) -> None:
-  changed = [f'{k} {before.get(k)!r} -> {v!r}' for k, v in now.items() if before.get(k) != v]
-  if changed:
+def _the_same(
+  workdir: Path, kept: Mapping[str, Any], dataset: Dataset, *, may_map: bool = False
+) -> Dataset:
+  """Returns the data as a run has them; raises UserError where anything is not as it keeps it."""
+  ordered = in_order(f'the run in {workdir}', kept, dataset, may_map=may_map)
+  dataset = _held_out(workdir, kept, ordered)
+  now = _description(dataset)['identity']
+  before = kept.get('identity', now)
+  if changed := [f'{k} {before.get(k)!r} -> {v!r}' for k, v in now.items() if before.get(k) != v]:
     raise UserError(
       f'data.name={dataset.name}: not the data that the run in {workdir} began with '
       f'({"; ".join(changed)}); put them back as they were, or give another --workdir'
     )
+  return dataset
 
 
-def _as_kept(
-  workdir: Path, kept: dict[str, Any], dataset: Dataset, *, may_map: bool = True
-) -> Dataset:
-  if not kept['label_names']:
-    console.say(f'{workdir}: the run does not say its class names; assumed the same')
-  else:
-    dataset = _in_order(workdir, tuple(kept['label_names']), dataset, may_map)
-  if not len(dataset.test.contents):
-    return dataset
-  if 'held_out' not in kept:
+def _held_out(workdir: Path, kept: Mapping[str, Any], dataset: Dataset) -> Dataset:
+  """Holds out the images that a run held out, of a folder."""
+  if 'contents' not in kept or not len(dataset.test.contents):
     if dataset.test_is_drawn:
       console.say(
         f'{workdir}: the run does not say which images it held out; assumed those that are drawn '
         'now, which is wrong if an image came or went'
       )
     return dataset
-  return _hold_out_again(workdir, kept['held_out'], dataset)
-
-
-def _in_order(workdir: Path, names: tuple[str, ...], dataset: Dataset, may_map: bool) -> Dataset:
-  """Gives the classes the numbers that they have in the run."""
-  places = class_names.permutation(dataset.label_names, names)
-  if places is None:
-    raise UserError(
-      f'data.name={dataset.name}: its classes are not those of the run in {workdir} '
-      f'({class_names.difference(dataset.label_names, names)}); name the classes as the run does, '
-      'or give another --workdir'
-    )
-  if places == tuple(range(len(names))):
-    return dataclasses.replace(dataset, label_names=names)
-  if not may_map:  # its images have another order too, and so had the batches
-    raise UserError(
-      f'data.name={dataset.name}: its classes are in another order than the run in {workdir} began '
-      f'with ({class_names.few(names)}); name them so that they sort as then, or give another '
-      '--workdir'
-    )
-  console.say(
-    f'{dataset.name}: its classes are those of {workdir} in another order; labels are matched by '
-    'name'
-  )
-  table = np.array(places, np.int32)
-
-  def in_order(split: Split) -> Split:
-    return dataclasses.replace(split, labels=table[split.labels])
-
-  return dataclasses.replace(
-    dataset,
-    label_names=names,
-    train=in_order(dataset.train),
-    validation=in_order(dataset.validation),
-    test=in_order(dataset.test),
-  )
-
-
-def _hold_out_again(workdir: Path, wanted: dict[str, list[str]], dataset: Dataset) -> Dataset:
-  if all(getattr(dataset, name).contents.tolist() == contents for name, contents in wanted.items()):
-    return dataset
-  restored = held_out.restore(dataset, wanted['test'], wanted['validation'])
-  for name, contents in wanted.items():
-    lost = len(set(contents) - set(getattr(restored, name).contents))
+  wanted = {role: kept['contents'][role] for role in ('test', 'validation')}
+  restored = held_out.restore(dataset, **wanted)
+  for role, contents in wanted.items():
+    lost = len(set(contents) - set(restored.splits[role].contents))
     if lost == len(set(contents)):
       raise UserError(
-        f'data.name={dataset.name}: none of the {lost} {name} images of the run in {workdir} is '
+        f'data.name={dataset.name}: none of the {lost} {role} images of the run in {workdir} is '
         'there any more; give the images that it was trained with'
       )
     if lost:
-      console.warn(f'{dataset.name}: {lost} of {len(contents)} {name} images of {workdir} are gone')
+      console.warn(f'{dataset.name}: {lost} of {len(contents)} {role} images of {workdir} are gone')
   if restored is not dataset:
     console.say(
       f'{dataset.name}: images came or went since {workdir} began; its {len(restored.test)} test '

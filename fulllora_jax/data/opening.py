@@ -58,11 +58,6 @@ def is_ready(data: ConfigDict) -> bool:
   return data.name.startswith('folder:') or tfds_source.is_prepared(data)
 
 
-def shared_examples(data: ConfigDict, train_split: str) -> int:
-  """Returns how many test examples of a tfds set are in a train split of it."""
-  return tfds_source.shared_examples(data, train_split)
-
-
 def _split(source: records.Source, role: str, in_memory: bool) -> Split:
   found = getattr(source, role)
   if not found.size:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -49,6 +48,11 @@ class Dataset:
   def num_classes(self) -> int:
     return len(self.label_names)
 
+  @property
+  def splits(self) -> dict[str, Split]:
+    """The splits by role: train, validation, test."""
+    return {role: getattr(self, role) for role in ('train', 'validation', 'test')}
+
 
 def identity(dataset: Dataset) -> dict[str, object]:
   """Returns what two copies of a data set must have in common beside pixels.
@@ -57,7 +61,7 @@ def identity(dataset: Dataset) -> dict[str, object]:
     JSON values: the images' shape, the number of classes, and for each split
     its size and the CRC-32 of its labels.
   """
-  splits = (dataset.train, dataset.validation, dataset.test)
+  splits = dataset.splits.values()
   return {
     'image shape': list(dataset.image_shape),
     'classes': dataset.num_classes,
@@ -66,20 +70,18 @@ def identity(dataset: Dataset) -> dict[str, object]:
   }
 
 
-def pool(splits: Sequence[Split]) -> Split:
+def pool(splits: Collection[Split]) -> Split:
   """Returns the examples of several splits as one, in order; their contents are known."""
   ends = np.cumsum([len(split) for split in splits])
 
   def fetch(indices):
-    which = np.searchsorted(ends, indices, side='right')
-    found: list[Any] = [None] * len(indices)
-    for number, split in enumerate(splits):
-      places = np.flatnonzero(which == number)
+    found = {}
+    for split, end in zip(splits, ends, strict=True):
+      own = indices - (end - len(split))
+      places = np.flatnonzero((own >= 0) & (own < len(split)))
       if len(places):
-        images = split.fetch(indices[places] - (ends[number] - len(split)))
-        for place, image in zip(places, images, strict=True):
-          found[place] = image
-    return np.stack(found)
+        found |= zip(places, split.fetch(own[places]), strict=True)
+    return np.stack([found[place] for place in range(len(indices))])
 
   labels = np.concatenate([split.labels for split in splits])
   contents = np.concatenate([split.contents for split in splits])

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from flax import linen as nn
 
-from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.finite import check_finite
+from fulllora_jax.core.errors import UserError, few
+from fulllora_jax.core.ranges import check_finite
 from fulllora_jax.pretrained import resize
-from fulllora_jax.pretrained.formats import some
 from fulllora_jax.pretrained.layout import Opened, Rule
 from fulllora_jax.pretrained.load_report import LOADED, NEW, RESIZED, UNUSED, Row
 
@@ -55,7 +54,7 @@ class Filler:
     if missing or lost:
       raise UserError(
         f'{self.source} does not fit {self.opened.architecture.name}: no array '
-        f'for {some(missing)}; no place for {some(lost)}'
+        f'for {few(missing)}; no place for {few(lost)}'
       )
     if self.label_map and not has_head:
       raise UserError(
@@ -125,7 +124,7 @@ class Filler:
       free = [path for path in self.leaves if path not in sent]
       raise UserError(
         f'{self.source} is no plain {self.opened.layout.name}: nothing is known of its keys '
-        f'{some(unknown)}; leaves of {self.opened.architecture.name} without an array: {some(free)}'
+        f'{few(unknown)}; leaves of {self.opened.architecture.name} without an array: {few(free)}'
       )
     return sent, unused
 

@@ -10,7 +10,7 @@ import shlex
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +19,11 @@ import ml_dtypes  # teaches NumPy, and so safetensors, bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, few
 from fulllora_jax.pretrained.layout import Shapes
 
 INDEX = '.safetensors.index.json'
 SINGLE, SHARDED = 'model.safetensors', f'model{INDEX}'
-_SHOWN = 4  # names of a list in a message
 PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.pth.tar')
 _UNPICKLE = Path(__file__).with_name('unpickle.py')
 
@@ -140,26 +139,16 @@ def choose(source: str, names: Collection[str]) -> str:
     return weights[0]
   if weights:
     raise UserError(
-      f'{source}: it has {len(weights)} files of weights ({some(weights)}); '
+      f'{source}: it has {len(weights)} files of weights ({few(weights)}); '
       'give the path of one of them, on this machine'
     )
   pickles = [name for name in names if name.endswith(PICKLES)]
   if pickles:
     raise pickle_error(f'{source}: {pickles[0]}', pickles[0])
-  found = some(names) if names else 'no files'
   raise UserError(
     f'{source}: it has neither {SINGLE} nor another .safetensors or .npz (it '
-    f'has {found}); give a source with weights'
+    f'has {few(names)}); give a source with weights'
   )
-
-
-def some(keys: Iterable[str]) -> str:
-  """Writes the first few of some names, and how many there are."""
-  keys = list(keys)
-  if not keys:
-    return 'nothing'
-  more = f', ... ({len(keys)} in all)' if len(keys) > _SHOWN else ''
-  return ', '.join(keys[:_SHOWN]) + more
 
 
 def recognise(path: Path) -> str:

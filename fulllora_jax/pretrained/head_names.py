@@ -1,11 +1,12 @@
 """The rows of a checkpoint's head, found by the names of their classes."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fulllora_jax.core import class_names
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, few
 
 # What transformers writes where nobody named the classes.
 _UNNAMED = re.compile(r'LABEL_\d+')
@@ -70,38 +71,33 @@ def find(
     return HeadRows((), names if num_classes == rows else ())
   if not known:
     return _by_position(source, rows, own)
-  found = class_names.rows_of(own, known)
-  if missing := [name for name, fits in zip(own, found, strict=True) if not fits]:
+  found = dict(zip(own, class_names.rows_of(own, known), strict=True))
+  if missing := [name for name, fits in found.items() if not fits]:
     return _unmatched(source, names, own, missing)
-  for name, fits in zip(own, found, strict=True):
-    if len(fits) > 1:
+  count = Counter(row for fits in found.values() for row in fits)
+  for fits in found.values():
+    if len(fits) > 1 or count[fits[0]] > 1:
+      rivals = [name for name, others in found.items() if set(others) & set(fits)]
       raise UserError(
-        f'{source}: class {name!r} fits rows {", ".join(map(str, fits))} of its head '
-        f'({", ".join(names[row] for row in fits)}); write its whole name, or set base.label_map'
+        f'{source}: class {" and ".join(map(repr, rivals))} fits '
+        + few(f'row {row} ({names[row]})' for row in fits)
+        + ' of its head; rename classes, or set base.label_map'
       )
-  chosen = tuple(fits[0] for fits in found)
-  twice = [row for row in chosen if chosen.count(row) > 1] if len(set(chosen)) < len(own) else []
-  if twice:
-    both = [name for name, row in zip(own, chosen, strict=True) if row == twice[0]]
-    raise UserError(
-      f'{source}: classes {both[0]!r} and {both[1]!r} are both row {twice[0]} of its head '
-      f'({names[twice[0]]}); rename one of them, or set base.label_map'
-    )
-  same = chosen == tuple(range(rows))
-  shown = class_names.few(f'{name} = row {row}' for name, row in zip(own, chosen, strict=True))
-  said = f'its {rows} rows are the classes of the data, by name and in order'
-  if not same:
-    said = f'{len(own)} of its {rows} rows, matched by the names of the classes ({shown})'
-  return HeadRows(() if same else chosen, own, said)
+  chosen = tuple(fits[0] for fits in found.values())
+  if chosen == tuple(range(rows)):
+    said = f'its {rows} rows are the classes of the data, by name and in order'
+    return HeadRows((), own, said)
+  shown = few(f'{name} = row {row}' for name, row in zip(own, chosen, strict=True))
+  said = f'{len(own)} of its {rows} rows, matched by the names of the classes ({shown})'
+  return HeadRows(chosen, own, said)
 
 
 def _by_position(source: str, rows: int, own: tuple[str, ...]) -> HeadRows:
   """Takes the rows of a head that does not name them as they are."""
   if rows != len(own):
     return HeadRows((), own)
-  said = f'{source} does not name its classes: assumed that its rows are {class_names.few(own)}'
-  order = class_names.natural_order(own)
-  if order:
+  said = f'{source} does not name its classes: assumed that its rows are {few(own)}'
+  if order := class_names.natural_order(own):
     said += (
       '; these names are numbers, sorted as text: if its rows are in order of number, set '
       f'base.label_map=({",".join(map(str, order))})'
@@ -113,18 +109,14 @@ def _unmatched(
   source: str, names: tuple[str, ...], own: tuple[str, ...], missing: list[str]
 ) -> HeadRows:
   """Says that some classes of the data are none of the head's."""
-  lost = (
-    f'{len(missing)} of the {len(own)} classes are none of its head ({class_names.few(missing)})'
-  )
+  lost = f'{len(missing)} of the {len(own)} classes are none of its head ({few(missing)})'
   if len(names) != len(own):
     # Another task, as often as not; the head is new, which is said.
     partly = f'{source}: {lost}, so the head is new; base.label_map takes rows for the others'
     return HeadRows((), own, partly if len(missing) < len(own) else '')
-  return HeadRows(
-    (),
-    own,
-    f'{source} has as many classes as the data but other names: {lost}; it has '
-    f'{class_names.few(names)}; its rows are taken by position and may be of other classes; name '
-    'the classes as it does, or set base.label_map (-1 for a class that it does not have)',
-    True,
+  said = (
+    f'{source} has as many classes as the data but other names: {lost}; it has {few(names)}; its '
+    'rows are taken by position and may be of other classes; name the classes as it does, or set '
+    'base.label_map (-1 for a class that it does not have)'
   )
+  return HeadRows((), own, said, True)

@@ -21,7 +21,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import models
 from fulllora_jax.adapters import artefact as artefact_lib
 from fulllora_jax.core.console import warn
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, few
 from fulllora_jax.core.files import as_path
 from fulllora_jax.models import published_names
 from fulllora_jax.pretrained import (
@@ -86,8 +86,7 @@ def open_checkpoint(
       return Opened(tensors, shapes, layout, described, fetched.identity, names)
   raise UserError(
     f'base.source: {source} holds no model that is known here; its first keys '
-    f'are {formats.some(sorted(shapes))}; known layouts: '
-    + ', '.join(layout.name for layout in LAYOUTS)
+    f'are {few(sorted(shapes))}; known layouts: ' + ', '.join(layout.name for layout in LAYOUTS)
   )
 
 

@@ -39,7 +39,7 @@ from safetensors.numpy import save
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path, read_file
-from fulllora_jax.core.finite import check_finite
+from fulllora_jax.core.ranges import check_finite
 
 FORMAT = 1
 _JSON = ('model', 'branches', 'run')

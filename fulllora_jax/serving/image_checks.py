@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.unit_range import check_unit_range
+from fulllora_jax.core.ranges import check_unit_range
 
 
 def check_images(images, image_shape: tuple[int, int, int]) -> jax.Array:

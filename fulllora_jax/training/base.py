@@ -132,29 +132,16 @@ def _check_run(config, base: Path, dataset: data.Dataset) -> None:
     UserError: the classes are in another order, or renamed; it was trained on test images.
   """
   metadata = pretrained.base_metadata(base)
-  names, told = metadata.get('label_names'), f'base.source: {base} was trained on'
-  if not names:
-    say(f'{base} does not say its class names; assumed the same')
-  elif list(names) != list(dataset.label_names):
-    places = class_names.permutation(dataset.label_names, names)
-    differs = class_names.difference(dataset.label_names, names)
-    if places is not None and list(places) != sorted(places):
-      raise UserError(
-        f'{told} the same classes in another order ({class_names.few(names)}); name them so that '
-        'they sort as then, or train the base anew'
-      )
-    if places is None and metadata['dataset'] == dataset.name:
-      raise UserError(
-        f'{told} {dataset.name} with other classes (now {differs}); name them as they were, or '
-        'train the base anew'
-      )
-    if places is None:
-      warn(f'{told} other classes (now {differs}): each row of its head is taken for another class')
-  seen = of_run.not_held_out(base.parent, dataset)
-  own = metadata['config'].get('data', {})
-  if own.get('name') == config.data.name == dataset.name and not config.data.name.startswith(
-    'folder:'
-  ):
+  names, ours = metadata.get('label_names') or (), dataset.label_names
+  told = f'base.source: {base} was trained on'
+  known = metadata.get('dataset') == dataset.name or not names
+  if known or class_names.permutation(ours, names) is not None:
+    of_run.in_order(f'the base {base}', metadata, dataset, may_map=False)
+  else:
+    differs = class_names.difference(ours, names)
+    warn(f'{told} other classes (now {differs}): each row of its head is taken for another class')
+  seen, own = of_run.trained_on(base.parent, dataset), metadata['config'].get('data', {})
+  if own.get('name') == config.data.name == dataset.name and not len(dataset.test.contents):
     seen = processes.everywhere(data.shared_examples, config.data, own['train_split'])
   if seen:
     raise UserError(

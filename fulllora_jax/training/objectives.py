@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.attacks.pgd import LogitsFn, Loss
-from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.training.inner_attack import AttackLoss, AttackStart
 
 # Where the attacks of TRADES and MART begin: at x and a little normal noise.
@@ -196,11 +196,7 @@ _CLEAN = Objective(erm, ('label_smoothing',))  # of methods without an attack
 
 def get(name: str) -> Objective:
   """Returns an objective; raises UserError with the nearest names."""
-  if name not in OBJECTIVES:
-    hint = did_you_mean(name.lower(), OBJECTIVES, most=2, cutoff=0.4)
-    raise UserError(
-      f'objective.name: unknown objective {name!r}; {hint}known: ' + ', '.join(OBJECTIVES)
-    )
+  choose('objective.name', name, tuple(OBJECTIVES))
   return OBJECTIVES[name]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import choose
 
 OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('constant', 'step', 'cosine')
@@ -19,18 +19,15 @@ def learning_rate(schedule, peak: float, total_steps: int) -> optax.Schedule:
   Raises:
     UserError: unknown name.
   """
+  choose('schedule.name', schedule.name, SCHEDULES)
   warmup = round(schedule.warmup * total_steps)
   rest = max(1, total_steps - warmup)
   if schedule.name == 'constant':
     main = optax.constant_schedule(peak)
   elif schedule.name == 'cosine':
     main = optax.cosine_decay_schedule(peak, rest)
-  elif schedule.name == 'step':
-    main = _step_decay(schedule, peak, total_steps, warmup)
   else:
-    raise UserError(
-      f'schedule.name: unknown schedule {schedule.name!r}; known: ' + ', '.join(SCHEDULES)
-    )
+    main = _step_decay(schedule, peak, total_steps, warmup)
   if not warmup:
     return main
   rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
@@ -60,18 +57,15 @@ def create(optimizer, schedule: optax.Schedule, mask: Any) -> optax.GradientTran
   Raises:
     UserError: unknown name.
   """
+  choose('optimizer.name', optimizer.name, OPTIMIZERS)
   if optimizer.name == 'sgd':
     rule = optax.chain(
       optax.add_decayed_weights(optimizer.weight_decay),
       optax.sgd(schedule, momentum=optimizer.momentum or None),
     )
-  elif optimizer.name == 'adamw':
+  else:
     rule = optax.adamw(
       schedule, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay
-    )
-  else:
-    raise UserError(
-      f'optimizer.name: unknown optimizer {optimizer.name!r}; known: ' + ', '.join(OPTIMIZERS)
     )
   if optimizer.clip:
     rule = optax.chain(optax.clip_by_global_norm(optimizer.clip), rule)

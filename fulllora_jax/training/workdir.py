@@ -1,7 +1,7 @@
 """The work directory of a run: claimed once, for one config.
 
 config.json     what the run was started with
-data.json       the names of its classes, and which images it held out
+data.json       the names of its classes, and which images each split has
 base/           the work directory of the base's standard training
 checkpoints/    adapter, optimizer state and step; the newest few
 good/           the same, of the last validation that attack.on_overfitting may go back to

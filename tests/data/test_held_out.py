@@ -202,7 +202,7 @@ def test_a_run_that_says_nothing_is_taken_at_its_word(begun, folder_data, tmp_pa
   held = of_run.as_in_run(tmp_path / 'old', open_dataset(folder_data, 0))
   assert contents(held) == contents(before)
   said = capsys.readouterr().err
-  assert 'the run does not say its class names; assumed the same' in said
+  assert f'the run in {tmp_path}/old does not say its class names; assumed the same' in said
   assert 'the run does not say which images it held out' in said
 
 

@@ -138,8 +138,12 @@ def test_numbers_are_names_where_the_head_has_them(named):
 @pytest.mark.parametrize(
   'names, own, words',
   [
-    (('crane', 'b', 'Crane', 'd', 'e'), ('crane', 'b'), "class 'crane' fits rows 0, 2 of its head"),
-    (('a', 'b', 'c', 'd', 'e'), ('a', 'A'), "classes 'a' and 'A' are both row 0 of its head"),
+    (
+      ('crane', 'b', 'Crane', 'd', 'e'),
+      ('CRANE', 'b'),
+      r"class 'CRANE' fits row 0 .*, row 2 .Crane",
+    ),
+    (('a', 'b', 'c', 'd', 'e'), ('a', 'A'), "class 'a' and 'A' fits row 0 .a. of its head"),
   ],
 )
 def test_what_is_not_clear_is_refused(named, names, own, words):

@@ -93,7 +93,7 @@ def test_a_missing_path(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_weights(tmp_path):
-  assert 'it has no files' in refused(str(tmp_path))
+  assert 'it has nothing' in refused(str(tmp_path))
   (tmp_path / 'notes.txt').touch()
   assert 'neither model.safetensors nor' in refused(str(tmp_path))
   assert '(it has notes.txt)' in refused(str(tmp_path))

@@ -67,11 +67,11 @@ def test_constant_is_constant_and_a_run_of_one_step_has_a_rate():
 def test_unknown_names_are_refused():
   schedule = config.cosine()
   schedule.name = 'linear'
-  with pytest.raises(UserError, match="unknown schedule 'linear'; known: con"):
+  with pytest.raises(UserError, match="schedule.name: unknown 'linear'; known: con"):
     optim.learning_rate(schedule, 0.1, 10)
   optimizer = config.sgd()
   optimizer.name = 'lion'
-  with pytest.raises(UserError, match="unknown optimizer 'lion'; known: sgd, a"):
+  with pytest.raises(UserError, match="optimizer.name: unknown 'lion'; known: sgd, a"):
     optim.create(optimizer, lambda step: 0.1, {'w': True})
 
 
