@@ -149,17 +149,11 @@ class _Output:
     self._stream = stream or io.StringIO()
 
   def __getattr__(self, name: str) -> Any:
-    return getattr(self._stream, name)
+    found = getattr(self._stream, name)
+    writes = name in ('write', 'writelines', 'flush')
+    return functools.partial(self._or_end, found) if writes else found
 
-  def write(self, text: str) -> int:
-    """Writes a text, and returns its length."""
-    return self._or_end(self._stream.write, text)
-
-  def flush(self) -> None:
-    """Writes out what is buffered."""
-    self._or_end(self._stream.flush)
-
-  def _or_end(self, call: Callable, *arguments: str):
+  def _or_end(self, call: Callable, *arguments: Any) -> Any:
     try:
       return call(*arguments)
     except OSError as error:

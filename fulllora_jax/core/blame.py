@@ -35,10 +35,10 @@ def fault(error: BaseException) -> str:
   frames = [(f.f_code.co_filename, n) for f, n in traceback.walk_tb(error.__traceback__)]
   frames += _FRAME.findall(text)
   theirs = [f'{file}, line {line}: ' for file, line in frames if is_users(file)]
-  said = f'{type(error).__name__}: {first_line(error)}'
+  said = f'{type(error).__name__}: {first_line(error)}' if text else type(error).__name__
   if 'Traceback (most recent call last)' in text:
     said = text.splitlines()[-1].strip()
-  return f'{theirs[-1] if theirs else ""}{said.removesuffix(": ")}'
+  return f'{theirs[-1] if theirs else ""}{said}'
 
 
 @contextlib.contextmanager

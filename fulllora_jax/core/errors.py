@@ -25,8 +25,8 @@ class Preempted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-  """Returns the first line of an error's message, shortened."""
-  return str(error).strip().split('\n')[0][:300]
+  """Returns the first line of an error's message, shortened; of one without, its class."""
+  return str(error).strip().split('\n')[0][:300] or type(error).__name__
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:

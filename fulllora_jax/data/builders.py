@@ -7,7 +7,7 @@ import pathlib
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError, did_you_mean, first_line
 from fulllora_jax.data.datasets import digits  # noqa: F401, registers it
 
 FORMAT = 'array_record'  # the format that is read without TensorFlow
@@ -57,12 +57,6 @@ def other_format(name: str, directory: str, found: set[str]) -> str:
     f'{name} in {directory} is prepared as {", ".join(sorted(found))}, only {FORMAT} can be read; '
     f'prepare it in another folder with `{command}` and set data.dir to that folder'
   )
-
-
-def first_line(error: Exception) -> str:
-  """Returns the first line of an error's message that says something."""
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def _unknown(name: str, directory: str) -> str:

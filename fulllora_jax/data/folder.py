@@ -4,6 +4,7 @@ import io
 import os
 from concurrent import futures
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,15 @@ from fulllora_jax.data import images, records, rng
 from fulllora_jax.data.listing import Files, Listing
 
 TEST_FRACTION = 0.2
+
+
+class _Image(NamedTuple):
+  """A file that holds an image."""
+
+  path: Path
+  label: int
+  channels: int  # 1 for a grayscale image, otherwise 3
+  content: str  # records.content_hash of the file
 
 
 def open_folder(data: ConfigDict, seed: int) -> records.Source:
@@ -54,17 +64,16 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
   listing.say()
   if not test_dir:
     train, test = _hold_out(data.name, train, seed)
-  train, train_contents, train_gray = _verified(data, train)
-  test, test_contents, test_gray = _verified(data, test)
-  channels = 1 if train_gray and test_gray else 3
+  whole_train, whole_test = _verified(data, train), _verified(data, test)
+  channels = max((image.channels for image in whole_train + whole_test), default=1)
   test_name = test_dir.name if test_dir else 'test'
   size = data.image_size
   return records.Source(
     name=data.name,
     image_shape=(size, size, channels),
     label_names=tuple(classes),
-    train=_records(data.train_split, train, train_contents, size, channels),
-    test=_records(test_name, test, test_contents, size, channels),
+    train=_records(data.train_split, whole_train, size, channels),
+    test=_records(test_name, whole_test, size, channels),
     test_is_drawn=test_dir is None,
   )
 
@@ -92,54 +101,43 @@ def _hold_out(name: str, files: Files, seed: int) -> tuple[Files, Files]:
   return [files[i] for i in train], [files[i] for i in test]
 
 
-def _verified(data: ConfigDict, files: Files) -> tuple[Files, list[str], bool]:
-  """Returns the readable files, the hash of each, and whether all of them are grayscale."""
-  kept, contents, gray = [], [], True
+def _verified(data: ConfigDict, files: Files) -> list[_Image]:
+  """Returns the readable files."""
+  kept = []
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = pool.map(_verify, (path for path, _ in files))
-    for file, result in zip(files, found, strict=True):
-      if isinstance(result, Exception):
-        _report_broken(data, file[0], result)
-        continue
-      channels, content = result
-      kept.append(file)
-      contents.append(content)
-      gray = gray and channels == 1
+    for (path, _), found in zip(files, pool.map(_verify, files), strict=True):
+      if isinstance(found, _Image):
+        kept.append(found)
+      elif data.on_broken == 'skip':
+        console.warn(f'skipping broken image {path} ({found})')
+      else:
+        raise UserError(f'broken image {path} ({found}); delete it or set data.on_broken=skip')
   if skipped := len(files) - len(kept):
     console.warn(f'{data.name}: skipped {skipped} broken of {len(files)} images')
-  return kept, contents, gray
+  return kept
 
 
-def _verify(path: Path) -> tuple[int, str] | Exception:
-  """Returns the channels of an image and the hash of its file, or what is wrong with it."""
+def _verify(file: tuple[Path, int]) -> _Image | Exception:
+  """Returns the image of a (path, label), or what is wrong with it."""
+  path, label = file
   try:
     content = read_file(path)
     channels = images.verify(io.BytesIO(content) if is_remote(path) else path)
-    return channels, records.content_hash(content)
+    return _Image(path, label, channels, records.content_hash(content))
   except images.BROKEN as error:
     return error
 
 
-def _report_broken(data: ConfigDict, path: Path, error: Exception) -> None:
-  if data.on_broken != 'skip':
-    raise UserError(
-      f'broken image {path} ({error}); delete it or set data.on_broken=skip'
-    ) from error
-  console.warn(f'skipping broken image {path} ({error})')
-
-
-def _records(
-  name: str, files: Files, contents: list[str], size: int, channels: int
-) -> records.Records:
-  labels = np.array([label for _, label in files], np.int32)
+def _records(name: str, files: list[_Image], size: int, channels: int) -> records.Records:
+  labels = np.array([file.label for file in files], np.int32)
 
   def read(indices, with_images):
     if not with_images:
       return None, labels[indices]
-    decoded = [_decode(files[i][0], size, channels) for i in indices]
+    decoded = [_decode(files[i].path, size, channels) for i in indices]
     return np.stack(decoded), labels[indices]
 
-  return records.Records(name, len(files), read, tuple(contents))
+  return records.Records(name, len(files), read, tuple(file.content for file in files))
 
 
 def _decode(path: Path, size: int, channels: int) -> np.ndarray:

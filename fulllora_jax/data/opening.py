@@ -7,8 +7,6 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import checks, folder, held_out, records, rng, tfds_source
 from fulllora_jax.data.splits import Dataset, Split
 
-_CACHES = ('auto', 'memory', 'stream')
-
 
 def open_dataset(data: ConfigDict, seed: int) -> Dataset:
   """Opens a tfds set or a folder of images, without importing TensorFlow.
@@ -25,8 +23,6 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
     UserError: if it is not there, damaged, no image classification set, its splits overlap, or a
       field of `data` does not fit it.
   """
-  if data.cache not in _CACHES:
-    raise UserError(f'data.cache={data.cache}: use {", ".join(_CACHES)}')
   if data.seed is not None:
     seed = data.seed
   if data.name.startswith('folder:'):
@@ -72,16 +68,10 @@ def _hold_out(data: ConfigDict, split: Split, seed: int) -> tuple[Split, Split]:
 
   That is the share data.validation_fraction of it, but at least one example.
   """
-  fraction = data.validation_fraction
-  if not 0 < fraction < 1:
-    raise UserError(
-      f'data.validation_fraction={fraction}: must be in (0, 1), since the '
-      'best model is never chosen on the test split'
-    )
-  count = max(1, round(fraction * len(split)))
+  count = max(1, round(data.validation_fraction * len(split)))
   if count >= len(split):
     raise UserError(
-      f'data.validation_fraction={fraction} leaves nothing to train on: '
+      f'data.validation_fraction={data.validation_fraction} leaves nothing to train on: '
       f'split {split.name} has {len(split)} examples'
     )
   order = rng.generator(seed, 'validation split').permutation(len(split))

@@ -20,7 +20,7 @@ from etils import epath
 
 from fulllora_jax import command
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, first_line
 from fulllora_jax.core.files import as_path, is_remote, make_writable, os_errors
 from fulllora_jax.data import builders
 
@@ -107,8 +107,7 @@ def _prepare(builder) -> None:
     builder.download_and_prepare(file_format=builders.FORMAT)
   except Exception as error:  # whatever the set's own code raises
     raise UserError(
-      f'preparing {builder.info.full_name} failed: {type(error).__name__}: '
-      f'{builders.first_line(error)}'
+      f'preparing {builder.info.full_name} failed: {type(error).__name__}: {first_line(error)}'
     ) from error
 
 

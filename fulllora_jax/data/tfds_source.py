@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import console
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, first_line
 from fulllora_jax.core.files import as_path, bounded, is_remote, os_errors
 from fulllora_jax.data import builders, images, records
 
@@ -70,10 +70,8 @@ def open_tfds(data: ConfigDict) -> records.Source:
 
 
 def shared_examples(data: ConfigDict, train_split: str) -> int:
-  """Returns how many test examples of a set are in a train split; 0 where it is not prepared."""
+  """Returns how many test examples of a set, which is prepared, are in a train split of it."""
   builder = builders.get(data.name, builders.data_dir(data.dir))
-  if not builders.formats(builder):
-    return 0  # nothing was trained on it here
   return _shared(builder, train_split, _test_split(data, builder))
 
 
@@ -253,5 +251,5 @@ def _readable(where: str):
   except images.BROKEN as error:
     raise UserError(
       f'{where}: the files are damaged or incomplete '
-      f'({builders.first_line(error)}); delete the folder and prepare it again'
+      f'({first_line(error)}); delete the folder and prepare it again'
     ) from error

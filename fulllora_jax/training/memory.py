@@ -117,23 +117,14 @@ def measure(
   )
 
 
-def check(
-  compiled: jax.stages.Compiled,
-  state: TrainState,
-  frozen: Tree,
-  batch: Mapping[str, jax.Array],
-  config,
-) -> Memory:
-  """Measures a train step, says the table, and refuses what does not fit.
+def check(memory: Memory, config) -> None:
+  """Says the table of what `measure` found, and refuses what does not fit a device.
 
   On CPU, where memory can be swapped out, it warns and goes on. Process 0 alone prints.
-
-  Args: those of `measure`.
 
   Raises:
     UserError: the step does not fit another device, with what to change.
   """
-  memory = measure(compiled, state, frozen, batch, config)
   say(memory.table())
   if not memory.fits:
     parts = ', '.join(
@@ -145,11 +136,10 @@ def check(
       f'{memory.device} has {readable(memory.limit or 0)} ({parts})'
       + _one_of(advice(config, memory))
     )
-    if _device(state).platform != 'cpu':
+    if memory.device != 'cpu':
       raise UserError(message)
     if jax.process_index() == 0:
       warn(message)
-  return memory
 
 
 def explain(error: Exception, config) -> UserError | None:

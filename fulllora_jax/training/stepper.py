@@ -119,5 +119,6 @@ class Stepper:
     """Compiles the train step; says what memory it takes, or that it can't."""
     step_fn = train_step.compile_train_step(self.assembly.algorithm, self.assembly.mesh)
     compiled = step_fn.lower(self.state, self.frozen, batch, self.root_key).compile()
-    memory.check(compiled, self.state, self.frozen, batch, self.config)
+    found = memory.measure(compiled, self.state, self.frozen, batch, self.config)
+    memory.check(found, self.config)
     return compiled
