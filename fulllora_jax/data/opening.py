@@ -3,7 +3,8 @@
 import numpy as np
 
 from fulllora_jax.config import ConfigDict
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core import ranges
+from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.data import checks, folder, held_out, records, rng, tfds_source
 from fulllora_jax.data.splits import Dataset, Split
 
@@ -23,6 +24,7 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
     UserError: if it is not there, damaged, no image classification set, its splits overlap, or a
       field of `data` does not fit it.
   """
+  choose('data.cache', data.cache, ('auto', 'memory', 'stream'))
   if data.seed is not None:
     seed = data.seed
   if data.name.startswith('folder:'):
@@ -68,6 +70,7 @@ def _hold_out(data: ConfigDict, split: Split, seed: int) -> tuple[Split, Split]:
 
   That is the share data.validation_fraction of it, but at least one example.
   """
+  ranges.check('data.validation_fraction', data.validation_fraction, '(0, 1)')
   count = max(1, round(data.validation_fraction * len(split)))
   if count >= len(split):
     raise UserError(

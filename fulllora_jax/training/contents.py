@@ -18,12 +18,8 @@ from fulllora_jax.pretrained import sources
 
 def moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Returns the fields of two flat configs that name places, and not the same one."""
-  fields = []
-  for field in ('base.source', 'data.name'):
-    before, now = old.get(field), new.get(field)
-    if before != now and is_place(field, before) and is_place(field, now):
-      fields.append(field)
-  return fields
+  changed = [field for field in ('base.source', 'data.name') if old.get(field) != new.get(field)]
+  return [field for field in changed if all(is_place(field, c.get(field)) for c in (old, new))]
 
 
 def is_place(field: str, name: Any) -> bool:
@@ -52,49 +48,39 @@ def check(workdir: Path, config, fields: Collection[str]) -> None:
   """
   best = workdir / 'best'
   if 'base.source' in fields and best.exists():
-    _check_base(artefact.read_metadata(best), config.base.source, workdir)
+    check_base(artefact.read_metadata(best), config.base.source, workdir)
   if 'data.name' in fields and (workdir / 'report.json').exists():
     of_run.refuse_others(workdir, _opened(config_lib.to_json(config)))
 
 
-def _check_base(metadata: Mapping[str, Any], source: str, workdir: Path) -> None:
-  found = pretrained.resolve_base(source)
-  if found.artefact is None:
-    check_published(metadata, source, workdir)
-    return
-  params = {'params': _params(found.artefact)}
-  learnt = metadata['leaves']
-  frozen = {path: leaf for path, leaf in trees.named_leaves(params).items() if path not in learnt}
-  if artefact.base_fingerprint(params['params'], frozen) != metadata['base_fingerprint']:
-    raise _other_base(source, workdir)
-
-
-def check_published(metadata: Mapping[str, Any], source: str, workdir: Path) -> None:
-  """Refuses a published checkpoint that is not the one that an artefact came from.
+def check_base(metadata: Mapping[str, Any], source: str, workdir: Path) -> None:
+  """Refuses a base that is not the one that an artefact came from.
 
   Args:
     metadata: that of an artefact.
-    source: a checkpoint, as `config.base.source` names it.
+    source: a run of ours or a checkpoint, as `config.base.source` names it.
     workdir: where the artefact is, for the error.
 
   Raises:
     UserError: it was another, or none.
   """
-  kept = metadata.get('base_source') or {'source': None, 'files': {}}
-  if source == kept['source']:
-    return
-  if not _is_remote(source):  # what is not here is known by its name alone
-    found = sources.fetch(source).identity['files']
-    if sorted(found.values()) == sorted(kept['files'].values()):
-      return
-  raise _other_base(source, workdir)
-
-
-def _other_base(source: str, workdir: Path) -> UserError:
-  return UserError(
-    f'base.source {source}: it is another base than the one in {workdir}; give that one, or '
-    'another --workdir'
-  )
+  found = pretrained.resolve_base(source)
+  if found.artefact is not None:
+    params = {'params': _params(found.artefact)}
+    leaves = trees.named_leaves(params).items()
+    frozen = {path: leaf for path, leaf in leaves if path not in metadata['leaves']}
+    same = artefact.base_fingerprint(params['params'], frozen) == metadata['base_fingerprint']
+  else:
+    kept = metadata.get('base_source') or {'source': None, 'files': {}}
+    same = source == kept['source']
+    if not same and not _is_remote(source):  # what is not here is known by its name alone
+      files = sources.fetch(source).identity['files']
+      same = sorted(files.values()) == sorted(kept['files'].values())
+  if not same:
+    raise UserError(
+      f'base.source {source}: it is another base than the one in {workdir}; give that one, or '
+      'another --workdir'
+    )
 
 
 def _params(directory: Path) -> Tree:

@@ -105,7 +105,7 @@ def test_validation_is_disjoint_seeded_and_not_in_train(digits_data):
 @pytest.mark.parametrize('fraction', [0.0, 1.0, -0.1])
 def test_validation_fraction_must_be_a_share(digits_data, fraction):
   digits_data.validation_fraction = fraction
-  assert f'data.validation_fraction={fraction}' in open_error(digits_data)
+  assert f'data.validation_fraction {fraction}: it must be above' in open_error(digits_data)
 
 
 def test_validation_must_leave_training_examples(digits_data):

@@ -151,7 +151,7 @@ def test_a_few_steps_cross_the_ball(name, steps, race_config, digits):
     (
       {'schedules': ('n_fsgm',)},
       {},
-      "schedules: unknown 'n_fsgm'; did you mean n_fgsm.*known: pgd-10",
+      "schedules: unknown 'n_fsgm'; known: pgd-10.*did you mean n_fgsm",
     ),
     ({}, {'method': 'standard'}, 'method standard trains without an attack'),
     ({'final': 'apgd-t+pgd-20'}, {}, 'pgd-20 cannot be joined with others'),

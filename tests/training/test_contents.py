@@ -100,11 +100,11 @@ def test_a_name_and_a_path_are_not_the_same(elsewhere):
 
 def test_what_was_published_is_known_by_its_files_or_its_name(run, tmp_path):
   kept = artefact.read_metadata(run.folder / 'run' / 'base' / 'best')
-  contents.check_published(kept, str(run.source), tmp_path)
+  contents.check_base(kept, str(run.source), tmp_path)
   renamed = shutil.copytree(run.source, tmp_path / 'renamed')
-  contents.check_published(kept, str(renamed), tmp_path)
+  contents.check_base(kept, str(renamed), tmp_path)
   hub = {'base_source': {'source': 'hf-hub:a/b', 'files': {}}}
-  contents.check_published(hub, 'hf-hub:a/b', tmp_path)
+  contents.check_base(hub, 'hf-hub:a/b', tmp_path)
   for metadata, source in ((hub, 'hf-hub:a/c'), (kept, 'hf-hub:a/b'), ({}, str(run.source))):
     with pytest.raises(UserError, match='it is another base than the one in'):
-      contents.check_published(metadata, source, tmp_path)
+      contents.check_base(metadata, source, tmp_path)

@@ -104,7 +104,7 @@ def _prepare_base(config, workdir: Path) -> None:
     kept = pretrained.resolve_base(workdir / 'base')
     if kept.artefact is not None:
       metadata = pretrained.base_metadata(kept.artefact)
-      contents.check_published(metadata, config.base.source, workdir / 'base')
+      contents.check_base(metadata, config.base.source, workdir / 'base')
     opened = base_lib.open_base(config, workdir)
     if opened is not None:  # else it is there
       dataset = of_run.hold(workdir, data.open_dataset(config.data, config.seed))

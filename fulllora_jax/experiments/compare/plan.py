@@ -17,7 +17,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import pretrained
 from fulllora_jax.adapters import methods
 from fulllora_jax.core import ranges
-from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError, choose, did_you_mean
 from fulllora_jax.core.files import as_path
 from fulllora_jax.evaluation import settings
 from fulllora_jax.training import checks
@@ -118,11 +118,7 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
       )
   for name, given in (('--rows', rows), ('references', comparison.references)):
     for row in given:
-      if row not in comparison.rows:
-        raise UserError(
-          f'{name}: unknown {row!r}{_near(row, comparison.rows)}; known: '
-          + ', '.join(comparison.rows)
-        )
+      choose(name, row, tuple(comparison.rows))
   for seed in seeds:
     if seed not in comparison.seeds:
       raise UserError(
@@ -153,7 +149,8 @@ def _run(comparison, workdir: Path, row: str, seed: int) -> Run:
         'common; change experiment, or make it a comparison of its own'
       )
     if field not in known:
-      raise UserError(f'rows.{row}: unknown field {field}{_near(field, known)}')
+      near = did_you_mean(field, known).rstrip()
+      raise UserError(f'rows.{row}: unknown field {field}; {near or "see config.py"}')
     try:
       config.update_from_flattened_dict({field: value})
     except TypeError as error:
@@ -169,8 +166,3 @@ def _run(comparison, workdir: Path, row: str, seed: int) -> Run:
   except UserError as error:
     raise UserError(f'rows.{row}: {error}') from None
   return Run(row, seed, config, workdir / 'runs' / f'{row}-{seed}')
-
-
-def _near(name: str, known) -> str:
-  hint = did_you_mean(name, known).rstrip()
-  return f'; {hint}' if hint else ''

@@ -21,7 +21,7 @@ from fulllora_jax.adapters import methods
 from fulllora_jax.attacks import Attack
 from fulllora_jax.core import trees
 from fulllora_jax.core.console import Progress, say, warn
-from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.core.files import read_file, replace_file
 from fulllora_jax.data import of_run
 from fulllora_jax.evaluation.evaluator import Evaluator
@@ -184,13 +184,10 @@ def _check(config, target, schedules, points) -> None:
     raise UserError(f'target {target}: a robust accuracy is in 0..1, so give e.g. 0.6')
   if points < 1:
     raise UserError(f'points {points}: measure at least once')
-  known = f'known: {", ".join(SCHEDULES)}'
   for name in schedules:
-    if name not in SCHEDULES:
-      hint = did_you_mean(name, SCHEDULES, cutoff=0.3)
-      raise UserError(f'schedules: unknown {name!r}; {hint}{known}')
+    choose('schedules', name, tuple(SCHEDULES))
   if not schedules:
-    raise UserError(f'schedules: none given; {known}')
+    raise UserError(f'schedules: none given; known: {", ".join(SCHEDULES)}')
   if not methods.get(config.method).adversarial:
     raise UserError(
       f'method {config.method} trains without an attack, so there is no road '
