@@ -38,7 +38,6 @@ class Listing:
   def __init__(self, name: str, root: Path):
     self.name, self.root = name, root
     self._left_out = defaultdict(list)  # reason -> the files that are left out for it
-    self._nested: list[Path] = []  # images in subfolders of a class
 
   def split_folders(self, data: ConfigDict) -> tuple[Path, Path | None]:
     """Returns the folders of the training and of the test classes.
@@ -122,7 +121,7 @@ class Listing:
     empty = []
     for label, (name, folders) in enumerate(classes.items()):
       seen: set[str] = set()
-      own = [(path, label) for place in folders for path in self._below(place, seen, deep=False)]
+      own = [(path, label) for place in folders for path in self._below(place, seen)]
       files += own
       empty += [] if own else [name]
     if not files or (empty and not allow_empty):
@@ -136,42 +135,35 @@ class Listing:
       console.warn(f'{self.name}: no test image of {len(empty)} classes: {few(empty)}')
     return files
 
-  def _below(self, folder: Path, seen: set[str], *, deep: bool) -> Iterator[Path]:
-    """Yields the images below a class folder, or `deep` in it; counts what is none."""
+  def _below(self, folder: Path, seen: set[str]) -> Iterator[Path]:
+    """Yields the images in a folder of a class and in its subfolders; counts what is none."""
     real = str(folder) if is_remote(folder) else os.path.realpath(folder)
     if real in seen:  # a link goes round
       return
     seen.add(real)
     for path in _entries(folder):
       if images.is_picture(path.name):
-        self._nested += [path] * deep
         yield path
       elif path.is_dir():
-        yield from self._below(path, seen, deep=True)
+        yield from self._below(path, seen)
       else:
         self._left_out[path.suffix.lower() or 'without a suffix'].append(path)
 
   def say(self) -> None:
-    """Says in a line each what is left out and why, and what lies deeper than usual."""
+    """Says in a line what is left out and why."""
     if self._left_out:
       count = sum(map(len, self._left_out.values()))
       console.warn(
         f'{self.name}: {count} files are left out, as they lie in no class folder or have no '
         f'suffix that Pillow reads: {self._reasons()}'
       )
-    if self._nested:
-      console.say(
-        f'{self.name}: {len(self._nested)} images in subfolders of a class count as its own '
-        f'(e.g. {self._way(self._nested[0])})'
-      )
 
   def _reasons(self) -> str:
     """Lists how many files are left out by reason, most first, each with an example."""
     most = sorted(self._left_out.items(), key=lambda item: -len(item[1]))
-    return few(f'{len(paths)} {why} (e.g. {self._way(paths[0])})' for why, paths in most)
-
-  def _way(self, path: Path) -> str:
-    return os.fspath(path).removeprefix(os.fspath(self.root)).lstrip('/')
+    return few(
+      f'{len(paths)} {why} (e.g. {paths[0].relative_to(self.root)})' for why, paths in most
+    )
 
   def _error(self, text: str) -> UserError:
     return UserError(f'data.name={self.name}: {text}')

@@ -71,19 +71,19 @@ def find(
     return HeadRows((), names if num_classes == rows else ())
   if not known:
     return _by_position(source, rows, own)
-  found = dict(zip(own, class_names.rows_of(own, known), strict=True))
-  if missing := [name for name, fits in found.items() if not fits]:
+  found = class_names.rows_of(own, known)
+  if missing := [name for name, fits in zip(own, found, strict=True) if not fits]:
     return _unmatched(source, names, own, missing)
-  count = Counter(row for fits in found.values() for row in fits)
-  for fits in found.values():
+  count = Counter(row for fits in found for row in fits)
+  for fits in found:
     if len(fits) > 1 or count[fits[0]] > 1:
-      rivals = [name for name, others in found.items() if set(others) & set(fits)]
+      rivals = [name for name, others in zip(own, found, strict=True) if set(others) & set(fits)]
       raise UserError(
         f'{source}: class {" and ".join(map(repr, rivals))} fits '
         + few(f'row {row} ({names[row]})' for row in fits)
         + ' of its head; rename classes, or set base.label_map'
       )
-  chosen = tuple(fits[0] for fits in found.values())
+  chosen = tuple(fits[0] for fits in found)
   if chosen == tuple(range(rows)):
     said = f'its {rows} rows are the classes of the data, by name and in order'
     return HeadRows((), own, said)

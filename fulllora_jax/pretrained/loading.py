@@ -81,8 +81,7 @@ def open_checkpoint(
     if layout.recognises(shapes):
       with _naming(source):
         asked = {'wanted': {**models.settings(model), 'name': model.name}} if model else {}
-        described = _describe(layout, shapes, {**fetched.config, **asked}, told or {})
-        names = _names(fetched.config)
+        described, names = _describe(layout, shapes, {**fetched.config, **asked}, told or {})
       return Opened(tensors, shapes, layout, described, fetched.identity, names)
   raise UserError(
     f'base.source: {source} holds no model that is known here; its first keys '
@@ -90,8 +89,10 @@ def open_checkpoint(
   )
 
 
-def _describe(layout: Layout, shapes, settings, told) -> Architecture:
-  """Describes a checkpoint; nulls of its config.json count as not there."""
+def _describe(
+  layout: Layout, shapes, settings, told
+) -> tuple[Architecture, tuple[tuple[str, ...], ...]]:
+  """Describes a checkpoint and names its classes; nulls of its config.json count as not there."""
   told = {field: value for field, value in told.items() if value not in ((), '', None)}
   settings = _without_nulls(settings)
   try:
@@ -105,6 +106,7 @@ def _describe(layout: Layout, shapes, settings, told) -> Architecture:
       not_needed=stated.not_needed,
     )
     _config_of(described)
+    return described, head_names.names_in(settings)
   except UserError:  # a ValueError, too
     raise
   except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -113,17 +115,6 @@ def _describe(layout: Layout, shapes, settings, told) -> Architecture:
     if not beside:
       what, advice = ('the shapes of its arrays', 'give the checkpoint as it was published')
     raise UserError(f'{what} cannot be understood ({error}); {advice}') from None
-  return described
-
-
-def _names(settings) -> tuple[tuple[str, ...], ...]:
-  try:
-    return head_names.names_in(settings)
-  except (AttributeError, TypeError, ValueError) as error:
-    raise UserError(
-      f'its config.json names classes in a way that cannot be understood ({error}); mend id2label '
-      'or label_names there, or remove it'
-    ) from None
 
 
 def _without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,14 +33,10 @@ def open_dataset(config) -> data.Dataset:
   """Opens the data; every process reads its own copy of the same."""
   if not processes.from_primary(data.is_ready, config.data):
     # One prepares it; the others find it, or prepare it on their own disks.
-    processes.from_primary(_prepare, config)
+    processes.from_primary(lambda: bool(data.open_dataset(config.data, config.seed)))
   dataset = processes.everywhere(data.open_dataset, config.data, config.seed)
   processes.check_same('data set', data.identity(dataset))
   return dataset
-
-
-def _prepare(config) -> None:
-  data.open_dataset(config.data, config.seed)
 
 
 def open_base(config, workdir: Path) -> pretrained.Opened | None:

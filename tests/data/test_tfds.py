@@ -7,7 +7,7 @@ from sklearn import datasets as sklearn_datasets
 
 from fulllora_jax import config
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.data import choose_examples, eval_batches, open_dataset
+from fulllora_jax.data import choose_examples, eval_batches, open_dataset, shared_examples
 
 # Nothing listens at port 9: the same as no network, and at once.
 NO_NETWORK = {'https_proxy': 'http://127.0.0.1:9', 'http_proxy': 'http://127.0.0.1:9'}
@@ -120,6 +120,14 @@ def test_slices_and_resizing(digits_data):
   dataset = open_dataset(digits_data, 0)
   assert (len(dataset.train), len(dataset.test)) == (98, 30)
   assert dataset.train.fetch(np.arange(3)).shape == (3, 12, 12, 1)
+
+
+def test_test_examples_are_found_in_the_train_split_of_a_base(digits_data):
+  digits_data.train_split, digits_data.test_split = 'train[:90%]', 'train[90%:]'
+  count = len(open_dataset(digits_data, 0).test)
+  assert shared_examples(digits_data, 'train') == count > 0
+  assert shared_examples(digits_data, 'train[:95%]') in range(1, count)
+  assert shared_examples(digits_data, 'train[:90%]') == 0
 
 
 def test_unknown_split_lists_the_splits(digits_data):

@@ -144,6 +144,7 @@ def test_numbers_are_names_where_the_head_has_them(named):
       r"class 'CRANE' fits row 0 .*, row 2 .Crane",
     ),
     (('a', 'b', 'c', 'd', 'e'), ('a', 'A'), "class 'a' and 'A' fits row 0 .a. of its head"),
+    (('a', 'b', 'c', 'd', 'e'), ('a', 'a'), "class 'a' and 'a' fits row 0 .a. of its head"),
   ],
 )
 def test_what_is_not_clear_is_refused(named, names, own, words):
@@ -163,7 +164,7 @@ def test_imagenettes_ids_among_a_thousand_descriptions():
 
 
 def test_names_that_are_no_names_are_one_line(named):
-  with pytest.raises(UserError, match='names classes in a way that cannot be understood'):
+  with pytest.raises(UserError, match=r'config.json .* cannot be understood \(.*first'):
     named(id2label={'first': 'a'})
 
 
