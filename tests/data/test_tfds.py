@@ -165,7 +165,7 @@ def test_slices_that_meet_are_apart(digits_data):
 
 def test_unknown_cache(digits_data):
   digits_data.cache = 'disk'
-  assert 'use auto, memory, stream' in open_error(digits_data)
+  assert 'known: auto, memory, stream' in open_error(digits_data)
 
 
 def test_unknown_name_suggests_close_ones(digits_data):
