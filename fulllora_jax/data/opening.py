@@ -58,8 +58,6 @@ def is_ready(data: ConfigDict) -> bool:
 
 def _split(source: records.Source, role: str, in_memory: bool) -> Split:
   found = getattr(source, role)
-  if not found.size:
-    raise UserError(f'data.name={source.name}: split {found.name} is empty')
   labels, fetch = records.load(source, found, in_memory)
   checks.check_labels(source.name, found.name, labels, source.label_names)
   return Split(found.name, labels, fetch, np.array(found.contents, str))

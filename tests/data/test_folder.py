@@ -163,3 +163,12 @@ def test_unknown_test_split(folder_data, write_images):
   message = open_error(folder_data)
   assert 'data.test_split=holdout: no such folder' in message
   assert 'found train' in message
+
+
+def test_a_split_of_broken_images_alone_is_refused(folder_data, write_images):
+  for name in 'ab':
+    write_images(f'train/{name}', 5)
+    for path in write_images(f'test/{name}', 1).iterdir():
+      path.write_bytes(b'no image')
+  folder_data.on_broken = 'skip'
+  assert 'split test has no examples' in open_error(folder_data)
