@@ -68,6 +68,18 @@ def refuse_others(workdir: Path, dataset: Dataset) -> None:
   _the_same(workdir, kept, dataset)
 
 
+def refuse_changes(
+  workdir: Path, name: str, before: Mapping[str, Any] | None, now: Mapping[str, Any]
+) -> None:
+  """Raises UserError unless the `identity` of the data is what a run keeps; None: unknown."""
+  before = before or now
+  if changed := [f'{k} {before.get(k)!r} -> {v!r}' for k, v in now.items() if before.get(k) != v]:
+    raise UserError(
+      f'data.name={name}: not the data that the run in {workdir} began with '
+      f'({"; ".join(changed)}); put them back as they were, or give another --workdir'
+    )
+
+
 def trained_on(workdir: Path, dataset: Dataset) -> int:
   """Returns how many test images a run trained on, or chose its best by; 0 if it does not say."""
   kept = (processes.from_primary(read, workdir) or {}).get('contents', {})
@@ -165,13 +177,7 @@ def _the_same(
   """Returns the data as a run has them; raises UserError where anything is not as it keeps it."""
   ordered = in_order(f'the run in {workdir}', kept, dataset, may_map=may_map)
   dataset = _held_out(workdir, kept, ordered)
-  now = _description(dataset)['identity']
-  before = kept.get('identity', now)
-  if changed := [f'{k} {before.get(k)!r} -> {v!r}' for k, v in now.items() if before.get(k) != v]:
-    raise UserError(
-      f'data.name={dataset.name}: not the data that the run in {workdir} began with '
-      f'({"; ".join(changed)}); put them back as they were, or give another --workdir'
-    )
+  refuse_changes(workdir, dataset.name, kept.get('identity'), _description(dataset)['identity'])
   return dataset
 
 

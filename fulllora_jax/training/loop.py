@@ -13,6 +13,7 @@ from fulllora_jax import data
 from fulllora_jax.core import trees
 from fulllora_jax.core.console import Progress, say, warn
 from fulllora_jax.core.errors import Preempted, UserError
+from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
 from fulllora_jax.distributed.preemption import Notice
 from fulllora_jax.training import carry, ema, memory, overfitting
@@ -155,7 +156,7 @@ class Training:
     self.skipped, self.blind = notes['skipped'], notes.get('blind', 0)
     self.passes = notes.get('passes', 0.0)
     self.seconds = notes.get('seconds', 0.0)
-    self._check_data(notes.get('data'))
+    of_run.refuse_changes(self.workdir, self.config.data.name, notes.get('data'), self._identity)
     if notes.get('base') not in (None, self.stepper.origin.fingerprint):
       raise UserError(
         f'base.source={self.config.base.source}: not the base that the run in {self.workdir} began '
@@ -163,19 +164,6 @@ class Training:
       )
     say(f'resuming at step {start}')
     return start
-
-  def _check_data(self, before: dict[str, Any] | None) -> None:
-    """Raises UserError where the run began with other data; None: unknown."""
-    changed = [
-      f'{name} {before.get(name)!r} -> {value!r}'
-      for name, value in self._identity.items()
-      if before and before.get(name) != value
-    ]
-    if changed:
-      raise UserError(
-        f'data.name={self.config.data.name}: not the data that the run in {self.workdir} began '
-        f'with ({"; ".join(changed)}); put them back as they were, or give another --workdir'
-      )
 
   def _metric_writer(self, start: int):
     """Returns process 0's writer of metrics; the others have none."""
