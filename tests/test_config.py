@@ -247,8 +247,8 @@ def test_a_base_that_is_trained_first_has_the_adapter_of_its_run():
 @pytest.mark.parametrize(
   'field, value, words',
   [
-    ('attack__restarts', 2, 'one start, but attack.restarts is 2'),
-    ('attack__random_start', False, 'always starts at a random point'),
+    ('attack__restarts', 2, 'one random start, but attack.restarts is 2'),
+    ('attack__random_start', False, 'one random start, but attack.random_start is False'),
     ('threat__norm', 'l2', 'needs threat.norm linf, but it is l2'),
   ],
 )

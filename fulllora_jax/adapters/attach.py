@@ -29,9 +29,9 @@ from fulllora_jax.core.errors import UserError, first_line
 # (the module, what it gives, what its branch adds to that); may sow.
 Watch = Callable[[nn.Module, jax.Array, jax.Array], None]
 
-# What is equal, and so may be traced once, has one number.
+# What is equal, and so may be traced once -> its number.
 _NUMBERS: dict[Any, int] = {}
-TRACES = itertools.count()
+_COUNT = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,6 @@ class AdaptedModel:
         [self.interceptor(seen)],
         base,
         *args,
-        number=next(TRACES),
         initialising=True,
         rngs={'params': key},
         mutable=True,
@@ -107,11 +106,9 @@ class AdaptedModel:
     """Runs the model; with no `lnlora` in `variables`, the bare base."""
     if not variables.get(COLLECTION):
       return self.model.apply(variables, *args, **kwargs)
-    number = _number(tuple(self.targets.items()))
+    same = tuple(self.targets.items())
     try:
-      return intercepted(
-        self.model, [self.interceptor()], variables, *args, number=number, **kwargs
-      )
+      return intercepted(self.model, [self.interceptor()], variables, *args, same=same, **kwargs)
     except jax.errors.UnexpectedTracerError as error:
       raise UserError(
         f'a value left the transform that made it ({first_line(error)}); around a map with a '
@@ -139,7 +136,7 @@ class AdaptedModel:
     Not at those that add nothing to what a module gives, as prompts.
     """
     watching = self.interceptor(watch=watch)
-    return intercepted(self.model, [watching], variables, *args, number=next(TRACES), **kwargs)
+    return intercepted(self.model, [watching], variables, *args, **kwargs)
 
   def interceptor(self, seen: dict[str, str | None] | None = None, watch: Watch | None = None):
     """Makes what `flax.linen.intercept_methods` takes; for `intercepted`.
@@ -237,7 +234,7 @@ def intercepted(
   interceptors: Sequence[Callable[..., Any]],
   variables: Mapping[str, Any],
   *args: Any,
-  number: int,
+  same: Any = None,
   initialising: bool = False,
   method: str | Callable[..., Any] | None = None,
   **kwargs: Any,
@@ -249,11 +246,16 @@ def intercepted(
     interceptors: what `flax.linen.intercept_methods` takes, the outermost first.
     variables: the model's collections.
     *args: what the model is called with.
-    number: equal where the interceptors do the same, so that nn.jit may reuse its trace.
+    same: equal where the interceptors do the same, so that nn.jit may reuse its trace; None, or
+      what cannot be hashed: they are like no other.
     initialising: whether the model is to see what it sees in `model.init`.
     method: that of `model.apply`.
     **kwargs: further arguments of `model.apply`.
   """
+  number = next(_COUNT)
+  if same is not None:
+    with contextlib.suppress(TypeError):  # of what has arrays
+      number = _NUMBERS.setdefault(same, number)
   flags = {COLLECTION: number} | ({'initializing': True} if initialising else {})
 
   def run(bound, *args, **kwargs):
@@ -268,13 +270,6 @@ def intercepted(
     for interceptor in interceptors:
       stack.enter_context(nn.intercept_methods(interceptor))
     return model.apply(variables, *args, method=run, **kwargs)
-
-
-def _number(what: Any) -> int:
-  try:
-    return _NUMBERS.setdefault(what, next(TRACES))
-  except TypeError:  # it has arrays, and is like no other
-    return next(TRACES)
 
 
 def _first_argument(

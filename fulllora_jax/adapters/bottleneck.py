@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from fulllora_jax.adapters.branch import Branch, Call, Parameters
 from fulllora_jax.core import ranges
-from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.core.errors import choose
 
 _ACTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -72,14 +72,6 @@ class Bottleneck(Branch):
     """Returns the names of the bottleneck's parameters."""
     return ('down', 'down_bias', 'up', 'up_bias')
 
-  def check_rank(self, path: str, d_in: int, d_out: int) -> None:
-    """Raises UserError if the rank is not in 1..min(d_in, d_out)."""
-    if not 1 <= self.rank <= min(d_in, d_out):
-      raise UserError(
-        f'adapter.rank {self.rank} does not fit {path}, whose bottleneck maps '
-        f'{d_in} -> {d_out}: it must be in 1..{min(d_in, d_out)}'
-      )
-
   def __call__(self, parameters: Parameters, x: jax.Array) -> jax.Array:
     """Computes scale * up(act(down(x))).
 
@@ -106,7 +98,7 @@ class Bottleneck(Branch):
     x, d_out = x if self.parallel else out, out.shape[-1]
 
     def init(key):
-      self.check_rank(call.path, x.shape[-1], d_out)
+      call.check_rank(self.rank, x.shape[-1], d_out)
       return self.init(key, x.shape[-1], d_out)
 
     return y, self(call.parameters(self, init), x).reshape(y.shape)

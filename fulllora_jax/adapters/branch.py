@@ -117,6 +117,14 @@ class Call:
     x = as_rows(self.module, self.path, x)
     return x, y.reshape(*y.shape[: x.ndim - 1], -1)
 
+  def check_rank(self, rank: int, d_in: int, d_out: int) -> None:
+    """Raises UserError if a rank is not in 1..min(d_in, d_out)."""
+    if not 1 <= rank <= min(d_in, d_out):
+      raise UserError(
+        f'adapter.rank {rank} does not fit {self.path} ({d_in} -> {d_out}): it must be in '
+        f'1..{min(d_in, d_out)}; lower adapter.rank, or leave this target out'
+      )
+
   def parameters(self, branch: Branch, init: Callable[[jax.Array], Parameters]) -> Parameters:
     """Returns a branch's parameters, folded.
 

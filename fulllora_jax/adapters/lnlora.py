@@ -34,7 +34,6 @@ from flax.core.tracers import current_trace
 
 from fulllora_jax.adapters.branch import Branch, Call, Parameters
 from fulllora_jax.core import ranges
-from fulllora_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +86,6 @@ class LNLoRA(Branch):
     """Returns the names of the branch's parameters."""
     norm = ('ln_scale', 'ln_bias') if self.layer_norm else ()
     return ('lora_a', 'lora_b', *norm)
-
-  def check_rank(self, path: str, d_in: int, d_out: int) -> None:
-    """Raises UserError if the rank is not in 1..min(d_in, d_out)."""
-    if not 1 <= self.rank <= min(d_in, d_out):
-      raise UserError(
-        f'adapter.rank {self.rank} does not fit {path} ({d_in} -> {d_out}): it must be in '
-        f'1..{min(d_in, d_out)}; lower adapter.rank, or leave this target out'
-      )
 
   def __call__(self, parameters: Parameters, x: jax.Array) -> jax.Array:
     """Computes the definition, (alpha / r) LN(x) A B.
@@ -169,7 +160,7 @@ class LNLoRA(Branch):
     d_in, d_out = x.shape[-1], out.shape[-1]
 
     def init(key):
-      self.check_rank(call.path, d_in, d_out)
+      call.check_rank(self.rank, d_in, d_out)
       return self.init(key, d_in, d_out)
 
     folded, moments = call.parameters(self, init), None

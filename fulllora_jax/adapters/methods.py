@@ -17,7 +17,7 @@ from fulllora_jax.adapters.bottleneck import Bottleneck
 from fulllora_jax.adapters.branch import COLLECTION, Branch
 from fulllora_jax.adapters.lnlora import LNLoRA
 from fulllora_jax.adapters.prompts import Prompts
-from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError, choose
 
 # (collection, a leaf's path joined by '/', regular expression of the head's
 # path) -> whether the leaf learns.
@@ -183,9 +183,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 
 def get(name: str) -> Method:
   """Returns the method of that name; UserError if there is none."""
-  if name not in METHODS:
-    hint = did_you_mean(name, METHODS)
-    raise UserError(f'method: unknown method {name!r}; {hint}known: {", ".join(METHODS)}')
+  choose('method', name, tuple(METHODS))
   return METHODS[name]
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from fulllora_jax.adapters.attach import TRACES, AdaptedModel, intercepted
+from fulllora_jax.adapters.attach import AdaptedModel, intercepted
 from fulllora_jax.adapters.branch import COLLECTION, Branch
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
@@ -111,7 +111,7 @@ def _apply_parts(
     variables[COLLECTION] = stack[COLLECTION]
   branches = AdaptedModel(model, targets).interceptor()
   # The branches' first: they add to what an example's own layer gives.
-  logits = intercepted(model, [branches, intercept], variables, images, number=next(TRACES))
+  logits = intercepted(model, [branches, intercept], variables, images)
   return logits, served
 
 

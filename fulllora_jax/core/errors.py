@@ -1,7 +1,8 @@
 """Errors that a user can mend."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # The exit status EX_TEMPFAIL of sysexits.h: nothing is wrong with the input,
 # the same command goes on.
@@ -34,7 +35,32 @@ def choose(name: str, value: str, known: tuple[str, ...]) -> None:
   if value not in known:
     hint = did_you_mean(value.lower(), known, cutoff=0.6) if isinstance(value, str) else ''
     hint = f'; {hint.rstrip()}' if hint else ''
-    raise UserError(f'{name}: unknown {value!r}; known: {", ".join(known)}{hint}')
+    raise UserError(f'{name}: unknown {value!r}; known: {", ".join(filter(None, known))}{hint}')
+
+
+def value_of(config: Any, field: str) -> Any:
+  """Returns the value of a field, given by its path, e.g. 'attack.steps'."""
+  for name in field.split('.'):
+    config = config[name]
+  return config
+
+
+def require(config: Any, needed: Mapping[str, Any], why: str, instead: str) -> None:
+  """Refuses a config in which fields do not go together.
+
+  Args:
+    config: config.py.
+    needed: path of a field -> the value that something else needs it to have.
+    why: what needs it, and why, for the message.
+    instead: what else than these fields could be changed.
+
+  Raises:
+    UserError: one of the fields has another value.
+  """
+  for field, value in needed.items():
+    found = value_of(config, field)
+    if found != value:
+      raise UserError(f'{why}, but {field} is {found}; give {field} {value}, or {instead}')
 
 
 def few(names: Iterable[str]) -> str:

@@ -34,10 +34,14 @@ def check(name: str, value: Any, interval: str, *, whole: bool = False, shown: A
   fulllora_jax.core.errors.UserError: ema.decay 1.0: it must be at least 0 and below 1
   """
   kind = numbers.Integral if whole else numbers.Real
-  found = isinstance(value, kind) and not isinstance(value, bool)
-  if found and math.isfinite(value) and _inside(value, interval):
+  is_number = isinstance(value, kind) and not isinstance(value, bool)
+  is_number = is_number and -math.inf < value < math.inf
+  low, high = _ends(interval)
+  if is_number and (low < value < high or (value == low and interval[0] == '[')):
     return
-  what = '' if found and math.isfinite(value) else f'a {"whole" if whole else "finite"} number '
+  if is_number and value == high and interval[-1] == ']':
+    return
+  what = '' if is_number else f'a {"whole" if whole else "finite"} number '
   given = value if shown is None else shown
   raise UserError(f'{name} {given}: it must be {what}{_words(interval)}'.rstrip())
 
@@ -78,12 +82,6 @@ def check_unit_range(images: Any, remedy: str) -> Any:
 def _ends(interval: str) -> tuple[float, float]:
   low, high = interval[1:-1].split(',')
   return float(low), float(high)
-
-
-def _inside(value: Any, interval: str) -> bool:
-  low, high = _ends(interval)
-  above = value > low or (value == low and interval.startswith('['))
-  return above and (value < high or (value == high and interval.endswith(']')))
 
 
 def _words(interval: str) -> str:

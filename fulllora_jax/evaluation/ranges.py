@@ -8,10 +8,12 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fulllora_jax import config as config_lib
+from fulllora_jax.attacks.losses import LOSSES
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import ranges
-from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.core.errors import UserError, choose, value_of
+from fulllora_jax.models.layers import ACTIVATIONS, REMAT
 
 _RECIPE = {  # of a training: the run's, and that of its base
   '(0, inf)': """optimizer.learning_rate train.epochs train.steps train.batch_size train.accumulate
@@ -45,11 +47,15 @@ FRACTIONS = ('attack.step_size', 'eval.step_size', 'eval.radii')  # numbers, or 
 WHOLE = ('model.depths', 'model.heads', 'base.label_map')  # tuples of whole numbers
 _DTYPES = ('float32', 'bfloat16')
 CHOICES: Mapping[str, tuple[str, ...]] = {
+  'model.act': (*ACTIVATIONS, ''),
   'model.dtype': _DTYPES,
+  'model.remat': ('none', *REMAT),
   'adapter.head': ('train', 'frozen', 'lnlora'),
   'adapter.dtype': _DTYPES,
   'data.cache': ('auto', 'memory', 'stream'),
   'data.on_broken': ('refuse', 'skip'),
+  'attack.loss': tuple(LOSSES),
+  'base.act': (*ACTIVATIONS, ''),
   'base.dtype': _DTYPES,
   'base.patch_resize': ('sum', 'flexi', 'interpolate'),
   'eval.weights': config_lib.WEIGHTS,
@@ -68,9 +74,7 @@ def check(config: ConfigDict, parts: Collection[str] = ()) -> None:
   """
   for field, kind, optional in types(config_lib.default()):
     if not parts or field.split('.')[0] in parts:
-      value = config
-      for name in field.split('.'):
-        value = value[name]
+      value = value_of(config, field)
       if value is not None or not optional:
         _check(field, value, kind)
 

@@ -15,18 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.models.layers import (
-  IMAGENET_MEAN,
-  IMAGENET_STD,
-  Computation,
-  ImageModel,
-  Mlp,
-  activation,
-  build,
-  check_width,
-  resolve,
-  run_block,
-)
+from fulllora_jax.models import layers
 
 # Roles of the linear maps, as regular expressions of module paths.
 LINEAR_MAPS = {
@@ -45,7 +34,8 @@ MODULES = {'mlp': r'block_\d+/mlp'}
 
 SIZE_FIELDS = ('width', 'depth', 'num_heads', 'local_layers')
 FIELDS = (*SIZE_FIELDS, 'mlp_dim', 'pool')
-_SETTINGS = dict(pool='token', act='gelu', epsilon=1e-6, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+_IMAGENET = dict(mean=layers.IMAGENET_MEAN, std=layers.IMAGENET_STD)
+_SETTINGS = dict(pool='token', act='gelu', epsilon=1e-6, **_IMAGENET)
 # Registry name -> settings; 'convit' has a free size. The MLPs are 4 x width.
 NAMES: Mapping[str, Mapping[str, Any]] = {
   **{
@@ -100,7 +90,7 @@ class Attention(nn.Module):
   """Self-attention; gated with a positional one where positions are given."""
 
   num_heads: int  # H; divides the width
-  how: Computation  # how it computes; softmax and gate compute in float32
+  how: layers.Computation  # how it computes; softmax and gate compute in float32
 
   @nn.compact
   def __call__(self, queries: jax.Array, x: jax.Array, positions: jax.Array | None) -> jax.Array:
@@ -142,7 +132,7 @@ class Block(nn.Module):
 
   num_heads: int  # attention heads
   mlp_dim: int  # hidden width of the MLP
-  how: Computation  # how all the parts compute
+  how: layers.Computation  # how all the parts compute
   token_only: bool  # computes the first token alone, from all of them
 
   @nn.compact
@@ -154,10 +144,10 @@ class Block(nn.Module):
     attention = Attention(self.num_heads, self.how, name='attention')
     x = x + self.how.drop(attention(y[:, queries], y, positions), train)
     y = self.how.norm('norm2')(x)
-    return x + Mlp(self.mlp_dim, self.how, name='mlp')(y, train=train)
+    return x + layers.Mlp(self.mlp_dim, self.how, name='mlp')(y, train=train)
 
 
-class ConViT(ImageModel, kw_only=True):
+class ConViT(layers.ImageModel, kw_only=True):
   """Patches to logits.
 
   Attributes: those of `ImageModel`, and:
@@ -200,7 +190,7 @@ class ConViT(ImageModel, kw_only=True):
         token_only=i == self.depth - 1,  # nothing else of it would be read
         name=f'block_{i}',
       )
-      x = run_block(block, self.remat, x, seen, train=train)
+      x = layers.run_block(block, self.remat, x, seen, train=train)
     return self.logits(how.norm('norm')(x)[:, 0])
 
   def _check_sides(self, height: int, width: int) -> None:
@@ -214,24 +204,22 @@ class ConViT(ImageModel, kw_only=True):
 def create(model, num_classes: int) -> ConViT:
   """Builds the ConViT that `config.model` describes.
 
-  Args:
-    model: the `model` part of a config (config.py).
-    num_classes: K, the number of logits.
+  Args: those of `models.create`.
 
   Raises:
     UserError: a free size with a missing field, a width that the heads do not divide, local_layers
-      outside 0..depth - 1, a pool that reads no class token, or an unknown activation.
+      outside 0..depth - 1, a pool that reads no class token, or as `layers.build`.
   """
   # No local layers is a choice, and not a missing field.
   needed = SIZE_FIELDS if model.local_layers is None else SIZE_FIELDS[:3]
-  settings = resolve(model, NAMES, needed)
+  settings = layers.resolve(model, NAMES, needed)
   _check(model.name, settings)
   settings.setdefault('mlp_dim', 4 * settings['width'])
-  return build(ConViT, settings, num_classes)
+  return layers.build(ConViT, settings, num_classes)
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
-  check_width(settings)
+  layers.check_width(settings)
   depth, local_layers = settings['depth'], settings['local_layers']
   if not 0 <= local_layers < depth:
     raise UserError(
@@ -243,4 +231,3 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
       f'model.pool {settings["pool"]!r}: {name} reads its class token; set '
       "model.pool to 'token' or leave it out"
     )
-  activation(settings['act'])

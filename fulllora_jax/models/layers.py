@@ -17,7 +17,10 @@ from fulllora_jax.models import published_names
 _Model = TypeVar('_Model', bound='ImageModel')
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_RANGES = {'std': '(0, inf)', 'mean': '(-inf, inf)', 'dropout': '[0, 1)', 'epsilon': '(0, inf)'}
+_RANGES = {
+  'std': '(0, inf)', 'mean': '(-inf, inf)', 'dropout': '[0, 1)', 'epsilon': '(0, inf)',
+  'window': '(0, inf)',
+}  # fmt: skip
 
 # gelu_tanh is the approximation that JAX's own ViTs were trained with.
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -25,13 +28,6 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   'gelu_tanh': lambda x: nn.gelu(x, approximate=True),
   'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
 }
-
-
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-  """Returns the activation; UserError if there is none of that name."""
-  if name not in ACTIVATIONS:
-    raise UserError(f'model.act: unknown {name!r}; known: {", ".join(ACTIVATIONS)}')
-  return ACTIVATIONS[name]
 
 
 # What a block keeps of its forward pass for the backward one (Chen et al.,
@@ -87,7 +83,7 @@ class Mlp(nn.Module):
       gate, value = jnp.split(hidden, 2, axis=-1)
       hidden = nn.silu(gate) * value
     else:
-      hidden = activation(self.how.act)(hidden)
+      hidden = ACTIVATIONS[self.how.act](hidden)
     hidden = self.how.drop(hidden, train)
     out = dense(x.shape[-1], self.names[1], bias_init=bias_init)(hidden)
     return self.how.drop(out, train)
@@ -125,11 +121,6 @@ def run_block(block: nn.Module, remat: str, x: jax.Array, *args, **kwargs):
     # A split block is fetched again for the backward pass, not kept.
     run = nn.remat(run, policy=REMAT[remat])
   return run(block, x)
-
-
-def check_remat(name: str) -> None:
-  """Raises UserError unless `name` is 'none' or a key of REMAT."""
-  choose('model.remat', name, ('none', *REMAT))
 
 
 class ImageModel(nn.Module, kw_only=True):
@@ -182,18 +173,24 @@ def check_width(settings: Mapping[str, Any]) -> None:
 
 
 def build(kind: type[_Model], settings: Mapping[str, Any], num_classes: int) -> _Model:
-  """Makes a model of those settings that are fields of it."""
-  fields = {
-    field.name: settings[field.name]
-    for field in dataclasses.fields(kind)
-    if field.name in settings and field.name != 'name'
+  """Makes a model of those settings that are fields of it.
+
+  Raises:
+    UserError: a number is out of its range; an unknown activation.
+  """
+  known = {field.name for field in dataclasses.fields(kind)} - {'name'}
+  fields: dict[str, Any] = {
+    name: tuple(value) if isinstance(value, list | tuple) else value
+    for name, value in settings.items()
+    if name in known
   }
-  for name, value in fields.items():
-    if isinstance(value, list | tuple):
-      fields[name] = tuple(value)
-  for name, interval in _RANGES.items():
+  for name in sorted(_RANGES.keys() & fields):
     for value in np.atleast_1d(fields[name]):
-      ranges.check(f'model.{name}', value, interval)
+      ranges.check(f'model.{name}', value, _RANGES[name])
+  mean, std = fields['mean'], fields['std']
+  if len({len(mean), len(std)} - {1}) > 1:
+    raise UserError(f'model.mean {mean} and model.std {std}: give one, or one for each channel')
+  choose('model.act', fields['act'], tuple(ACTIVATIONS))
   fields['dtype'] = jnp.dtype(settings['dtype'])
   return kind(num_classes=num_classes, **fields)
 
@@ -212,10 +209,12 @@ def resolve(
   Raises:
     UserError: one of them is missing.
   """
-  settings = dict(_named(model.name, names))
+  settings = dict(names.get(model.name, {}))
+  if model.name not in names and (published := published_names.find(model.name)):
+    settings = {**names.get(published.ours, {}), **published.settings}
   for field in model:
     value = getattr(model, field)
-    if field != 'name' and value is not None and value != '' and value != ():
+    if field != 'name' and value not in (None, '', ()):
       settings[field] = value
   missing = [field for field in needed if not settings.get(field)]
   if missing:
@@ -224,10 +223,3 @@ def resolve(
       + ', '.join(f'model.{field}' for field in missing)
     )
   return settings
-
-
-def _named(name: str, names: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-  published = None if name in names else published_names.find(name)
-  if published is None:
-    return names[name]
-  return {**names.get(published.ours, {}), **published.settings}

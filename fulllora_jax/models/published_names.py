@@ -79,22 +79,16 @@ def names() -> tuple[str, ...]:
   return tuple(_table().known)
 
 
-def is_timm(name: str) -> bool:
-  """Returns whether timm has a model of exactly that name, which may be one that is refused."""
-  table = _table()
-  return name in table.known or name in table.refused or name in table.renamed
-
-
 def repository(source: str) -> str:
   """Returns the source hf-hub:timm/NAME with the tag of the weights that timm itself takes.
 
-  >>> repository('timm/vit_tiny_patch16_224')
+  >>> repository('hf-hub:timm/vit_tiny_patch16_224')
   'hf-hub:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k'
 
   Args:
     source: any source of weights; one of another form is returned as it is.
   """
-  match = re.fullmatch(r'(?:hf[-_]hub:)?timm/(\w+)((?:@\S+)?)', source)
+  match = re.fullmatch(r'hf[-_]hub:timm/(\w+)((?:@\S+)?)', source)
   if not match:
     return source
   name = _table().renamed.get(match[1], match[1])

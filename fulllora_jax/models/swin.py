@@ -211,18 +211,13 @@ class SwinTransformer(layers.ImageModel, kw_only=True):
 def create(model, num_classes: int) -> SwinTransformer:
   """Builds the module that `config.model` describes.
 
-  Args:
-    model: the `model` part of a config (config.py); its name is in NAMES.
-    num_classes: K, the number of logits.
+  Args: those of `models.create`.
 
   Raises:
-    UserError: a free size with a missing field, a window below 1, an unknown activation, not one
-      number of heads for each stage, or heads that do not divide a stage's width.
+    UserError: a free size with a missing field, not one number of heads for each stage, heads that
+      do not divide a stage's width, or as `layers.build`.
   """
   s = layers.resolve(model, NAMES, ('width', 'depths', 'heads'))
-  if s['window'] < 1:
-    raise UserError(f'model.window {s["window"]}: it must be at least 1')
-  layers.activation(s['act'])
   _check_heads(s['width'], tuple(s['depths']), tuple(s['heads']))
   return layers.build(SwinTransformer, s, num_classes)
 

@@ -14,18 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fulllora_jax.core.errors import UserError
-from fulllora_jax.models import attention
-from fulllora_jax.models.layers import (
-  IMAGENET_MEAN,
-  IMAGENET_STD,
-  Computation,
-  ImageModel,
-  activation,
-  build,
-  check_width,
-  resolve,
-)
+from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.models import attention, layers
 from fulllora_jax.models.transformer import Encoder, MAPHead
 
 # Roles of the linear maps, as regular expressions of module paths. With
@@ -61,7 +51,7 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-_IMAGENET = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+_IMAGENET = dict(mean=layers.IMAGENET_MEAN, std=layers.IMAGENET_STD)
 _VIT = dict(pool='token', act='gelu_tanh', epsilon=1e-6, **_HALF)
 _DEIT = dict(pool='token', act='gelu', epsilon=1e-6, **_IMAGENET)
 _DINOV2 = _DEIT | dict(layer_scale=True)
@@ -98,18 +88,15 @@ NAMES: Mapping[str, Mapping[str, Any]] = _names()
 def create(model, num_classes: int) -> nn.Module:
   """Builds the module that `config.model` describes.
 
-  Args:
-    model: the `model` part of a config (config.py).
-    num_classes: K, the number of logits.
+  Args: those of `models.create`.
 
   Raises:
-    UserError: a free size with a missing field, a width that the heads do not
-      divide, a pool that the model has no token for, or as attention.function.
+    UserError: a free size with a missing field, a width that the heads do not divide, a pool that
+      the model has no token for, or as `layers.build` and `attention.function`.
   """
-  settings = resolve(model, NAMES, SIZE_FIELDS)
-  check_width(settings)
-  if settings['pool'] not in POOLS:
-    raise UserError(f'model.pool: unknown {settings["pool"]!r}; known: {", ".join(POOLS)}')
+  settings = layers.resolve(model, NAMES, SIZE_FIELDS)
+  layers.check_width(settings)
+  choose('model.pool', settings['pool'], POOLS)
   reads_token = settings['pool'] in ('token', 'token_mean')
   settings.setdefault('class_token', reads_token)
   if reads_token and not settings['class_token']:
@@ -117,14 +104,13 @@ def create(model, num_classes: int) -> nn.Module:
       f'model.pool {settings["pool"]} reads a class token, and there is none; '
       'give mean, mean_norm or map'
     )
-  activation(settings['act'])
-  made = build(VisionTransformer, settings, num_classes)
+  made = layers.build(VisionTransformer, settings, num_classes)
   head_dim = made.width // made.num_heads
   attention.function(made.attention, made.dtype, head_dim)  # may refuse
   return made
 
 
-class VisionTransformer(ImageModel, kw_only=True):
+class VisionTransformer(layers.ImageModel, kw_only=True):
   """Patches to logits.
 
   Attributes: those of `ImageModel`, and:
@@ -205,7 +191,7 @@ class VisionTransformer(ImageModel, kw_only=True):
     token = self.param(name, nn.initializers.zeros, (1, 1, self.width))
     return jnp.tile(token.astype(self.dtype), (count, 1, 1))
 
-  def _pooled(self, how: Computation, tokens: jax.Array, patches: jax.Array) -> jax.Array:
+  def _pooled(self, how: layers.Computation, tokens: jax.Array, patches: jax.Array) -> jax.Array:
     """Returns what the head reads, [B, width], or [B, 2 width]."""
     if self.pool == 'token':
       return tokens[:, 0]

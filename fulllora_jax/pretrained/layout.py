@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, choose
 
 # Key -> shape, of every array in a checkpoint.
 Shapes = Mapping[str, tuple[int, ...]]
@@ -38,8 +38,6 @@ class Architecture(NamedTuple):
   # Fields of `config.model` that change the logits and that neither the checkpoint nor the files
   # beside it say: those of mean, std and act that are taken from the family
   assumed: tuple[str, ...] = ()
-  # What the files beside it say that changes no number of images of their final size
-  not_needed: tuple[str, ...] = ()
 
 
 class Rule(NamedTuple):
@@ -231,10 +229,6 @@ def hidden_act(config: Mapping[str, Any]) -> str | None:
     UserError: our models have no such activation.
   """
   act = config.get('hidden_act')
-  if act is None:
-    return None
-  if act not in _TRANSFORMERS_ACTS:
-    raise UserError(
-      f'its config.json has hidden_act {act!r}; known: ' + ', '.join(_TRANSFORMERS_ACTS)
-    )
-  return _TRANSFORMERS_ACTS[act]
+  if act is not None:
+    choose('hidden_act of its config.json', act, tuple(_TRANSFORMERS_ACTS))
+  return _TRANSFORMERS_ACTS.get(act)

@@ -41,8 +41,6 @@ class LoadReport:
   labels: str = ''  # how the rows of the head were found; '' where there is nothing to say
   # (field of `config.base`, value) of what nothing beside the weights says, and the family gives
   assumed: tuple[tuple[str, Any], ...] = ()
-  # Names of what the files beside the weights say that changes no number here
-  not_needed: tuple[str, ...] = ()
 
   def count(self, action: str) -> int:
     """Returns how many rows have that action."""
@@ -66,7 +64,6 @@ class LoadReport:
         f'mean {_numbers(self.mean)}, std {_numbers(self.std)}',
         *[f'  classes: {self.labels}'] * bool(self.labels),
         *self.assumptions(),
-        *self._not_needed(),
         *(_line(row) for row in shown),
         *self._groups(),
       ]
@@ -85,11 +82,6 @@ class LoadReport:
       f'assumed, as nothing beside the weights says it: {"; ".join(values)}; set {fields} (in '
       'Python the arguments of pretrained.load) to change it'
     ]
-
-  def _not_needed(self) -> list[str]:
-    if not self.not_needed:
-      return []
-    return [f'not needed for images of {self.image_size} px: {", ".join(self.not_needed)}']
 
   def table(self) -> str:
     """Returns all rows as a Markdown table."""

@@ -70,40 +70,36 @@ def open_checkpoint(
     UserError: it is not there or damaged, or no layout recognises it.
   """
   if resolve_base(source).kind == RUN:
-    if any((told or {}).values()):
+    if told:
       raise UserError(f'{source} is a run, which has its own mean, std and act; leave them out')
     return _open_artefact(as_path(source))
   fetched = sources.fetch(str(source))
   tensors, shapes, _ = formats.read(fetched.files)
-  with _naming(source):  # timm's models that are not here say why
+  with _naming(source):
+    # timm's models that are not here say why.
     published_names.find(str(fetched.config.get('architecture', '')))
-  for layout in LAYOUTS:
-    if layout.recognises(shapes):
-      with _naming(source):
+    for layout in LAYOUTS:
+      if layout.recognises(shapes):
         asked = {'wanted': {**models.settings(model), 'name': model.name}} if model else {}
         described, names = _describe(layout, shapes, {**fetched.config, **asked}, told or {})
-      return Opened(tensors, shapes, layout, described, fetched.identity, names)
-  raise UserError(
-    f'base.source: {source} holds no model that is known here; its first keys '
-    f'are {few(sorted(shapes))}; known layouts: ' + ', '.join(layout.name for layout in LAYOUTS)
-  )
+        return Opened(tensors, shapes, layout, described, fetched.identity, names)
+    raise UserError(
+      f'it holds no model that is known here; its first keys are {few(sorted(shapes))}; '
+      f'known layouts: {", ".join(layout.name for layout in LAYOUTS)}'
+    )
 
 
 def _describe(
   layout: Layout, shapes, settings, told
 ) -> tuple[Architecture, tuple[tuple[str, ...], ...]]:
-  """Describes a checkpoint and names its classes; nulls of its config.json count as not there."""
-  told = {field: value for field, value in told.items() if value not in ((), '', None)}
-  settings = _without_nulls(settings)
+  """Describes a checkpoint, and names its classes."""
   try:
     described = layout.describe(shapes, settings)
     stated = preprocessing.read(settings)
-    fields = {**described.fields, **stated.fields, **told}
-    assumed = {'mean', 'std', *described.assumed} - stated.fields.keys() - told.keys()
+    assumed = {'mean', 'std', *described.assumed} - stated.keys() - told.keys()
     described = described._replace(
-      fields=fields,
+      fields={**described.fields, **stated, **told},
       assumed=tuple(field for field in preprocessing.TOLD if field in assumed),
-      not_needed=stated.not_needed,
     )
     _config_of(described)
     return described, head_names.names_in(settings)
@@ -115,14 +111,6 @@ def _describe(
     if not beside:
       what, advice = ('the shapes of its arrays', 'give the checkpoint as it was published')
     raise UserError(f'{what} cannot be understood ({error}); {advice}') from None
-
-
-def _without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
-  return {
-    key: _without_nulls(value) if isinstance(value, Mapping) else value
-    for key, value in settings.items()
-    if value is not None
-  }
 
 
 def _config_of(described: Architecture):
@@ -302,12 +290,13 @@ def _fill(
   _check_sizes(opened, model_config, image_size, num_classes, label_map)
   settings = models.settings(model_config)
   mean, std = models.normalisation(model_config)
-  if channels != 1 and len(mean) not in (1, channels):
-    raise UserError(
-      f'images of {channels} channels, where its normalisation is of '
-      f'{len(mean)}; give images of {len(mean)} channels, or of 1'
-    )
   model = models.create(model_config, num_classes)
+  count = max(len(mean), len(std))
+  if channels != 1 and count not in (1, channels):
+    raise UserError(
+      f'images of {channels} channels, where its normalisation is of {count}; give images of '
+      f'{count} channels, or of 1'
+    )
   shape = (1, image_size, image_size, channels)
   images = jax.ShapeDtypeStruct(shape, jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
@@ -333,7 +322,6 @@ def _fill(
     label_map=head.label_map,
     labels=head.said,
     assumed=tuple((field, settings[field]) for field in opened.architecture.assumed),
-    not_needed=opened.architecture.not_needed,
   )
   variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
   return model, variables, report

@@ -29,8 +29,8 @@ class Fetched(NamedTuple):
 
   # One file of weights, or an index followed by its shards, in order; `formats.read` reads them
   files: tuple[Path, ...]
-  # The config.json beside them, with the other files of `preprocessing.BESIDE` in its entries; {}
-  # where there is none
+  # The config.json beside them, without nulls, with the other files of `preprocessing.BESIDE` in
+  # its entries; {} where there is none
   config: Mapping[str, Any]
   # What can be written as JSON of them: 'source', the user's words, a path made absolute;
   # 'revision', the commit on the hub, or None; 'files', name -> SHA-256 in hex of the files and of
@@ -53,14 +53,9 @@ def fetch(source: str) -> Fetched:
       weights that can be read; the hash is wrong; the disk is full.
   """
   revision = None
-  given, source = source, _hub_source(source)
+  source = repository(source)
   if source.startswith('hf-hub:'):
-    try:
-      main = from_hub(source)
-    except UserError as error:
-      if given.startswith('hf'):
-        raise
-      raise type(error)(f'{given}: no such file or folder here; {error}') from None
+    main = from_hub(source)
     revision = main.parent.name  # its cache has a folder for each commit
   elif re.match('https?://', source):
     main = from_url(source)
@@ -89,7 +84,7 @@ def _read_beside(main: Path) -> tuple[dict[str, Any], list[Path]]:
       continue
     found.append(path)
     try:
-      read = json.loads(path.read_bytes())
+      read = json.loads(path.read_bytes(), object_pairs_hook=_without_nulls)
       if not isinstance(read, dict):
         raise ValueError('not a JSON object')
     except (OSError, ValueError) as error:
@@ -98,14 +93,8 @@ def _read_beside(main: Path) -> tuple[dict[str, Any], list[Path]]:
   return config, found
 
 
-def _hub_source(source: str) -> str:
-  """Returns hf-hub:owner/name for a name of the hub that is no path here."""
-  folder = Path(os.path.expanduser(source.partition('/')[0]))
-  is_name = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(?:@[^\s@]+)?', source)
-  is_file = source.endswith(('.npz', '.safetensors', '.json', *formats.PICKLES))
-  if is_name and not is_file and not folder.exists():
-    source = f'hf-hub:{source}'
-  return repository(source)
+def _without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  return {key: value for key, value in pairs if value is not None}
 
 
 def _from_path(source: str) -> Path:

@@ -13,16 +13,13 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.models import published_names
 from fulllora_jax.pretrained.layout import side
 
-# What the arrays themselves show.
-_SHOWN = {
+# What the arrays themselves show, and what changes no logit of a trained model at its own size.
+_KNOWN = {
   'class_token', 'depth', 'depths', 'embed_dim', 'embed_norm_layer', 'fc_norm', 'final_norm',
   'head_dim', 'hybrid_backbone', 'img_size', 'in_chans', 'init_values', 'local_up_to_layer',
   'mlp_ratio', 'no_embed_class', 'num_classes', 'num_heads', 'patch_size', 'pos_embed', 'pre_norm',
   'proj_bias', 'qk_norm', 'qkv_bias', 'reg_tokens', 'scale_attn_norm', 'scale_mlp_norm',
   'use_pos_embed',
-}  # fmt: skip
-# What changes no logit of a trained model at the size of its images.
-_WITHOUT_EFFECT = {
   'attn_drop_rate', 'drop_path_rate', 'drop_rate', 'dynamic_img_pad', 'dynamic_img_size',
   'fix_init', 'locality_strength', 'patch_drop_rate', 'pos_drop_rate', 'proj_drop_rate',
   'strict_img_size', 'weight_init',
@@ -53,7 +50,7 @@ def read(config: Mapping[str, Any], pools: Collection[str], obeyed: Collection[s
   """
   name, settings = _architecture(config)
   args = config.get('model_args', {})
-  known = {*_SHOWN, *_WITHOUT_EFFECT, *obeyed, 'global_pool'}
+  known = {*_KNOWN, *obeyed, 'global_pool'}
   unknown = {key: value for key, value in args.items() if value and key not in known}
   if unknown:
     key, value = next(iter(unknown.items()))
@@ -123,24 +120,21 @@ def _architecture(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     said.rpartition('/')[2].partition('.')[0]
     for said in (config.get('architecture', ''), config.get('wanted', {}).get('name', ''))
   )
-  if name and not published_names.is_timm(name):
+  own, other = map(published_names.find, (name, asked))
+  if name and own is None:
     raise UserError(
       f'its config.json has architecture {name!r}, which is no ViT, Swin or ConViT of timm; '
       'mend it, or remove config.json and set model.name'
     )
-  own, other = (
-    published.settings
-    if published_names.is_timm(said) and (published := published_names.find(said))
-    else {}
-    for said in (name, asked)
-  )
-  for field in ('pool', 'act', 'epsilon'):
-    if own and other and own.get(field) != other.get(field):
+  for field in ('pool', 'act', 'epsilon') if own and other else ():
+    mine, theirs = own.settings.get(field), other.settings.get(field)
+    if mine != theirs:
       raise UserError(
-        f'its config.json is of {name}, not of the {asked} asked for: {field} '
-        f'{own.get(field)} in place of {other.get(field)}'
+        f'its config.json is of {name}, not of the {asked} asked for: {field} {mine} in place of '
+        f'{theirs}'
       )
-  return (name, own) if own else (asked if other else '', other)
+  found = own or other
+  return (name or asked, found.settings) if found else ('', {})
 
 
 def _pool(

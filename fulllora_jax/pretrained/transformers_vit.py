@@ -67,7 +67,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   patch = shape_of(shapes, 'embeddings.patch_embeddings.projection.weight', 4)
   swiglu = find(shapes, rf'{_LAYER}\.mlp\.weights_in\.bias')
   hidden = swiglu or shape_of(
-    shapes, rf'{_LAYER}\.(intermediate\.dense|mlp\.fc1)\.bias', 1, 'bias of the first vit.MLP'
+    shapes, rf'{_LAYER}\.(intermediate\.dense|mlp\.fc1)\.bias', 1, 'bias of the first MLP'
   )
   head = find(shapes, r'(cls_)?classifier\.weight')
   family = _family(shapes, config, bool(head))

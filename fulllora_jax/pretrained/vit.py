@@ -196,14 +196,6 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
   shown = {'embed_dim': width, 'depth': depth, 'patch_size': patch, 'reg_tokens': registers}
   act = None if swiglu else _act(said, config)
   timm_config.check(said.args, shown | {'class_token': 'cls_token' in shapes})
-  fields = {
-    'pool': pool,
-    'class_token': 'cls_token' in shapes,
-    'swiglu': swiglu or None,
-    # timm's default is the exact GELU, whatever a model was trained with.
-    'act': act or (None if swiglu or name == 'clip' else 'gelu'),
-    'epsilon': said.settings.get('epsilon'),
-  }
   return architecture(
     name,
     width=width,
@@ -215,7 +207,14 @@ def _describe_timm(shapes: Shapes, config: Mapping[str, Any]) -> Architecture:
     num_heads=said.args.get('num_heads') or heads,
     asked=asked,
     assumed=() if swiglu or act else ('act',),
-    fields={k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()},
+    fields={
+      'pool': pool,
+      'class_token': 'cls_token' in shapes,
+      'swiglu': swiglu or None,
+      # timm's default is the exact GELU, whatever a model was trained with.
+      'act': act or (None if swiglu or name == 'clip' else 'gelu'),
+      'epsilon': said.settings.get('epsilon'),
+    },
   )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fulllora_jax.adapters import methods
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core.console import warn
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, require
 from fulllora_jax.evaluation import settings
 from fulllora_jax.training import memory
 from fulllora_jax.training.inner_attack import InnerAttack
@@ -31,15 +31,12 @@ def check(config: ConfigDict) -> None:
   """Refuses what makes last epoch's delta that of another image or ball."""
   if not config.attack.carry:
     return
-  for field, value in (
-    ('attack.restarts', config.attack.restarts),
-    ('train.accumulate', config.train.accumulate),
-  ):
-    if value != 1:
-      raise UserError(
-        f'attack.carry keeps one delta of each training image, so {field} must '
-        'be 1; change that, or give attack.carry False'
-      )
+  require(
+    config,
+    {'attack.restarts': 1, 'train.accumulate': 1},
+    'attack.carry keeps one delta of each training image',
+    'attack.carry False',
+  )
   if config.threat.norm != 'linf' or not settings.threat(config).eps:
     raise UserError(
       'attack.carry keeps deltas in levels of a linf ball, but threat.norm is '

@@ -2,11 +2,10 @@
 
 from fulllora_jax import models
 from fulllora_jax.adapters import methods
-from fulllora_jax.attacks.losses import LOSSES
 from fulllora_jax.attacks.threat import EXAMPLES, parse_fraction
 from fulllora_jax.config import ConfigDict, default
 from fulllora_jax.core.console import warn
-from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.core.errors import UserError, choose, require
 from fulllora_jax.evaluation import ranges
 from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
@@ -44,20 +43,16 @@ def validate(config: ConfigDict, num_devices: int) -> None:
       f'base.source scratch: method {config.method} freezes a base, so it '
       'needs one; give train, or the work directory of a run'
     )
-  models.layers.check_remat(config.model.remat)
-  if config.base.dtype == 'bfloat16' != config.model.dtype:
-    raise UserError(
-      f'base.dtype bfloat16: model.dtype {config.model.dtype} computes with '
-      'more; set both to bfloat16, or neither'
-    )
-  choose('attack.loss', config.attack.loss, tuple(LOSSES))
+  if config.base.dtype == 'bfloat16':
+    why = 'base.dtype bfloat16: the model must not compute with more'
+    require(config, {'model.dtype': 'bfloat16'}, why, 'base.dtype float32')
   _check_mesh(config, num_devices)
   _check_attack(config)
   _check_objective(config, method)
   _check_patches(config)
-  _check_recipe('', config, num_devices)
+  _check_recipe('', config, config.data.image_size, num_devices)
   if config.base.source == 'train':
-    _check_recipe('base.', config.base, num_devices)
+    _check_recipe('base.', config.base, config.data.image_size, num_devices)
 
 
 def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
@@ -139,24 +134,27 @@ def _check_fixed(config: ConfigDict, norms: tuple[str, ...]) -> None:
       f'attack.name {attack.name} needs threat.norm {" or ".join(norms)}, but '
       f'it is {config.threat.norm}; give attack.name pgd'
     )
-  if not attack.random_start:
-    raise UserError(
-      f'attack.name {attack.name} always starts at a random point, but '
-      'attack.random_start is False; give attack.name pgd'
-    )
-  for field, off in (('carry', False), ('restarts', 1)):
-    if attack[field] != off:
-      raise UserError(
-        f'attack.name {attack.name} makes one step from one start, but attack.{field} is '
-        f'{attack[field]}; give attack.name pgd, or attack.{field} {off}'
-      )
+  require(
+    config,
+    {'attack.random_start': True, 'attack.carry': False, 'attack.restarts': 1},
+    f'attack.name {attack.name} makes one step from one random start',
+    'attack.name pgd',
+  )
 
 
 def _check_objective(config: ConfigDict, method: methods.Method) -> None:
   """Checks objective, awp, ema, attack.ard and attack.prm."""
-  _check_values(config)
+  for field in ('ard', 'prm'):
+    if value := config.attack[field]:
+      why = f'attack.{field} {value} is drawn in each step of PGD'
+      require(config, {'attack.name': 'pgd'}, why, f'attack.{field} 0.0')
   if not method.adversarial:
-    _check_clean(config)
+    require(
+      config,
+      {'objective.name': 'pgd_at', 'awp.gamma': 0.0, 'attack.ard': 0.0, 'attack.prm': 0.0},
+      f'method {config.method} trains without an adversary',
+      'another method',
+    )
   name, beta = config.objective.name, config.objective.beta
   objective, usual = objectives.get(name), default().objective.beta
   if 'beta' not in objective.reads and beta != usual:
@@ -171,38 +169,9 @@ def _check_objective(config: ConfigDict, method: methods.Method) -> None:
       f'awp.warmup {config.awp.warmup}: nothing starts after it while '
       'awp.gamma is 0; give e.g. awp.gamma 0.005, or awp.warmup 0'
     )
-  if config.awp.gamma and config.train.accumulate > 1:
-    raise UserError(
-      'awp.gamma perturbs the weights by the gradient of the whole batch, but '
-      f'train.accumulate is {config.train.accumulate}; give train.accumulate 1 '
-      '(model.remat saves memory too), or awp.gamma 0'
-    )
-
-
-def _check_values(config: ConfigDict) -> None:
-  objectives.get(config.objective.name)
-  for field in ('ard', 'prm'):
-    value = config.attack[field]
-    if value and config.attack.name != 'pgd':
-      raise UserError(
-        f'attack.{field} {value} is drawn in each step of PGD, but attack.name '
-        f'is {config.attack.name}; give attack.name pgd, or attack.{field} 0.0'
-      )
-
-
-def _check_clean(config: ConfigDict) -> None:
-  """Refuses what a training without an adversary would not do."""
-  for field, value, off in (
-    ('objective.name', config.objective.name, 'pgd_at'),
-    ('awp.gamma', config.awp.gamma, 0.0),
-    ('attack.ard', config.attack.ard, 0.0),
-    ('attack.prm', config.attack.prm, 0.0),
-  ):
-    if value != off:
-      raise UserError(
-        f'method {config.method} trains without an adversary, so {field} '
-        f'{value} would do nothing; give {field} {off}, or another method'
-      )
+  if config.awp.gamma:
+    why = 'awp.gamma perturbs the weights by the gradient of the whole batch'
+    require(config, {'train.accumulate': 1}, why, 'awp.gamma 0.0')
 
 
 def _check_patches(config: ConfigDict) -> None:
@@ -211,12 +180,6 @@ def _check_patches(config: ConfigDict) -> None:
     raise UserError(
       f'model.patch_size {patch} does not divide data.image_size {image}; change one of them'
     )
-  for prefix, recipe in (('', config), ('base.', config.base)):
-    if recipe.augment.crop_padding >= image:
-      raise UserError(
-        f'{prefix}augment.crop_padding {recipe.augment.crop_padding}: a crop may then hold nothing '
-        f'of an image; it must be below data.image_size {image}'
-      )
   tokens = (image // patch) ** 2
   if tokens < 16:
     warn(
@@ -225,11 +188,16 @@ def _check_patches(config: ConfigDict) -> None:
     )
 
 
-def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
+def _check_recipe(prefix: str, recipe: ConfigDict, image: int, num_devices: int) -> None:
   """Checks the optimizer, schedule, augmentation and loop of one training."""
   train, schedule = recipe.train, recipe.schedule
   choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
   choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
+  if (padding := recipe.augment.crop_padding) >= image:
+    raise UserError(
+      f'{prefix}augment.crop_padding {padding}: a crop may then hold nothing of an image; it must '
+      f'be below data.image_size {image}'
+    )
   boundaries = list(schedule.boundaries)
   if schedule.name == 'step' and (
     len(boundaries) != len(schedule.factors)

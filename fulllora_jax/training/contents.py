@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, pretrained
+from fulllora_jax import data, models, pretrained
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.data import of_run
+from fulllora_jax.models.published_names import repository
 from fulllora_jax.pretrained import sources
 
 
@@ -22,15 +23,12 @@ def moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   return [field for field in changed if all(is_place(field, c.get(field)) for c in (old, new))]
 
 
-def is_place(field: str, name: Any) -> bool:
-  """Returns whether the value of base.source or data.name is a path, here or in a bucket."""
-  if field == 'data.name':
-    return str(name).startswith('folder:')
-  return name not in (pretrained.TRAIN, pretrained.SCRATCH) and not _is_remote(str(name))
-
-
-def _is_remote(source: str) -> bool:
-  return source.startswith(('hf-hub:', 'http://', 'https://'))
+def is_place(field: str, value: Any) -> bool:
+  """Returns whether the value of a field is a path, here or in a bucket."""
+  if field == 'base.source':
+    named = value in (pretrained.TRAIN, pretrained.SCRATCH)
+    return not named and not str(value).startswith(('hf-hub:', 'http://', 'https://'))
+  return field == 'data.name' and str(value).startswith('folder:')
 
 
 def check(workdir: Path, config, fields: Collection[str]) -> None:
@@ -72,8 +70,8 @@ def check_base(metadata: Mapping[str, Any], source: str, workdir: Path) -> None:
     same = artefact.base_fingerprint(params['params'], frozen) == metadata['base_fingerprint']
   else:
     kept = metadata.get('base_source') or {'source': None, 'files': {}}
-    same = source == kept['source']
-    if not same and not _is_remote(source):  # what is not here is known by its name alone
+    same = repository(source) == kept['source']
+    if not same and is_place('base.source', source):  # what is not here is known by its name alone
       files = sources.fetch(source).identity['files']
       same = sorted(files.values()) == sorted(kept['files'].values())
   if not same:
@@ -99,14 +97,15 @@ def _opened(config: str) -> data.Dataset:
   return data.open_dataset(read.data, read.seed)
 
 
-def body_of(source: str | Path, head: str) -> str | None:
+def body_of(source: str | Path, model: str) -> str | None:
   """Returns the `body_fingerprint` of the base that a run has; None where there is no run.
 
   Args:
     source: the work directory of a run, or the artefact in one.
-    head: regular expression of the head's module path.
+    model: its name in the registry.
   """
   found = pretrained.resolve_base(source)
   if found.artefact is None:
     return None
+  head = models.linear_maps(model)['head']
   return artefact.body_fingerprint(_params(found.artefact), head)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.attacks.pgd import LogitsFn, Loss
-from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.core.errors import UserError, choose, require
 from fulllora_jax.training.inner_attack import AttackLoss, AttackStart
 
 # Where the attacks of TRADES and MART begin: at x and a little normal noise.
@@ -109,18 +109,15 @@ def kl(logits_fn: LogitsFn, x: jax.Array, labels: jax.Array) -> Loss:
 
 def _check_trades(config) -> None:
   """Refuses every attack but PGD on the divergence from near x."""
-  noise = 'noise, for at x itself the divergence has no slope'
-  for field, needed, what in (
-    ('name', 'pgd', 'PGD'),
-    ('loss', 'ce', 'a divergence, which attack.loss does not change'),
-    ('random_start', True, noise),
-    ('carry', False, noise),
+  for what, needed in (
+    ('PGD', {'attack.name': 'pgd'}),
+    ('a divergence, which attack.loss does not change', {'attack.loss': 'ce'}),
+    (
+      'noise, for at x itself the divergence has no slope',
+      {'attack.random_start': True, 'attack.carry': False},
+    ),
   ):
-    if config.attack[field] != needed:
-      raise UserError(
-        f'objective.name trades attacks by {what}, but attack.{field} is {config.attack[field]}; '
-        f'give attack.{field} {needed}, or another objective.name'
-      )
+    require(config, needed, f'objective.name trades attacks by {what}', 'another objective.name')
 
 
 def mart(
@@ -156,11 +153,12 @@ def _check_mart(config) -> None:
       f'{augment.mix_probability} with augment.mixup {augment.mixup} and augment.cutmix '
       f'{augment.cutmix}; give augment.mix_probability 0, or objective.name pgd_at or trades'
     )
-  if config.objective.label_smoothing:
-    raise UserError(
-      'objective.name mart needs hard labels, but objective.label_smoothing is '
-      f'{config.objective.label_smoothing}; give 0, or objective.name pgd_at or trades'
-    )
+  require(
+    config,
+    {'objective.label_smoothing': 0.0},
+    'objective.name mart needs hard labels',
+    'objective.name pgd_at or trades',
+  )
 
 
 def smooth(labels: jax.Array, num_classes: int, amount: float) -> jax.Array:

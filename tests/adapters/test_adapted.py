@@ -58,7 +58,7 @@ def test_adapting_leaves_the_base_as_it_is(tiny_config, fill):
 @pytest.mark.parametrize(
   ('field', 'value', 'message'),
   [
-    ('method', 'none', "method: unknown method 'none'"),
+    ('method', 'none', "method: unknown 'none'"),
     ('model.name', 'resnet', "unknown model 'resnet'"),
     ('adapter.rank', 9, r'adapter.rank 9 does not fit .* in 1\.\.8'),
     ('adapter.targets', ('qkv',), "target 'qkv' matches no linear map; .*embedding"),

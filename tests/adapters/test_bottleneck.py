@@ -131,15 +131,10 @@ def test_adaptformer_is_beside_the_whole_mlp(tiny_config, fill):
   np.testing.assert_allclose(seen['y'], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('rank', [0, 5])
-def test_a_rank_that_does_not_fit_is_refused(rank):
-  with pytest.raises(UserError, match=rf'rank {rank} .* fc2, .* in 1\.\.4'):
-    Bottleneck(rank=rank).check_rank('fc2', 6, 4)
-  for fits in (1, 4):
-    Bottleneck(rank=fits).check_rank('fc2', 6, 4)
+def test_a_rank_that_does_not_fit_is_refused():
   adapted = attach(nn.Dense(6), {'': Bottleneck(rank=7)})
   variables = nn.Dense(6).init(KEY, X)
-  with pytest.raises(UserError, match='adapter.rank 7 does not fit'):
+  with pytest.raises(UserError, match=r'adapter.rank 7 does not fit  \(. -> 6\): .* in 1\.\..'):
     adapted.init_adapter(KEY, variables, X)
 
 

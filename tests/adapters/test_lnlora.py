@@ -89,17 +89,6 @@ def test_another_key_draws_another_a():
   assert not np.allclose(first, second)
 
 
-@pytest.mark.parametrize('rank', [0, -1, 4])
-def test_check_rank_names_the_path_and_the_bounds(rank):
-  with pytest.raises(UserError, match=rf'rank {rank} does not fit head \(6 -> 3\).* in 1\.\.3'):
-    LNLoRA(rank=rank, alpha=1.0).check_rank('head', 6, 3)
-
-
-def test_check_rank_takes_the_bounds_themselves():
-  for rank in (1, 3):
-    LNLoRA(rank=rank, alpha=1.0).check_rank('head', 6, 3)
-
-
 def wide(seed, d_in=96, d_out=40, rank=4):
   """Parameters of a branch that has been trained, float32."""
   rng = np.random.default_rng(seed)

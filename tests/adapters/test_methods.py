@@ -209,16 +209,14 @@ def test_only_standard_trains_on_clean_images():
 
 
 def test_unknown_method_is_refused():
-  known = 'known: fulllora, lnlora, lora, .*, standard'
   for name, near in (
     ('lorra', 'did you mean lora or '),
     ('layer_norm', 'did you mean layernorm'),
-    ('xyz', 'known'),
+    ('xyz', ''),
   ):
-    words = f"unknown method '{name}'; {near}.*"
-    with pytest.raises(UserError, match=words) as caught:
+    words = f"method: unknown '{name}'; known: fulllora, lnlora, lora, .*, standard.*{near}"
+    with pytest.raises(UserError, match=words):
       methods.get(name)
-    assert re.search(known, str(caught.value))
 
 
 def branches(c, method='fulllora'):

@@ -86,7 +86,8 @@ def test_an_unknown_name_is_still_unknown():
 @pytest.mark.parametrize(
   'source, wanted',
   [
-    ('timm/vit_tiny_patch16_224', 'hf-hub:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k'),
+    ('hf-hub:timm/vit_tiny_patch16_224', 'hf-hub:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k'),
+    ('timm/vit_tiny_patch16_224', 'timm/vit_tiny_patch16_224'),  # a path
     ('hf-hub:timm/swin_tiny_patch4_window7_224@abc', 'hf-hub:timm/swin_tiny_patch4_window7_224'),
     ('hf-hub:timm/vit_base_patch16_224_in21k', 'hf-hub:timm/vit_base_patch16_224.augreg_in21k'),
     ('hf-hub:timm/vit_base_patch16_224.dino', 'hf-hub:timm/vit_base_patch16_224.dino'),

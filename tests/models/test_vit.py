@@ -205,7 +205,7 @@ def test_bfloat16_computes_float32_logits_near_the_float32_ones(tiny):
 @pytest.mark.parametrize(
   ('changed', 'message'),
   [
-    ({'name': 'vit_giant'}, r"unknown model 'vit_giant'; did you mean .*vit_l.*known: vit, vit_ti"),
+    ({'name': 'vit_giant'}, r"'vit_giant'; did you mean .*vit_giant_patch.*known: vit, vit_ti"),
     ({'width': None, 'mlp_dim': None}, "'vit' has a free size: set model.width, model.mlp_dim"),
     ({'std': (0.2, 0.0, 0.2)}, '^model.std 0.0: it must be above 0$'),
     ({'mean': (float('nan'),)}, '^model.mean nan: it must be a finite number$'),

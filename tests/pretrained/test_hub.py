@@ -215,15 +215,6 @@ def test_a_branch_that_moves_during_the_download(hub, monkeypatch, tmp_path):
   assert 'main changed during the download; run again' in refused(HUB)
 
 
-def test_a_name_of_the_hub_that_is_no_path_here(hub, elsewhere):
-  fetched = sources.fetch(REPOSITORY)
-  assert fetched.identity['source'] == HUB and fetched.config == json.loads(CONFIG)
-  said = 'google/vit: no such file or folder here; hf-hub:google/vit: the hub has no repository'
-  with pytest.raises(UserError, match=said):
-    sources.fetch('google/vit')
-
-
 def test_a_model_of_timm_without_its_tag(hub, elsewhere):
-  for source in ('timm/vit_tiny_patch16_224', 'hf-hub:timm/vit_tiny_patch16_224'):
-    with pytest.raises(UserError, match='repository timm/vit_tiny_patch16_224.augreg_in21k_ft'):
-      sources.fetch(source)
+  with pytest.raises(UserError, match='repository timm/vit_tiny_patch16_224.augreg_in21k_ft'):
+    sources.fetch('hf-hub:timm/vit_tiny_patch16_224')

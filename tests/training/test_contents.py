@@ -105,6 +105,9 @@ def test_what_was_published_is_known_by_its_files_or_its_name(run, tmp_path):
   contents.check_base(kept, str(renamed), tmp_path)
   hub = {'base_source': {'source': 'hf-hub:a/b', 'files': {}}}
   contents.check_base(hub, 'hf-hub:a/b', tmp_path)
+  tagged = 'hf-hub:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k'
+  timm = {'base_source': {'source': tagged, 'files': {}}}
+  contents.check_base(timm, 'hf-hub:timm/vit_tiny_patch16_224', tmp_path)
   for metadata, source in ((hub, 'hf-hub:a/c'), (kept, 'hf-hub:a/b'), ({}, str(run.source))):
     with pytest.raises(UserError, match='it is another base than the one in'):
       contents.check_base(metadata, source, tmp_path)

@@ -77,11 +77,11 @@ def test_what_goes_together_is_let_through(fields):
     ),
     (
       _TRADES | {'method': 'standard'},
-      'standard trains without an adversary, so objective.name trades',
+      'standard trains without an adversary, but objective.name is trades',
     ),
-    ({'awp.gamma': 0.1, 'method': 'standard'}, 'so awp.gamma 0.1 would'),
-    ({'attack.ard': 0.1, 'method': 'standard'}, 'so attack.ard 0.1 would'),
-    ({'attack.prm': 0.1, 'method': 'standard'}, 'so attack.prm 0.1 would'),
+    ({'awp.gamma': 0.1, 'method': 'standard'}, 'adversary, but awp.gamma is 0.1'),
+    ({'attack.ard': 0.1, 'method': 'standard'}, 'adversary, but attack.ard is 0.1'),
+    ({'attack.prm': 0.1, 'method': 'standard'}, 'adversary, but attack.prm is 0.1'),
   ],
 )
 def test_what_does_not_is_refused_in_a_line(fields, words):

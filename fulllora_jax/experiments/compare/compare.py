@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, models, pretrained
+from fulllora_jax import data, pretrained
 from fulllora_jax.core.console import duration, say, warn
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import read_file, replace_file
@@ -115,7 +115,7 @@ def _check_base(comparison, workdir: Path, reports: table.Reports) -> None:
   """Refuses runs that stand on another base than the comparison has now."""
   experiment = comparison.experiment
   source = workdir / 'base' if plan.has_own_base(experiment) else experiment.base.source
-  body = contents.body_of(source, models.linear_maps(experiment.model.name)['head'])
+  body = contents.body_of(source, experiment.model.name)
   for (row, seed), report in reports.items():
     if None not in (body, report.get('body_fingerprint')) and report['body_fingerprint'] != body:
       raise UserError(

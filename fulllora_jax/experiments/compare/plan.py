@@ -120,17 +120,9 @@ def _check(comparison, rows: Sequence[str], seeds: Sequence[int]) -> None:
     for row in given:
       choose(name, row, tuple(comparison.rows))
   for seed in seeds:
-    if seed not in comparison.seeds:
-      raise UserError(
-        f'--seeds: {seed} is not of the comparison, which has '
-        f'{", ".join(map(str, comparison.seeds))}; give one of them, or add it to config.seeds'
-      )
+    choose('--seeds', str(seed), tuple(map(str, comparison.seeds)))
   labels = [a.label for a in settings.Plan.of(comparison.experiment).all_attacks()]
-  if comparison.headline and comparison.headline not in labels:
-    raise UserError(
-      f'headline: {comparison.headline!r} is not of experiment.eval.attacks, '
-      f'which are {", ".join(labels)}'
-    )
+  choose('headline', comparison.headline, (*labels, ''))
   if not methods.get(comparison.experiment.method).adversarial:
     raise UserError(
       f'experiment.method {comparison.experiment.method}: it trains without an '

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from fulllora_jax import config as config_lib
-from fulllora_jax import data, models
+from fulllora_jax import data
 from fulllora_jax.adapters import methods
 from fulllora_jax.attacks import Attack
 from fulllora_jax.core import trees
@@ -127,8 +127,7 @@ def race(
     base = base_lib.ensure_base(
       config, directory, dataset, opened, train=run_lib.train_and_evaluate
     )
-    head = models.linear_maps(config.model.name)['head']
-    laps, body = {}, base and contents.body_of(base, head)
+    laps, body = {}, base and contents.body_of(base, config.model.name)
     for number, (name, own) in enumerate(raced.items(), 1):
       title = f'{name} ({number}/{len(raced)})'
       path = directory / 'schedules' / f'{name}.json'
@@ -208,9 +207,11 @@ def _final_attack(config, text: str) -> Attack:
 
 def _settled(config) -> dict[str, Any]:
   """Returns the fields that decide what a lap gives, without places, which may move."""
-  fields = config_lib.flat(config)
-  places = {name for name in ('base.source', 'data.name') if contents.is_place(name, fields[name])}
-  return {n: v for n, v in fields.items() if n not in workdir_lib.FREE_TO_CHANGE | places}
+  return {
+    field: value
+    for field, value in config_lib.flat(config).items()
+    if field not in workdir_lib.FREE_TO_CHANGE and not contents.is_place(field, value)
+  }
 
 
 def _finished(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -176,7 +176,7 @@ def test_a_method_named_twice_is_refused(dataset, methods):
 
 
 def test_an_unknown_method_is_refused(dataset):
-  with pytest.raises(UserError, match="unknown method 'best'"):
+  with pytest.raises(UserError, match="method: unknown 'best'"):
     steps.compile_cases(small(), dataset, ['best'])
 
 
@@ -275,7 +275,7 @@ def test_the_command_races(tmp_path, run_python, digits_dir):
 @pytest.mark.parametrize(
   'flag, words',
   [
-    ('--methods=best', "unknown method 'best'"),
+    ('--methods=best', "method: unknown 'best'"),
     ('--rounds=0', 'rounds'),
     ('--workdir=/proc/nowhere', '/proc/nowhere'),
     ('--to_robustness=0.5 --attacks=pgd-2', '--attacks: a race does not'),
