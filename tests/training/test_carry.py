@@ -178,8 +178,8 @@ def plain_config(**fields):
 @pytest.mark.parametrize(
   'field, value, words',
   [
-    ('attack__restarts', 2, 'attack.restarts must be 1'),
-    ('train__accumulate', 2, 'train.accumulate must be 1'),
+    ('attack__restarts', 2, 'but attack.restarts is 2'),
+    ('train__accumulate', 2, 'but train.accumulate is 2'),
     ('attack__name', 'fgsm_rs', 'attack.name fgsm_rs .* attack.carry is True'),
     ('threat__norm', 'l2', 'linf ball, but threat.norm is l2'),
     ('threat__eps', '0', 'threat.eps 0; give linf and an eps above 0'),
