@@ -123,7 +123,7 @@ def objective(
   def value(logits):
     if targets is not None:
       return losses.targeted_dlr(logits, labels, targets)
-    return losses.named(loss)(logits, labels)
+    return losses.of(loss, labels)(logits)
 
   def total(x_adv, *noise):
     logits = logits_fn(x_adv, *noise)

@@ -122,7 +122,7 @@ def autoattack(
   ([False, True], (1.0, 0.5))
   """
   mesh = mesh or mesh_lib.make_mesh()
-  key = inputs.one_key(key)
+  key = inputs.keys_of(key)
   choose('precision', precision, ('highest', 'default'))
   x, labels, indices = inputs.check(x, labels, indices, threat)
   chosen = ensemble.members(version, threat.norm)
@@ -134,9 +134,12 @@ def autoattack(
   chosen, notes = ensemble.fit(chosen, num_classes)
   images = (x, labels, indices)
   run = _Run(key, logits_fn, images, threat, chosen, size, precision, mesh)
-  logits = run.clean_logits()
+  rows = np.arange(len(x))
+  logits = run.clean_logits(rows)
   inputs.check_finite(logits)
-  run.check_rows(logits)
+  if not stochastic:  # the noise of a row is its own
+    moved = np.roll(rows[:size], 1)
+    inputs.check_same_rows(logits[moved], run.clean_logits(moved))
   progress, resumed = Progress(None), False
   if progress_dir is not None:
     progress = Progress(files.absolute_path(progress_dir))
@@ -179,21 +182,15 @@ class _Run:
     if all(member.name == 'square' for member in self.members):  # the model may have none
       return {'logits': logits}
     rows = np.arange(min(len(self.x), self.size))
-    program = fingerprint.gradient_program(self.threat.norm, self.mesh, self.precision, self.draws)
-    key = mesh_lib.put_key(self.key, self.mesh)
     x = self._batch(rows, np.zeros_like(rows))['x']
-    found = program(self._logits_fn(rows), x, key, np.float32(self.threat.eps))
-    return {'logits': logits, 'gradient': fingerprint.sketch(np.asarray(found)[rows])}
 
-  def check_rows(self, logits: np.ndarray) -> None:
-    """Raises UserError where an image's logits depend on its row: attacks pack images anew."""
-    if self.draws > 1:  # the noise of a row is its own
-      return
-    rows, _ = fill_up(np.arange(min(len(self.x), self.size)), self.size)
-    batch, key = self._batch(rows[::-1], rows), mesh_lib.put_key(self.key, self.mesh)
-    program = _clean_program(self.mesh, self.precision, self.draws)
-    reversed_logits = np.asarray(program(self._logits_fn(rows[::-1]), batch['x'], key))
-    inputs.check_same_rows(logits[rows], reversed_logits[::-1])
+    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
+    def gradient(logits_fn, x, key):
+      return fingerprint.gradient(logits_fn, x, key, self.threat, self.draws)
+
+    with jax.default_matmul_precision(self.precision):
+      found = gradient(self._logits_fn(rows), x, mesh_lib.put_key(self.key, self.mesh))
+    return {'logits': logits, 'gradient': fingerprint.sketch(np.asarray(found)[rows])}
 
   def _logits_fn(self, rows: np.ndarray) -> Callable[..., jax.Array]:
     """Returns the logits function for a batch of these images, filled up."""
@@ -201,16 +198,16 @@ class _Run:
       return self.logits_fn
     return self.logits_fn.for_images(fill_up(rows, self.size)[0])
 
-  def clean_logits(self) -> np.ndarray:
-    """Returns the logits of the images, [N, K]; odds for a stochastic model."""
+  def clean_logits(self, rows: np.ndarray) -> np.ndarray:
+    """Returns the logits of these images, [n, K]; odds for a stochastic model."""
     program = _clean_program(self.mesh, self.precision, self.draws)
-    rows, key = [], mesh_lib.put_key(self.key, self.mesh)
-    for first in range(0, len(self.x), self.size):
-      chosen = np.arange(len(self.x))[first : first + self.size]
+    found, key = [], mesh_lib.put_key(self.key, self.mesh)
+    for first in range(0, len(rows), self.size):
+      chosen = rows[first : first + self.size]
       batch = self._batch(chosen, np.zeros_like(chosen))
       logits = program(self._logits_fn(chosen), batch['x'], key)
-      rows.append(np.asarray(logits)[: len(chosen)])
-    return np.concatenate(rows)
+      found.append(np.asarray(logits)[: len(chosen)])
+    return np.concatenate(found)
 
   def cascade(self, logits, progress, resumed, notes, say) -> Result:
     """Runs the attacks one after another on what is still robust."""
@@ -223,7 +220,8 @@ class _Run:
       for number, runs in enumerate(_batches(member, robust, self.size), 1):
         rows = runs.images
         # Should a damaged batch come out otherwise, those after it hold other runs.
-        name = f'{place:02d}-{member.name}-{number - 1:05d}-{_crc32(runs)}'
+        held = zlib.crc32(np.stack([rows, runs.stages]).tobytes())
+        name = f'{place:02d}-{member.name}-{number - 1:05d}-{held:08x}'
         outcome = progress.read(name, self.x[rows])
         fresh = not all(processes.gather(outcome is not None))
         if fresh:
@@ -389,10 +387,6 @@ def _batches(member: Member, robust: np.ndarray, size: int) -> Iterator[_Runs]:
       return
     yield _Runs(images[:size], stages[:size], max(len(images) - size, 0))
     images, stages = images[size:], stages[size:]
-
-
-def _crc32(runs: _Runs) -> str:
-  return f'{zlib.crc32(np.stack([runs.images, runs.stages]).tobytes()):08x}'
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -4,7 +4,6 @@ Two models may agree in every logit and differ in the gradient, by which attacks
 a straight-through estimator is one line.
 """
 
-import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,63 +12,60 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
+from fulllora_jax.attacks import inputs
 from fulllora_jax.attacks.threat import Threat
-from fulllora_jax.distributed import mesh as mesh_lib
+from fulllora_jax.core.blame import unwrapped
 
 Fingerprint = Mapping[str, np.ndarray]  # 'logits', and 'gradient' where attacks follow one
 _DIRECTIONS = 8
 _APART = 1e-3  # of the size: more than another device's rounding in float32
 
 
-@functools.cache
-def gradient_program(norm: str, mesh: Mesh, precision: str, draws: int) -> Callable:
-  """Compiles the gradient of a random sum of all logits, at a random point of each image's ball.
+def gradient(
+  logits_fn: Callable[..., jax.Array], x: jax.Array, key: jax.Array, threat: Threat, draws: int
+) -> jax.Array:
+  """Returns the gradient of a random sum of all logits, at a random point of each image's ball.
 
-  Args:
-    norm: the norm of the ball.
-    mesh: batches are sharded over it.
-    precision: the precision of matrix products.
+  Args: those of `pgd`, and:
     draws: above 1, logits_fn takes a key too.
-
-  Returns:
-    (logits_fn, x [B, H, W, C], key, eps) -> the gradients, of x's shape.
   """
-  whole, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharded(mesh)
+  noise = (key,) if draws > 1 else ()
 
-  def gradient(logits_fn, x, key, eps):
-    noise = (key,) if draws > 1 else ()
+  def total(x_adv):
+    logits = logits_fn(x_adv, *noise).astype(jnp.float32)
+    return (logits @ jax.random.normal(jax.random.key(0), logits.shape[1:])).sum()
 
-    def total(x_adv):
-      logits = logits_fn(x_adv, *noise).astype(jnp.float32)
-      return (logits @ jax.random.normal(jax.random.key(0), logits.shape[1:])).sum()
-
-    with jax.default_matmul_precision(precision):
-      keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(x)))
-      return jax.grad(total)(Threat(norm, eps).random_start(keys, x))
-
-  return jax.jit(gradient, in_shardings=(None, rows, whole, whole), out_shardings=whole)
+  return jax.grad(total)(threat.random_start(inputs.keys_of(key, len(x)), x))
 
 
 def sketch(gradients: np.ndarray) -> np.ndarray:
-  """Returns the norm of each gradient and a few projections of it, float64 [B, 9].
+  """Returns a few projections of each gradient, float64 [B, 8].
 
   Entries that are not finite count as zero, as they do in attacks.
   """
   flat = gradients.reshape(len(gradients), -1).astype(np.float64)
-  flat = np.where(np.isfinite(flat), flat, 0)
   signs = np.random.default_rng(0).choice([-1.0, 1.0], (flat.shape[1], _DIRECTIONS))
-  return np.column_stack([np.linalg.norm(flat, axis=1), flat @ signs])
+  return np.where(np.isfinite(flat), flat, 0) @ signs
 
 
 def difference(before: Fingerprint, now: Fingerprint) -> str | None:
   """Returns which of logits and gradient differ by more than rounding; None: neither."""
-  if _apart(before['logits'], now['logits'], np.ptp):
+  if _apart(before['logits'], now['logits']):
     return 'its clean logits differ'
-  if 'gradient' in now and _apart(before['gradient'], now['gradient'], _norm):
+  if 'gradient' in now and _apart(before['gradient'], now['gradient']):
     return 'its clean logits are the same, but its gradient differs'
   return None
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> bool:
+  """Whether a row of two arrays [N, D] differs, relative to how far apart its numbers are."""
+  if a.shape != b.shape:
+    return True
+  scale = np.maximum(np.ptp(a, axis=1), np.ptp(b, axis=1))
+  # Numbers far from zero carry an error of their own, however little they differ.
+  allowed = _APART * scale + 1e-6 * np.abs(a).max(axis=1)
+  return bool((np.abs(a.astype(np.float64) - b).max(axis=1) > allowed).any())
 
 
 def source_of_attacks() -> str:
@@ -80,25 +76,8 @@ def source_of_attacks() -> str:
 
 def source(function: Callable) -> str:
   """Returns a hash of a function's source text; '' where there is none, as in a terminal."""
-  while hasattr(function, 'func'):  # a partial
-    function = function.func
   try:
-    text = inspect.getsource(inspect.unwrap(function))
+    text = inspect.getsource(unwrapped(function))
   except (OSError, TypeError):
     return ''
   return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _norm(sketched: np.ndarray, axis: int) -> np.ndarray:
-  del axis
-  return sketched[:, 0]
-
-
-def _apart(a: np.ndarray, b: np.ndarray, size: Callable[..., np.ndarray]) -> bool:
-  """Whether a row of two arrays [N, D] differs, relative to its size."""
-  if a.shape != b.shape:
-    return True
-  scale = np.maximum(size(a, axis=1), size(b, axis=1))
-  # Numbers far from zero carry an error of their own, however little they differ.
-  allowed = _APART * scale + 1e-6 * np.abs(a).max(axis=1)
-  return bool((np.abs(a.astype(np.float64) - b).max(axis=1) > allowed).any())

@@ -6,33 +6,31 @@ Inside of `jax.jit` values are not known: there only shapes and dtypes are check
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fulllora_jax.attacks.threat import Threat
+from fulllora_jax.attacks.threat import NORMS, Threat
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.ranges import check_unit_range
 
 
-def check(x, labels, indices, threat: Threat) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns images, labels and indices as numpy arrays.
+def check(
+  x, labels, indices, threat: Threat, what: str = 'autoattack', norms: tuple[str, ...] = NORMS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns images, labels and indices as numpy arrays; indices are 0..N-1 where None.
 
   Raises:
-    UserError: x is not float32 [N, H, W, C] in [0, 1] with 1, 3 or 4
-      channels, labels or indices are not ints [N], or the threat has no size.
+    UserError: x is not float32 [N, H, W, C] in [0, 1] with 1, 3 or 4 channels, labels or indices
+      are not ints [N], or the threat has no size, or a norm that `what` does not know.
   """
   x = np.asarray(_images(x))
-  labels = np.asarray(_integers('labels', labels, len(x)))
-  if indices is None:
-    indices = np.arange(len(x))
-  indices = np.asarray(_integers('indices', indices, len(x)))
-  _check_radius(threat, x.shape)
+  _check_threat(threat, x.shape, what, norms)
   if not threat.eps > 0:
     raise UserError('threat.eps: 0 leaves nothing to attack; that is the clean accuracy')
-  return x, labels, indices
+  indices = np.arange(len(x)) if indices is None else indices
+  return x, _integers('labels', labels, len(x)), _integers('indices', indices, len(x))
 
 
 def check_call(
@@ -52,15 +50,11 @@ def check_call(
 
   Args:
     attack: its name, for the error.
-    keys: a PRNG key for each image, or one, from which an image's key follows
-      by its place in the batch; of `jax.random.key` or `jax.random.PRNGKey`.
-    logits_fn: images [B, H, W, C] -> logits [B, K]; takes a key too where stochastic.
-    x: images [B, H, W, C], float32 in [0, 1].
-    labels: int [B]; where soft, also float [B, K].
-    threat: the ball.
+    keys: as `keys_of` takes them.
+    logits_fn, x, labels, threat: those of `pgd`.
     norms: the norms that the attack knows.
     soft: whether the attack knows soft labels.
-    stochastic: whether logits_fn takes a key.
+    stochastic: whether logits_fn takes a key too.
     **numbers: other arguments by name, each with the least that it may be.
 
   Returns:
@@ -70,13 +64,9 @@ def check_call(
     UserError: anything that does not fit.
   """
   x = _images(x)
-  _check_radius(threat, x.shape)
-  if threat.norm not in norms:
-    remedy = '; for l1 give apgd-ce,apgd-t' if threat.norm == 'l1' else ''
-    raise UserError(
-      f'threat.norm: {attack} knows {" and ".join(norms)} only, not {threat.norm}{remedy}'
-    )
-  labels = _labels(labels, len(x), soft)
+  _check_threat(threat, x.shape, attack, norms)
+  if not (soft and getattr(labels, 'ndim', 1) == 2 and jnp.issubdtype(labels.dtype, jnp.floating)):
+    labels = _integers('labels', labels, len(x))
   if not isinstance(labels, jax.core.Tracer):  # else the model would be traced once more
     num_classes(logits_fn, x, len(x), stochastic, labels)
   for name, (value, least) in numbers.items():
@@ -85,59 +75,45 @@ def check_call(
   return keys_of(keys, len(x)), jnp.asarray(x), jnp.asarray(labels)
 
 
-def keys_of(keys: jax.Array, count: int) -> jax.Array:
-  """Returns a PRNG key for each image, [count], of such keys or of one.
+def keys_of(keys: jax.Array, count: int | None = None) -> jax.Array:
+  """Returns PRNG keys as `jax.random.key` makes them: one for each image, [count], or one, [].
+
+  Args:
+    keys: keys [count], or one, from which an image's key follows by its place in the batch; of
+      `jax.random.key` or `jax.random.PRNGKey`.
+    count: the number of images; None asks for one key.
 
   Raises:
     UserError: they are no keys, or another number of them.
   """
-  keys = _typed(keys)
-  if not keys.ndim:
-    places = jnp.arange(count)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, places)
-  if keys.shape != (count,):
-    raise UserError(f'keys have shape {list(keys.shape)}, expected one key, or [{count}]')
-  return keys
-
-
-def one_key(key: jax.Array) -> jax.Array:
-  """Returns a PRNG key as `jax.random.key` makes it; `jax.random.PRNGKey` gives another form.
-
-  Raises:
-    UserError: it is none, or there are several.
-  """
-  key = _typed(key)
-  if key.ndim:
-    raise UserError(f'key: this is an array of keys {list(key.shape)}; give one of them')
-  return key
-
-
-def _typed(keys: Any) -> jax.Array:
-  dtype = getattr(keys, 'dtype', None)
-  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-    return keys
   try:
-    if dtype == np.uint32:
-      return jax.random.wrap_key_data(jnp.asarray(keys))
-  except TypeError:  # other numbers than a key has
-    pass
-  shape = f' {list(keys.shape)}' if hasattr(keys, 'shape') else ''
-  raise UserError(
-    f'key: {dtype or type(keys).__name__}{shape} is no PRNG key; give jax.random.key(0)'
-  )
+    if keys.dtype == np.uint32:  # the form of `jax.random.PRNGKey`
+      keys = jax.random.wrap_key_data(jnp.asarray(keys))
+    right = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and keys.shape in ((), (count,))
+  except (AttributeError, TypeError):  # no array, or other numbers than a key has
+    right = False
+  if not right:
+    found = f'{getattr(keys, "dtype", type(keys).__name__)} {list(getattr(keys, "shape", ()))}'
+    several = '' if count is None else f', or [{count}] such keys'
+    raise UserError(f'key: this is {found}, expected jax.random.key(0){several}')
+  if count is None or keys.ndim:
+    return keys
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, jnp.arange(count))
 
 
-def _check_radius(threat: Threat, shape: tuple[int, ...]) -> None:
-  """Raises UserError unless it is a threat, smaller than the box [0, 1]."""
+def _check_threat(
+  threat: Threat, shape: tuple[int, ...], attack: str, norms: tuple[str, ...]
+) -> None:
+  """Raises UserError unless it is a threat that the attack knows, smaller than the box [0, 1]."""
   if not isinstance(threat, Threat):
     raise UserError(
       f"threat: this is a {type(threat).__name__}; give Threat(norm='linf', eps=8/255)"
     )
-  if threat.norm == 'linf' or isinstance(threat.eps, jax.core.Tracer):
-    return
+  if threat.norm not in norms:
+    raise UserError(f'threat.norm: {attack} knows {" and ".join(norms)} only, not {threat.norm}')
   size = math.prod(shape[1:])
-  radius = size if threat.norm == 'l1' else size**0.5
-  if threat.eps >= radius:
+  radius = {'linf': math.inf, 'l2': size**0.5, 'l1': size}[threat.norm]
+  if not isinstance(threat.eps, jax.core.Tracer) and threat.eps >= radius:
     raise UserError(
       f'threat.eps: {threat.eps:g} reaches across the whole [0, 1] box of {shape[1:]} images '
       f'in {threat.norm} ({radius:g}); did you mean {threat.eps:g}/255?'
@@ -145,10 +121,9 @@ def _check_radius(threat: Threat, shape: tuple[int, ...]) -> None:
 
 
 def _images(x):
-  x = check_unit_range(x, 'normalisation belongs into the logits function')
+  x = check_unit_range(x)
   if x.ndim != 4 or not x.size:
-    none = ', and of none there is no accuracy; give at least one' * (x.shape[:1] == (0,))
-    raise UserError(f'images have shape {x.shape}, expected [N, H, W, C]{none}')
+    raise UserError(f'images have shape {x.shape}, expected [N, H, W, C] and at least one')
   if x.shape[3] not in (1, 3, 4) and x.shape[1] in (1, 3, 4):
     raise UserError(
       f'images have shape {x.shape}, which looks like [N, C, H, W]; expected '
@@ -157,31 +132,16 @@ def _images(x):
   return x
 
 
-def _labels(labels, count: int, soft: bool):
-  """Returns int [count], or where soft labels may be, also float [count, K]."""
-  if not soft or getattr(labels, 'ndim', 1) != 2 or not _is_float(labels):
-    return _integers('labels', labels, count)
-  if len(labels) != count:
-    raise UserError(f'labels have {len(labels)} rows, expected {count}, one for each image')
-  if not isinstance(labels, jax.core.Tracer):
-    sums = np.asarray(labels, np.float32).sum(axis=1)
-    if not (abs(sums - 1) <= 1e-3).all() or labels.min() < 0:
-      raise UserError('labels: soft labels are not odds, each row from 0 up and with sum 1')
-  return labels
-
-
-def _is_float(values) -> bool:
-  return bool(jnp.issubdtype(values.dtype, jnp.floating))
-
-
 def _integers(name: str, values, count: int):
-  """Returns int32 [count]; a tracer as it is."""
-  if not isinstance(values, jax.core.Tracer):
-    values = np.asarray(values)
+  """Returns int32 [count], of NumPy; a tracer stays one."""
+  traced = isinstance(values, jax.core.Tracer)
+  values = values if traced else np.asarray(values)
   if values.dtype.kind not in 'iu' or values.shape != (count,):
     raise UserError(
       f'{name} are {values.dtype} {list(values.shape)}, expected ints [{count}], one for each image'
     )
+  if not traced and (values.astype(np.int32) != values).any():  # it would wrap around
+    raise UserError(f'{name} are in [{values.min()}, {values.max()}], expected ints of 32 bits')
   return values.astype(np.int32)
 
 
@@ -224,33 +184,32 @@ def num_classes(
     )
   if logits.dtype.kind != 'f' and logits.dtype.name != 'bfloat16':
     raise UserError(f'logits function: it gave {logits.dtype.name}, expected float logits')
+  classes = shape[1]
   if labels.ndim == 2:
-    if labels.shape[1] != shape[1]:
-      raise UserError(f'labels have {labels.shape[1]} classes, but the logits {shape[1]}')
-    return shape[1]
-  low, high = int(labels.min()), int(labels.max())
-  if low < 0 or high >= shape[1]:
+    sums = np.asarray(labels, np.float32).sum(axis=1)
+    if labels.shape != shape or not (labels.min() >= 0 and (abs(sums - 1) <= 1e-3).all()):
+      raise UserError(
+        f'labels {list(labels.shape)}: soft labels are odds {list(shape)}, each row from 0 up and '
+        'with sum 1'
+      )
+  elif labels.min() < 0 or labels.max() >= classes:
     raise UserError(
-      f'labels are in [{low}, {high}], but the logits have {shape[1]} classes, 0..{shape[1] - 1}'
+      f'labels are in [{labels.min()}, {labels.max()}], but the logits have {classes} classes, '
+      f'0..{classes - 1}'
     )
-  return shape[1]
+  return classes
 
 
 def _check_signature(logits_fn: Callable[..., jax.Array], stochastic: bool) -> None:
   """Raises UserError unless the function takes images, and a key if stochastic."""
-  try:
-    signature = inspect.signature(logits_fn)
-  except (TypeError, ValueError):
-    if callable(logits_fn):  # what it takes is not known
-      return
-    raise UserError(f'logits function: a {type(logits_fn).__name__} is no function') from None
   names = ('images', 'key') if stochastic else ('images',)
   try:
-    signature.bind(*names)
+    inspect.signature(logits_fn).bind(*names)
+  except ValueError:  # what it takes is not known
+    pass
   except TypeError as error:
     raise UserError(
-      f'logits function: it cannot be called with ({", ".join(names)}): '
-      f'{getattr(logits_fn, "__name__", "it")}{signature}: {error}'
+      f'logits function: it cannot be called with ({", ".join(names)}): {error}'
       f'{"; version rand gives the noise of a model a key" * stochastic}'
     ) from None
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from fulllora_jax.attacks.scale import power
-from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -219,19 +219,8 @@ LOSSES: Mapping[str, Loss] = {'ce': lasting_cross_entropy, 'margin': margin, 'dl
 
 def of(name: str, labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
   """Returns a loss of LOSSES as a function of the logits alone; of another name, a UserError."""
-  loss = named(name)
-  return lambda logits: loss(logits, labels)
-
-
-def named(name: str) -> Loss:
-  """Returns a loss of LOSSES.
-
-  Raises:
-    UserError: there is none of this name.
-  """
-  if name in LOSSES:
-    return LOSSES[name]
-  near = did_you_mean(str(name), LOSSES)
-  if 'cw' in str(name).lower():
-    near = 'did you mean margin, the loss of Carlini and Wagner? '
-  raise UserError(f'loss: unknown {name!r}; {near}known: {", ".join(LOSSES)}')
+  if name not in LOSSES:
+    raise UserError(
+      f'loss: unknown {name!r}; known: {", ".join(LOSSES)}; margin is that of Carlini and Wagner'
+    )
+  return lambda logits: LOSSES[name](logits, labels)

@@ -8,7 +8,7 @@ from fulllora_jax.attacks import ensemble
 from fulllora_jax.attacks.found import Found, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pgd
 from fulllora_jax.attacks.threat import Threat
-from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.errors import UserError, choose
 
 _DEFAULT_STEPS = 20
 NAMES = ('clean', 'fgsm', 'pgd', 'cw_linf')
@@ -38,13 +38,7 @@ class Attack:
   def __call__(
     self, keys: jax.Array, logits_fn: LogitsFn, x: jax.Array, labels: jax.Array, threat: Threat
   ) -> jax.Array:
-    """Returns x_adv [B, H, W, C].
-
-    Args: the first five of `pgd`.
-
-    Raises:
-      UserError: the attack is an ensemble, which `autoattack` runs, or none.
-    """
+    """Returns x_adv [B, H, W, C]; arguments and errors are those of `find`."""
     return self.find(keys, logits_fn, x, labels, threat).x_adv
 
   def find(
@@ -57,12 +51,11 @@ class Attack:
     Raises:
       UserError: the attack is an ensemble, which `autoattack` runs, or none.
     """
-    if self.name not in NAMES:
+    if self.version:
       raise UserError(
         f'attack: {self.name} cannot be called; call autoattack with version={self.version!r}'
-        if self.version
-        else f'attack: unknown attack {self.name!r}; known: {", ".join(NAMES)}'
       )
+    choose('attack', self.name, NAMES)
     if self.name == 'clean':
       return Found(x, nothing(x.shape[0]))
     return pgd.find(

@@ -22,6 +22,7 @@ from fulllora_jax.core.files import (
   replace_file,
 )
 
+_DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 _REMEDY = 'remove it to start afresh, or give another directory'
 
 
@@ -60,16 +61,14 @@ class Progress:
       return False
     try:
       make_directory(directory)
-      resumed = _check_identity(directory, identity)
-      _check_model(directory, model)
-      return resumed
+      return _begin(directory, identity, model)
     except OSError as error:
       raise UserError(
         f'cannot keep the progress in {directory}: {error.strerror}; choose another place'
       ) from None
     except UserError:
       raise
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except _DAMAGED:
       raise UserError(f'cannot read the progress in {directory}; remove it to start over') from None
 
   def read(self, name: str, x: np.ndarray) -> Outcome | None:
@@ -83,7 +82,7 @@ class Progress:
       with load_arrays(self.directory / f'{name}.npz') as saved:
         broken, points, met = saved['broken'], saved['x_adv'], saved['met']
         seconds = float(saved['seconds'])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, *_DAMAGED):
       return None
     if broken.shape != x.shape[:1] or len(points) != broken.sum():
       return None
@@ -104,31 +103,24 @@ class Progress:
     )
 
 
-def _check_identity(directory: Path, identity: Mapping[str, Any]) -> bool:
-  path, text = directory / 'identity.json', json.dumps(identity, indent=2)
+def _begin(directory: Path, identity: Mapping[str, Any], model: Fingerprint) -> bool:
+  path = directory / 'identity.json'
   with os_errors(path):
     before = path.read_text() if path.exists() else None
   if before is None:
-    replace_file(path, text.encode())
+    # First, for the other says that both are there.
+    replace_arrays(directory / 'model.npz', **model)
+    replace_file(path, json.dumps(identity, indent=2).encode())
     return False
   saved = json.loads(before)
-  for key, value in json.loads(text).items():
+  for key, value in json.loads(json.dumps(identity)).items():
     if saved.get(key) != value:
       raise UserError(
         f'{directory} holds the progress of another evaluation ({key} '
         f'{saved.get(key)!r}, now {value!r}); {_REMEDY}'
       )
-  return True
-
-
-def _check_model(directory: Path, model: Fingerprint) -> None:
-  path = directory / 'model.npz'
-  with os_errors(path):
-    there = path.exists()
-  if not there:
-    replace_arrays(path, **model)
-    return
-  with load_arrays(path) as file:
+  with load_arrays(directory / 'model.npz') as file:
     differs = difference(dict(file), model)
   if differs:
     raise UserError(f'{directory} holds the progress on another model: {differs}; {_REMEDY}')
+  return True

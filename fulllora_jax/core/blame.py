@@ -1,20 +1,16 @@
 """Where a user's own code fails: a line that names the file and the line."""
 
-import contextlib
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from fulllora_jax.core.errors import UserError, first_line
+from fulllora_jax.core.errors import first_line
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
 _INSTALLED = {'site-packages', 'dist-packages'}
 _NOT_THEIRS = (Path(__file__).parents[1], Path(sysconfig.get_path('stdlib')))
-# What JAX raises of a function that cannot be traced, differentiated or run, often after the
-# function has returned; other kinds are more likely a fault of ours.
-_OF_A_FUNCTION = (TypeError, ValueError, NotImplementedError, RuntimeError)
 
 
 def is_users(file: str) -> bool:
@@ -22,6 +18,13 @@ def is_users(file: str) -> bool:
   path = Path(file)
   inside = any(path.is_relative_to(folder) for folder in _NOT_THEIRS)
   return path.suffix == '.py' and not (inside or _INSTALLED & set(path.parts))
+
+
+def unwrapped(function: Any) -> Any:
+  """Returns the function that partials and decorators are made of."""
+  while inner := getattr(function, 'func', getattr(function, '__wrapped__', None)):
+    function = inner
+  return function
 
 
 def fault(error: BaseException) -> str:
@@ -39,32 +42,3 @@ def fault(error: BaseException) -> str:
   if 'Traceback (most recent call last)' in text:
     said = text.splitlines()[-1].strip()
   return f'{theirs[-1] if theirs else ""}{said}'
-
-
-@contextlib.contextmanager
-def blaming(what: str, place: str = '') -> Iterator[None]:
-  """Makes a UserError, one line, of what a user's own code raises inside.
-
-  Args:
-    what: what is asked of that code; it begins the message. '': nothing is caught.
-    place: 'FILE, line N: ', where to look if no line of that code raised it.
-  """
-  try:
-    yield
-  except UserError:
-    raise
-  except (Exception, SystemExit) as error:
-    said = fault(error)
-    theirs = is_users(said.partition(', line ')[0])
-    if not what or not (theirs or isinstance(error, _OF_A_FUNCTION)):
-      raise
-    raise UserError(f'{what}: {"" if theirs else place}{said}{_hint(error)}') from None
-
-
-def _hint(error: BaseException) -> str:
-  """Says what to do where the class of an error tells."""
-  if isinstance(error, ModuleNotFoundError):
-    return '; install it'
-  if 'racer' in type(error).__name__ or 'Concret' in type(error).__name__:
-    return '; jax.jit compiles it: write it with jax.numpy, without branches on values'
-  return ''

@@ -54,14 +54,13 @@ def check_finite(source: str, name: str, array: np.ndarray, advice: str) -> None
     )
 
 
-def check_unit_range(images: Any, remedy: str) -> Any:
+def check_unit_range(images: Any) -> Any:
   """Returns the images in [0, 1], without what rounding put outside.
 
   Inside of `jax.jit` or `jax.grad` the values are not known, and not checked.
 
   Args:
     images: arrays of NumPy or JAX, of any shape.
-    remedy: what to do about values outside, for the error.
 
   Raises:
     UserError: another dtype than float32, or values that are NaN or further outside than rounding.
@@ -75,7 +74,10 @@ def check_unit_range(images: Any, remedy: str) -> Any:
     return images
   low, high = float(images.min()), float(images.max())
   if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN too
-    raise UserError(f'images have values in [{low:.7g}, {high:.7g}], expected [0, 1]; {remedy}')
+    raise UserError(
+      f'images have values in [{low:.7g}, {high:.7g}], expected [0, 1]; normalisation belongs into '
+      'the model'
+    )
   return images if low >= 0 and high <= 1 else images.clip(0, 1)
 
 

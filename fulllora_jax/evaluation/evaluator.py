@@ -189,17 +189,21 @@ class Evaluator:
 
     They are those of `losses.predicted`, NO_CLASS where a logit is no number.
     """
-    size, classes = self._batch_size_of(len(x)), []
+    return np.asarray(losses.predicted(self.logits(variables, x)))
+
+  def logits(self, variables: Any, x: np.ndarray) -> np.ndarray:
+    """Returns the logits, float32 [n, K], of images float32 [n, H, W, C]."""
+    size, logits = self._batch_size_of(len(x)), []
     for first in range(0, len(x), size):
       rows, mask = fill_up(x[first : first + size], size)
       batch = mesh_lib.put_whole_batch({'x': rows}, self.mesh)
-      classes.append(np.asarray(self._classify(variables, batch['x']))[mask])
-    return np.concatenate(classes)
+      logits.append(np.asarray(self._classify(variables, batch['x']))[mask])
+    return np.concatenate(logits)
 
   @functools.cached_property
   def _classify(self) -> Callable:
-    """Compiles (variables, x) -> classes, on every process."""
-    return self.jit(lambda variables, x: losses.predicted(self.apply(variables, x)))
+    """Compiles (variables, x) -> logits, float32, on every process."""
+    return self.jit(lambda variables, x: self.apply(variables, x).astype(jnp.float32))
 
   def jit(self, function: Callable, **options) -> Callable:
     """Returns `jax.jit` of a function, in the plan's precision of products.

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import importlib
-import inspect
 import logging
 import os
 import sys
@@ -13,7 +12,11 @@ from pathlib import Path
 import jax
 
 from fulllora_jax.core import blame
-from fulllora_jax.core.errors import UserError, did_you_mean
+from fulllora_jax.core.errors import UserError
+
+# What JAX raises of a function that cannot be traced, differentiated or run, often after the
+# function has returned; other kinds are more likely a fault of ours.
+_OF_A_FUNCTION = (TypeError, ValueError, NotImplementedError, RuntimeError)
 
 
 def load_function(spec: str) -> Callable:
@@ -25,27 +28,14 @@ def load_function(spec: str) -> Callable:
   module, colon, name = spec.partition(':')
   if not (module and colon and name) or module.startswith('.'):
     raise UserError(f'--logits: write module:function, not {spec!r}')
-  if module.endswith('.py') or os.sep in module:
-    raise UserError(
-      f'--logits: write the name of the module, {Path(module).stem}:{name}, not its file; it is '
-      'looked for in the current directory'
-    )
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
-  with blame.blaming(f'--logits: cannot import {module}'):
-    try:
-      found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-      if not f'{module}.'.startswith(f'{error.name}.'):  # what it imports is not there
-        raise
-      raise UserError(
-        f'--logits: cannot import {module}: {error}, neither in {os.getcwd()} nor installed'
-      ) from None
-    function = getattr(found, name, None)
+  try:
+    function = getattr(importlib.import_module(module), name, None)
+  except (Exception, SystemExit) as error:
+    raise UserError(f'--logits: cannot import {module}: {blame.fault(error)}') from None
   if not callable(function):
-    known = [other for other, value in vars(found).items() if callable(value)]
-    hint = did_you_mean(name, known).rstrip('? ')
-    raise UserError(f'--logits: {module} has no function {name}{"; " * bool(hint)}{hint}')
+    raise UserError(f'--logits: {module} has no function {name}')
   return function
 
 
@@ -59,16 +49,24 @@ def blamed(spec: str | None) -> Iterator[None]:
   if not spec:
     yield
     return
-  place = _place(load_function(spec))
+  place = _place(load_function(spec)) or spec
   for module in ('callback', 'debugging'):  # they print the traceback of a callback besides
     logging.getLogger(f'jax._src.{module}').setLevel(logging.CRITICAL)
-  with blame.blaming(f'--logits {spec}', place):
-    try:
-      yield
-    except UserError as error:
-      if not str(error).startswith('logits function: '):
+  try:
+    yield
+  except UserError as error:
+    if not str(error).startswith('logits function: '):
+      raise
+    raise UserError(f'{error} ({place})') from None
+  except (Exception, SystemExit) as error:
+    said, kind = blame.fault(error), type(error).__name__
+    if not blame.is_users(said.partition(', line ')[0]):
+      if not isinstance(error, _OF_A_FUNCTION):
         raise
-      raise UserError(f'{error} ({place.removesuffix(": ")})') from None
+      said = f'{place}: {said}'
+    traced = 'Tracer' in kind or 'Concretization' in kind
+    hint = '; jax.jit compiles it: write it with jax.numpy, without branches on values' * traced
+    raise UserError(f'--logits {spec}: {said}{hint}') from None
 
 
 def try_callbacks(function: Callable, *args: jax.Array) -> None:
@@ -94,8 +92,6 @@ def source(spec: str) -> str:
 
 
 def _place(function: Callable) -> str:
-  """Returns 'FILE, line N: ', where a function is defined; '' where that is not known."""
-  while hasattr(function, 'func'):  # a partial
-    function = function.func
-  code = getattr(inspect.unwrap(function), '__code__', None)
-  return f'{code.co_filename}, line {code.co_firstlineno}: ' if code else ''
+  """Returns 'FILE, line N', where a function is defined; '' where that is not known."""
+  code = getattr(blame.unwrapped(function), '__code__', None)
+  return f'{code.co_filename}, line {code.co_firstlineno}' if code else ''

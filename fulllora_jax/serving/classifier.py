@@ -1,5 +1,6 @@
 """The product: a robust classifier from published adapters and their base."""
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.core.files import as_path, beside
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.serving import adapter_file, stacking
-from fulllora_jax.serving.image_checks import check_images, no_logits
+from fulllora_jax.serving.image_checks import classify
 from fulllora_jax.serving.many_adapters import ManyAdapters
 
 
@@ -44,13 +45,9 @@ class RobustClassifier:
     self.metadata = metadata
     self._apply = jax.jit(model.apply)
 
-  def __getstate__(self) -> dict[str, Any]:
-    """Returns what is pickled: all but the compiled programs, which `__setstate__` makes anew."""
-    return {name: value for name, value in vars(self).items() if name != '_apply'}
-
-  def __setstate__(self, state: Mapping[str, Any]) -> None:
-    vars(self).update(state)
-    self._apply = jax.jit(self.model.apply)
+  def __reduce__(self):
+    """Returns how a pickle makes it again, with compiled programs of its own."""
+    return type(self), (self.model, self.variables, self.base_variables, self.metadata)
 
   def logits(self, images: jax.Array | np.ndarray) -> jax.Array:
     """Returns the adapted model's logits, float32 [B, K].
@@ -69,10 +66,7 @@ class RobustClassifier:
     return self._logits(self.base_variables, images)
 
   def _logits(self, variables: Tree, images) -> jax.Array:
-    images = check_images(images, self.metadata['image_shape'])
-    if not len(images):
-      return no_logits(self.metadata['num_classes'])
-    return self._apply(variables, images)
+    return classify(functools.partial(self._apply, variables), images, self.metadata)
 
 
 @overload

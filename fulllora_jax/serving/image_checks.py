@@ -1,5 +1,8 @@
 """What a loaded classifier asks of the images it is given."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -7,28 +10,27 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.ranges import check_unit_range
 
 
-def check_images(images, image_shape: tuple[int, int, int]) -> jax.Array:
-  """Returns the images as an array of JAX.
+def classify(
+  logits_fn: Callable[[jax.Array], jax.Array], images: Any, metadata: Mapping[str, Any]
+) -> jax.Array:
+  """Returns the logits, float32 [B, K], of images that fit the model.
 
   Inside of `jax.jit` or `jax.grad` the values are not known, and not checked.
 
   Args:
+    logits_fn: the model; it may reshape, which needs at least one image, and is not asked of none.
     images: float32 [B, H, W, C] in [0, 1].
-    image_shape: (H, W, C).
+    metadata: the model's `image_shape` (H, W, C) and `num_classes` K.
 
   Raises:
     UserError: images of another shape or dtype, or outside [0, 1].
   """
-  images = check_unit_range(images, 'do not normalise them, the model does')
-  expected = tuple(image_shape)
-  if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+  images = check_unit_range(images)
+  expected = list(metadata['image_shape'])
+  if list(images.shape[1:]) != expected:
     raise UserError(
-      f'images have shape {tuple(images.shape)}, expected [B, H, W, C] with '
-      f'[H, W, C] = {list(expected)}'
+      f'images have shape {tuple(images.shape)}, expected [B, H, W, C] with [H, W, C] = {expected}'
     )
-  return jnp.asarray(images)
-
-
-def no_logits(num_classes: int) -> jax.Array:
-  """Returns the logits of no images, float32 [0, K]: models reshape, which needs at least one."""
-  return jnp.zeros((0, num_classes), jnp.float32)
+  if not len(images):
+    return jnp.zeros((0, metadata['num_classes']), jnp.float32)
+  return logits_fn(jnp.asarray(images))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,29 +16,25 @@ from fulllora_jax.core.errors import UserError, did_you_mean
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.serving import stacking
-from fulllora_jax.serving.image_checks import check_images, no_logits
+from fulllora_jax.serving.image_checks import classify
 from fulllora_jax.serving.stacking import BASE
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=('stack', 'frozen', 'index'), meta_fields=('apply',)
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class OfEach:
   """Images -> logits with an adapter for each image, whatever row it is in; a pytree."""
 
-  apply: Callable[..., jax.Array]  # (stack, frozen, index, images) -> logits
-  stack: Tree  # what was trained, each leaf with a first axis over the adapters
-  frozen: Tree  # the variables that were not trained
-  index: np.ndarray | jax.Array  # int [B], the adapter of each image
+  apply: Partial  # (which, images) -> logits
+  which: np.ndarray | jax.Array  # int [B], the adapter of each image
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Returns the logits [B, K]; raises UserError for another number of images."""
-    return self.apply(self.stack, self.frozen, self.index, images)
+    return self.apply(self.which, images)
 
   def for_images(self, rows: np.ndarray) -> 'OfEach':
     """Returns the function of a batch of these images, int [b]."""
-    return dataclasses.replace(self, index=np.asarray(self.index)[rows])
+    return dataclasses.replace(self, which=np.asarray(self.which)[rows])
 
 
 class ManyAdapters:
@@ -68,19 +64,18 @@ class ManyAdapters:
     self.stack, self.frozen = jax.device_put((stack.leaves, frozen))
     self._no_base = stack.no_base
     self._model = stack.model
-    self._compile()
 
-  def _compile(self) -> None:
-    self._one = jax.jit(functools.partial(mixed.apply_one, self._model))
-    self._mixed = jax.jit(functools.partial(mixed.apply_mixed, self._model))
+  @functools.cached_property
+  def _one(self):
+    return jax.jit(functools.partial(mixed.apply_one, self._model))
+
+  @functools.cached_property
+  def _mixed(self):
+    return jax.jit(functools.partial(mixed.apply_mixed, self._model))
 
   def __getstate__(self) -> dict[str, Any]:
-    """Returns what is pickled: all but the compiled programs, which `__setstate__` makes anew."""
+    """Returns what is pickled: all but the compiled programs."""
     return {name: v for name, v in vars(self).items() if name not in ('_one', '_mixed')}
-
-  def __setstate__(self, state: Mapping[str, Any]) -> None:
-    vars(self).update(state)
-    self._compile()
 
   def logits(self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]) -> jax.Array:
     """Returns the logits, float32 [B, K].
@@ -93,11 +88,7 @@ class ManyAdapters:
       UserError: an unknown name, another number of names than images, or
         images of another shape or dtype, or outside [0, 1].
     """
-    shape = self.metadata[self.names[0]]['image_shape']
-    images, logits_fn = check_images(images, shape), self.logits_fn(adapter)
-    if not len(images) and (isinstance(adapter, str) or not len(adapter)):
-      return no_logits(self.metadata[self.names[0]]['num_classes'])
-    return logits_fn(images)
+    return classify(self.logits_fn(adapter), images, self.metadata[self.names[0]])
 
   def predict(self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]) -> jax.Array:
     """Returns the classes, int [B]; arguments and errors as `logits`."""
@@ -120,7 +111,7 @@ class ManyAdapters:
       index = np.int32(self._index(adapter))
       return Partial(self._one, self.stack, self.frozen, index)
     index = np.array([self._index(name) for name in adapter], np.int32)
-    return OfEach(self._mixed, self.stack, self.frozen, index)
+    return OfEach(Partial(self._mixed, self.stack, self.frozen), index)
 
   def put(self, mesh: Mesh) -> None:
     """Copies the arrays to every device of a mesh.

@@ -17,7 +17,7 @@ from jax import export
 
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import as_path, read_file
-from fulllora_jax.serving.image_checks import check_images, no_logits
+from fulllora_jax.serving.image_checks import classify
 
 FORMAT = 1
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -53,12 +53,7 @@ def check_size(variables: Any) -> None:
 
 def decode(content: bytes) -> Logits:
   """Returns the exported function."""
-  exported = export.deserialize(bytearray(content))
-
-  def logits(images: jax.Array) -> jax.Array:
-    return exported.call(images) if len(images) else no_logits(exported.out_avals[0].shape[1])
-
-  return logits
+  return export.deserialize(bytearray(content)).call
 
 
 def describe(content: bytes, metadata: Mapping[str, Any]) -> bytes:
@@ -108,7 +103,7 @@ def read(path: str | Path) -> Logits:
     content = read_file(path)
     description = json.loads(read_file(beside))
     version, sha256 = description['format_version'], description['sha256']
-    shape = description['image_shape']
+    sizes = {name: description[name] for name in ('image_shape', 'num_classes')}
   except OSError as error:
     raise UserError(
       f'cannot read {error.filename}: {error.strerror}; a program is two files, {path.name} and '
@@ -133,4 +128,4 @@ def read(path: str | Path) -> Logits:
       f'jax {jax.__version__} cannot read {path}, written by jax '
       f'{description.get("lowest_jax")}: {reason}; install that or a newer one'
     ) from None
-  return lambda images: logits(check_images(images, shape))
+  return lambda images: classify(logits, images, sizes)

@@ -212,7 +212,7 @@ def test_no_run_there(tmp_path):
     (lambda x: x[:, :4], r'shape \(5, 4, 8, 1\), .* \[8, 8, 1\]'),
     (lambda x: np.repeat(x, 3, axis=3), r'shape \(5, 8, 8, 3\)'),
     (lambda x: x * 255, r'values in \[.*, 25.*\], expected \[0, 1\]'),
-    (lambda x: x - 0.5, r'values in \[-0.*do not normalise'),
+    (lambda x: x - 0.5, r'values in \[-0.*normalisation belongs into the model'),
     (lambda x: np.where(x > 0.5, np.nan, x), r'\[nan, nan\], expected'),
   ],
   ids=[

@@ -88,5 +88,5 @@ def test_an_attack(attack):
 
 
 def test_autoattack():
-  with pytest.raises(UserError, match=r'shape \(0, 8, 8, 3\), .* of none there is no accuracy'):
+  with pytest.raises(UserError, match=r'shape \(0, 8, 8, 3\), .* at least one'):
     autoattack(jax.random.key(0), flat, NONE, np.zeros(0, int), Threat())

@@ -11,7 +11,6 @@ import scipy.optimize
 from jax.tree_util import Partial
 
 from fulllora_jax.attacks import Threat, autoattack, inputs, losses, pgd
-from fulllora_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +56,7 @@ class Examined:
   """
 
   def __init__(self, logits_fn, x, labels, threat, key, exact_fn=None):
-    if threat.norm == 'l1':
-      raise UserError('threat.norm: the doctor knows linf and l2 only, not l1')
-    self.x, self.labels, _ = inputs.check(x, labels, None, threat)
+    self.x, self.labels, _ = inputs.check(x, labels, None, threat, 'the doctor', ('linf', 'l2'))
     self.threat, self.key, self.exact_fn = threat, key, exact_fn
     self.stochastic = _takes_key(logits_fn)
     self.classes = inputs.num_classes(logits_fn, self.x, len(self.x), self.stochastic, self.labels)
