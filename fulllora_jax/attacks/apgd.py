@@ -7,13 +7,14 @@ Where the paper leaves a choice, it is that of the authors' code
 (github.com/fra31/auto-attack), so that the numbers agree with it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import inputs, losses
+from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.found import Attacking, Found, Met, finite
 from fulllora_jax.attacks.pgd import pick
 from fulllora_jax.attacks.scale import l2_norm
@@ -60,7 +61,7 @@ class State(NamedTuple):
   met: Met  # what the attack met so far
 
 
-@Attacking
+@functools.partial(Attacking, steps=2)
 def apgd(
   keys: jax.Array,
   logits_fn: Callable[..., jax.Array],
@@ -91,9 +92,6 @@ def apgd(
   Returns:
     x_adv [B, H, W, C]: the last misclassified point, or else the one of highest loss.
   """
-  keys, x, labels = inputs.check_call(
-    'apgd', keys, logits_fn, x, labels, threat, stochastic=draws > 1, steps=(steps, 2)
-  )
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   state = begin(evaluate, x, start(keys, x, threat), threat.eps)
   checkpoints, stretches = schedule(steps)

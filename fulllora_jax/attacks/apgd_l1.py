@@ -6,6 +6,7 @@ is. A third of the steps each in the balls of radius 3 eps and 2 eps come
 first. As for the other norms, open choices are those of the authors' code.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import inputs, projections
+from fulllora_jax.attacks import projections
 from fulllora_jax.attacks.apgd import Evaluate, State, adversarial, begin, objective, remember
 from fulllora_jax.attacks.found import Attacking, Found, nothing
 from fulllora_jax.attacks.pgd import pick
@@ -33,7 +34,7 @@ class Sparsity(NamedTuple):
   changed: jax.Array  # [B], pixels in which the best point differed from x
 
 
-@Attacking
+@functools.partial(Attacking, norms=('l1',), steps=1)
 def apgd_l1(
   keys: jax.Array,
   logits_fn: Callable[..., jax.Array],
@@ -53,9 +54,6 @@ def apgd_l1(
   Returns:
     x_adv [B, H, W, C]: the last misclassified point in the ball, or else the one of highest loss.
   """
-  keys, x, labels = inputs.check_call(
-    'apgd_l1', keys, logits_fn, x, labels, threat, norms=('l1',), stochastic=draws > 1
-  )
   evaluate = objective(logits_fn, labels, loss, targets, keys[0], draws)
   noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
   x_adv = x + projections.onto_l1_ball(x, noise, RADII[0] * threat.eps)

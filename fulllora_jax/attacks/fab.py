@@ -5,12 +5,13 @@ the decision boundary, project onto it within the box, drift towards x, and
 once across, go back towards x and try again (Algorithm 1, linf and l2).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import inputs, losses, projections
+from fulllora_jax.attacks import losses, projections
 from fulllora_jax.attacks.apgd import start
 from fulllora_jax.attacks.found import Attacking, Found, Met, finite, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pick
@@ -41,7 +42,7 @@ class Search(NamedTuple):
   met: Met = Met()  # what the search met so far
 
 
-@Attacking
+@functools.partial(Attacking, steps=0)
 def fab(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -65,7 +66,6 @@ def fab(
   Returns:
     x_adv [B, H, W, C]: the nearest point found, where it is in the ball; x elsewhere.
   """
-  keys, x, labels = inputs.check_call('fab', keys, logits_fn, x, labels, threat, steps=(steps, 0))
   state = Search(
     x_adv=pick(jnp.broadcast_to(random_start, labels.shape), start(keys, x, threat.scaled(0.5)), x),
     nearest=x,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fulllora_jax.attacks import losses
+from fulllora_jax.attacks import inputs, losses
 
 
 class Met(NamedTuple):
@@ -37,19 +37,28 @@ class Found(NamedTuple):
 
 
 class Attacking:
-  """An attack: called, it returns x_adv; `find` takes the same and returns `Found`."""
+  """An attack: called, it returns x_adv; `find` takes the same and returns `Found`.
 
-  def __init__(self, attack: Callable[..., Found]):
+  Both check what they are called with. Of no images the model is not asked.
+
+  Args:
+    attack: a function whose first five arguments are those of `pgd`.
+    **checks: `norms` and `soft` of `inputs.check_call`; and the least that options may be, by name.
+  """
+
+  def __init__(self, attack: Callable[..., Found], **checks: Any):
     functools.update_wrapper(self, attack)
-    self._attack = attack
+    self._attack, self._checks = attack, checks
 
   def __call__(self, *args: Any, **options: Any) -> jax.Array:
     return self.find(*args, **options).x_adv
 
-  def find(self, keys, logits_fn, x, *args: Any, **options: Any) -> Found:
+  def find(self, keys, logits_fn, x, labels, threat, **options: Any) -> Found:
     if not len(x):
       return Found(x, nothing(0))
-    return self._attack(keys, logits_fn, x, *args, **options)
+    arguments = keys, logits_fn, x, labels, threat
+    keys, x, labels = inputs.check_call(self._attack.__name__, *arguments, options, **self._checks)
+    return self._attack(keys, logits_fn, x, labels, threat, **options)
 
 
 def run(attack: Callable[..., Any], keys, logits_fn, x: jax.Array, *args, **options) -> Found:

@@ -5,7 +5,8 @@ Inside of `jax.jit` values are not known: there only shapes and dtypes are check
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +41,11 @@ def check_call(
   x: jax.Array,
   labels: jax.Array,
   threat: Threat,
+  options: Mapping[str, Any],
   *,
   norms: tuple[str, ...] = ('linf', 'l2'),
   soft: bool = False,
-  stochastic: bool = False,
-  **numbers: tuple[jax.Array | float, int],
+  **least: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Checks what an attack on one batch is called with.
 
@@ -52,10 +53,10 @@ def check_call(
     attack: its name, for the error.
     keys: as `keys_of` takes them.
     logits_fn, x, labels, threat: those of `pgd`.
+    options: its other arguments, by name; with `draws` above 1 logits_fn takes a key too.
     norms: the norms that the attack knows.
     soft: whether the attack knows soft labels.
-    stochastic: whether logits_fn takes a key too.
-    **numbers: other arguments by name, each with the least that it may be.
+    **least: the least that options may be, by name.
 
   Returns:
     Keys [B] as `jax.random.key` makes them, x, and labels.
@@ -68,10 +69,11 @@ def check_call(
   if not (soft and getattr(labels, 'ndim', 1) == 2 and jnp.issubdtype(labels.dtype, jnp.floating)):
     labels = _integers('labels', labels, len(x))
   if not isinstance(labels, jax.core.Tracer):  # else the model would be traced once more
-    num_classes(logits_fn, x, len(x), stochastic, labels)
-  for name, (value, least) in numbers.items():
-    if not isinstance(value, jax.core.Tracer) and not least <= value < math.inf:
-      raise UserError(f'{name} {value}: it must be a number from {least} up')
+    num_classes(logits_fn, x, len(x), options.get('draws', 1) > 1, labels)
+  for name in least.keys() & options.keys():
+    value = options[name]
+    if not isinstance(value, jax.core.Tracer) and not least[name] <= value < math.inf:
+      raise UserError(f'{name} {value}: it must be a number from {least[name]} up')
   return keys_of(keys, len(x)), jnp.asarray(x), jnp.asarray(labels)
 
 

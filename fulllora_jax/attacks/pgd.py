@@ -7,12 +7,13 @@ The gradient is that of the *sum* of per-example losses, so what happens to one
 image never depends on its batch, nor on how the batch is sharded.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import inputs, losses
+from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.found import Attacking, Found, finite, nothing
 from fulllora_jax.attacks.threat import Threat
 
@@ -22,7 +23,7 @@ Start = Callable[[jax.Array, jax.Array], jax.Array]  # (keys, x) -> x_adv
 Step = Callable[[jax.Array, jax.Array], Found]  # (x_adv, t) -> the next x_adv, what was met
 
 
-@Attacking
+@functools.partial(Attacking, soft=True, steps=0, step_size=0, restarts=1)
 def pgd(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -58,18 +59,6 @@ def pgd(
   Raises:
     UserError: any argument that does not fit, as far as jit lets it be seen.
   """
-  keys, x, labels = inputs.check_call(
-    'pgd',
-    keys,
-    logits_fn,
-    x,
-    labels,
-    threat,
-    soft=True,
-    steps=(steps, 0),
-    step_size=(step_size, 0),
-    restarts=(restarts, 1),
-  )
   loss_fn = losses.of(loss, labels)
 
   def step(x_adv, _):

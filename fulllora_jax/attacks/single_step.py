@@ -5,9 +5,10 @@ in a way that PGD does not: catastrophic overfitting (Wong et al., section 4),
 where the model learns to withstand the one step and nothing else.
 """
 
+import functools
+
 import jax
 
-from fulllora_jax.attacks import inputs
 from fulllora_jax.attacks.found import Attacking, Found
 from fulllora_jax.attacks.pgd import LogitsFn, pgd
 from fulllora_jax.attacks.threat import Threat
@@ -16,7 +17,7 @@ STEP = 1.25  # of eps: FGSM-RS, and what a few steps of PGD need to cross a ball
 _NOISE = 2.0  # of eps
 
 
-@Attacking
+@functools.partial(Attacking, norms=('linf',), soft=True)
 def fgsm_rs(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -41,14 +42,11 @@ def fgsm_rs(
   Returns:
     x_adv [B, H, W, C], in the ball and the box.
   """
-  keys, x, labels = inputs.check_call(
-    'fgsm_rs', keys, logits_fn, x, labels, threat, norms=('linf',), soft=True
-  )
   size = STEP * threat.eps
   return pgd.find(keys, logits_fn, x, labels, threat, steps=1, step_size=size, loss=loss)
 
 
-@Attacking
+@functools.partial(Attacking, norms=('linf',), soft=True)
 def n_fgsm(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -71,9 +69,6 @@ def n_fgsm(
   Returns:
     x_adv [B, H, W, C], in the box; within 3 eps of x.
   """
-  keys, x, labels = inputs.check_call(
-    'n_fgsm', keys, logits_fn, x, labels, threat, norms=('linf',), soft=True
-  )
   x_noisy = threat.scaled(_NOISE).random_start(keys, x)
   return pgd.find(
     keys,

@@ -8,6 +8,7 @@ are drawn for each image by itself and over all places, as the paper has it
 (that code draws one for the whole batch, and never the last row and column).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fulllora_jax.attacks import inputs, losses
+from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.found import Attacking, Found, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pick
 from fulllora_jax.attacks.scale import l2_norm
@@ -42,7 +43,7 @@ class Search(NamedTuple):
   unknown: jax.Array  # bool [B], whether a point's logits were no numbers
 
 
-@Attacking
+@functools.partial(Attacking, queries=0)
 def square(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -66,9 +67,6 @@ def square(
   Returns:
     x_adv [B, H, W, C], of the least margin found.
   """
-  keys, x, labels = inputs.check_call(
-    'square', keys, logits_fn, x, labels, threat, queries=(queries, 0)
-  )
   height, width = x.shape[1:3]
   wanted = jnp.ones(x.shape[0], bool) if mask is None else mask
   if threat.norm == 'linf':

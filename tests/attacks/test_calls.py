@@ -237,7 +237,7 @@ def test_an_ensemble_is_not_called_as_one_attack():
   found = parse('autoattack', Threat(), 0.1)
   arguments = jax.random.key(0), linear, X, LABELS, Threat()
   refused("autoattack cannot be called; call autoattack with version='standard'", found, *arguments)
-  refused("unknown attack 'cw'; known: clean", Attack('cw', 1, 0.1, 1), *arguments)
+  refused("attack: unknown 'cw'; known: clean", Attack('cw', 1, 0.1, 1), *arguments)
 
 
 def run_autoattack(key, **options):
