@@ -43,10 +43,6 @@ class Member:
       return self.steps
     return self.steps * self.draws * (4 if self.name.startswith('fab') else 3)
 
-  def __call__(self, *args) -> jax.Array:
-    """Returns x_adv [B, H, W, C]; takes what `find` takes."""
-    return self.find(*args).x_adv
-
   def find(
     self,
     stage: jax.Array,

@@ -61,14 +61,6 @@ class Attacking:
     return self._attack(keys, logits_fn, x, labels, threat, **options)
 
 
-def run(attack: Callable[..., Any], keys, logits_fn, x: jax.Array, *args, **options) -> Found:
-  """Runs an attack (keys, logits_fn, x, ...); of one without `find` only x_adv is known."""
-  if hasattr(attack, 'find'):
-    return attack.find(keys, logits_fn, x, *args, **options)
-  x_adv = attack(keys, logits_fn, x, *args, **options)
-  return Found(x_adv, nothing(len(x))._replace(slope=jnp.ones(len(x), bool)))
-
-
 def nothing(count: int) -> Met:
   """Returns what so many images have met before the first step."""
   return Met(*(jnp.zeros(count, bool) for _ in Met._fields))

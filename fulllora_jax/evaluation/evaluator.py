@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 
 from fulllora_jax import data
 from fulllora_jax.attacks import Attack, Cascade, autoattack, losses
-from fulllora_jax.attacks.found import Met, lines, run
+from fulllora_jax.attacks.found import Met, lines
 from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.console import Progress, say, warn
 from fulllora_jax.core.statistics import wilson_interval
@@ -252,7 +252,7 @@ class Evaluator:
     if attack.name == 'clean':
       return clean, clean, unknown, jnp.zeros((len(x), len(Met._fields)), bool)
     keys = self.keys(batch['index'])
-    x_adv, met = run(attack, keys, logits_fn, x, labels, self.threat)
+    x_adv, met = attack.find(keys, logits_fn, x, labels, self.threat)
     logits = logits_fn(x_adv)
     met = met.also(Met(logits=~losses.finite(logits)))
     return clean, clean & losses.correct(logits, labels), unknown, jnp.stack(met, axis=1)

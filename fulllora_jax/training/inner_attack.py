@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fulllora_jax.attacks import Threat, found, losses
+from fulllora_jax.attacks import Threat, losses
+from fulllora_jax.attacks.found import Attacking
 from fulllora_jax.attacks.pgd import LogitsFn, Loss, ascend, search
 from fulllora_jax.attacks.single_step import STEP, fgsm_rs, n_fgsm
 from fulllora_jax.config import ConfigDict
@@ -23,9 +24,8 @@ AttackStart = Callable[[Threat, jax.Array, jax.Array], jax.Array]
 class Fixed(NamedTuple):
   """A training attack whose steps are its own, whatever the config says."""
 
-  # (keys, logits_fn, x, labels, threat, loss=) -> x_adv, with the arguments of `pgd`; eps may be
-  # traced
-  attack: Callable[..., jax.Array]
+  # (keys, logits_fn, x, labels, threat, loss=), with the arguments of `pgd`; eps may be traced
+  attack: Attacking
   passes: int = 1  # the forward-backward passes that it makes
   norms: tuple[str, ...] = ('linf',)  # the balls that it knows
 
@@ -92,7 +92,7 @@ class InnerAttack:
     threat = self.threat.scaled(factor) if self.eps_warmup else self.threat
     if self.name in FIXED:
       attack, passes, _ = FIXED[self.name]
-      x_adv, met = found.run(attack, keys, logits_fn, x, labels, threat, loss=self.loss)
+      x_adv, met = attack.find(keys, logits_fn, x, labels, threat, loss=self.loss)
       return x_adv, {'passes': passes, 'blind': jnp.mean(met.gradient)}
     if isinstance(self.loss, str):
       loss = losses.of(self.loss, labels)

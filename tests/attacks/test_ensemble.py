@@ -133,7 +133,7 @@ def test_fit_refuses_when_nothing_is_left():
 
 
 def run(attack, stage=0, mask=ALL):
-  return attack(stage, KEYS, network, X, LABELS, mask, LINF)
+  return attack.find(stage, KEYS, network, X, LABELS, mask, LINF).x_adv
 
 
 @pytest.mark.parametrize(('name', 'loss'), [('apgd-ce', 'ce'), ('apgd-dlr', 'dlr')])

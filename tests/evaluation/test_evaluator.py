@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax import attacks, data
+from fulllora_jax.attacks.found import Found, nothing
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
@@ -92,8 +93,8 @@ class Mending:
 
   name, version = 'mending', ''
 
-  def __call__(self, keys, logits_fn, x, labels, threat):
-    return jnp.zeros_like(x).at[:, 0, 0, 0].set(labels)
+  def find(self, keys, logits_fn, x, labels, threat):
+    return Found(jnp.zeros_like(x).at[:, 0, 0, 0].set(labels), nothing(len(x)))
 
 
 def test_an_image_that_is_wrong_when_clean_is_never_robust(split):
@@ -119,9 +120,9 @@ def test_random_starts_follow_from_the_seed_and_the_example(split):
   class Noting:
     name, version = 'noting', ''
 
-    def __call__(self, keys, logits_fn, x, labels, threat):
+    def find(self, keys, logits_fn, x, labels, threat):
       jax.debug.callback(note, keys, labels)
-      return x
+      return Found(x, nothing(len(x)))
 
   def note(keys, labels):
     noted.extend(jax.random.key_data(keys).tolist())
