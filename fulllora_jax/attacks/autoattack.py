@@ -214,7 +214,7 @@ class _Run:
     x_adv, robust = self.x.copy(), np.array(losses.correct(logits, self.labels))
     broken_by = np.where(robust, ROBUST, 0)
     names, accuracy, seconds = ['clean'], [float(robust.mean())], [0.0]
-    clock, noted = (_Clock(self.members), found.Noted(self.members, len(self.x)))
+    clock, met = _Clock(self.members), np.zeros((len(self.members), len(self.x), 4), bool)
     for place, member in enumerate(self.members, 1):
       spent, number, taken_up = 0.0, 0, 0
       for number, runs in enumerate(_batches(member, robust, self.size), 1):
@@ -228,7 +228,7 @@ class _Run:
           outcome = self._attack(member, runs)
           if processes.is_primary():
             progress.write(name, outcome)
-        noted.add(place, rows, outcome.met)
+        np.logical_or.at(met[place - 1], rows, outcome.met)
         # Of several stages that break an image the first one counts.
         for run in np.flatnonzero(outcome.broken & robust[rows]):
           if robust[rows[run]]:
@@ -248,7 +248,8 @@ class _Run:
       seconds.append(spent)
       kept = f', {taken_up} of {number} batches taken up' if resumed else ''
       say(f'{accuracy[-1]:.1%} robust after {member.name}, {duration(spent)}{kept}')
-    for line in (lines := noted.lines(robust, broken_by)):
+    lines = _lines(self.members, met, robust, broken_by)
+    for line in lines:
       say(line)
     return Result(
       x_adv,
@@ -281,6 +282,16 @@ class _Run:
       },
       self.mesh,
     )
+
+
+def _lines(members: Sequence[Member], met: np.ndarray, robust, broken_by) -> list[str]:
+  """Returns what must be said of the attacks; `met` has for each what is in `Outcome`."""
+  said = []
+  for place, (member, noted) in enumerate(zip(members, met, strict=True), 1):
+    *kept, alone = noted.T
+    alone = alone & (broken_by == place)
+    said += found.lines(member.name, found.Met(*kept), robust=robust, alone=alone)
+  return said
 
 
 @functools.cache

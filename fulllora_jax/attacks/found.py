@@ -5,7 +5,7 @@ gives x_adv alone; its `find` gives all.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -84,17 +84,16 @@ def finite(gradient: jax.Array, logits: jax.Array | None = None) -> tuple[jax.Ar
   return gradient, Met(bad, no_number, (gradient != 0).any(axis=axes))
 
 
-def lines(name: str, total: int, met: Met, *, robust: np.ndarray, alone: np.ndarray) -> list[str]:
+def lines(name: str, met: Met, *, robust: np.ndarray, alone: np.ndarray) -> list[str]:
   """Returns what must be said of a result, a line each; mostly none.
 
   Args:
     name: the attack.
-    total: how many images were evaluated.
-    met: what the attack met, bool [n] of the images that it attacked.
+    met: what it met, bool [n] of the images that were evaluated.
     robust: bool [n], which of them count as robust.
     alone: bool [n], which count as misclassified only because their logits are no numbers.
   """
-  said = []
+  said, total = [], len(robust)
   if bad := int(np.sum(met.gradient)):
     said.append(
       f'{name}: {bad} of {total} images had NaN or infinite entries in a gradient, which counted '
@@ -111,33 +110,3 @@ def lines(name: str, total: int, met: Met, *, robust: np.ndarray, alone: np.ndar
       'zero, where the attack stands still; run the doctor, and square'
     )
   return said
-
-
-class Noted:
-  """What each of several attacks, one after another, met at each image.
-
-  Args:
-    members: the attacks with their `name`, in order; their places count from 1.
-    count: the number of images.
-  """
-
-  def __init__(self, members: Sequence[Any], count: int):
-    self._members = members
-    self._met = np.zeros((len(members), count, 4), bool)  # `Met`, and broken for no other reason
-    self._ran = np.zeros((len(members), count), bool)
-
-  def add(self, place: int, rows: np.ndarray, met: np.ndarray) -> None:
-    """Takes down what the attack at `place` met, bool [b, 4]; an image may be there twice."""
-    if len(met):
-      self._ran[place - 1, rows] = True
-      np.logical_or.at(self._met[place - 1], rows, met)
-
-  def lines(self, robust: np.ndarray, broken_by: np.ndarray) -> list[str]:
-    """Returns the lines of every attack; `broken_by` has the place of what broke an image."""
-    said = []
-    for place, member in enumerate(self._members, 1):
-      *met, alone = self._met[place - 1].T
-      still_robust = robust & self._ran[place - 1]
-      alone = alone & (broken_by == place)
-      said += lines(member.name, len(robust), Met(*met), robust=still_robust, alone=alone)
-    return said

@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
   x_adv: np.ndarray  # float32 [b, H, W, C]; the image itself where it is not broken
   seconds: float  # what the attack took
   # Bool [b, 4], the fields of `found.Met` and, last, whether an image is broken only because its
-  # logits are no numbers; [0, 4]: nothing was noted
-  met: np.ndarray = np.zeros((0, 4), bool)
+  # logits are no numbers
+  met: np.ndarray
 
 
 class Progress:

@@ -277,5 +277,5 @@ def _notes(attack: Attack, outcome: Evaluation, unknown: np.ndarray, met: Met) -
   if attack.name != 'clean':
     # What was right, and was broken where no logit is a number.
     alone = outcome.clean & np.asarray(met.logits)
-    notes += lines(attack.name, total, met, robust=outcome.robust, alone=alone)
+    notes += lines(attack.name, met, robust=outcome.robust, alone=alone)
   return tuple(notes)

@@ -386,7 +386,7 @@ def test_of_several_runs_that_break_an_image_the_first_counts(monkeypatch):
   def broken(self, member, runs):
     hit = (runs.images == 1) | (runs.stages > 0)
     points = X[runs.images] / (2.0 + runs.stages.reshape(-1, 1, 1, 1))
-    return module.Outcome(hit, points.astype(np.float32), 1.0)
+    return module.Outcome(hit, points.astype(np.float32), 1.0, np.zeros((len(hit), 4), bool))
 
   monkeypatch.setattr(module._Run, '_attack', broken)
   chosen = [0, 2]

@@ -29,6 +29,7 @@ OUTCOME = Outcome(
   np.array([True, False, True]),
   np.where(np.array([[[[1]]], [[[0]]], [[[1]]]]), X + 1, X).astype(np.float32),
   1.5,
+  np.arange(12).reshape(3, 4) % 5 == 0,
 )
 
 
@@ -273,6 +274,7 @@ def test_what_is_written_is_read_back(tmp_path):
   found = progress.read('batch', X)
   np.testing.assert_array_equal(found.broken, OUTCOME.broken)
   np.testing.assert_array_equal(found.x_adv, OUTCOME.x_adv)
+  np.testing.assert_array_equal(found.met, OUTCOME.met)
   assert found.seconds == 1.5
   assert progress.read('other', X) is None
   assert progress.read('batch', X[:2]) is None

@@ -204,7 +204,7 @@ def test_the_progress_of_an_ensemble(bucket):
   model = {'logits': np.arange(6.0).reshape(2, 3)}
   progress = Progress(files.as_path(f'{RUN}/progress'))
   progress.begin({'eps': 0.1}, model)
-  progress.write('apgd', Outcome(broken, x, 1.5))
+  progress.write('apgd', Outcome(broken, x, 1.5, np.zeros((len(x), 4), bool)))
   progress.begin({'eps': 0.1}, model)
   np.testing.assert_array_equal(progress.read('apgd', x).broken, broken)
   assert progress.read('fab', x) is None
