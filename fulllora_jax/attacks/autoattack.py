@@ -143,8 +143,7 @@ def autoattack(
   progress, resumed = Progress(None), False
   if progress_dir is not None:
     progress = Progress(files.absolute_path(progress_dir))
-    model = run.fingerprint(logits)
-    resumed = processes.from_primary(progress.begin, run.identity(), model)
+    resumed = processes.from_primary(progress.begin, run.identity(), run.fingerprint(logits))
   return run.cascade(logits, progress, resumed, notes, say or (lambda line: None))
 
 

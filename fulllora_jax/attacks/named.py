@@ -1,6 +1,7 @@
 """Attacks by the names reports use: clean, pgd-20, apgd-t, autoattack, ..."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -35,11 +36,9 @@ class Attack:
     """Returns e.g. 'pgd-20', or the bare name where steps are implied."""
     return f'{self.name}-{self.steps}' if self.restarts else self.name
 
-  def __call__(
-    self, keys: jax.Array, logits_fn: LogitsFn, x: jax.Array, labels: jax.Array, threat: Threat
-  ) -> jax.Array:
+  def __call__(self, *args: Any) -> jax.Array:
     """Returns x_adv [B, H, W, C]; arguments and errors are those of `find`."""
-    return self.find(keys, logits_fn, x, labels, threat).x_adv
+    return self.find(*args).x_adv
 
   def find(
     self, keys: jax.Array, logits_fn: LogitsFn, x: jax.Array, labels: jax.Array, threat: Threat

@@ -58,7 +58,7 @@ def test_labels_and_indices_are_refused(labels, match):
   refused(f'^indices are {match}', inputs.check, X, LABELS, labels, LINF)
 
 
-@pytest.mark.parametrize('large', [2**31, 2**32, -(2**31) - 1])
+@pytest.mark.parametrize('large', [2**31, 2**32, -(2**32)])
 def test_labels_do_not_wrap_around(large):
   labels = LABELS + large * (np.arange(4) == 1)
   refused(r'^labels are in \[.*\], expected ints of 32 bits$', inputs.check, X, labels, None, LINF)

@@ -47,12 +47,12 @@ def examine(examined: Examined) -> Iterator[Finding]:
 
   A model with logits that are no numbers is not examined further.
   """
-  wrong = ~np.isfinite(examined.logits).all(axis=1)
-  if wrong.any():
+  unknown = ~np.isfinite(examined.logits).all(axis=1)
+  if unknown.any():
     yield Finding(
       'finite logits',
       'wrong',
-      f'{wrong.sum()} of {len(wrong)} images have NaN or infinite logits',
+      f'{unknown.sum()} of {len(unknown)} images have NaN or infinite logits',
       'an attack cannot follow a gradient that is no number, and such an '
       'image counts as misclassified',
       'find the layer that overflows; try float32',
@@ -60,14 +60,11 @@ def examine(examined: Examined) -> Iterator[Finding]:
     return
   yield Finding('finite logits')
   for name, check in CHECKS.items():
-    yield dataclasses.replace(_checked(check, examined) or Finding(name), check=name)
-
-
-def _checked(check: Callable[[Examined], Finding | None], examined: Examined) -> Finding | None:
-  try:
-    return check(examined)
-  except UserError as error:  # such as an ensemble that refuses the model
-    return wrong(str(error), 'the check cannot be made', 'mend that first, then look again')
+    try:
+      found = check(examined)
+    except UserError as error:  # such as an ensemble that refuses the model
+      found = wrong(str(error), 'the check cannot be made', 'mend that first, then look again')
+    yield dataclasses.replace(found or Finding(name), check=name)
 
 
 def recorded(evaluations: Sequence[dict]) -> Finding:
