@@ -117,11 +117,9 @@ def objective(
   Args: those of `apgd`, and:
     key: a PRNG key, for the noise of a stochastic model.
   """
-
-  def value(logits):
-    if targets is not None:
-      return losses.targeted_dlr(logits, labels, targets)
-    return losses.of(loss, labels)(logits)
+  value = losses.of(loss, labels)
+  if targets is not None:
+    value = functools.partial(losses.targeted_dlr, labels=labels, targets=targets)
 
   def total(x_adv, *noise):
     logits = logits_fn(x_adv, *noise)

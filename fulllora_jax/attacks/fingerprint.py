@@ -18,7 +18,6 @@ from fulllora_jax.attacks.threat import Threat
 from fulllora_jax.core.blame import unwrapped
 
 Fingerprint = Mapping[str, np.ndarray]  # 'logits', and 'gradient' where attacks follow one
-_DIRECTIONS = 8
 _APART = 1e-3  # of the size: more than another device's rounding in float32
 
 
@@ -45,7 +44,7 @@ def sketch(gradients: np.ndarray) -> np.ndarray:
   Entries that are not finite count as zero, as they do in attacks.
   """
   flat = gradients.reshape(len(gradients), -1).astype(np.float64)
-  signs = np.random.default_rng(0).choice([-1.0, 1.0], (flat.shape[1], _DIRECTIONS))
+  signs = np.random.default_rng(0).choice([-1.0, 1.0], (flat.shape[1], 8))
   return np.where(np.isfinite(flat), flat, 0) @ signs
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from fulllora_jax import config as config_lib
@@ -240,13 +239,12 @@ class LogitsFunction(Evaluations):
   def __init__(self, spec: str, config, workdir: Path, plan: Plan, split: str):
     function, self.spec = users_function.load_function(spec), spec
     dataset = data.open_dataset(config.data, config.seed)
-    x = np.empty((1, *dataset.image_shape), np.float32)  # only its shape counts
+    x = np.zeros((1, *dataset.image_shape), np.float32)  # only its shape counts
     labels = getattr(dataset, split).labels
     for attack in plan.all_attacks():  # called in the abstract, as each will
       stochastic = attack.version == 'rand'
       inputs.num_classes(function, x, plan.batch_size, stochastic, labels)
-      key = (jax.random.key(0),) if stochastic else ()
-      users_function.try_callbacks(function, np.zeros_like(x), *key)
+      users_function.try_callbacks(function, x, stochastic)
     super().__init__(
       config,
       dataset,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from fulllora_jax.core import blame
 from fulllora_jax.core.errors import UserError
@@ -49,7 +50,8 @@ def blamed(spec: str | None) -> Iterator[None]:
   if not spec:
     yield
     return
-  place = _place(load_function(spec)) or spec
+  code = getattr(blame.unwrapped(load_function(spec)), '__code__', None)
+  place = f'{code.co_filename}, line {code.co_firstlineno}' if code else spec
   for module in ('callback', 'debugging'):  # they print the traceback of a callback besides
     logging.getLogger(f'jax._src.{module}').setLevel(logging.CRITICAL)
   try:
@@ -69,12 +71,13 @@ def blamed(spec: str | None) -> Iterator[None]:
     raise UserError(f'--logits {spec}: {said}{hint}') from None
 
 
-def try_callbacks(function: Callable, *args: jax.Array) -> None:
-  """Runs a function that calls back into Python once, on one device.
+def try_callbacks(function: Callable, x: np.ndarray, stochastic: bool) -> None:
+  """Runs a function of images that calls back into Python once, on one device.
 
   Where several run it together, one whose callback raises has the others wait for it, and after
   a minute XLA ends the process.
   """
+  args = (x, jax.random.key(0)) if stochastic else (x,)
   if 'callback' in str(jax.make_jaxpr(function)(*args)):
     jax.block_until_ready(jax.jit(function)(*args))
 
@@ -89,9 +92,3 @@ def source(spec: str) -> str:
   mine = {f for f in files if blame.is_users(f) and Path(f).is_relative_to(Path(file).parent)}
   content = [Path(f).read_bytes() for f in sorted({file, *mine}) if Path(f).is_file()]
   return hashlib.sha256(b''.join(content)).hexdigest()[:12]
-
-
-def _place(function: Callable) -> str:
-  """Returns 'FILE, line N', where a function is defined; '' where that is not known."""
-  code = getattr(blame.unwrapped(function), '__code__', None)
-  return f'{code.co_filename}, line {code.co_firstlineno}' if code else ''
