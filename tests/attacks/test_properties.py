@@ -37,7 +37,7 @@ def of_the_ensemble(name, **fields):
   def attack(keys, x, labels, threat, steps):
     member = Member(name, steps=steps, **fields)
     everywhere = jnp.ones(len(x), bool)
-    return member(0, keys, network, x, labels, everywhere, threat)
+    return member.find(0, keys, network, x, labels, everywhere, threat).x_adv
 
   return attack
 
