@@ -58,9 +58,9 @@ def evaluate_again(
     choose('--weights', name, config_lib.WEIGHTS)
   choose('--split', split, SPLITS)
   plan = Plan.of(config, seed=seed, precision=precision)
+  checks.validate_evaluation(config)
   for radius in eps or (plan.eps,):
     checks.validate_plan(plan.at(radius, scale_steps=False))
-  checks.validate_evaluation(config)
   plans = [plan.at(radius, scale_steps=scale_steps) for radius in eps] or [plan]
   path = absolute_path(workdir)
   with users_function.blamed(logits):

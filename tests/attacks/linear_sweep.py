@@ -36,7 +36,7 @@ def program(member: ensemble.Member, norm: str):
       return (z.reshape(len(z), -1) - 0.5) @ w + b[None]
 
     threat = Threat(norm, eps)
-    x_adv = member(stage, keys, logits_fn, x, y, jnp.ones(len(x), bool), threat)
+    x_adv, _ = member.find(stage, keys, logits_fn, x, y, jnp.ones(len(x), bool), threat)
     inside = threat.distance(x, x_adv) <= threat.reach
     return inside & ~losses.correct(logits_fn(x_adv), y)
 

@@ -48,7 +48,8 @@ def targets_of(expected):
 
 def evaluator(expected, loss):
   key = jax.random.key(0)
-  return apgd.objective(network, labels(), loss, targets_of(expected), key, 1)
+  own = loss.removesuffix('-targeted')
+  return apgd.objective(network, labels(), own, targets_of(expected), key, 1)
 
 
 def replay_apgd(expected, threat, loss, steps=100):

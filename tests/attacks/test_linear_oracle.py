@@ -54,7 +54,7 @@ def attack(name, norm, classes):
       found = []
       for stage in range(min(member.targets, classes - 1) or 1):
         everywhere = jnp.ones(len(x), bool)
-        found.append(member(stage, KEYS, logits_fn, x, y, everywhere, threat))
+        found.append(member.find(stage, KEYS, logits_fn, x, y, everywhere, threat).x_adv)
       x_adv = jnp.stack(found)
     x_adv = x_adv.reshape(-1, *x.shape)
     inside = jax.vmap(lambda z: threat.distance(x, z))(x_adv) <= threat.reach

@@ -253,7 +253,9 @@ def augreg(published, tmp_path):
 
   def write(**added):
     before = leaves(published(PLAIN)[0])
-    file = tmp_path / 'S_8.npz'
+    # Alone: what lies beside the plain case says another mean.
+    file = tmp_path / 'augreg' / 'S_8.npz'
+    file.parent.mkdir()
     np.savez(file, **(before | added))
     return file, before
 

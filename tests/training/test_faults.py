@@ -187,7 +187,7 @@ def images(tmp_path):
   """A folder of 100 training images and 20 others, of 10 classes."""
   rng = np.random.default_rng(0)
   for split, count in (('train', 10), ('test', 2)):
-    for label in 'abcdefghij':
+    for label in '0123456789':  # as the base's classes
       folder = tmp_path / 'images' / split / label
       folder.mkdir(parents=True)
       for pixels in rng.integers(0, 256, (count, 8, 8), np.uint8):
@@ -212,7 +212,7 @@ def test_an_image_that_vanishes(fork, images, tmp_path):
   break_at(fork, run, 'save', vanish, pattern, *flags)
   away.rename(images / 'train')
 
-  (images / 'train' / 'c' / '0.png').rename(away)
+  (images / 'train' / '2' / '0.png').rename(away)
   refused = fork(run, *flags)
   refused.end()
   assert_one_line(
@@ -220,7 +220,7 @@ def test_an_image_that_vanishes(fork, images, tmp_path):
     rf'data.name=folder:{images}: not the data that the run in {run} began '
     r'with \(train examples 90 -> 89; .*\); put them back .*',
   )
-  away.rename(images / 'train' / 'c' / '0.png')
+  away.rename(images / 'train' / '2' / '0.png')
   assert_goes_on(fork, run, *flags)
   assert_same_training(run, whole)
 
