@@ -107,3 +107,11 @@ def test_inference_imports_nothing_of_training(imported_by_load):
   assert not set(imported_by_load) & set(NOT_FOR_INFERENCE)
   # core, models, adapters, pretrained, serving, and what they stand on.
   assert sum(name.startswith(PACKAGE) for name in imported_by_load) <= 70
+
+
+def test_an_exported_adapter_is_read_without_jax(run_python):
+  """The PyTorch twin stands on it, where JAX may not be installed."""
+  done = run_python(
+    '-c', 'import sys; sys.modules["jax"] = None; from fulllora_jax.serving import adapter_file'
+  )
+  assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ import numpy as np
 
 from fulllora_jax.attacks.threat import NORMS, Threat
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.ranges import check_unit_range
+from fulllora_jax.core.unit_range import check_unit_range
 
 
 def check(

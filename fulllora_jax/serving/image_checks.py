@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.core.ranges import check_unit_range
+from fulllora_jax.core.unit_range import check_unit_range
 
 
 def classify(
