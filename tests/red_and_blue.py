@@ -4,13 +4,18 @@ The folders red/ and blue/ are sorted as blue, red; the head has red first.
 """
 
 import json
+import types
 
+import jax
 import numpy as np
+import pytest
 from golden import fake_checkpoint
 from PIL import Image
 from safetensors.numpy import save_file
 
 from fulllora_jax import config, pretrained
+from fulllora_jax.distributed import mesh
+from fulllora_jax.training import run as run_lib
 
 CASE = 'vit-transformers-vit'  # 24 px, patch 8, width 24
 COLOURS = {'red': (200, 40, 40), 'blue': (40, 40, 200)}
@@ -72,3 +77,17 @@ def small(source, data):
   c.eval.update(attacks=('clean',), validation_attack='clean', closer_look=False, batch_size=8)
   c.log.tensorboard = False
   return c
+
+
+def trained(folder):
+  """Trains and evaluates a small run in a folder, on one device; returns all that belongs to it."""
+  source = write_checkpoint(folder / 'vit', id2label={0: 'red', 1: 'blue'})
+  data = write_pictures(folder / 'pictures')
+  config = small(source, data)
+  with pytest.MonkeyPatch.context() as patch:
+    make_mesh = mesh.make_mesh
+    patch.setattr(mesh, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1]))
+    report = run_lib.train_and_evaluate(config, folder / 'run')
+  return types.SimpleNamespace(
+    folder=folder, source=source, data=data, config=config, report=report, workdir=folder / 'run'
+  )

@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import types
 
-import jax
 import numpy as np
 import pytest
 import red_and_blue
@@ -14,7 +13,6 @@ from PIL import Image
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import of_run, open_dataset, records
-from fulllora_jax.distributed import mesh
 from fulllora_jax.training import run as run_lib
 
 EVALUATE = ('-m', 'fulllora_jax.evaluate', '--attack=clean')
@@ -23,17 +21,7 @@ EVALUATE = ('-m', 'fulllora_jax.evaluate', '--attack=clean')
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """A finished run on red/ and blue/; nobody writes into its copies of either."""
-  folder = tmp_path_factory.mktemp('red_and_blue')
-  source = red_and_blue.write_checkpoint(folder / 'vit', id2label={0: 'red', 1: 'blue'})
-  data = red_and_blue.write_pictures(folder / 'pictures')
-  config = red_and_blue.small(source, data)
-  with pytest.MonkeyPatch.context() as patch:
-    make_mesh = mesh.make_mesh
-    patch.setattr(mesh, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1]))
-    report = run_lib.train_and_evaluate(config, folder / 'run')
-  return types.SimpleNamespace(
-    folder=folder, source=source, data=data, config=config, report=report, workdir=folder / 'run'
-  )
+  return red_and_blue.trained(tmp_path_factory.mktemp('red_and_blue'))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import pathlib
 import shutil
 import types
 
-import jax
 import pytest
 import red_and_blue
 from PIL import Image
@@ -12,7 +11,6 @@ from PIL import Image
 from fulllora_jax import config as config_lib
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.distributed import mesh
 from fulllora_jax.training import contents, workdir
 from fulllora_jax.training import run as run_lib
 
@@ -20,15 +18,7 @@ from fulllora_jax.training import run as run_lib
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """A finished run on red/ and blue/ from a published checkpoint; nobody writes into it."""
-  folder = tmp_path_factory.mktemp('contents')
-  source = red_and_blue.write_checkpoint(folder / 'vit', id2label={0: 'red', 1: 'blue'})
-  data = red_and_blue.write_pictures(folder / 'pictures')
-  config = red_and_blue.small(source, data)
-  with pytest.MonkeyPatch.context() as patch:
-    make_mesh = mesh.make_mesh
-    patch.setattr(mesh, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1]))
-    report = run_lib.train_and_evaluate(config, folder / 'run')
-  return types.SimpleNamespace(folder=folder, config=config, report=report, source=source)
+  return red_and_blue.trained(tmp_path_factory.mktemp('contents'))
 
 
 @pytest.fixture
