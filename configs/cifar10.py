@@ -38,7 +38,7 @@ def cpu(config) -> None:
   config.name += '-cpu'
   config.model.update(name='vit', width=96, depth=4, num_heads=4, mlp_dim=384, patch_size=8)
   config.adapter.rank, config.adapter.alpha = 4, 8.0
-  config.attack.update(steps=3, step_size='4/255', eps_warmup=0.5)
+  config.attack.update(steps=3, step_size='4/255', eps_full='0.5')
   config.optimizer = config_lib.adamw(learning_rate=1e-2)
   config.schedule = config_lib.cosine(warmup=0.05)
   config.train.update(steps=2000, batch_size=64, eval_every=500)

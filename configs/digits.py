@@ -33,7 +33,7 @@ def get_config(variant: str = ''):
   config.adapter.rank, config.adapter.alpha = 4, 8.0
   config.data.update(name='digits', image_size=16, validation_fraction=0.1)
   config.threat.eps = '0.1'
-  config.attack.update(steps=5, step_size='0.03', eps_warmup=0.3)
+  config.attack.update(steps=5, step_size='0.03', eps_full='0.3')
   config.augment.update(crop_padding=0, flip=False, mix_probability=0.0)
   config.optimizer = config_lib.adamw(learning_rate=5e-3)
   config.schedule = config_lib.cosine(warmup=0.05)

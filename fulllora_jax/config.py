@@ -18,6 +18,8 @@ WEIGHTS = ('base', 'best', 'last')  # the sets of weights that a run leaves
 # Fields of earlier versions, and the value with which each did nothing. What
 # they did was measured and left out (docs/road.md).
 _REMOVED = {'attack.rise': 0.0, 'attack.early_stop': False}
+# Fields of earlier versions that have another name and are text now.
+_RENAMED = {'attack.eps_warmup': 'eps_full'}
 
 
 def default() -> ConfigDict:
@@ -167,7 +169,10 @@ def _attack() -> ConfigDict:
   attack.loss = 'ce'  # what the attack raises: ce | margin | dlr
   attack.random_start = True  # False: PGD starts at the image
   attack.restarts = 1  # starts of PGD, at least 1; the strongest end is kept
-  attack.eps_warmup = 0.0  # fraction of training over which eps rises, [0, 1]
+  # The two hinges, fractions of training in [0, 1], such as '0.25' or '12/50': eps is 0 up to
+  # eps_start, which trains on clean images alone, rises linearly, and is full from eps_full on.
+  attack.eps_start = '0'
+  attack.eps_full = '0'
   # Whether to begin where the attack on the same example ended an epoch before, cropped and flipped
   # as the example is; for linf. It takes N x H x W x C bytes on every device (training/carry.py).
   attack.carry = False
@@ -345,6 +350,8 @@ def _fill(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
   for key, value in values.items():
     if f'{prefix}{key}' in _REMOVED:
       _check_was_off(f'{prefix}{key}', value)
+    elif new := _RENAMED.get(f'{prefix}{key}'):
+      config[new] = f'{value}'.removesuffix('.0')
     elif key not in config:
       raise UserError(
         f'saved config: unknown field {prefix}{key}; it was written by '

@@ -11,7 +11,7 @@ def get_config():
   c = runpy.run_path(str(_DIGITS))['get_config']()
   c.model.update(width=16, depth=1, num_heads=2, mlp_dim=32, pool='mean')
   c.model.patch_size, c.data.image_size = 2, 8
-  c.attack.eps_warmup = 0.0
+  c.attack.eps_full = '0'
   c.model.mean, c.model.std = (0.3,), (0.38,)
   c.adapter.rank, c.adapter.alpha, c.adapter.overrides = 2, 2.0, ()
   c.data.prepare = False

@@ -72,6 +72,15 @@ def test_saved_config_that_does_not_fit_is_refused(values, name):
     config_lib.from_mapping(values)
 
 
+def test_a_saved_rise_of_eps_is_a_hinge_now():
+  old = config_lib.as_plain(config_lib.default())
+  del old['attack']['eps_start'], old['attack']['eps_full']
+  for saved, text in ((0.0, '0'), (0.4, '0.4'), (1.0, '1')):
+    old['attack']['eps_warmup'] = saved
+    read = config_lib.from_mapping(old)
+    assert (read.attack.eps_start, read.attack.eps_full) == ('0', text)
+
+
 OFF = {'rise': 0.0, 'early_stop': False}  # fields of earlier versions
 
 
@@ -144,7 +153,9 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
     ('attack__steps', 0, 'attack.steps 0: .*above 0'),
     ('attack__restarts', 0, 'attack.restarts 0: .*above 0'),
     ('attack__loss', 'hinge', 'attack.loss.*hinge.*ce, margin, dlr'),
-    ('attack__eps_warmup', 1.5, 'attack.eps_warmup 1.5: .*0..1'),
+    ('attack__eps_full', '1.5', 'attack.eps_full 1.5: .*0..1'),
+    ('attack__eps_start', '-1/4', 'attack.eps_start -1/4: .*0..1'),
+    ('attack__eps_start', '0.5', 'attack.eps_start 0.5 is after attack.eps_full 0: .*eps_start 0'),
     ('attack__name', 'fgsm', 'attack.name.*fgsm.*pgd, fgsm_rs, n_fgsm'),
     ('data__cache', 'disk', 'data.cache.*auto, memory, stream'),
     ('data__on_broken', 'ignore', 'data.on_broken.*refuse, skip'),

@@ -35,7 +35,7 @@ _RUN = {
     eval.validation_examples""",
   '(0, 1)': 'data.validation_fraction',
   '[0, 1)': 'model.dropout objective.label_smoothing awp.gamma awp.warmup ema.decay',
-  '[0, 1]': 'attack.eps_warmup attack.ard attack.prm',
+  '[0, 1]': 'attack.eps_start attack.eps_full attack.ard attack.prm',
 }
 INTERVALS: Mapping[str, str] = {  # field -> its interval
   f'{prefix}{field}': interval
@@ -43,7 +43,9 @@ INTERVALS: Mapping[str, str] = {  # field -> its interval
   for interval, fields in table.items()
   for field in fields.split()
 }
-FRACTIONS = ('attack.step_size', 'eval.step_size', 'eval.radii')  # numbers, or such as '8/255'
+FRACTIONS = (  # numbers, or such as '8/255'
+  *('attack.step_size', 'attack.eps_start', 'attack.eps_full', 'eval.step_size', 'eval.radii'),
+)
 WHOLE = ('model.depths', 'model.heads', 'base.label_map')  # tuples of whole numbers
 _DTYPES = ('float32', 'bfloat16')
 CHOICES: Mapping[str, tuple[str, ...]] = {

@@ -1,5 +1,6 @@
 """From a config to Algorithm 1."""
 
+import dataclasses
 import math
 
 from fulllora_jax import models
@@ -9,6 +10,7 @@ from fulllora_jax.core.trees import Tree
 from fulllora_jax.data import augment
 from fulllora_jax.evaluation import settings
 from fulllora_jax.training import ard_prm, awp, inner_attack, objectives, optim, train_step
+from fulllora_jax.training.hinges import Hinges
 
 
 def total_steps(config, num_examples: int) -> int:
@@ -45,6 +47,21 @@ def make_algorithm(
   )
 
 
+def clean_algorithm(config, algorithm: train_step.Algorithm) -> train_step.Algorithm:
+  """Returns what trains while eps is 0: cross entropy on clean images, one pass a step.
+
+  The weights are not perturbed then either (awp).
+  """
+  objective = objectives.create(config.objective, adversarial=False)
+  return dataclasses.replace(algorithm, attack=None, objective=objective, awp=None)
+
+
+def hinges(config) -> Hinges:
+  """Reads attack.eps_start and attack.eps_full."""
+  fields = ('eps_start', 'eps_full')
+  return Hinges(*(parse_fraction(config.attack[f], f'attack.{f}') for f in fields))
+
+
 def _attack(config, steps: int) -> inner_attack.InnerAttack:
   """Returns the inner maximisation, where the objective has the last word."""
   attack, objective = config.attack, objectives.get(config.objective.name)
@@ -58,7 +75,7 @@ def _attack(config, steps: int) -> inner_attack.InnerAttack:
     restarts=attack.restarts,
     loss=objective.attack_loss or attack.loss,
     start=start if attack.random_start else None,
-    eps_warmup=attack.eps_warmup,
+    hinges=hinges(config),
     warmup=_warmup(config, steps),
   )
 

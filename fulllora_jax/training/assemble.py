@@ -29,12 +29,19 @@ class Assembly:
   shapes: Tree  # the shape and dtype of every variable, as `jax.eval_shape` gives it
   mask: Tree  # the tree of bools that says which variables learn
   algorithm: Algorithm  # Algorithm 1
+  clean: Algorithm  # what trains in its place while eps is 0
   mesh: Mesh  # the devices
 
   @functools.cached_property
   def counts(self) -> dict[str, Any]:
     """The numbers of parameters (`trees.parameter_counts`)."""
     return trees.parameter_counts(self.shapes, self.mask)
+
+  @property
+  def clean_steps(self) -> int:
+    """The number of steps at the start that `clean` makes."""
+    attack = self.algorithm.attack
+    return 0 if attack is None else attack.clean_steps
 
   def begin(self, trainable: Tree, num_examples: int = 0) -> TrainState:
     """Returns the state before the first step.
@@ -81,4 +88,5 @@ def assemble(
   shapes = adapted.shapes(built, image_shape)
   mask = built.mask(shapes)
   algorithm = algorithm_lib.make_algorithm(config, built, mask, steps, num_classes)
-  return Assembly(config, image_shape, built, shapes, mask, algorithm, mesh)
+  clean = algorithm_lib.clean_algorithm(config, algorithm)
+  return Assembly(config, image_shape, built, shapes, mask, algorithm, clean, mesh)

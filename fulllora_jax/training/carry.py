@@ -71,7 +71,7 @@ def _carries(config: ConfigDict) -> bool:
 
 
 def carrying(step: Callable) -> Callable:
-  """Wraps a train step; where the state has no deltas, it is the step itself.
+  """Wraps a train step; without deltas in the state or an attack, it is the step itself.
 
   Args:
     step: (algorithm, state, frozen, batch, root_key) -> (state, metrics), whose
@@ -84,7 +84,7 @@ def carrying(step: Callable) -> Callable:
 
   @functools.wraps(step)
   def carried(algorithm, state, frozen, batch, root_key):
-    if state.deltas is None:
+    if state.deltas is None or algorithm.attack is None:  # as while eps is 0
       return step(algorithm, state, frozen, batch, root_key)
     augment, index = algorithm.augment, batch['index']
     key = jax.random.fold_in(root_key, state.step)

@@ -10,6 +10,7 @@ from fulllora_jax.evaluation import ranges
 from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
 from fulllora_jax.training import carry, objectives, optim
+from fulllora_jax.training.algorithm import hinges
 from fulllora_jax.training.inner_attack import ATTACKS, FIXED
 from fulllora_jax.training.overfitting import ANSWERS
 
@@ -95,6 +96,13 @@ def _check_attack(config: ConfigDict) -> None:
   if config.attack.name in FIXED:
     _check_fixed(config, FIXED[config.attack.name].norms)
   carry.check(config)
+  start, full = hinges(config)
+  if start > full:
+    raise UserError(
+      f'attack.eps_start {config.attack.eps_start} is after attack.eps_full '
+      f'{config.attack.eps_full}: eps leaves 0 before it is full; give an eps_full from '
+      f'{config.attack.eps_start} to 1, or eps_start 0'
+    )
   eps = float(threat(config).eps)
   if step_size > 2 * eps > 0:
     warn(

@@ -12,8 +12,8 @@ from fulllora_jax.attacks.found import Attacking
 from fulllora_jax.attacks.pgd import LogitsFn, Loss, ascend, search
 from fulllora_jax.attacks.single_step import STEP, fgsm_rs, n_fgsm
 from fulllora_jax.config import ConfigDict
-from fulllora_jax.training import optim
 from fulllora_jax.training.ard_prm import Warmup
+from fulllora_jax.training.hinges import Hinges
 
 # (logits_fn, x, labels) -> (logits [B, K] -> what the attack raises, [B])
 AttackLoss = Callable[..., Loss]
@@ -45,7 +45,7 @@ class InnerAttack:
   restarts: int = 1  # the number of PGD's starts
   loss: str | AttackLoss = 'ce'  # a name of losses.LOSSES, or for PGD the loss itself
   start: AttackStart | None = Threat.random_start  # where PGD begins; None: at x
-  eps_warmup: float = 0.0  # the fraction of training over which eps and the step size rise from 0
+  hinges: Hinges = Hinges()  # when eps and the step size rise
   name: str = 'pgd'  # one of ATTACKS
   warmup: Warmup | None = None  # holds PGD back in the first steps of the training
 
@@ -59,8 +59,13 @@ class InnerAttack:
   def full_from(self) -> int:
     """Returns the first step, from 1, in which nothing holds the attack back any more."""
     held = self.warmup
-    fraction = max(self.eps_warmup, held.ard if held else 0.0, held.prm if held else 0.0)
+    fraction = max(self.hinges.full, held.ard if held else 0.0, held.prm if held else 0.0)
     return max(1, round(fraction * self.total_steps))
+
+  @property
+  def clean_steps(self) -> int:
+    """Returns how many steps at the start of training have eps 0, and so need no attack."""
+    return round(self.hinges.start * self.total_steps)
 
   def __call__(
     self,
@@ -88,8 +93,8 @@ class InnerAttack:
       share of images with entries of a gradient that were NaN or infinite, and
       counted as zero.
     """
-    factor = optim.warmup_factor(done, self.total_steps, self.eps_warmup)
-    threat = self.threat.scaled(factor) if self.eps_warmup else self.threat
+    factor = self.hinges.factor(done, self.total_steps)
+    threat = self.threat.scaled(factor) if self.hinges.full else self.threat
     if self.name in FIXED:
       attack, passes, _ = FIXED[self.name]
       x_adv, met = attack.find(keys, logits_fn, x, labels, threat, loss=self.loss)

@@ -225,7 +225,8 @@ class Training:
       self._skip(step, float(metrics['loss']), nonfinite)
     self._note_blind(step, float(metrics.pop('blind', 0.0)))
     self.passes += self.config.train.batch_size * float(metrics['passes'])
-    if self.validation.alarm is not None:
+    # There is no robust accuracy while eps is 0.
+    if self.validation.alarm is not None and 'robust_accuracy' in metrics:
       robust, clean = (float(metrics[f'{name}_accuracy']) for name in ('robust', 'clean'))
       if why := self.validation.alarm.saw(step, robust, clean):
         self._write(step, 'overfitting', {overfitting.FLAG: 1.0})

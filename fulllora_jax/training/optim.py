@@ -75,7 +75,7 @@ def create(optimizer, schedule: optax.Schedule, mask: Any) -> optax.GradientTran
 def warmup_factor(step, total_steps: int, fraction: float):
   """Rises linearly to 1 over the first `fraction` of training.
 
-  Used for eps: large perturbations from the first step can keep a ViT from learning at all.
+  Used for what holds an attack back (ard_prm.py).
   """
   if not fraction:
     return 1.0

@@ -35,7 +35,8 @@ class Stepper:
     state: the train state; every step replaces it.
     frozen: the leaves that never change, on the mesh.
     root_key: all random numbers of the training follow from it.
-    step_fn: the compiled train step; None until the first step.
+    step_fn: the compiled train step; None until the first step, and where eps is 0 to the end.
+    clean_step_fn: that of the steps in which eps is 0; None where none are left.
     compile_seconds: what compiling it took.
     input_seconds: what the steps so far waited for their batches.
   """
@@ -58,6 +59,7 @@ class Stepper:
       config, self.dataset.num_classes, image_shape, mesh.mesh_of(config), self.total_steps
     )
     self.step_fn: Callable | None = None
+    self.clean_step_fn: Callable | None = None
     self._in_flight: list[tuple[int, train_step.Metrics]] = []
 
   def begin(self) -> None:
@@ -83,10 +85,12 @@ class Stepper:
       batch = self.put(next(batches))
       ready = time.perf_counter()
       self.input_seconds += ready - began
-      if self.step_fn is None:
-        self.step_fn = self.compile(batch)
+      if self.step_fn is None and self.clean_step_fn is None:
+        self._compile_all(step, batch)
         self.compile_seconds = time.perf_counter() - ready
-      self.state, metrics = self.step_fn(self.state, self.frozen, batch, self.root_key)
+      step_fn = self.clean_step_fn if step <= self.assembly.clean_steps else self.step_fn
+      assert step_fn is not None  # by `_compile_all`
+      self.state, metrics = step_fn(self.state, self.frozen, batch, self.root_key)
       self._in_flight.append((step, metrics))
       full = len(self._in_flight) == _RUN_AHEAD
       yield step, self.wait() if full else []
@@ -115,10 +119,23 @@ class Stepper:
       rows = {name: rows[name] for name in ('image', 'label')}
     return mesh.put_batch(rows, self.assembly.mesh)
 
-  def compile(self, batch: dict[str, jax.Array]) -> Callable:
-    """Compiles the train step; says what memory it takes, or that it can't."""
-    step_fn = train_step.compile_train_step(self.assembly.algorithm, self.assembly.mesh)
+  def _compile_all(self, step: int, batch: dict[str, jax.Array]) -> None:
+    """Compiles what the steps from `step` on need, so that what does not fit fails at once.
+
+    The attacked step, which needs more memory, says what it takes.
+    """
+    last_clean = self.assembly.clean_steps
+    if last_clean < self.total_steps:
+      self.step_fn = self.compile(self.assembly.algorithm, batch, True)
+    if step <= last_clean:
+      says = self.step_fn is None
+      self.clean_step_fn = self.compile(self.assembly.clean, batch, says)
+
+  def compile(self, algorithm, batch: dict[str, jax.Array], says: bool) -> Callable:
+    """Compiles a train step; says what memory it takes, or refuses what does not fit."""
+    step_fn = train_step.compile_train_step(algorithm, self.assembly.mesh)
     compiled = step_fn.lower(self.state, self.frozen, batch, self.root_key).compile()
-    found = memory.measure(compiled, self.state, self.frozen, batch, self.config)
-    memory.check(found, self.config)
+    if says:
+      found = memory.measure(compiled, self.state, self.frozen, batch, self.config)
+      memory.check(found, self.config)
     return compiled

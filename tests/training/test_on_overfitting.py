@@ -40,10 +40,10 @@ def train(config, finished, tmp_path, digits, one_device, monkeypatch):
   compile_step, step_of = Stepper.compile, Evaluator._step
   base = pretrained.find_artefact(finished.workdir / 'base')
 
-  def compiled(stepper, batch):
-    attack = stepper.assembly.algorithm.attack
+  def compiled(stepper, algorithm, batch, says):
+    attack = algorithm.attack
     if attack.label not in _COMPILED:
-      _COMPILED[attack.label] = compile_step(stepper, batch)
+      _COMPILED[attack.label] = compile_step(stepper, algorithm, batch, says)
     step_fn = _COMPILED[attack.label]
 
     def step(*args):

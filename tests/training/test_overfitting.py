@@ -12,6 +12,7 @@ from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.core.statistics import z_of_ratio
 from fulllora_jax.reports import facts
 from fulllora_jax.training import overfitting
+from fulllora_jax.training.hinges import Hinges
 from fulllora_jax.training.inner_attack import InnerAttack
 
 RESULTS = Path(__file__).parents[2] / 'docs' / 'results'
@@ -20,6 +21,7 @@ HISTORIES = Path(__file__).with_name('overfitting_histories.json')
 
 def make_alarm(notes=None, *, batch=128, name='n_fgsm', **changes):
   fields = {'steps': 1, 'step_size': 0.1, 'total_steps': 1000, 'name': name} | changes
+  fields['hinges'] = Hinges(*fields.get('hinges', ()))
   attack = InnerAttack(Threat('linf', 8 / 255), **fields)
   alarm = overfitting.Alarm(attack, batch)
   alarm.restore(notes)
@@ -90,7 +92,7 @@ def test_a_model_that_knows_its_training_images_better_is_let_be():
 
 
 def test_an_attack_held_back_is_not_compared_with_one_at_full_size():
-  rising = make_alarm(eps_warmup=0.3)
+  rising = make_alarm(hinges=Hinges(0.0, 0.3))
   for step in (298, 299):
     rising.saw(step, 0.6, math.nan)
   assert rising.validated('pgd-10', 0.6, 0.01, 256, -1.0)[1] == ''
@@ -127,7 +129,7 @@ def test_only_steps_that_do_not_depend_on_the_log_are_looked_at():
 
 
 def test_robust_below_clean_is_no_sign_whatever_eps():
-  alarm = make_alarm(batch=16, eps_warmup=0.3)
+  alarm = make_alarm(batch=16, hinges=Hinges(0.0, 0.3))
   assert not any(alarm.saw(10 * i, p, p) for i, p in enumerate((0.1, 0.0, 0.1, 1.0, 0.5), 1))
   assert not any(alarm.saw(10 * i, 0.3, 0.5) for i in range(6, 30))
 
@@ -231,7 +233,7 @@ def test_the_curves_that_are_kept_have_no_sign(method):
     for row in map(json.loads, lines)
   ]
   assert len(rows) > 40
-  attack = {'name': 'pgd', 'eps_warmup': 0.5, 'total_steps': 2000}
+  attack = {'name': 'pgd', 'hinges': (0.0, 0.5), 'total_steps': 2000}
   assert replay({'batch_size': 64, 'images': 256, 'attack': attack, 'rows': rows}) == []
 
 

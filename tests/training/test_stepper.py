@@ -26,23 +26,26 @@ def test_assembling_computes_nothing_and_says_nothing(tiny_config, capsys):
   assert 0 < job.counts['trainable'] == trees.count(learns)
 
 
-def stepper(total_steps):
-  """A stepper whose steps add one to the state."""
+def stepper(total_steps, clean_steps=0):
+  """A stepper whose steps add one to the state, and say which algorithm made them."""
   made = Stepper.__new__(Stepper)
   made.total_steps, made.state, made.frozen = total_steps, 0, None
-  made.root_key, made.step_fn, made._in_flight = None, None, []
+  made.root_key, made.step_fn, made.clean_step_fn, made._in_flight = None, None, None, []
   made.compile_seconds = made.input_seconds = 0.0
-  made.compiled = 0
-  made.assembly = types.SimpleNamespace()
+  made.compiled = []
+  made.assembly = types.SimpleNamespace(
+    algorithm='attacked', clean='clean', clean_steps=clean_steps
+  )
   made.batches = lambda start: iter(range(start, total_steps))
   made.put = lambda rows: rows
 
-  def step(state, frozen, batch, key):
-    assert batch == state
-    return state + 1, {'loss': np.float32(batch)}
+  def compile_step(algorithm, batch, says):
+    made.compiled.append((algorithm, says))
 
-  def compile_step(batch):
-    made.compiled += 1
+    def step(state, frozen, batch, key):
+      assert batch == state
+      return state + 1, {'loss': np.float32(batch), 'by': algorithm}
+
     return step
 
   made.compile = compile_step
@@ -61,7 +64,26 @@ def test_at_most_eight_steps_are_in_flight(start):
   assert made.wait() == []
   assert [step for step, _ in seen] == list(range(start + 1, 21))
   assert [metrics['loss'] for _, metrics in seen] == list(range(start, 20))
-  assert made.compiled == 1
+  assert made.compiled == [('attacked', True)]
+
+
+@pytest.mark.parametrize(
+  'start, clean_steps, compiled',
+  [
+    (0, 4, [('attacked', True), ('clean', False)]),
+    (3, 4, [('attacked', True), ('clean', False)]),
+    (4, 4, [('attacked', True)]),
+    (0, 12, [('clean', True)]),
+  ],
+)
+def test_each_step_is_made_by_its_algorithm_and_no_other_is_compiled(start, clean_steps, compiled):
+  made, seen = stepper(12, clean_steps), []
+  made.state = start
+  for _, finished in made.steps(start):
+    seen += finished
+  by = {step: metrics['by'] for step, metrics in seen + made.wait()}
+  expected = {s: 'clean' if s <= clean_steps else 'attacked' for s in range(start + 1, 13)}
+  assert by == expected and made.compiled == compiled
 
 
 def test_what_is_waited_for_in_between_is_not_waited_for_again():

@@ -14,6 +14,7 @@ from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.training import objectives
 from fulllora_jax.training import state as state_lib
 from fulllora_jax.training.assemble import assemble
+from fulllora_jax.training.hinges import Hinges
 from fulllora_jax.training.train_step import Algorithm, InnerAttack, compile_train_step, train_step
 
 RNG = np.random.default_rng(0)
@@ -311,7 +312,7 @@ def test_soft_labels_are_trained_on():
 
 @pytest.mark.parametrize(('steps', 'reached'), [(2, 0.1), (1, 0.05)], ids=['eps', 'step_size'])
 def test_eps_and_step_size_rise_with_the_warm_up(steps, reached):
-  attack = dataclasses.replace(ATTACK, eps_warmup=0.4, steps=steps, start=None)
+  attack = dataclasses.replace(ATTACK, hinges=Hinges(0.0, 0.4), steps=steps, start=None)
   x = jnp.full((8, 8, 8, 3), 0.5)
   labels = jnp.asarray(BATCH['label'])
   keys = jax.random.split(ROOT_KEY, 8)
