@@ -8,13 +8,39 @@ experiments/variants.py take another base, and `:ablations` is FullLoRA by
 rank, by target, and with and without the LayerNorm. Days on one accelerator, so
 give it several machines by --rows and --seeds. No accuracy is promised: it has
 not been run.
+
+  python -m fulllora_jax.compare --config configs/compare_cifar100.py:vit_ti
+
+The ViT-Ti/16 of ImageNet with patches of 8 px, two hinges and PGD-3 for 1,152
+steps, on two CPU cores; experiments/compare/vit_ti.py says what its rows are,
+and what `:vit_ti_rates`, `:vit_ti_schedules` and `:vit_ti_ablations` are.
 """
 
 from pathlib import Path
 
-from fulllora_jax.experiments.compare import rows
+from fulllora_jax.experiments.compare import rows, vit_ti
+
+_EXPERIMENT = Path(__file__).with_name('cifar100.py')
+_VIT_TI_RATES = {  # the best of `:vit_ti_rates`
+  'full': 1e-4,
+  'fulllora': 2e-3,
+  'lora_everywhere': 2e-3,
+  'lora': 4e-3,
+  'linear': 2e-2,
+  'full-fixed': 1e-4,
+  'fulllora-fixed': 2e-3,
+  'lora_everywhere-fixed': 2e-3,
+}
 
 
 def get_config(variant: str = ''):
-  """Returns the comparison; variant: '', ablations or a published model."""
-  return rows.paper_comparison(Path(__file__).with_name('cifar100.py'), variant)
+  """Returns the comparison; variant: '', ablations, a published model or a part of vit_ti."""
+  if variant in vit_ti.PARTS:
+    return vit_ti.comparison(_EXPERIMENT, variant, _VIT_TI_RATES, patches_of_8)
+  return rows.paper_comparison(_EXPERIMENT, variant)
+
+
+def patches_of_8(config) -> None:
+  """Makes 16 patches of an image, at which a step costs a quarter of what it does at 64."""
+  config.model.patch_size = 8
+  config.train.update(steps=1152, batch_size=128, eval_every=288, checkpoint_every=96)

@@ -8,13 +8,45 @@ experiments/variants.py take another base, and `:ablations` is FullLoRA by
 rank, by target, and with and without the LayerNorm. Days on one accelerator, so
 give it several machines by --rows and --seeds. No accuracy is promised: it has
 not been run.
+
+  python -m fulllora_jax.compare --config configs/compare_imagenette.py:vit_ti
+
+The ViT-Ti/16 of ImageNet at 112 px, Linf 4/255, from the head's own rows of the
+ten classes, two hinges and PGD-3, on two CPU cores; experiments/compare/vit_ti.py
+says what its rows are, and what `:vit_ti_rates`, `:vit_ti_schedules` and
+`:vit_ti_ablations` are. The images are in imagenette/train and imagenette/test,
+or elsewhere: --config.experiment.data.name=folder:PATH.
 """
 
 from pathlib import Path
 
-from fulllora_jax.experiments.compare import rows
+from fulllora_jax.experiments.compare import rows, vit_ti
+
+_EXPERIMENT = Path(__file__).with_name('imagenette.py')
+_VIT_TI_RATES = {  # the best of `:vit_ti_rates`
+  'full': 1e-4,
+  'fulllora': 2e-3,
+  'lora_everywhere': 2e-3,
+  'lora': 4e-3,
+  'linear': 2e-2,
+  'full-fixed': 1e-4,
+  'fulllora-fixed': 2e-3,
+  'lora_everywhere-fixed': 2e-3,
+}
 
 
 def get_config(variant: str = ''):
-  """Returns the comparison; variant: '', ablations or a published model."""
-  return rows.paper_comparison(Path(__file__).with_name('imagenette.py'), variant)
+  """Returns the comparison; variant: '', ablations, a published model or a part of vit_ti."""
+  if variant in vit_ti.PARTS:
+    return vit_ti.comparison(_EXPERIMENT, variant, _VIT_TI_RATES, at_112_px)
+  return rows.paper_comparison(_EXPERIMENT, variant)
+
+
+def at_112_px(config) -> None:
+  """Makes 49 patches of an image, at which a step costs a fifth of what it does at 196."""
+  config.data.update(name='folder:imagenette', image_size=112, test_split='')
+  config.data.validation_fraction = 0.1
+  config.augment.crop_padding = config.base.augment.crop_padding = 14
+  config.threat.eps, config.attack.step_size, config.eval.step_size = '4/255', '2/255', '1/255'
+  config.train.update(steps=420, batch_size=64, eval_every=105, checkpoint_every=30)
+  config.eval.update(num_examples=200, batch_size=100)

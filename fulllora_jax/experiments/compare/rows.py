@@ -69,24 +69,35 @@ def methods(
     comparison.rows[name] = row(name, (rates or {}).get(name))
 
 
-def rates(comparison: ConfigDict, tried: Sequence[str], share: int) -> None:
+def rates(
+  comparison: ConfigDict, tried: Sequence[str] | Mapping[str, Sequence[str]], share: int
+) -> None:
   """Makes each row one for each learning rate, to be ranked by validation.
 
-  One seed, no attack on the test images, no differences.
-
   Args:
-    comparison: its rows have methods' names and no other change.
-    tried: learning rates, as the rows' names should have them.
+    comparison: gets a row LABEL-RATE for each of its rows and rates.
+    tried: learning rates, as the rows' names should have them: the same for all rows, or those of
+      each row by its label.
     share: trains for one in so many of the experiment's steps.
   """
-  experiment = comparison.experiment
+  ranked_by_validation(comparison, share)
+  for label, changes in comparison.rows.to_dict().items():
+    del comparison.rows[label]
+    for rate in tried[label] if isinstance(tried, Mapping) else tried:
+      optimizer = changes.get('optimizer', {}) | {'learning_rate': float(rate)}
+      comparison.rows[f'{label}-{rate}'] = changes | {'optimizer': optimizer}
+
+
+def ranked_by_validation(comparison: ConfigDict, share: int) -> None:
+  """Takes one seed, no attack on the test images and no differences.
+
+  Args:
+    comparison: it changes.
+    share: trains for one in so many of the experiment's steps.
+  """
   comparison.seeds, comparison.references = comparison.seeds[:1], ()
-  experiment.train.steps //= share
-  experiment.eval.attacks = ('clean',)
-  for method in list(comparison.rows):
-    del comparison.rows[method]
-    for rate in tried:
-      comparison.rows[f'{method}-{rate}'] = row(method, float(rate))
+  comparison.experiment.train.steps //= share
+  comparison.experiment.eval.attacks = ('clean',)
 
 
 def ablations(comparison: ConfigDict) -> None:

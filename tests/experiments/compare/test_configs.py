@@ -28,10 +28,18 @@ VARIANTS = (
   ('cifar10', 'small'),
   ('cifar10', 'cpu'),
   ('cifar10', 'cpu_rates'),
+  ('cifar10', 'vit_ti'),
+  ('cifar10', 'vit_ti_rates'),
+  ('cifar10', 'vit_ti_schedules'),
+  ('cifar10', 'vit_ti_ablations'),
   ('cifar10', 'ablations'),
   ('cifar100', ''),
+  ('cifar100', 'vit_ti'),
+  ('cifar100', 'vit_ti_rates'),
   ('cifar100', 'ablations'),
   ('imagenette', ''),
+  ('imagenette', 'vit_ti'),
+  ('imagenette', 'vit_ti_rates'),
   ('imagenette', 'ablations'),
 )
 
@@ -47,7 +55,7 @@ def test_every_comparison_plans_its_runs(name, variant, capsys):
   found = plan.runs(comparison, 'runs/x')
   assert len(found) == len(comparison.rows) * len(comparison.seeds)
   assert capsys.readouterr().err == ''
-  if variant in ('ablations', 'norm'):  # no row is another row
+  if variant.startswith(('ablations', 'norm', 'vit_ti')):  # no row is another row
     changes = [str(row.to_dict()) for row in comparison.rows.values()]
     assert len(set(changes)) == len(changes)
 
