@@ -30,7 +30,7 @@ def define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'Where it lives. Default: runs/<config.name>.')
   flags.DEFINE_list('rows', [], 'Only these rows.')
   flags.DEFINE_list('seeds', [], 'Only these seeds.')
-  flags.DEFINE_bool('table_only', False, 'Train nothing; refuse if a run is missing.')
+  flags.DEFINE_bool('table_only', False, 'Train nothing: the table of --rows and --seeds.')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,13 +42,14 @@ def main(argv: Sequence[str]) -> None:
 
   values = flags.FLAGS
   command_lib.start_up(every_core=False)
+  part = values.table_only and (values.rows or values.seeds)  # its table says so
   compare.compare(
     values.config,
     values.workdir,
     rows=values.rows,
     seeds=_numbers(values.seeds),
     table_only=values.table_only,
-    made_by=provenance.command(without=_PARTS),
+    made_by=provenance.command(without=None if part else _PARTS),
   )
 
 

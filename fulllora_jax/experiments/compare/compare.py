@@ -43,7 +43,8 @@ def compare(
     workdir: gets base/, runs/, comparison.md, .csv, .json and .html; None: runs/<name>.
     rows: labels of the rows to execute; (): all.
     seeds: the seeds to execute; (): all.
-    table_only: trains nothing, and refuses if a run is missing.
+    table_only: trains nothing, makes the table of `rows` and `seeds` alone, and refuses if a run of
+      these is missing.
     made_by: the command, for the table.
 
   Returns:
@@ -63,8 +64,10 @@ def compare(
     )
   given = workdir or os.path.join('runs', comparison.name)
   directory = workdir_lib.absolute_path(given)
-  every = plan.runs(comparison, given)
   chosen = plan.runs(comparison, given, rows, seeds)
+  if table_only:
+    comparison = plan.part(comparison, rows, seeds)
+  every = plan.runs(comparison, given)
   if not table_only:
     _prepare_base(plan.base_config(comparison), directory)
     _execute(chosen, directory)

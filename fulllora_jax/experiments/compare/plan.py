@@ -88,6 +88,16 @@ def runs(
   ]
 
 
+def part(comparison: ConfigDict, rows: Sequence[str], seeds: Sequence[int]) -> ConfigDict:
+  """Returns a comparison of some rows and seeds, which `runs` has checked; (): all of them."""
+  kept = ConfigDict(comparison.to_dict())
+  for row in set(kept.rows) - set(rows or kept.rows):
+    del kept.rows[row]
+  kept.seeds = tuple(seed for seed in kept.seeds if seed in (seeds or kept.seeds))
+  kept.references = tuple(row for row in kept.references if row in kept.rows)
+  return kept
+
+
 def has_own_base(experiment: ConfigDict) -> bool:
   """Returns whether the base is made in the comparison's base/.
 

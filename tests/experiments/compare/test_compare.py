@@ -118,6 +118,19 @@ def test_a_missing_seed_is_named(compared, small):
     compare.compare(more, str(workdir), table_only=True)
 
 
+def test_a_part_has_a_table_of_its_own_before_the_rest_is_there(compared, small, tmp_path):
+  workdir, found = compared
+  copied = shutil.copytree(workdir, tmp_path / 'copied')
+  more = small.copy_and_resolve_references()
+  more.seeds = (0, 2)
+  part = compare.compare(more, str(copied), rows=['linear'], seeds=[0], table_only=True)
+  (kept,) = (row for row in found['rows'] if row['method'] == 'linear')
+  assert part['rows'] == [kept | {'difference': {}}]  # there is nothing to be less than
+  assert 'fulllora' not in (copied / 'comparison.md').read_text()
+  with pytest.raises(UserError, match='1 of 1 runs are missing: linear, seed 2'):
+    compare.compare(more, str(copied), rows=['linear'], seeds=[2], table_only=True)
+
+
 def test_a_run_of_another_config_is_refused_by_name(compared, small):
   workdir, _ = compared
   other = small.copy_and_resolve_references()
