@@ -13,8 +13,11 @@ from ml_collections import config_dict
 from ml_collections.config_dict import ConfigDict
 
 from fulllora_jax.core.errors import UserError
+from fulllora_jax.core.recipe import adamw, augmentation, cosine, loop, sgd, step_decay
 
 WEIGHTS = ('base', 'best', 'last')  # the sets of weights that a run leaves
+PROBES = ('probe', 'adversarial_probe')  # the head's own trainings (training/head.py)
+HEAD_STARTS = ('', 'zeros', 'rows', *PROBES)  # what config.head.start says; else it is a place
 # Fields of earlier versions, and the value with which each did nothing. What
 # they did was measured and left out (docs/road.md).
 _REMOVED = {'attack.rise': 0.0, 'attack.early_stop': False}
@@ -61,15 +64,16 @@ def default() -> ConfigDict:
   config.ema = ema = ConfigDict()
   ema.decay = 0.0  # share that a step keeps, in [0, 1), such as 0.999; 0: off
 
-  config.augment = _augment()
+  config.augment = augmentation()
   config.optimizer = sgd()
   config.schedule = step_decay()
-  config.train = _train(epochs=40.0, batch_size=64)
+  config.train = loop(epochs=40.0, batch_size=64)
   config.mesh = mesh = ConfigDict()
   # How many devices share one copy of the frozen base, at least 1; divides their number.
   mesh.fsdp = 1
   mesh.shard_from = 2**18  # arrays of fewer elements, at least 0, are copied to all devices
   config.base = _base()
+  config.head = _head()
   config.eval = _eval()
   config.log = log = ConfigDict()
   log.tensorboard = True  # event files, where clu and TensorFlow are installed
@@ -188,37 +192,6 @@ def _attack() -> ConfigDict:
   return attack
 
 
-def _augment() -> ConfigDict:
-  """What is done to images on the device, before they are attacked."""
-  augment = ConfigDict()
-  # Pixels of zeros around an image, fewer than its side, from which a window is cut; 0: no crop.
-  augment.crop_padding = 4
-  augment.flip = True  # mirrors an image left to right, with probability 1/2
-  # The shares of a mixture of two images are drawn from Beta(a, a), where a is at least 0; 0: off.
-  augment.mixup = 0.8
-  augment.cutmix = 1.0
-  # The probability with which a batch is mixed, by mixup or cutmix, in [0, 1].
-  augment.mix_probability = 0.3
-  return augment
-
-
-def _train(epochs: float, batch_size: int) -> ConfigDict:
-  train = ConfigDict()
-  train.epochs = epochs  # the length of training, above 0
-  train.steps = config_dict.placeholder(int)  # takes the place of epochs; above 0
-  # Images of a step on all devices together, in `accumulate` parts (at least 1) one after
-  # another, which saves memory; the devices must divide a part.
-  train.batch_size = batch_size
-  train.accumulate = 1
-  train.log_every = 50  # steps between two lines of metrics, at least 1, as the next two
-  train.eval_every = 1000  # steps between two validations, which choose `best`
-  train.checkpoint_every = 500  # steps between two training checkpoints
-  train.keep = 3  # the newest training checkpoints, at least 1
-  # Steps with a loss or gradient that is not finite, before the run stops; at least 0.
-  train.max_skipped = 10
-  return train
-
-
 def _base() -> ConfigDict:
   """The frozen model beneath the adapter, and how to train it where needed."""
   base = ConfigDict()
@@ -241,9 +214,24 @@ def _base() -> ConfigDict:
   base.act = ''
   base.optimizer = adamw(learning_rate=1e-3, weight_decay=0.05)
   base.schedule = cosine(warmup=0.05)
-  base.augment = _augment()
-  base.train = _train(epochs=100.0, batch_size=512)
+  base.augment = augmentation()
+  base.train = loop(epochs=100.0, batch_size=512)
   return base
+
+
+def _head() -> ConfigDict:
+  """How the classification head starts, and the recipe of its own training."""
+  head = ConfigDict()
+  # '': as the base has it, new where the base's rows do not fit the classes; zeros; rows: the
+  # base's, or an error; probe, adversarial_probe: it is first trained alone, by the recipe below,
+  # on clean images or against config.attack; or the work directory or the adapter of a finished run
+  # of method linear on this base.
+  head.start = ''
+  # That of Hua et al., 2024 (RoLI), for CIFAR-10; for CIFAR-100 they take 0.1 and 1e-3.
+  head.optimizer = sgd(learning_rate=0.05, weight_decay=0.01)
+  head.schedule = cosine(warmup=0.5)
+  head.train = loop(epochs=20.0, batch_size=64)
+  return head
 
 
 def _eval() -> ConfigDict:
@@ -265,53 +253,6 @@ def _eval() -> ConfigDict:
   # under the validation attack, on at most 256 test images; (): none.
   evaluation.radii = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
   return evaluation
-
-
-def sgd(learning_rate: float = 0.1, weight_decay: float = 1e-4) -> ConfigDict:
-  """SGD as in Mo et al.: momentum 0.9, decay 1e-4, gradient clip 1.0."""
-  return _optimizer('sgd', learning_rate, weight_decay)
-
-
-def adamw(learning_rate: float, weight_decay: float = 1e-4) -> ConfigDict:
-  """AdamW with decoupled weight decay (Loshchilov & Hutter, 2019)."""
-  return _optimizer('adamw', learning_rate, weight_decay)
-
-
-def _optimizer(name, learning_rate, weight_decay):
-  optimizer = ConfigDict()
-  optimizer.name = name  # sgd | adamw
-  # The learning rate after the warm-up, before it decays; above 0.
-  optimizer.learning_rate = float(learning_rate)
-  optimizer.weight_decay = float(weight_decay)  # at least 0
-  optimizer.momentum = 0.9  # sgd, in [0, 1)
-  # adamw: decay of the averages of the gradient and of its square, in [0, 1).
-  optimizer.b1 = 0.9
-  optimizer.b2 = 0.999
-  # The most that the norm of the gradient of all leaves together may be, at least 0; 0: no limit.
-  optimizer.clip = 1.0
-  return optimizer
-
-
-def step_decay() -> ConfigDict:
-  """Mo et al.: of 40 epochs, x0.1 for the last 5, x0.01 for the last 2."""
-  return _schedule('step', 0.0)
-
-
-def cosine(warmup: float = 0.0) -> ConfigDict:
-  """Cosine to zero after a linear warm-up."""
-  return _schedule('cosine', warmup)
-
-
-def _schedule(name, warmup):
-  schedule = ConfigDict()
-  schedule.name = name  # constant | step | cosine
-  # The fraction of training over which the learning rate rises, in [0, 1].
-  schedule.warmup = float(warmup)
-  # step: the fractions of training at which the learning rate changes, rising
-  # from warmup to 1, and by what (at least 0) its peak is multiplied from each of them on.
-  schedule.boundaries = (35 / 40, 38 / 40)
-  schedule.factors = (0.1, 0.01)
-  return schedule
 
 
 def copy(config: ConfigDict) -> ConfigDict:
@@ -396,7 +337,7 @@ def base_config(config: ConfigDict) -> ConfigDict:
   for part in ('optimizer', 'schedule', 'augment', 'train'):
     base[part] = ConfigDict(config.base[part].to_dict())
   # What else belongs to the main run alone.
-  for part in ('objective', 'awp', 'ema'):
+  for part in ('objective', 'awp', 'ema', 'head'):
     base[part] = ConfigDict(default()[part].to_dict())
   base.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
   base.base.source = 'scratch'

@@ -1,5 +1,6 @@
 """From a config to the adapted model and its variables."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,21 @@ class Built(NamedTuple):
   method: methods.Method
   head: str  # regular expression of the head's module path
   head_mode: str  # config.adapter.head
+  own_head: bool = False  # whether the head starts otherwise than the base's (config.head.start)
 
   def mask(self, variables: Tree) -> Tree:
     """Returns the tree of bools that says which leaves learn."""
     return methods.trainable_mask(variables, self.method, self.head, self.head_mode)
+
+  def held(self, variables: Tree) -> Tree:
+    """Returns the tree of bools that says which leaves an adapter holds.
+
+    They are those that learn, and a head that is not the base's, also where it is frozen.
+    """
+    learns = self.mask(variables)
+    if not self.own_head:
+      return learns
+    return jax.tree.map(operator.or_, learns, methods.head_mask(variables, self.head))
 
 
 def build(config, num_classes: int) -> Built:
@@ -33,7 +45,8 @@ def build(config, num_classes: int) -> Built:
   method = methods.get(config.method)
   maps = models.linear_maps(config.model.name)
   model = attach(models.create(config.model, num_classes), methods.branches(config, method))
-  return Built(model, method, maps['head'], config.adapter.head)
+  own_head = config.head.start not in ('', 'rows')
+  return Built(model, method, maps['head'], config.adapter.head, own_head)
 
 
 def init_params(built: Built, key: jax.Array, image_shape: tuple[int, int, int]) -> Tree:

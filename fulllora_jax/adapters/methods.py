@@ -212,6 +212,14 @@ def trainable_mask(
   return traverse_util.unflatten_dict({path: learns(path) for path in flat})
 
 
+def head_mask(variables: Mapping[str, Any], head: str) -> dict[str, Any]:
+  """Returns a tree like `variables` with True at the head's own parameters."""
+  flat = traverse_util.flatten_dict(variables)
+  return traverse_util.unflatten_dict(
+    {(first, *rest): _head_only(first, '/'.join(rest), head) for first, *rest in flat}
+  )
+
+
 def branches(config, method: Method) -> dict[str, Branch]:
   """Reads a config into path pattern -> branch, for `attach`.
 

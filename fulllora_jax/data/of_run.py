@@ -19,7 +19,7 @@ from fulllora_jax.distributed import processes
 
 FILE = 'data.json'
 # What is in a directory once something was computed from its data.
-_BEGUN = ('base', 'best', 'last', 'checkpoints', 'runs', 'schedules')
+_BEGUN = ('base', 'head', 'best', 'last', 'checkpoints', 'runs', 'schedules')
 
 
 def hold(workdir: Path, dataset: Dataset) -> Dataset:

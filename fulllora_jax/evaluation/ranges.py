@@ -15,13 +15,16 @@ from fulllora_jax.core import ranges
 from fulllora_jax.core.errors import UserError, choose, value_of
 from fulllora_jax.models.layers import ACTIVATIONS, REMAT
 
-_RECIPE = {  # of a training: the run's, and that of its base
+_RECIPE = {  # of a training: the run's, that of its base and that of its head
   '(0, inf)': """optimizer.learning_rate train.epochs train.steps train.batch_size train.accumulate
     train.log_every train.eval_every train.checkpoint_every train.keep""",
-  '[0, inf)': """optimizer.weight_decay optimizer.clip schedule.factors augment.crop_padding
-    augment.mixup augment.cutmix train.max_skipped""",
+  '[0, inf)': """optimizer.weight_decay optimizer.clip schedule.factors train.max_skipped""",
   '[0, 1)': 'optimizer.momentum optimizer.b1 optimizer.b2',
-  '[0, 1]': 'schedule.warmup schedule.boundaries augment.mix_probability',
+  '[0, 1]': 'schedule.warmup schedule.boundaries',
+}
+_AUGMENT = {  # the run's and that of its base; the head has the run's
+  '[0, inf)': 'augment.crop_padding augment.mixup augment.cutmix',
+  '[0, 1]': 'augment.mix_probability',
 }
 _RUN = {
   ranges.SEED: 'seed data.seed',
@@ -39,7 +42,12 @@ _RUN = {
 }
 INTERVALS: Mapping[str, str] = {  # field -> its interval
   f'{prefix}{field}': interval
-  for prefix, table in (('', _RUN), ('', _RECIPE), ('base.', _RECIPE))
+  for prefix, tables in (
+    ('', (_RUN, _RECIPE, _AUGMENT)),
+    ('base.', (_RECIPE, _AUGMENT)),
+    ('head.', (_RECIPE,)),
+  )
+  for table in tables
   for interval, fields in table.items()
   for field in fields.split()
 }

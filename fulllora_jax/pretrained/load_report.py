@@ -39,6 +39,7 @@ class LoadReport:
   # The row of the checkpoint's head for each class, -1 for a new one; (): all in order, or none
   label_map: tuple[int, ...] = ()
   labels: str = ''  # how the rows of the head were found; '' where there is nothing to say
+  doubtful: bool = False  # whether these rows may be of other classes
   # (field of `config.base`, value) of what nothing beside the weights says, and the family gives
   assumed: tuple[tuple[str, Any], ...] = ()
 

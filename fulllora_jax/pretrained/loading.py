@@ -321,6 +321,7 @@ def _fill(
     label_names=head.label_names,
     label_map=head.label_map,
     labels=head.said,
+    doubtful=head.doubtful,
     assumed=tuple((field, settings[field]) for field in opened.architecture.assumed),
   )
   variables = {'params': traverse_util.unflatten_dict(params, sep='/')}

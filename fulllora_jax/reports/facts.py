@@ -7,6 +7,9 @@ from fulllora_jax.adapters.methods import METHODS
 from fulllora_jax.core.console import duration
 from fulllora_jax.reports import results
 
+# What `config.head.start` says, unless it names a place.
+_HEADS = {'zeros': 'zeros', 'rows': "the base's rows", 'probe': 'a standard probe'}
+_HEADS |= {'adversarial_probe': 'an adversarial probe'}
 # Fields that are off at 0, and then not worth a line.
 _OFF_AT_0 = ('objective.label_smoothing', 'attack.ard', 'attack.prm')
 _OFF_AT_0 += ('awp.gamma', 'awp.warmup', 'ema.decay')
@@ -58,6 +61,31 @@ def _strengthened(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   """Yields from which steps the attack was another, and which."""
   for row in report.get('strengthened') or ():
     yield f'from step {row["step"]:,} on', f'{row["attack"]}, steps of {row["step_size"]}'
+
+
+def head_start(head: Mapping[str, Any] | None) -> str | None:
+  """Says how the head started, and what its own training gave and took.
+
+  Args:
+    head: that of report.json (`training/head.py`); None: the head is as the base has it.
+  """
+  if not head:
+    return None
+  text = _HEADS.get(head['start'], f'that of {head["start"]}')
+  if 'step' not in head:
+    return text
+  of = f' of {head["steps"]:,}' if head.get('steps') else ''
+  text += f', its best at step {head["step"]:,}{of}'
+  evaluations = head.get('evaluations') or ()
+  found = [
+    f'{results.percent(e)} '
+    + ('clean' if e['attack'] == 'clean' else f'under {results.row_label(e, evaluations)}')
+    for e in evaluations
+  ]
+  if found:
+    text += f' ({", ".join(found)}, on {evaluations[0]["num_examples"]:,} test images)'
+  passes = head.get('passes')
+  return text + ('; its passes are not known' if passes is None else f'; {passes:,.0f} passes')
 
 
 def steps_note(report: Mapping[str, Any]) -> str:
@@ -113,11 +141,15 @@ def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   yield 'method', report['method']
   for name in names:
     yield name, _field(config, name)
+  head = report.get('head') or {}
+  yield 'head starts as', head_start(head)
   yield from _strengthened(report)
   yield from facts(config)
   if _field(config, 'train.steps') is None:
     yield 'train.epochs', _field(config, 'train.epochs')
   yield 'steps', report.get('last_step')
+  if 'passes' in head:
+    yield 'passes', f'{report["passes"]:,.0f}, with those of the head alone'
   for name, seconds in (report.get('seconds') or {}).items():
     yield f'time, {name}', duration(seconds)
 

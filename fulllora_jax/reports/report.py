@@ -78,6 +78,8 @@ def summary_table(report: Mapping[str, Any]) -> str:
   lines.append('accuracy in % [95 % Wilson interval] on n images')
   if 'parameters' in report:
     lines.append(f'trained: {results.parameters(report)}')
+  if head := facts.head_start(report.get('head')):
+    lines.append(f'the head starts as {head}')
   if results.attacks(report):
     lines.append(f'threat: {results.threat(report)}')
   lines += results.notes(report)

@@ -163,8 +163,8 @@ def read_adapter(path: str | os.PathLike, which: str = 'best') -> stacking.Adapt
   cfg.model.attention = ''  # this machine's, not that of the training
   built = adapted.build(cfg, metadata['num_classes'])
   shapes = adapted.shapes(built, tuple(metadata['image_shape']))
-  trainable, frozen = trees.split(shapes, built.mask(shapes))
-  artefact.check_leaves(trainable, adapter, str(directory))
+  held, frozen = trees.split(shapes, built.held(shapes))
+  artefact.check_leaves(held, adapter, str(directory))
   return stacking.Adapter(directory, built, adapter, frozen, metadata)
 
 

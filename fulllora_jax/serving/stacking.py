@@ -28,8 +28,8 @@ class Adapter(NamedTuple):
 
   directory: Path
   built: adapted.Built
-  leaves: Tree  # what was trained, the head included
-  frozen: Tree  # shapes of what was not trained (trees.split)
+  leaves: Tree  # what it holds: what was trained, the head included
+  frozen: Tree  # shapes of what the base holds (trees.split)
   metadata: Mapping[str, Any]
 
 

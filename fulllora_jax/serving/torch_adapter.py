@@ -132,8 +132,9 @@ def attach(
     _find(places, name, path).write(name, leaf)
   _set_arithmetic(model, fields)
   _add_branches(model, _sub(leaves, 'lnlora'), metadata['branches'], path)
-  if 'head/kernel' in params:
-    model.head.requires_grad_(True)
+  if 'head/kernel' in params:  # one that was trained alone first may be frozen since
+    frozen = metadata['branches'] and run['config']['adapter']['head'] != 'train'
+    model.head.requires_grad_(not frozen)
   return Normalised(model, **run['normalisation']).eval()
 
 

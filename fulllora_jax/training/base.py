@@ -4,15 +4,16 @@ A published checkpoint is fetched once and kept in the run's base/, at the run's
 and classes, so that the run goes on, and is evaluated, without a network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, pretrained
-from fulllora_jax.adapters import adapted, artefact
+from fulllora_jax.adapters import adapted, artefact, methods
 from fulllora_jax.core import class_names, trees
 from fulllora_jax.core.console import say, warn
 from fulllora_jax.core.errors import UserError
@@ -24,7 +25,7 @@ from fulllora_jax.training.assemble import Assembly
 from fulllora_jax.training.publish import Origin, publish
 
 # Fields of `config.model` that the arrays of a base do not show.
-_UNSEEN = (
+UNSEEN = (
   'pool', 'class_token', 'swiglu', 'act', 'epsilon', 'mean', 'std',
 )  # fmt: skip
 
@@ -57,7 +58,7 @@ def open_base(config, workdir: Path) -> pretrained.Opened | None:
     _check_told(config)
   if source.kind == pretrained.RUN:
     own = _model_config(source.source)
-    for field in _UNSEEN:
+    for field in UNSEEN:
       if config.model[field] in (None, '', ()):
         config.model[field] = own[field]
   elif source.kind == pretrained.PUBLISHED:
@@ -136,13 +137,31 @@ def _check_run(config, base: Path, dataset: data.Dataset) -> None:
   else:
     differs = class_names.difference(ours, names)
     warn(f'{told} other classes (now {differs}): each row of its head is taken for another class')
-  seen, own = of_run.trained_on(base.parent, dataset), metadata['config'].get('data', {})
+  refuse_seen(told, base, metadata, config, dataset)
+
+
+def refuse_seen(
+  told: str, directory: Path, metadata: Mapping[str, Any], config, dataset: data.Dataset
+) -> None:
+  """Refuses weights that were trained on test images.
+
+  Args:
+    told: names the weights, for the message: '... was trained on'.
+    directory: their artefact, in the work directory of their run.
+    metadata: the artefact's.
+    config: the config whose data they would be evaluated on.
+    dataset: what `config.data` names.
+
+  Raises:
+    UserError: they were.
+  """
+  seen, own = of_run.trained_on(directory.parent, dataset), metadata['config'].get('data', {})
   if own.get('name') == config.data.name == dataset.name and not len(dataset.test.contents):
     seen = processes.everywhere(data.shared_examples, config.data, own['train_split'])
   if seen:
     raise UserError(
       f'{told} {seen} of the {len(dataset.test)} test images; give data.seed and the splits of '
-      'that run, or train the base anew'
+      'that run, or train it anew'
     )
 
 
@@ -170,6 +189,7 @@ def store_base(opened: pretrained.Opened, config, workdir: Path, dataset: data.D
   mask = adapted.build(own, dataset.num_classes).mask(variables)
   made = {'layout': report.layout, 'new_head': report.new_head}
   made |= {'label_map': list(report.label_map), 'labels': report.labels}
+  made |= {'head_rows': opened.architecture.num_classes, 'rows_in_doubt': report.doubtful}
   identity = dict(report.identity) | made
   publish(
     directory,
@@ -183,12 +203,15 @@ def store_base(opened: pretrained.Opened, config, workdir: Path, dataset: data.D
   )
 
 
-def starting_point(assembly: Assembly, base: Path | None) -> tuple[Tree, Origin]:
+def starting_point(
+  assembly: Assembly, base: Path | None, head: Tree | None = None
+) -> tuple[Tree, Origin]:
   """Makes the variables that a training starts from.
 
   Args:
     assembly: the config put together; its seed draws what the base lacks.
     base: the artefact of the base; None: from scratch.
+    head: the head's leaves as they were trained first; None: `config.head.start` asks for none.
 
   Returns:
     The variables, arrays of `assembly.shapes`, and where they come from.
@@ -209,9 +232,20 @@ def starting_point(assembly: Assembly, base: Path | None) -> tuple[Tree, Origin]
     expected = {'params': assembly.shapes['params']}
     artefact.check_leaves(expected, {'params': params}, str(base))
   variables = adapted.init_variables(built, adapter_key, params, shape)
-  _, frozen = trees.split(variables, assembly.mask)
+  _, frozen = trees.split(variables, built.held(variables))
   fingerprint = artefact.base_fingerprint(params, frozen)
-  return variables, Origin(base, source, fingerprint)
+  if assembly.config.head.start == 'zeros':
+    head = _zero_head(built, variables)
+  if head is None:
+    return variables, Origin(base, source, fingerprint)
+  origin = Origin(base, source, fingerprint, trees.fingerprint(head))
+  return trees.override(variables, head), origin
+
+
+def _zero_head(built: adapted.Built, variables: Tree) -> Tree:
+  """Returns the head's own leaves, all zero."""
+  head, _ = trees.split(variables, methods.head_mask(variables, built.head))
+  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), trees.prune(head))
 
 
 def _model_config(base: str | Path):

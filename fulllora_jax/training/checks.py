@@ -3,7 +3,7 @@
 from fulllora_jax import models
 from fulllora_jax.adapters import methods
 from fulllora_jax.attacks.threat import EXAMPLES, parse_fraction
-from fulllora_jax.config import ConfigDict, default
+from fulllora_jax.config import PROBES, ConfigDict, default
 from fulllora_jax.core.console import warn
 from fulllora_jax.core.errors import UserError, choose, require
 from fulllora_jax.evaluation import ranges
@@ -51,9 +51,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   _check_attack(config)
   _check_objective(config, method)
   _check_patches(config)
-  _check_recipe('', config, config.data.image_size, num_devices)
+  _check_head(config, method, num_devices)
+  _check_crop('', config, config.data.image_size)
+  _check_recipe('', config, num_devices)
   if config.base.source == 'train':
-    _check_recipe('base.', config.base, config.data.image_size, num_devices)
+    _check_crop('base.', config.base, config.data.image_size)
+    _check_recipe('base.', config.base, num_devices)
 
 
 def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
@@ -196,16 +199,46 @@ def _check_patches(config: ConfigDict) -> None:
     )
 
 
-def _check_recipe(prefix: str, recipe: ConfigDict, image: int, num_devices: int) -> None:
-  """Checks the optimizer, schedule, augmentation and loop of one training."""
-  train, schedule = recipe.train, recipe.schedule
-  choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
-  choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
+def _check_head(config: ConfigDict, method: methods.Method, num_devices: int) -> None:
+  """Refuses a start of the head that the run's method and base cannot have."""
+  start, source = config.head.start, config.base.source
+  if not start:
+    return
+  if start in PROBES:
+    _check_recipe('head.', config.head, num_devices)
+  instead = "leave head.start empty ('')"
+  if not method.learns('params', 'head/kernel', 'head'):
+    raise UserError(
+      f'head.start {start}: method {method.name} has no head, neither one that learns nor one that '
+      f'its adapter holds; {instead}, or give another method'
+    )
+  scratch = source == 'scratch' or (source == 'train' and not method.adversarial)
+  if scratch and start != 'zeros':
+    raise UserError(
+      f'head.start {start}: method {method.name} with base.source {source} has no base whose '
+      f'features a head could read; {instead}, or give base.source a run or a checkpoint'
+    )
+  if start == 'zeros' and method.branch is not None and config.adapter.head == 'frozen':
+    raise UserError(
+      'head.start zeros: adapter.head is frozen, so every logit would stay 0; give adapter.head '
+      f'train, or head.start probe or adversarial_probe, or {instead}'
+    )
+
+
+def _check_crop(prefix: str, recipe: ConfigDict, image: int) -> None:
+  """Checks that every crop of one training holds a part of the image."""
   if (padding := recipe.augment.crop_padding) >= image:
     raise UserError(
       f'{prefix}augment.crop_padding {padding}: a crop may then hold nothing of an image; it must '
       f'be below data.image_size {image}'
     )
+
+
+def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
+  """Checks the optimizer, schedule and loop of one training."""
+  train, schedule = recipe.train, recipe.schedule
+  choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
+  choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
   boundaries = list(schedule.boundaries)
   if schedule.name == 'step' and (
     len(boundaries) != len(schedule.factors)

@@ -15,11 +15,13 @@ from fulllora_jax.core.trees import Tree
 from fulllora_jax.data import of_run
 from fulllora_jax.models.published_names import repository
 from fulllora_jax.pretrained import sources
+from fulllora_jax.serving import classifier
 
 
 def moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Returns the fields of two flat configs that name places, and not the same one."""
-  changed = [field for field in ('base.source', 'data.name') if old.get(field) != new.get(field)]
+  places = ('base.source', 'data.name', 'head.start')
+  changed = [field for field in places if old.get(field) != new.get(field)]
   return [field for field in changed if all(is_place(field, c.get(field)) for c in (old, new))]
 
 
@@ -28,6 +30,8 @@ def is_place(field: str, value: Any) -> bool:
   if field == 'base.source':
     named = value in (pretrained.TRAIN, pretrained.SCRATCH)
     return not named and not str(value).startswith(('hf-hub:', 'http://', 'https://'))
+  if field == 'head.start':
+    return value not in (None, *config_lib.HEAD_STARTS)
   return field == 'data.name' and str(value).startswith('folder:')
 
 
@@ -47,6 +51,8 @@ def check(workdir: Path, config, fields: Collection[str]) -> None:
   best = workdir / 'best'
   if 'base.source' in fields and best.exists():
     check_base(artefact.read_metadata(best), config.base.source, workdir)
+  if 'head.start' in fields and best.exists():
+    _check_head(artefact.read_metadata(best), config.head.start, workdir)
   if 'data.name' in fields and (workdir / 'report.json').exists():
     of_run.refuse_others(workdir, _opened(config_lib.to_json(config)))
 
@@ -78,6 +84,16 @@ def check_base(metadata: Mapping[str, Any], source: str, workdir: Path) -> None:
     raise UserError(
       f'base.source {source}: it is another base than the one in {workdir}; give that one, or '
       'another --workdir'
+    )
+
+
+def _check_head(metadata: Mapping[str, Any], start: str, workdir: Path) -> None:
+  """Refuses a head in another place that is not the one that an artefact began with."""
+  leaves = classifier.read_adapter(start).leaves
+  if trees.fingerprint(leaves) != metadata.get('head_fingerprint'):
+    raise UserError(
+      f'head.start {start}: it is another head than the one that the run in {workdir} began with; '
+      'give that one, or another --workdir'
     )
 
 

@@ -36,6 +36,7 @@ class Training:
     workdir: what is written goes there.
     dataset: what is trained and validated on.
     base: the artefact of the base; None: from scratch.
+    head: the leaves of a head that was trained first (head.py); None: there is none.
 
   Attributes:
     stepper: holds the train state, and makes the steps.
@@ -49,10 +50,17 @@ class Training:
     seconds: what the training took so far, killed runs included.
   """
 
-  def __init__(self, config, workdir: Path, dataset: data.Dataset, base: Path | None):
+  def __init__(
+    self,
+    config,
+    workdir: Path,
+    dataset: data.Dataset,
+    base: Path | None,
+    head: trees.Tree | None = None,
+  ):
     carry.warn_of_many(config, dataset)
     self.config, self.workdir = config, workdir
-    self.stepper = Stepper(config, dataset, base)
+    self.stepper = Stepper(config, dataset, base, head)
     self.validation = Validation(self.stepper.assembly, dataset.validation)
     self.skipped, self.blind, self.passes, self.seconds = 0, 0, 0.0, 0.0
     self.strengthened: list[dict[str, Any]] = []
@@ -162,6 +170,11 @@ class Training:
         f'base.source={self.config.base.source}: not the base that the run in {self.workdir} began '
         'with; put that back, or give another --workdir'
       )
+    if notes.get('head') != self.stepper.origin.head:
+      raise UserError(
+        f'head.start={self.config.head.start}: not the head that the run in {self.workdir} began '
+        'with; put that back, or give another --workdir'
+      )
     say(f'resuming at step {start}')
     return start
 
@@ -214,6 +227,7 @@ class Training:
       'seconds': self.seconds,
       'data': self._identity,
       'base': self.stepper.origin.fingerprint,
+      'head': self.stepper.origin.head,
       'strengthened': self.strengthened,
     }
     checkpoints.save(self.stepper.state, notes)
@@ -313,7 +327,7 @@ class Training:
     publish(
       self.workdir / which,
       step,
-      ema.published(self.stepper.state),
+      trees.override(ema.published(self.stepper.state), self.stepper.beside),
       config=self.config,
       dataset=self.stepper.dataset,
       parameters=self.stepper.assembly.counts,

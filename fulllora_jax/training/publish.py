@@ -19,6 +19,7 @@ class Origin(NamedTuple):
   # The published checkpoint that the base is, where it is none of our own training
   source: dict[str, Any] | None
   fingerprint: str  # the base's (`artefact.base_fingerprint`)
+  head: str | None = None  # hash of a head that is not the base's (`trees.fingerprint`)
 
 
 def publish(
@@ -38,7 +39,7 @@ def publish(
   Args:
     directory: where to.
     step: how many steps the leaves have learnt.
-    leaves: without the frozen ones.
+    leaves: those that the adapter holds (`Built.held`), without the others.
     config: what they were trained with.
     dataset: what they were trained on.
     parameters: their counts (core/trees.py).
@@ -68,6 +69,8 @@ def publish(
   }
   if config.ema.decay:
     metadata['ema_decay'] = config.ema.decay
+  if origin.head:
+    metadata['head_fingerprint'] = origin.head
   if strengthened:
     metadata['strengthened'] = list(strengthened)
   metadata['base_source'] = origin.source

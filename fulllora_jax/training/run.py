@@ -18,6 +18,7 @@ from fulllora_jax.evaluation import closer_look, finished_run, settings
 from fulllora_jax.reports import page, report
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import checks, overfitting
+from fulllora_jax.training import head as head_lib
 from fulllora_jax.training import workdir as workdir_lib
 from fulllora_jax.training.loop import Training
 from fulllora_jax.training.metrics import read_metrics
@@ -30,9 +31,10 @@ def train_and_evaluate(
 
   1. The base: trained here first by method `standard`, or read from
      `config.base.source`, a run or a published checkpoint.
-  2. The method's leaves are trained, checkpointed, and the best on the
+  2. The head, where `config.head.start` says so, is trained alone first.
+  3. The method's leaves are trained, checkpointed, and the best on the
      validation split kept beside the last.
-  3. Base, best and last are evaluated on the test split.
+  4. Base, best and last are evaluated on the test split.
 
   Args:
     config: config.py; validated first.
@@ -66,10 +68,12 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
     config = config_lib.copy(config)
     opened = processes.everywhere(base_lib.open_base, config, workdir)
     dataset = of_run.hold(workdir, dataset or base_lib.open_dataset(config))
+    named = processes.everywhere(head_lib.open_head, config, dataset)
     base = base_lib.ensure_base(config, workdir, dataset, opened, train=train_and_evaluate)
-    training = Training(config, workdir, dataset, base)
+    head = head_lib.ensure_head(config, workdir, dataset, base, named, train=train_and_evaluate)
+    training = Training(config, workdir, dataset, base, head and head.leaves)
     training.run()
-    result = _report(config, workdir, dataset, training)
+    result = _report(config, workdir, dataset, training, head)
   say(f'\n{report.summary_table(result)}\n\nreport: {workdir}/report.md')
   return result
 
@@ -81,7 +85,9 @@ def finished_report(workdir: Path) -> dict[str, Any] | None:
   return json.loads(files.read_file(workdir / 'report.json'))
 
 
-def _report(config, workdir: Path, dataset: data.Dataset, training: Training) -> dict[str, Any]:
+def _report(
+  config, workdir: Path, dataset: data.Dataset, training: Training, head: head_lib.Head | None
+) -> dict[str, Any]:
   """Evaluates the finished run and writes its report."""
   started = time.monotonic()
   plan = settings.Plan.of(config)
@@ -92,7 +98,7 @@ def _report(config, workdir: Path, dataset: data.Dataset, training: Training) ->
   spent = time.monotonic() - started
   seconds = {'train': training.seconds, 'evaluate': spent}
   result, history = run.report(evaluations, seconds), []
-  result['passes'] = training.passes
+  result = head_lib.counted(result | {'passes': training.passes}, head)
   for name in ('stopped', 'strengthened'):
     if found := getattr(training, name):
       result[name] = found

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from fulllora_jax import data
+from fulllora_jax.core import trees
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import mesh
 from fulllora_jax.training import algorithm, memory, train_step
@@ -27,6 +28,7 @@ class Stepper:
     config: config.py.
     dataset: its training images are stepped through.
     base: the artefact of the base; None: from scratch.
+    head: the leaves of a head that was trained first (head.py); None: there is none.
 
   Attributes:
     assembly: the config put together.
@@ -34,6 +36,7 @@ class Stepper:
     total_steps: the length of training.
     state: the train state; every step replaces it.
     frozen: the leaves that never change, on the mesh.
+    beside: those of them that the adapter holds nevertheless: a head that is not the base's.
     root_key: all random numbers of the training follow from it.
     step_fn: the compiled train step; None until the first step, and where eps is 0 to the end.
     clean_step_fn: that of the steps in which eps is 0; None where none are left.
@@ -44,8 +47,8 @@ class Stepper:
   state: TrainState
   frozen: Tree
 
-  def __init__(self, config, dataset: data.Dataset, base: Path | None):
-    self.dataset, self._base = dataset, base
+  def __init__(self, config, dataset: data.Dataset, base: Path | None, head: Tree | None = None):
+    self.dataset, self._base, self._head = dataset, base, head
     self.total_steps = algorithm.total_steps(config, len(dataset.train))
     self.compile_seconds = self.input_seconds = 0.0
     self.put_together(config)
@@ -66,7 +69,9 @@ class Stepper:
     """Makes the state before the first step."""
     if hasattr(self, 'state'):
       del self.state, self.frozen  # not twice in memory
-    variables, self.origin = starting_point(self.assembly, self._base)
+    variables, self.origin = starting_point(self.assembly, self._base, self._head)
+    _, rest = trees.split(variables, self.assembly.mask)
+    self.beside = trees.prune(trees.split(rest, self.assembly.built.held(variables))[0])
     self.state, self.frozen = self.assembly.place(variables, len(self.dataset.train))
 
   def steps(self, start: int = 0) -> Iterator[tuple[int, list[tuple[int, train_step.Metrics]]]]:

@@ -3,6 +3,7 @@
 config.json     what the run was started with
 data.json       the names of its classes, and which images each split has
 base/           the work directory of the base's standard training
+head/           that of the head's own training (config.head)
 checkpoints/    adapter, optimizer state and step; the newest few
 good/           the same, of the last validation that attack.on_overfitting may go back to
 best/ last/     adapter and metadata only: what one would publish
@@ -42,7 +43,7 @@ _FREE = (
   'train.checkpoint_every',
   'train.max_skipped',
 )
-FREE_TO_CHANGE = frozenset((*_FREE, *(f'base.{name}' for name in _FREE)))
+FREE_TO_CHANGE = frozenset(f'{of}{name}' for of in ('', 'base.', 'head.') for name in _FREE)
 _SHARED_TRIES = 10  # a second apart
 
 

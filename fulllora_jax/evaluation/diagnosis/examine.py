@@ -23,6 +23,7 @@ from fulllora_jax.data import of_run
 from fulllora_jax.evaluation import finished_run, ranges, settings, users_function
 from fulllora_jax.evaluation.diagnosis import attack, model
 from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, wrong
+from fulllora_jax.reports import facts
 
 CHECKS: dict[str, Callable[[Examined], Finding | None]] = {
   'deterministic output': model.randomness,
@@ -165,8 +166,12 @@ def examine_and_say(
 def _findings(examined: Examined, workdir: Path | None) -> Iterator[Finding]:
   yield from examine(examined)
   if workdir is not None:
-    records = []
+    records, head = [], None
     for path in (workdir / 'report.json', *workdir.glob('evaluations/*.json')):
       if path.exists():
-        records += json.loads(files.read_file(path))['evaluations']
+        read = json.loads(files.read_file(path))
+        records += read['evaluations']
+        head = head or facts.head_start(read.get('head'))
+    if head:
+      yield Finding(f'the head started as {head}')
     yield recorded(records)

@@ -39,6 +39,7 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     raise UserError(f'every run diverged ({name}: {how}); lower optimizer.learning_rate')
   finished = {name: r for name, r in titled.items() if name not in diverged}
   overfitted = {name: facts.overfitting_note(r) for name, r in finished.items()}
+  heads = {name: facts.head_start(r.get('head')) for name, r in finished.items()}
   _check_comparable(finished)
   first = next(iter(finished.values()))
   rows = {
@@ -70,6 +71,7 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     'notes': [
       *(f'{name} diverged: {how}.' for name, how in diverged.items()),
       *(f'{name}: {note.replace("*", "")}' for name, note in overfitted.items() if note),
+      *(f'{name}: the head starts as {start}.' for name, start in heads.items() if start),
       *_notes(first),
     ],
     'provenance': {
@@ -158,10 +160,15 @@ def _averaged(
     'adapter_bytes': one.get('adapter_bytes'),
     'steps': one.get('last_step'),
     'passes': over_seeds([report['passes'] for report in found])['mean'],
-    'seconds': over_seeds([r['seconds']['train'] for r in found])['mean'],
+    'seconds': over_seeds([_seconds(report) for report in found])['mean'],
     'validation': over_seeds([r['best_validation']['score'] for r in found]),
     'attacks': attacks,
   }
+
+
+def _seconds(report: Mapping[str, Any]) -> float:
+  """Returns how long a run trained, its head's own training included."""
+  return report['seconds']['train'] + report['seconds'].get('head', 0.0)
 
 
 def _differences(row, reference) -> dict[str, Any]:

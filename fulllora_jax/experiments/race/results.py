@@ -8,6 +8,7 @@ from typing import Any
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
 from fulllora_jax.core.files import replace_file
+from fulllora_jax.reports import facts
 from fulllora_jax.reports.drawing import charts, picture
 from fulllora_jax.reports.drawing.charts import Chart, Line
 
@@ -64,6 +65,8 @@ def _notes(result: Mapping[str, Any]) -> str:
     f'{result["attack"]} on validation images ({_count(result["num_validation"])}); batches of '
     f'{result["batch_size"]}, seed {result["seed"]}, {result["device"]}.'
   ]
+  if head := facts.head_start(result.get('head')):
+    notes.append(f'The head of all schedules starts as {head}, which no column counts.')
   if result['final']:
     notes.append(
       f'At the end: {result["final"]} on test images '

@@ -30,6 +30,7 @@ from fulllora_jax.experiments import variants
 from fulllora_jax.experiments.race import results
 from fulllora_jax.training import algorithm, checks, contents
 from fulllora_jax.training import base as base_lib
+from fulllora_jax.training import head as head_lib
 from fulllora_jax.training import run as run_lib
 from fulllora_jax.training import workdir as workdir_lib
 from fulllora_jax.training.stepper import Stepper
@@ -102,7 +103,7 @@ def race(
     (the step after more than train.max_skipped were not finite, or None), `curve` (a list of step,
     passes, seconds, clean, robust), `to_target` (passes and seconds at the first
     crossing, interpolated; None where it was not reached) and `final` (accuracy, interval,
-    num_examples, clean).
+    num_examples, clean); and `head`: how the head of all of them started, None as the base's.
 
   Raises:
     UserError: a target out of range, an unknown schedule, a method without an
@@ -123,25 +124,27 @@ def race(
   with workdir_lib.exclusive(workdir):
     directory = workdir_lib.absolute_path(workdir)
     dataset = of_run.hold(directory, dataset)
-    opened = base_lib.open_base(config, directory)
-    base = base_lib.ensure_base(
-      config, directory, dataset, opened, train=run_lib.train_and_evaluate
-    )
+    opened, train = base_lib.open_base(config, directory), run_lib.train_and_evaluate
+    named = head_lib.open_head(config, dataset)
+    base = base_lib.ensure_base(config, directory, dataset, opened, train)
+    head = head_lib.ensure_head(config, directory, dataset, base, named, train)
     laps, body = {}, base and contents.body_of(base, config.model.name)
     for number, (name, own) in enumerate(raced.items(), 1):
       title = f'{name} ({number}/{len(raced)})'
       path = directory / 'schedules' / f'{name}.json'
       key = {'config': _settled(own), 'base': body, 'data': data.identity(dataset), **common}
+      if head and head.leaves:
+        key['head'] = trees.fingerprint(head.leaves)
       laps[name] = _finished(path, key)
       if laps[name] is None:
-        lap = _Lap(Stepper(own, dataset, base), common, title)
+        lap = _Lap(Stepper(own, dataset, base, head and head.leaves), common, title)
         laps[name] = lap.run()
         laps[name]['final'] = None if laps[name]['diverged'] else lap.close(closing)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps({'key': key, 'lap': laps[name]}).encode())
       else:
         say(f'{title}: finished before')
-    result = _result(config, target, common, laps)
+    result = _result(config, target, common, laps) | {'head': head and head.said}
     results.write(directory, result)
   say(f'\n{results.markdown_table(result)}\n\nroad: {directory}/road.md')
   return result
