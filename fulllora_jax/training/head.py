@@ -15,7 +15,7 @@ import jax
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, pretrained
 from fulllora_jax.adapters import artefact
-from fulllora_jax.config import PROBES, ConfigDict
+from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import class_names, trees
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError, few
@@ -56,7 +56,7 @@ def probe_config(config: ConfigDict, base: str | Path) -> ConfigDict:
     probe[part] = ConfigDict(config.head[part].to_dict())
   probe.base.update(source=str(base), dtype=config.base.dtype)
   clean = config.head.start == 'probe'
-  hinge = 1.0 if clean else 0.0
+  hinge = '1' if clean else '0'  # eps stays 0 to the end, or is full from the first step
   probe.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
   probe.attack.update(eps_start=hinge, eps_full=hinge)
   attacks = ('clean', config.eval.validation_attack)
@@ -141,22 +141,31 @@ def ensure_head(
   start = config.head.start
   if not start:
     return None
+  if start == 'zeros':
+    return Head(None, {'start': start})
+  assert base is not None  # by checks.validate
   if start == 'rows':
     _check_rows(config, base, dataset)
-  if start in ('rows', 'zeros'):
     return Head(None, {'start': start})
-  if start in PROBES:
-    directory = workdir / 'head'
-    say(f'\nhead: {start.replace("_", " ")}, the head alone, in {directory}')
-    try:
-      train(probe_config(config, base), directory, dataset)
-    except UserError as error:
-      raise type(error)(f'head.start {start} (its recipe is config.head): {error}') from None
-    say(f'\n{config.method}: from the best head of that')
-    found = classifier.read_adapter(directory)
+  if found is None:
+    found = _trained(config, workdir / 'head', dataset, base, train)
   else:
     _check_base(config, base, found)
   return Head(found.leaves, _said(start, found))
+
+
+def _trained(
+  config: ConfigDict, directory: Path, dataset: data.Dataset, base: Path, train: Callable
+) -> Adapter:
+  """Trains a probe in a work directory of its own; arguments are those of `ensure_head`."""
+  start = config.head.start
+  say(f'\nhead: {start.replace("_", " ")}, the head alone, in {directory}')
+  try:
+    train(probe_config(config, base), directory, dataset)
+  except UserError as error:
+    raise type(error)(f'head.start {start} (its recipe is config.head): {error}') from None
+  say(f'\n{config.method}: from the best head of that')
+  return classifier.read_adapter(directory)
 
 
 def _check_rows(config: ConfigDict, base: Path, dataset: data.Dataset) -> None:
@@ -167,10 +176,8 @@ def _check_rows(config: ConfigDict, base: Path, dataset: data.Dataset) -> None:
   lost = [i for i, row in enumerate(published.get('label_map') or ()) if row < 0]
   why = ''
   if published.get('new_head'):
-    rows = published.get('head_rows')
-    why = (
-      f'its head has {rows} rows, which are not {ours}' if rows else f'it has no head for {ours}'
-    )
+    rows = published.get('head_rows') or 'no'
+    why = published.get('labels') or f'its head has {rows} rows, and not those of {ours}'
   elif lost:
     why = f'base.label_map has no row for {few(dataset.label_names[i] for i in lost)} of {ours}'
   elif published.get('rows_in_doubt'):

@@ -243,7 +243,7 @@ def test_training_from_scratch_has_no_base(
 ):
   bases = []
 
-  def stop(config, workdir, dataset, base):
+  def stop(config, workdir, dataset, base, head):
     bases.append(base)
     raise KeyboardInterrupt
 
