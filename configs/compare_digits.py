@@ -48,7 +48,7 @@ def get_config(variant: str = ''):
   experiment.model.update(width=48, depth=3, mlp_dim=192)
   experiment.train.update(steps=800, eval_every=200)
   experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
-  experiment.eval.update(weights=('best',), closer_look=False)
+  experiment.eval.update(weights=('best',), closer_look=False, expected='pgd-20')
   experiment.log.tensorboard = False
   comparison = plan.default(experiment)
   comparison.name = 'compare_digits' + (f'-{variant}' if variant else '')
@@ -63,7 +63,7 @@ def get_config(variant: str = ''):
 def _parts_of_fulllora(comparison, variant):
   """Compares parts of FullLoRA, or with and without its LayerNorm."""
   comparison.experiment.train.steps //= 2
-  comparison.experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20')
+  comparison.experiment.eval.update(attacks=('clean', 'pgd-20', 'cw_linf-20'), expected='')
   comparison.experiment.optimizer.learning_rate = RATES['fulllora']
   if variant == 'ablations':
     rows.ablations(comparison)
@@ -87,5 +87,5 @@ def _tiny(comparison):
   experiment.model.update(width=32, depth=2, num_heads=2, mlp_dim=64)
   experiment.train.update(steps=60, log_every=20, eval_every=60)
   experiment.base.train.update(steps=200, eval_every=200)
-  experiment.eval.attacks = ('clean', 'pgd-20')
+  experiment.eval.update(attacks=('clean', 'pgd-20'), expected='')
   return comparison

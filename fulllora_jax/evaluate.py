@@ -3,6 +3,7 @@
   python -m fulllora_jax.evaluate --workdir runs/digits --attack autoattack
   python -m fulllora_jax.evaluate --workdir runs/cifar10 \\
       --attack clean,pgd-100,cw_linf-20 --eps 2/255,4/255,8/255
+  python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --expected pgd-20
   python -m fulllora_jax.evaluate --logits my_model:logits --data cifar10 \\
       --attack autoattack --num_examples 1000 --workdir evaluated/my_model
 
@@ -26,6 +27,12 @@ def define_flags() -> None:
     [],
     'clean, fgsm, pgd-20, cw_linf-20, autoattack, autoattack-plus, autoattack-rand, apgd-ce, '
     'apgd-dlr, apgd-t, fab, fab-t, square, square-1000, ... Default: as the run, or autoattack.',
+  )
+  flags.DEFINE_string(
+    'expected',
+    None,
+    'Attack that measures expected robustness, the mean accuracy over eps, e.g. pgd-20. Default: '
+    'none with --attack, else as the run.',
   )
   flags.DEFINE_string('norm', None, 'linf, l2 or l1. Default: as the run.')
   flags.DEFINE_list('eps', [], 'In [0, 1] pixels, e.g. 4/255,8/255. Default: as the run.')
@@ -69,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
     )
   asked = {
     'eval.attacks': tuple(given.attack) or None,
+    'eval.expected': '' if given.attack and given.expected is None else given.expected,
     'eval.step_size': given.step_size,
     'eval.restarts': given.restarts,
     'eval.batch_size': given.batch_size,

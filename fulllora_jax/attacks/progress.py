@@ -22,7 +22,8 @@ from fulllora_jax.core.files import (
   replace_file,
 )
 
-_DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
+# What reading a damaged .npz raises, beside OSError
+DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 _REMEDY = 'remove it to start afresh, or give another directory'
 
 
@@ -68,7 +69,7 @@ class Progress:
       ) from None
     except UserError:
       raise
-    except _DAMAGED:
+    except DAMAGED:
       raise UserError(f'cannot read the progress in {directory}; remove it to start over') from None
 
   def read(self, name: str, x: np.ndarray) -> Outcome | None:
@@ -82,7 +83,7 @@ class Progress:
       with load_arrays(self.directory / f'{name}.npz') as saved:
         broken, points, met = saved['broken'], saved['x_adv'], saved['met']
         seconds = float(saved['seconds'])
-    except (OSError, *_DAMAGED):
+    except (OSError, *DAMAGED):
       return None
     if broken.shape != x.shape[:1] or len(points) != broken.sum():
       return None

@@ -2,11 +2,12 @@
 
 Robust accuracy against eps, the most and the least robust test images, and what the adapter
 changed, map by map. All of it is bounded: a few hundred images, however large the test split is.
+Where expected robustness was measured, its images and radii are taken up, not attacked again.
 """
 
 import functools
 import re
-from fractions import Fraction
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,8 @@ from fulllora_jax.adapters import COLLECTION, influence, methods
 from fulllora_jax.attacks import Attack, losses
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.core.console import say, warn
-from fulllora_jax.core.statistics import wilson_interval
-from fulllora_jax.evaluation import settings
-from fulllora_jax.evaluation.eps_sweep import EpsSweep, broken_at, extremes
+from fulllora_jax.evaluation import expected, settings
+from fulllora_jax.evaluation.eps_sweep import Climb, EpsSweep, extremes, radius_text
 from fulllora_jax.evaluation.finished_run import FinishedRun
 
 _EXAMPLES = 256  # attacked at every radius, at most
@@ -42,36 +42,32 @@ class CloserLook(NamedTuple):
 
 def look_at(run: FinishedRun) -> CloserLook:
   """Takes a closer look at a run; every process must take part."""
-  attack, factors = _attack(run), radii_of(run.config)
-  test, numbers, extreme = run.dataset.test, {}, {}
+  plan, numbers, extreme = run.evaluator.plan, {}, {}
   count = min(_EXAMPLES, run.config.eval.num_examples or _EXAMPLES)
-  chosen = data.choose_examples(len(test), count, run.evaluator.plan.seed)
-  sweep = EpsSweep(run.evaluator, test, attack) if attack else None
-  if sweep and factors:
-    numbers['radii'], extreme = _robustness(run, sweep, chosen, factors)
+  attack, radii = _attack(run), _radii(run)
+  if plan.expected:
+    attack, count = plan.expected_attack(), plan.num_examples
+  chosen = data.choose_examples(len(run.dataset.test), count, plan.seed)
+  sweep = run.sweep(attack, 'test') if attack else None
+  if sweep and radii:
+    numbers['radii'], extreme = _robustness(run, sweep, chosen, radii)
   if found := _influence(run, sweep, chosen[:_INFLUENCE_EXAMPLES]):
     numbers['influence'] = found
   return CloserLook(numbers, extreme)
 
 
+def _radii(run: FinishedRun) -> dict[float, str]:
+  """Returns the multiples of eps to show, rising, and how each is written."""
+  plan = run.evaluator.plan
+  radii = {factor: radius_text(plan.eps, factor) for factor in radii_of(run.config)}
+  if not plan.expected or not radii:
+    return radii
+  return expected.radii(plan) | {factor: text for factor, text in radii.items() if factor > 1}
+
+
 def radii_of(config) -> list[float]:
   """Returns the multiples of eps of `config.eval.radii`, rising."""
   return sorted({parse_fraction(f, 'eval.radii') for f in config.eval.radii})
-
-
-def radius_text(eps: str, factor: float) -> str:
-  """Writes a multiple of an eps as the config writes eps.
-
-  >>> radius_text('8/255', 0.25), radius_text('0.1', 1.5)
-  ('2/255', '0.15')
-  >>> radius_text('8/255', 1 / 3)
-  '2.67/255'
-  """
-  if not factor:
-    return '0'
-  above, slash, below = eps.partition('/')
-  value = Fraction(above) * Fraction(factor).limit_denominator(1000)
-  return f'{float(value):.3g}{slash}{below}'
 
 
 def _attack(run: FinishedRun) -> Attack | None:
@@ -83,25 +79,20 @@ def _attack(run: FinishedRun) -> Attack | None:
   return next(found, None) if plan.threat.eps else None
 
 
-def _robustness(run: FinishedRun, sweep: EpsSweep, chosen, factors):
+def _robustness(run: FinishedRun, sweep: EpsSweep, chosen, radii: dict[float, str]):
   """Returns the records of every radius, and the extreme images of best."""
-  labels, eps = run.dataset.test.labels[chosen], run.evaluator.plan.eps
-  records, outcomes = [], []
+  records, texts = [], list(radii.values())
   for weights in (w for w in run.weights() if w != 'last'):
-    _, variables = run.variables(weights)
-    outcomes = [sweep.outcome(variables, chosen, f) for f in factors]
-    right = outcomes[0].clean == labels
-    unknown = np.any([o.attacked == losses.NO_CLASS for o in outcomes], axis=0)
-    if unknown.any():
+    climb = run.climb(weights, sweep.attack, 'test', chosen, list(radii))
+    unknown = int((climb.attacked == losses.NO_CLASS).sum())
+    if unknown:
       warn(
-        f'{weights}: {unknown.sum()} of {len(chosen)} test images have NaN or infinite logits at '
-        'one of the radii; they count as misclassified there'
+        f'{weights}: {unknown} of {len(chosen)} test images have NaN or infinite logits at '
+        'one of the radii; they count as misclassified from there on'
       )
-    records.append(_record(weights, 0.0, eps, right))
-    for factor, outcome in zip(factors, outcomes, strict=True):
-      robust = right & (outcome.attacked == labels)
-      records.append(_record(weights, factor, eps, robust))
-    say(f'{weights:<5} {sweep.attack.label} at {len(factors)} radii of {len(chosen)} test images')
+    points = climb.curve(texts, run.evaluator.threat.eps)
+    records += [{'weights': weights} | point for point in points]
+    say(f'{weights:<5} {sweep.attack.label} at {len(radii)} radii of {len(chosen)} test images')
   numbers = {
     'attack': sweep.attack.label,
     'split': 'test',
@@ -110,34 +101,20 @@ def _robustness(run: FinishedRun, sweep: EpsSweep, chosen, factors):
     'records': records,
   }
   # `best` is the last of them.
-  return numbers, _extreme_examples(run, sweep, chosen, factors, outcomes)
+  return numbers, _extreme_examples(run, sweep, chosen, climb, texts)
 
 
-def _record(weights: str, factor: float, eps: str, robust) -> dict[str, Any]:
-  total, right = len(robust), int(robust.sum())
-  return {
-    'weights': weights,
-    'factor': factor,
-    'eps': radius_text(eps, factor),
-    'eps_value': factor * parse_fraction(eps),
-    'num_correct': right,
-    'accuracy': right / total,
-    'interval': list(wilson_interval(right, total)),
-  }
-
-
-def _extreme_examples(run, sweep: EpsSweep, chosen, factors, outcomes):
+def _extreme_examples(run, sweep: EpsSweep, chosen, climb: Climb, texts: Sequence[str]):
   """Attacks the extreme images at the radius that breaks each, or the last."""
   (_, best), split = run.variables('best'), run.dataset.test
   labels = split.labels[chosen]
-  first = broken_at(labels, outcomes)
-  most, least = extremes(labels, outcomes, _SHOWN)
+  most, least = extremes(climb, _SHOWN)
   places = np.concatenate([most, least])
-  radius = np.clip(first, 0, len(factors) - 1)
+  radius = np.clip(climb.first, 0, len(texts) - 1)
   shown = {}
   for number in np.unique(radius[places]):
     here = places[radius[places] == number]
-    x_adv = sweep.adversarial(best, chosen[here], factors[number])
+    x_adv = sweep.adversarial(best, chosen[here], climb.factors[number])
     x = split.fetch(chosen[here]).astype(np.float32) / 255
     for row, place in enumerate(here):
       shown[place] = {
@@ -145,10 +122,10 @@ def _extreme_examples(run, sweep: EpsSweep, chosen, factors, outcomes):
         'label': int(labels[place]),
         'clean': x[row],
         'adversarial': x_adv[row],
-        'clean_prediction': int(outcomes[number].clean[place]),
-        'prediction': int(outcomes[number].attacked[place]),
-        'eps': radius_text(run.evaluator.plan.eps, factors[number]),
-        'broken': bool(first[place] < len(factors)),
+        'clean_prediction': int(climb.clean[place]),
+        'prediction': int(climb.attacked[place]),
+        'eps': texts[number],
+        'broken': bool(climb.first[place] < len(texts)),
       }
   return {'most': [shown[place] for place in most], 'least': [shown[place] for place in least]}
 

@@ -1,12 +1,15 @@
-"""Robustness against eps: a few test images attacked at several radii.
+"""Robustness against eps: the same test images attacked at rising radii.
 
 One program serves every radius, for eps and the step size, which keeps its
-share of eps, are arguments of it.
+share of eps, are arguments of it. A point of a ball is a point of every larger
+ball: an image that is broken at one radius counts as broken at all larger ones,
+and is not attacked again.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +17,7 @@ import numpy as np
 
 from fulllora_jax import data
 from fulllora_jax.attacks import Attack, losses
+from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.evaluator import Evaluator
@@ -28,8 +32,42 @@ class Outcome(NamedTuple):
   margin: np.ndarray  # attacked, the label's logit less the largest other
 
 
+class Climb(NamedTuple):
+  """What became of images at rising radii, [n] each; a radius is a multiple of the threat's eps."""
+
+  factors: np.ndarray  # float64 [radii], rising
+  # The number of the first radius that breaks the image: -1 where it is misclassified without an
+  # attack, the number of radii where none breaks it
+  first: np.ndarray
+  clean: np.ndarray  # the class it is taken for without an attack
+  attacked: np.ndarray  # the class it is taken for where it breaks, or at the largest radius
+  margin: np.ndarray  # the label's logit less the largest other, at the same place
+
+  def curve(self, texts: Sequence[str], eps: float) -> list[dict[str, Any]]:
+    """Returns the accuracy without an attack and at each radius, as JSON values.
+
+    Args:
+      texts: how reports write each radius.
+      eps: the radius of the threat.
+    """
+    points, total = [], len(self.first)
+    for number, factor in enumerate([0.0, *map(float, self.factors)]):
+      right = int((self.first >= number).sum())
+      points.append(
+        {
+          'factor': factor,
+          'eps': texts[number - 1] if number else '0',
+          'eps_value': factor * eps,
+          'num_correct': right,
+          'accuracy': right / total,
+          'interval': list(wilson_interval(right, total)),
+        }
+      )
+    return points
+
+
 class EpsSweep:
-  """Attacks images at multiples of a threat's eps.
+  """Attacks images at multiples of a threat's eps; `climb` goes from one to the next.
 
   Args:
     evaluator: has the model and the threat.
@@ -48,6 +86,36 @@ class EpsSweep:
     )
     # The images are fetched where they are asked for alone.
     self._take = jax.jit(lambda x_adv: x_adv, out_shardings=whole)
+
+  def climb(
+    self, variables: Any, chosen: np.ndarray, factors: Sequence[float], begun: Climb | None = None
+  ) -> Iterator[Climb]:
+    """Attacks the chosen images at rising radii, each only until it breaks.
+
+    Args:
+      variables: the model's, on the mesh.
+      chosen: int [n], the numbers of the images in the split.
+      factors: the radii, rising, as multiples of eps.
+      begun: of the same images, to go on from where the radii begin with its own.
+
+    Yields:
+      The climb so far, after each radius; at the last one it is whole.
+    """
+    labels, count = self.split.labels[chosen], len(chosen)
+    if begun is None or list(begun.factors) != list(factors[: len(begun.factors)]):
+      begun = Climb(np.zeros(0), *np.zeros((3, count), int), np.zeros(count))
+    for number in range(len(begun.factors), len(factors)):
+      first, clean, attacked, margin = (part.copy() for part in begun[1:])
+      rows = np.flatnonzero(first == number)  # those that stand
+      if len(rows):
+        found = self.outcome(variables, chosen[rows], factors[number])
+        clean = clean if number else found.clean
+        attacked[rows], margin[rows] = found.attacked, found.margin
+        first[rows] += found.attacked == labels[rows]
+        first[clean != labels] = -1
+      climbed = np.append(begun.factors, factors[number])
+      begun = Climb(climbed, first, clean, attacked, margin)
+      yield begun
 
   def outcome(self, variables: Any, chosen: np.ndarray, factor: float) -> Outcome:
     """Returns what becomes of the chosen images at `factor` times eps."""
@@ -83,25 +151,7 @@ class EpsSweep:
     return Outcome(*classes, margin), x_adv
 
 
-def broken_at(labels: np.ndarray, outcomes: Sequence[Outcome]) -> np.ndarray:
-  """Returns the first radius, by number, at which each image is broken.
-
-  Args:
-    labels: [n].
-    outcomes: the outcomes at rising radii.
-
-  Returns:
-    int [n]: -1 where it is misclassified without an attack; the number of
-    radii where none broke it.
-  """
-  broken = np.stack([o.attacked != labels for o in outcomes])
-  first = np.where(broken.any(axis=0), broken.argmax(axis=0), len(outcomes))
-  return np.where(outcomes[0].clean == labels, first, -1)
-
-
-def extremes(
-  labels: np.ndarray, outcomes: Sequence[Outcome], count: int
-) -> tuple[np.ndarray, np.ndarray]:
+def extremes(climb: Climb, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the places of the most and of the least robust images.
 
   The smallest radius that breaks an image ranks it, and among equals the
@@ -109,19 +159,27 @@ def extremes(
   are misclassified without an attack are left out; no image is in both.
 
   Args:
-    labels: [n].
-    outcomes: the outcomes at rising radii.
+    climb: what became of the images.
     count: how many of the most robust, and of the least, at most.
 
   Returns:
     The most robust, the very most first, and the least robust, the very least
     first; int [at most count] each.
   """
-  first = broken_at(labels, outcomes)
-  margins = np.stack([outcome.margin for outcome in outcomes])
-  last = np.clip(first, 0, len(outcomes) - 1)
-  margin = margins[last, np.arange(len(labels))]
-  order = np.lexsort((margin, first))
-  order = order[first[order] >= 0]
+  order = np.lexsort((climb.margin, climb.first))
+  order = order[climb.first[order] >= 0]
   count = min(count, len(order) // 2)
   return order[::-1][:count], order[:count]
+
+
+def radius_text(eps: str, factor: float) -> str:
+  """Writes a multiple of an eps as the config writes eps.
+
+  >>> radius_text('8/255', 0.25), radius_text('0.1', 1.5)
+  ('2/255', '0.15')
+  >>> radius_text('8/255', 1 / 3)
+  '2.67/255'
+  """
+  above, slash, below = eps.partition('/')
+  value = Fraction(above) * Fraction(factor).limit_denominator(1000)
+  return f'{float(value):.3g}{slash}{below}'

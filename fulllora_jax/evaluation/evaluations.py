@@ -16,7 +16,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import data
 from fulllora_jax.attacks import Attack, fingerprint, inputs
 from fulllora_jax.core import provenance
-from fulllora_jax.core.console import say, warn
+from fulllora_jax.core.console import Pace, say, warn
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import (
   is_remote,
@@ -27,9 +27,12 @@ from fulllora_jax.core.files import (
   replace_arrays,
 )
 from fulllora_jax.distributed import mesh, processes
-from fulllora_jax.evaluation import users_function
+from fulllora_jax.evaluation import expected, users_function
+from fulllora_jax.evaluation.eps_sweep import Climb, EpsSweep
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
+
+_TELLING = 32  # images whose logits tell one model from another
 
 
 class Evaluations:
@@ -55,6 +58,9 @@ class Evaluations:
     self._apply = apply
     self._records: dict[tuple, dict[str, Any]] = {}
     self._progress: list[Path] = []
+    self._sweeps: dict[tuple, EpsSweep] = {}
+    self._climbs: dict[tuple, Climb] = {}
+    self._expected: list[dict[str, Any]] = []
     self.evaluator = Evaluator(apply, plan, self.mesh)
 
   def weights(self) -> tuple[str, ...]:
@@ -70,7 +76,7 @@ class Evaluations:
   ) -> dict[str, Any]:
     """Evaluates one set of weights; returns its record for the report."""
     identity, variables = self.variables(weights)
-    plan, threat = self.evaluator.plan, self.evaluator.threat
+    threat = self.evaluator.threat
     radius = None if attack.name == 'clean' else (threat.norm, threat.eps)
     key = (identity, attack, split, num_examples, radius)
     if key not in self._records:
@@ -87,6 +93,11 @@ class Evaluations:
         record['version'] = attack.version
         record['verified'] = self._verify(outcome, weights, attack, variables)
       self._records[key] = record
+    return self._measured_by(attack, weights, split) | self._records[key]
+
+  def _measured_by(self, attack: Attack, weights: str, split: str) -> dict[str, Any]:
+    """Returns what a record says of how it was measured."""
+    plan = self.evaluator.plan
     return {
       'weights': weights,
       'split': split,
@@ -96,12 +107,68 @@ class Evaluations:
       'restarts': attack.restarts,
       'norm': plan.norm,
       'eps': plan.eps,
-      'eps_value': threat.eps,
+      'eps_value': self.evaluator.threat.eps,
       'dtype': self.config.model.dtype,
       'matmul_precision': plan.precision,
       'seed': plan.seed,
-      **self._records[key],
     }
+
+  def sweep(self, attack: Attack, split: str) -> EpsSweep:
+    """Returns what attacks a split at multiples of eps, compiled once."""
+    key = (self.evaluator.plan, attack, split)
+    if key not in self._sweeps:
+      self._sweeps[key] = EpsSweep(self.evaluator, getattr(self.dataset, split), attack)
+    return self._sweeps[key]
+
+  def climb(
+    self,
+    weights: str,
+    attack: Attack,
+    split: str,
+    chosen: np.ndarray,
+    factors: Sequence[float],
+    keep: bool = False,
+  ) -> Climb:
+    """Attacks images at rising radii, going on from where it was already done.
+
+    Args:
+      weights: those to attack.
+      attack: the attack at eps.
+      split: the name of the split.
+      chosen: int [n], the numbers of the images in it.
+      factors: the radii, rising, as multiples of eps.
+      keep: says each radius, and keeps it on disk for the case of an interruption.
+    """
+    identity, variables = self.variables(weights)
+    plan, sweep = self.evaluator.plan, self.sweep(attack, split)
+    key = (identity, attack, split, chosen.tobytes(), plan.norm, plan.eps)
+    begun, kept = self._climbs.get(key), None
+    if keep and begun is None:
+      x = sweep.split.fetch(chosen[:_TELLING]).astype(np.float32) / 255
+      kept = expected.Kept(self._progress_dir(key), self.evaluator.logits(variables, x))
+      begun = kept.read()
+    done, pace = begun, Pace()
+    for done in sweep.climb(variables, chosen, factors, begun):
+      if kept:
+        kept.write(done)
+        number = len(done.factors)
+        if pace.due() or number == len(factors):
+          say(
+            f'{weights:<5} expected robustness, {attack.label}: radius {number} of {len(factors)}, '
+            f'{(done.first >= number).mean():.1%} of {len(chosen)} {split} images left'
+          )
+    assert done is not None  # there is a radius
+    self._climbs[key] = done
+    return done
+
+  def expected_robustness(self, weights: str, split: str) -> dict[str, Any]:
+    """Measures the expected robustness of one set of weights; returns its record."""
+    plan = self.evaluator.plan
+    attack, radii = plan.expected_attack(), list(expected.radii(plan))
+    examples = getattr(self.dataset, split)
+    chosen = data.choose_examples(len(examples), plan.num_examples, plan.seed)
+    climb = self.climb(weights, attack, split, chosen, radii, keep=True)
+    return self._measured_by(attack, weights, split) | expected.record(climb, plan)
 
   def evaluate_under(
     self, plans: Sequence[Plan], weights: Sequence[str], split: str
@@ -109,6 +176,7 @@ class Evaluations:
     """Evaluates weights under plan after plan, saying each result.
 
     The plans differ in their radius, so clean images are evaluated once. The last plan is kept.
+    What a plan says of expected robustness is measured too, and is in `report`.
     """
     records = []
     for number, plan in enumerate(plans):
@@ -124,6 +192,8 @@ class Evaluations:
             f'{name:<5} {attack.label:<10}  {record["accuracy"]:.1%} of '
             f'{record["num_examples"]} {split} images'
           )
+      for name in weights if plan.expected else ():
+        self._expected.append(self.expected_robustness(name, split))
     return records
 
   def report(self, evaluations: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
@@ -135,6 +205,7 @@ class Evaluations:
       'dataset': self.dataset.name,
       'threat': {'norm': plan.norm, 'eps': plan.eps, 'eps_value': threat.eps},
       'evaluations': evaluations,
+      **({'expected': self._expected} if self._expected else {}),
       'label_names': list(self.dataset.label_names),
       'command': provenance.command(),
       'versions': provenance.versions(),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from fulllora_jax.attacks import Attack, Threat, parse
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.config import ConfigDict
+from fulllora_jax.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Plan:
   norm: str = 'linf'  # the norm of the ball: 'linf', 'l2' or 'l1'
   eps: str = '8/255'  # the radius in [0, 1] pixels
   attacks: tuple[str, ...] = ()  # names, such as 'pgd-20'
+  expected: str = ''  # the attack that measures expected robustness; '': it is not measured
   step_size: str = '2/255'  # the length of a step of PGD in [0, 1] pixels
   restarts: int = 1  # the number of random starts of PGD
   batch_size: int = 256  # images at once; rounded up for the devices
@@ -42,6 +44,27 @@ class Plan:
   def all_attacks(self) -> list[Attack]:
     """Returns the attacks that `attacks` names."""
     return [self.attack(text) for text in self.attacks]
+
+  def expected_attack(self) -> Attack:
+    """Returns the attack that measures expected robustness, at many radii.
+
+    Raises:
+      UserError: it is none, or not for that; eps is 0; the norm is l1.
+    """
+    asked = f'eval.expected {self.expected}'
+    if self.norm == 'l1':
+      raise UserError(f'{asked}: it is measured in linf and l2, not in l1; leave it empty')
+    attack = self.attack(self.expected)
+    if attack.version or attack.name == 'clean':
+      raise UserError(
+        f'{asked}: it attacks at many radii, by fgsm, pgd or cw_linf; give one of them, such as '
+        f'pgd-20, and {attack.name} among the attacks beside it'
+      )
+    if not self.threat.eps:
+      raise UserError(
+        f'{asked}: threat.eps {self.eps} leaves nothing to attack; that is the clean accuracy'
+      )
+    return attack
 
   def at(self, eps: str, *, scale_steps: bool = True) -> 'Plan':
     """Returns the plan at another radius.

@@ -8,23 +8,38 @@ from fulllora_jax.core import tables
 from fulllora_jax.core.statistics import wilson_interval
 
 _WEIGHTS = ('base', 'best', 'last', 'model')
+EXPECTED = 'expected robustness'
 Evaluation = Mapping[str, Any]
 
 
 def table(report: Mapping[str, Any]) -> list[list[str]]:
   """Returns the header and the rows of the table of results, as text."""
-  evaluations = report.get('evaluations', ())
+  evaluations, found = report.get('evaluations', ()), report.get('expected') or ()
   columns = [w for w in _WEIGHTS if any(e['weights'] == w for e in evaluations)]
+  labelled = [(row_label(e, evaluations), e) for e in evaluations]
+  labelled += [(f'{EXPECTED}, {row_label(e, found)}', e) for e in found]
   cells: dict[str, dict[str, Evaluation]] = {}
-  for evaluation in evaluations:
-    row = cells.setdefault(row_label(evaluation, evaluations), {})
-    row[evaluation['weights']] = evaluation
+  for label, each in labelled:
+    cells.setdefault(label, {})[each['weights']] = each
   rows = [['attack', *columns, 'n']]
   for label, row in cells.items():
     counts = sorted({e['num_examples'] for e in row.values()})
     texts = [_cell(row[c]) if c in row else '-' for c in columns]
     rows.append([label, *texts, ' / '.join(map(str, counts))])
   return rows
+
+
+def expected_note(report: Mapping[str, Any]) -> str:
+  """Says what expected robustness is; returns '' where it was not measured."""
+  if not (found := report.get('expected')):
+    return ''
+  upto, step = ', '.join(dict.fromkeys(each['eps'] for each in found)), found[0]['step']
+  return (
+    f'{EXPECTED.capitalize()} is the mean accuracy over eps from 0 to {upto} (trapezoid, steps of '
+    f'{step}) under that attack; an image that is broken at one eps counts as broken at every '
+    'larger one. It rewards clean accuracy and is an upper bound: it is no robust accuracy and '
+    'takes the place of none.'
+  )
 
 
 def row_label(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> str:
@@ -46,6 +61,8 @@ def row_label(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> str:
 
 
 def _cell(evaluation: Evaluation) -> str:
+  if 'value' in evaluation:  # expected robustness, which is no count
+    return tables.with_interval(evaluation['value'], evaluation['interval'])
   correct, total = evaluation['num_correct'], evaluation['num_examples']
   ends = evaluation.get('interval') or wilson_interval(correct, total)
   return tables.with_interval(correct / total, ends)
@@ -134,12 +151,13 @@ def threat(report: Mapping[str, Any]) -> str:
 
 def notes(report: Mapping[str, Any]) -> list[str]:
   """Returns what must be said of the numbers, a line each; AutoAttack's own section has its own."""
-  return [
+  said = [
     f'{evaluation["weights"]}, {note}'
     for evaluation in report.get('evaluations', ())
     if not evaluation['attack'].startswith('autoattack')
     for note in evaluation.get('notes', ())
   ]
+  return [*said, *filter(None, [expected_note(report)])]
 
 
 def class_name(names: Sequence[Any], label: int) -> str:

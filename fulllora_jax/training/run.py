@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
   result = processes.from_primary(finished_report, workdir)
   if result is not None:
     say(f'{workdir} holds a finished run of this config')
+    if lacks_expected(config, result):
+      result = _add_expected(config, workdir, dataset, result)
   else:
     config = config_lib.copy(config)
     opened = processes.everywhere(base_lib.open_base, config, workdir)
@@ -97,11 +100,17 @@ def _report(
   examples = run.examples(settings.picture_attack(plan.all_attacks()))
   spent = time.monotonic() - started
   seconds = {'train': training.seconds, 'evaluate': spent}
-  result, history = run.report(evaluations, seconds), []
+  result = run.report(evaluations, seconds)
   result = head_lib.counted(result | {'passes': training.passes}, head)
   for name in ('stopped', 'strengthened'):
     if found := getattr(training, name):
       result[name] = found
+  return _write(run, result, examples)
+
+
+def _write(run: finished_run.FinishedRun, result: dict[str, Any], examples) -> dict[str, Any]:
+  """Writes the report and its page; returns the report with what the page shows."""
+  workdir, history = run.workdir, []
   if processes.is_primary():
     history = read_metrics(workdir / 'metrics.jsonl')
     if steps := overfitting.collapses(history):
@@ -114,6 +123,28 @@ def _report(
     run.forget_progress()
   processes.wait_for_all()
   return result | found
+
+
+def lacks_expected(config, result: Mapping[str, Any]) -> bool:
+  """Returns whether a finished run was not asked for the expected robustness that is asked now."""
+  plan = settings.Plan.of(config)
+  if not plan.expected or 'evaluations' not in result:  # or it diverged
+    return False
+  attack = plan.expected_attack()
+  there = ((e['attack'], e['steps']) for e in result.get('expected', ()))
+  return (attack.name, attack.steps) not in there
+
+
+def _add_expected(config, workdir: Path, dataset, result: dict[str, Any]) -> dict[str, Any]:
+  """Measures the expected robustness of a finished run, and adds it to its report."""
+  dataset = of_run.hold(workdir, dataset or base_lib.open_dataset(config))
+  plan = settings.Plan.of(config)
+  run = finished_run.FinishedRun(config, workdir, dataset, plan)
+  weights = dict.fromkeys(e['weights'] for e in result['evaluations'])
+  result['expected'] = [run.expected_robustness(name, 'test') for name in weights]
+  result['config']['eval']['expected'] = plan.expected
+  result.pop('radii', None)  # of another attack
+  return _write(run, result, run.examples(settings.picture_attack(plan.all_attacks())))
 
 
 def _page(run: finished_run.FinishedRun, result: dict[str, Any], history) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A closer look at a run: what is measured for which method."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax import config
-from fulllora_jax.evaluation import closer_look, finished_run
+from fulllora_jax.evaluation import closer_look, eps_sweep, evaluator, finished_run
 from fulllora_jax.evaluation.settings import Plan
 
 
@@ -45,6 +46,29 @@ def test_without_radii_the_adapter_is_still_looked_at(run):
   run.config.eval.radii = ()
   numbers, extreme = closer_look.look_at(run)
   assert set(numbers) == {'influence'} and extreme == {}
+
+
+def test_what_expected_robustness_attacked_is_not_attacked_again(run, monkeypatch):
+  attacked, outcome = [], eps_sweep.EpsSweep.outcome
+
+  def counted(sweep, variables, chosen, factor):
+    attacked.append(round(float(factor), 3))
+    return outcome(sweep, variables, chosen, factor)
+
+  monkeypatch.setattr(eps_sweep.EpsSweep, 'outcome', counted)
+  plan = dataclasses.replace(Plan.of(run.config), expected='pgd-3', eps='2.5/255')
+  run.evaluator = evaluator.Evaluator(run.evaluator.apply, plan, run.mesh)
+  found = [run.expected_robustness(weights, 'test') for weights in ('base', 'best')]
+  assert attacked == [0.4, 0.8, 1.0] * 2
+  attacked.clear()
+  run.config.eval.radii = (0.5, 1.0, 2.0)
+  radii = closer_look.look_at(run).numbers['radii']
+  assert attacked == [2.0] * 2
+  assert (radii['attack'], radii['num_examples']) == ('pgd-3', found[0]['num_examples'])
+  for weights, record in zip(('base', 'best'), found, strict=True):
+    mine = [r for r in radii['records'] if r['weights'] == weights]
+    assert [r['eps'] for r in mine] == ['0', '1/255', '2/255', '2.5/255', '5/255']
+    assert [{'weights': weights} | point for point in record['curve']] == mine[:4]
 
 
 def test_without_an_attack_clean_images_alone(run):
@@ -100,8 +124,7 @@ def test_other_methods_have_no_such_section(method, weights):
 
 
 def test_radii_are_written_as_eps_is():
-  assert closer_look.radius_text('4/255', 1.25) == '5/255'
-  assert closer_look.radius_text('8/255', 0.0) == '0'
+  assert eps_sweep.radius_text('4/255', 1.25) == '5/255'
   own = config.default()
   own.eval.radii = (2, 0.5, 2.0, '1/4')
   assert closer_look.radii_of(own) == [0.25, 0.5, 2.0]

@@ -7,7 +7,7 @@ import pytest
 from fulllora_jax import attacks, data
 from fulllora_jax.attacks import Threat
 from fulllora_jax.distributed import mesh as mesh_lib
-from fulllora_jax.evaluation.eps_sweep import EpsSweep, Outcome, broken_at, extremes
+from fulllora_jax.evaluation.eps_sweep import Climb, EpsSweep, Outcome, extremes
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 
@@ -83,18 +83,61 @@ OUTCOMES = [  # broken never, at 1, at 0, at 0 with less margin, clean, at 1
 ]
 
 
-def test_the_smallest_radius_that_breaks_counts():
-  assert broken_at(LABELS, OUTCOMES).tolist() == [2, 1, 0, 0, -1, 1]
+class Played(EpsSweep):
+  """A sweep whose outcomes are those above, at radius 1 and 2."""
+
+  def __init__(self):
+    self.split = data.Split('test', LABELS, None)
+    self.attacked = []
+
+  def outcome(self, variables, chosen, factor):
+    self.attacked.append(chosen.tolist())
+    return Outcome(*(part[chosen] for part in OUTCOMES[int(factor) - 1]))
+
+
+def climbed(factors=(1.0, 2.0), begun=None):
+  sweep = Played()
+  *_, climb = sweep.climb(None, np.arange(6), factors, begun)
+  return sweep, climb
+
+
+def test_an_image_that_is_broken_stays_so_and_is_not_attacked_again():
+  sweep, climb = climbed()
+  # Image 3 is broken at the first radius and not at the second.
+  assert climb.first.tolist() == [2, 1, 0, 0, -1, 1]
+  assert sweep.attacked == [[0, 1, 2, 3, 4, 5], [0, 1, 5]]
+  assert climb.margin.tolist() == [3.0, -1.0, -1.0, -2.0, -9.0, -5.0]
+  curve = climb.curve(['4/255', '8/255'], 8 / 255)
+  assert [point['num_correct'] for point in curve] == [5, 3, 1]
+  assert [point['eps'] for point in curve] == ['0', '4/255', '8/255']
+
+
+def test_a_climb_goes_on_where_its_radii_begin_the_same():
+  _, begun = climbed((1.0,))
+  sweep, climb = climbed(begun=begun)
+  assert sweep.attacked == [[0, 1, 5]]
+  for ours, whole in zip(climb, climbed()[1], strict=True):
+    np.testing.assert_array_equal(ours, whole)
+  sweep, _ = climbed(begun=begun._replace(factors=np.array([0.5])))
+  assert len(sweep.attacked) == 2
+
+
+def test_where_all_are_broken_nothing_is_attacked():
+  _, climb = climbed()
+  sweep = Played()
+  broken = climb._replace(first=np.zeros(6, int), factors=np.array([1.0]))
+  *_, climb = sweep.climb(None, np.arange(6), (1.0, 2.0), broken)
+  assert sweep.attacked == [] and climb.first.tolist() == [0] * 6
 
 
 def test_extremes_are_ranked_by_radius_and_then_by_margin():
-  most, least = extremes(LABELS, OUTCOMES, 4)
+  _, climb = climbed()
+  most, least = extremes(climb, 4)
   assert (most.tolist(), least.tolist()) == ([0, 1], [3, 2])
-  most, least = extremes(LABELS, OUTCOMES, 1)
+  most, least = extremes(climb, 1)
   assert (most.tolist(), least.tolist()) == ([0], [3])
 
 
 def test_no_image_is_right():
-  wrong = [o._replace(clean=np.ones(6, int)) for o in OUTCOMES]
-  most, least = extremes(LABELS, wrong, 4)
+  most, least = extremes(Climb(np.ones(1), *np.full((3, 6), -1), np.zeros(6)), 4)
   assert len(most) == len(least) == 0

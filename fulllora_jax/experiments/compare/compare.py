@@ -129,7 +129,8 @@ def _check_base(comparison, workdir: Path, reports: table.Reports) -> None:
 
 def _execute(runs: Sequence[plan.Run], directory: Path) -> None:
   """Trains and evaluates each run that is not finished; each resumes."""
-  todo = [run for run in runs if report_of(run) is None]
+  found = [(run, report_of(run)) for run in runs]
+  todo = [run for run, r in found if r is None or run_lib.lacks_expected(run.config, r)]
   dataset = None
   if len(todo) < len(runs):
     say(f'{len(runs) - len(todo)} of {len(runs)} runs are finished already')

@@ -48,6 +48,7 @@ def under_autoattack(file: Path, variant: str = '') -> ConfigDict:
   experiment = runpy.run_path(str(file))['get_config'](variant)
   experiment.eval.attacks = ('clean', 'pgd-20', 'cw_linf-20', 'autoattack')
   experiment.eval.update(num_examples=1000, weights=('best',), closer_look=False)
+  experiment.eval.expected = 'pgd-20'
   comparison = plan.default(experiment)
   comparison.name = f'compare_{file.stem}'
   return comparison
@@ -97,7 +98,7 @@ def ranked_by_validation(comparison: ConfigDict, share: int) -> None:
   """
   comparison.seeds, comparison.references = comparison.seeds[:1], ()
   comparison.experiment.train.steps //= share
-  comparison.experiment.eval.attacks = ('clean',)
+  comparison.experiment.eval.update(attacks=('clean',), expected='')
 
 
 def ablations(comparison: ConfigDict) -> None:

@@ -1,13 +1,13 @@
 """One table of many runs: their reports, checked, averaged over the seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fulllora_jax import config as config_lib
 from fulllora_jax.core import provenance, tables
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import over_seeds, paired_difference
-from fulllora_jax.reports import facts
+from fulllora_jax.reports import facts, results
 from fulllora_jax.reports.page import comparison as page
 
 # (row, seed) -> report.json
@@ -26,7 +26,8 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     title, command, dataset, threat, base, references, headline_attack, notes, provenance; and rows,
     the most robust first, those of which a run diverged last: method (the row's label), seeds,
     diverged (seed -> how), trainable, share, adapter_bytes, steps, passes, seconds, validation,
-    attacks (label -> per_seed, None where it diverged, mean and spread of the others, n) and
+    attacks (label -> per_seed, None where it diverged, mean and spread of the others, n;
+    with expected robustness, where it was measured) and
     difference (reference -> label -> mean, low, high, n).
 
   Raises:
@@ -42,9 +43,10 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
   heads = {name: facts.head_start(r.get('head')) for name, r in finished.items()}
   _check_comparable(finished)
   first = next(iter(finished.values()))
+  labels = {label: n for report in finished.values() for label, (_, n) in _scores(report).items()}
   rows = {
     row: {'method': row, 'seeds': list(comparison.seeds)}
-    | _averaged({seed: reports[row, seed] for seed in comparison.seeds}, _own(first))
+    | _averaged({seed: reports[row, seed] for seed in comparison.seeds}, labels)
     for row in comparison.rows
   }
   references = list(comparison.references)
@@ -54,8 +56,7 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
       for reference in references
       if reference != row['method']
     }
-  labels = list(next(iter(rows.values()))['attacks'])
-  headline = comparison.headline or labels[-1]
+  headline = comparison.headline or list(map(_label, _own(first)))[-1]
   ranked = sorted(
     rows.values(), key=lambda r: (len(r['diverged']), -(r['attacks'][headline]['mean'] or 0))
   )
@@ -73,6 +74,7 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
       *(f'{name}: {note.replace("*", "")}' for name, note in overfitted.items() if note),
       *(f'{name}: the head starts as {start}.' for name, start in heads.items() if start),
       *_notes(first),
+      *sorted(set(map(results.expected_note, finished.values())) - {''}),
     ],
     'provenance': {
       'device': ', '.join(sorted({str(r['device']) for r in finished.values()})),
@@ -120,12 +122,23 @@ def _identity(title: str, report: Mapping[str, Any]) -> dict[str, Any]:
     'threat': f'{report["threat"]["norm"]} {report["threat"]["eps"]}',
     'evaluation': [tuple(e[field] for field in fields) for e in _own(report)],
     'matmul precision': sorted({e['matmul_precision'] for e in _own(report)}),
+    results.EXPECTED: [tuple(e[field] for field in fields) for e in _own(report, 'expected')]
+    or None,
   }
 
 
-def _own(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _own(report: Mapping[str, Any], what: str = 'evaluations') -> list[Mapping[str, Any]]:
   """Returns the evaluations of the weights that count: `best`."""
-  return [e for e in report['evaluations'] if e['weights'] == 'best']
+  return [e for e in report.get(what, ()) if e['weights'] == 'best']
+
+
+def _scores(report: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
+  """Returns label -> accuracy, or expected robustness, and the number of images."""
+  scores = {_label(e): (e['accuracy'], e['num_examples']) for e in _own(report)}
+  return scores | {
+    f'{results.EXPECTED}, {_label(e)}': (e['value'], e['num_examples'])
+    for e in _own(report, 'expected')
+  }
 
 
 def _label(evaluation: Mapping[str, Any]) -> str:
@@ -135,23 +148,21 @@ def _label(evaluation: Mapping[str, Any]) -> str:
 
 
 def _averaged(
-  reports: Mapping[int, Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+  reports: Mapping[int, Mapping[str, Any]], labels: Mapping[str, int]
 ) -> dict[str, Any]:
   """Returns what a row says of its runs.
 
   Args:
     reports: seed -> report.
-    evaluations: those of any run, to name the attacks by.
+    labels: label -> the number of images, of everything that some run has.
   """
   found = [report for report in reports.values() if 'diverged' not in report]
+  scores = [{} if 'diverged' in r else _scores(r) for r in reports.values()]
   attacks = {}
-  for place, evaluation in enumerate(evaluations):
-    each = [None if 'diverged' in r else _own(r)[place]['accuracy'] for r in reports.values()]
-    attacks[_label(evaluation)] = {
-      'per_seed': each,
-      **over_seeds([accuracy for accuracy in each if accuracy is not None]),
-      'n': evaluation['num_examples'],
-    }
+  for label, n in labels.items():
+    each = [own[label][0] if label in own else None for own in scores]
+    known = over_seeds([value for value in each if value is not None])
+    attacks[label] = {'per_seed': each, **known, 'n': n}
   one = found[0] if found else {'parameters': {}}
   return {
     'diverged': {str(s): r['diverged'] for s, r in reports.items() if 'diverged' in r},

@@ -15,7 +15,7 @@ _MAX_CLASSES = 20  # drawn; more are in a table alone
 
 def radii(report: Mapping[str, Any]) -> Markup | None:
   """Draws robust accuracy against eps, of base and best."""
-  found = report.get('radii')
+  found = report.get('radii') or _of_expected(report)
   if not found or not found['records']:
     return None
   records, threat = found['records'], report.get('threat') or {}
@@ -41,7 +41,18 @@ def radii(report: Mapping[str, Any]) -> Markup | None:
     'line the eps of the threat model. At eps 0 it is the clean accuracy. Steps grow with eps. A '
     'robust accuracy that does not fall to 0 at a large eps would be a sign of masked gradients.'
   )
+  note = f'{note} {results.expected_note(report)}'.rstrip()
   return _with_table(chart, note, [header, *table])
+
+
+def _of_expected(report: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns the curves that expected robustness was measured on, as 'radii' has them."""
+  found = [each for each in report.get('expected') or () if each['weights'] != 'last']
+  if not found:
+    return None
+  records = [{'weights': e['weights']} | point for e in found for point in e['curve']]
+  attack = results.row_label(found[0], found)
+  return {'attack': attack, 'num_examples': found[0]['num_examples'], 'records': records}
 
 
 def classes(report: Mapping[str, Any]) -> Markup | None:

@@ -94,6 +94,11 @@ def _headline_numbers(report) -> Iterator[tuple[str, str, str]]:
     before = results.same_attack(worst, evaluations, 'base')
     words = f'under {label}, the strongest tried; {_change(before, weights)}'
     yield 'Robust accuracy', results.percent(worst), words
+  for found in report.get('expected') or ():
+    if found['weights'] == weights:
+      label = results.row_label(found, report['expected'])
+      words = f'mean accuracy over eps from 0 to {found["eps"]}, {label}'
+      yield 'Expected robustness', f'{100 * found["value"]:.1f} %', words
   counts = report['parameters']
   yield (
     'Learnable',

@@ -110,6 +110,21 @@ def test_finished_runs_are_taken_as_they_are(compared, small, monkeypatch):
   assert again['rows'] == found['rows']
 
 
+@pytest.mark.usefixtures('one_device')
+def test_finished_runs_get_the_expected_robustness_that_is_asked_now(compared, small, tmp_path):
+  workdir = str(shutil.copytree(compared[0], tmp_path / 'copied'))
+  asked = small.copy_and_resolve_references()
+  asked.experiment.eval.expected = 'fgsm'
+  table_only = compare.compare(asked, workdir, table_only=True)
+  assert table_only['rows'] == compared[1]['rows']  # which measures nothing
+  found = compare.compare(asked, workdir)
+  for row, before in zip(found['rows'], compared[1]['rows'], strict=True):
+    expected = row['attacks'].pop('expected robustness, fgsm')
+    [value] = expected['per_seed']
+    assert 0 <= value <= before['attacks']['clean']['mean'] and expected['n'] == 20
+    assert (row['attacks'], row['passes']) == (before['attacks'], before['passes'])
+
+
 def test_a_missing_seed_is_named(compared, small):
   workdir, _ = compared
   more = small.copy_and_resolve_references()

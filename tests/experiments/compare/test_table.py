@@ -192,6 +192,54 @@ def test_what_diverged_is_named_in_every_format(diverged):
   assert 'Most robust under pgd-2: full' in page
 
 
+EXPECTED = {('fulllora', 0): 0.7, ('fulllora', 1): 0.72, ('full', 0): 0.8, ('full', 1): 0.86}
+
+
+def with_expected(reports):
+  for key, value in EXPECTED.items():
+    own = evaluation('pgd', value) | {'value': value, 'eps': '0.1', 'step': '1/255'}
+    reports[key]['expected'] = [own | {'weights': 'base', 'value': 0.0}, own]
+  return reports
+
+
+def test_expected_robustness_has_a_column_and_paired_differences(comparison, reports):
+  found = table.summarise(comparison, with_expected(reports), '')
+  assert found['headline_attack'] == 'pgd-2'  # and never this
+  ours = next(row for row in found['rows'] if row['method'] == 'fulllora')
+  label = 'expected robustness, pgd-2'
+  assert list(ours['attacks']) == ['clean', 'pgd-2', label]
+  assert ours['attacks'][label] == {
+    'per_seed': [0.7, 0.72], 'mean': 0.71, 'spread': pytest.approx(0.0141421, abs=1e-6), 'n': 60,
+  }  # fmt: skip
+  # -0.10 and -0.14: mean -0.12, standard error 0.02, Student's 12.706 with one degree of freedom.
+  difference = ours['difference']['full'][label]
+  assert difference['mean'] == pytest.approx(-0.12)
+  assert difference['low'] == pytest.approx(-0.12 - 12.7062 * 0.02, abs=1e-5)
+  text = table.markdown(found)
+  assert f'| pgd-2 | {label} | validation |' in text and '| 71.0 ± 1.4 |' in text
+  assert '-12.0 [-37.4, +13.4]' in text
+  assert '- Expected robustness is the mean accuracy over eps from 0 to 0.1' in text
+  rows = list(csv.DictReader(io.StringIO(table.as_csv(found))))
+  assert [r['accuracy'] for r in rows if r['attack'] == label] == ['0.8', '0.86', '0.7', '0.72']
+  page = comparison_page(found)
+  assert f'<th scope="col">{label}</th>' in page and 'Most robust under pgd-2: full' in page
+
+
+def test_where_a_run_lacks_expected_robustness_its_mean_is_of_the_others(comparison, reports):
+  del with_expected(reports)['fulllora', 1]['expected']
+  found = table.summarise(comparison, reports, '')
+  ours = next(row for row in found['rows'] if row['method'] == 'fulllora')
+  column = ours['attacks']['expected robustness, pgd-2']
+  assert (column['per_seed'], column['mean']) == ([0.7, None], 0.7)
+  assert ours['difference']['full']['expected robustness, pgd-2']['n'] == 1
+
+
+def test_expected_robustness_of_another_attack_is_refused(comparison, reports):
+  with_expected(reports)['full', 1]['expected'][1]['steps'] = 3
+  with pytest.raises(UserError, match='full, seed 1 has another expected robustness than'):
+    table.summarise(comparison, reports, '')
+
+
 def test_a_run_that_overfitted_catastrophically_is_named(comparison, reports):
   stopped = {'step': 250, 'of': 400, 'why': 'so'}
   reports['full', 1] |= {'overfitting': [250], 'stopped': stopped}

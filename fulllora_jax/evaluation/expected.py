@@ -1,0 +1,103 @@
+"""Expected robustness: accuracy as a mean over the radii from 0 to eps.
+
+The trapezoid of accuracy over eps, divided by eps ("Epsilon-Scheduling", arXiv 2509.23325), in
+steps of 1/255 for linf. It rewards clean accuracy, so it stands beside the accuracy under
+AutoAttack at eps and never for it; and it is an upper bound, as any accuracy under one attack is.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulllora_jax.attacks import fingerprint
+from fulllora_jax.attacks.progress import DAMAGED
+from fulllora_jax.core.files import load_arrays, make_directory, replace_arrays
+from fulllora_jax.core.statistics import mean_interval
+from fulllora_jax.distributed import processes
+from fulllora_jax.evaluation.eps_sweep import Climb, radius_text
+from fulllora_jax.evaluation.settings import Plan
+
+_L2_STEPS = 8  # pixels have no natural step in l2
+_ROUNDING = 1e-6  # of a step: 8/255 as a float is 8 steps
+
+
+def radii(plan: Plan) -> dict[float, str]:
+  """Returns the radii above 0 as multiples of eps, rising to 1, and how each is written.
+
+  For linf they are 1/255, 2/255, ... below eps, then eps itself, so the last step is shorter where
+  eps is no multiple of 1/255. For l2 they are eighths of eps.
+
+  >>> radii(Plan(eps='2.5/255'))
+  {0.4: '1/255', 0.8: '2/255', 1.0: '2.5/255'}
+  """
+  if plan.norm != 'linf':
+    factors = [number / _L2_STEPS for number in range(1, _L2_STEPS)]
+    return {factor: radius_text(plan.eps, factor) for factor in factors} | {1.0: plan.eps}
+  steps = 255 * plan.threat.eps
+  below = range(1, math.ceil(steps - _ROUNDING))
+  return {number / steps: f'{number}/255' for number in below} | {1.0: plan.eps}
+
+
+def areas(climb: Climb) -> np.ndarray:
+  """Returns the share of [0, eps] at which each image counts as robust, [n] in [0, 1].
+
+  By the trapezoid rule, an image that stands at one radius and breaks at the next counts to the
+  middle between them; one that is misclassified without an attack has 0. The mean of the images is
+  the trapezoid of their accuracy.
+  """
+  ends = np.concatenate([[0.0], climb.factors])
+  middles = (ends[:-1] + ends[1:]) / 2
+  return np.concatenate([[0.0], middles, [1.0]])[climb.first + 1]
+
+
+def record(climb: Climb, plan: Plan) -> dict[str, Any]:
+  """Returns the expected robustness and what it comes from, as JSON values.
+
+  Returns:
+    value, in [0, 1]; its 95 % interval, for the choice of the images; num_examples; step, the words
+    for the distance between two radii; and curve, the accuracy at each radius.
+  """
+  each = areas(climb)
+  value = float(each.mean())
+  return {
+    'value': value,
+    'interval': list(mean_interval(value, len(each))),
+    'num_examples': len(each),
+    'step': '1/255' if plan.norm == 'linf' else f'eps/{_L2_STEPS}',
+    'curve': climb.curve(list(radii(plan).values()), plan.threat.eps),
+  }
+
+
+class Kept:
+  """The radii that an interrupted measurement has done, in a file.
+
+  Args:
+    directory: of this evaluation alone.
+    logits: of some of the images, [k, K]; those of another model tell that it is another.
+  """
+
+  def __init__(self, directory: Path, logits: np.ndarray):
+    self._directory, self._logits = directory, logits
+
+  def write(self, climb: Climb) -> None:
+    """Keeps what was done so far."""
+    if processes.is_primary():
+      make_directory(self._directory)
+      replace_arrays(self._directory / 'radii.npz', logits=self._logits, **climb._asdict())
+
+  def read(self) -> Climb | None:
+    """Returns what was done before, the same on every process; None where it is not there whole."""
+    found = processes.from_primary(self._read)
+    return found and Climb(*map(np.asarray, found))
+
+  def _read(self) -> list[list[float]] | None:
+    try:
+      with load_arrays(self._directory / 'radii.npz') as saved:
+        logits, *parts = (saved[name] for name in ('logits', *Climb._fields))
+    except (OSError, *DAMAGED):
+      return None
+    if fingerprint.difference({'logits': logits}, {'logits': self._logits}):
+      return None
+    return [part.tolist() for part in parts]
