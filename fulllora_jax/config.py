@@ -229,6 +229,7 @@ def _head() -> ConfigDict:
   head.start = ''
   # That of Hua et al., 2024 (RoLI), for CIFAR-10; for CIFAR-100 they take 0.1 and 1e-3.
   head.optimizer = sgd(learning_rate=0.05, weight_decay=0.01)
+  head.optimizer.clip = 0.0
   head.schedule = cosine(warmup=0.5)
   head.train = loop(epochs=20.0, batch_size=64)
   return head

@@ -181,3 +181,21 @@ def test_a_published_base_is_kept_once_for_all(start, tmp_path):
   metadata = artefact.read_metadata(run / 'best')
   assert metadata['base_source']['layout']
   assert (run / 'report.md').exists()
+
+
+@pytest.mark.slow
+def test_a_head_is_probed_by_all_as_by_one(start, tmp_path):
+  probe = ('--config.head.start=adversarial_probe', '--config.adapter.head=frozen', CLEAN)
+  probe += ('--config.head.train.steps=2', '--config.head.train.batch_size=16')
+  for workdir, count in (('alone', 1), ('two', 2)):
+    statuses, said = start(tmp_path / workdir, count, 1, *probe).end()
+    assert statuses == [0] * count, said
+  one, two = (artefact.read_artefact(tmp_path / w / 'last') for w in ('alone', 'two'))
+  head = artefact.read_artefact(tmp_path / 'two' / 'head' / 'best')[0]['params']['head']
+  assert one[1]['base_fingerprint'] == two[1]['base_fingerprint']
+  for name, leaf in head.items():
+    np.testing.assert_array_equal(two[0]['params']['head'][name], leaf)
+    np.testing.assert_allclose(one[0]['params']['head'][name], leaf, atol=3e-6)
+  for workdir in ('alone', 'two'):
+    report = json.loads((tmp_path / workdir / 'report.json').read_text())
+    assert report['passes'] == (2 + 6) * 16 * 3

@@ -1,9 +1,11 @@
 """The race of schedules: its numbers, its files, going on, and bad input."""
 
 import json
+import types
 from xml.etree import ElementTree
 
 import jax
+import numpy as np
 import pytest
 
 from fulllora_jax import config as config_lib
@@ -12,6 +14,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh
 from fulllora_jax.experiments.race import results, schedules
 from fulllora_jax.training import checks
+from fulllora_jax.training import head as head_lib
 
 NAMES = ('pgd-10', 'half-n_fgsm', 'carry')
 OPTIONS = {
@@ -102,6 +105,28 @@ def test_finished_schedules_are_not_trained_again(raced, race_config, digits, mo
   (workdir / 'schedules' / 'pgd-10.json').write_text('{torn')
   with pytest.raises(AssertionError, match='trained again'):
     schedules.race(race_config, digits, workdir, **OPTIONS)
+
+
+def test_all_schedules_start_from_one_head(race_config, digits, tmp_path, monkeypatch):
+  lap = {'steps': 1, 'passes': 9.0, 'seconds': 1.0, 'seconds_compile': 1.0, 'diverged': 2}
+  lap |= {'curve': [{'passes': 1, 'seconds': 1, 'robust': 0.5}]}
+  heads, trained = [], []
+  own = config_lib.copy(race_config)
+  own.head.start = 'probe'
+  head = head_lib.Head({'params': {'head': {'bias': np.ones(10)}}}, {'start': 'probe', 'step': 4})
+  monkeypatch.setattr(head_lib, 'ensure_head', lambda *_: head)
+  monkeypatch.setattr(schedules, 'Stepper', lambda *args: heads.append(args[-1]))
+  fake = types.SimpleNamespace(run=lambda: trained.append(1) or dict(lap))
+  monkeypatch.setattr(schedules, '_Lap', lambda *_: fake)
+  options = OPTIONS | {'schedules': ('pgd-10', 'carry'), 'final': ''}
+  result = schedules.race(own, digits, tmp_path, **options)
+  assert heads == [head.leaves] * 2 and result['head'] == head.said
+  said = 'The head of all schedules starts as a standard probe, its best at step 4; its passes are'
+  assert said in (tmp_path / 'road.md').read_text()
+  assert schedules.race(own, digits, tmp_path, **options) == result and len(trained) == 2
+  head.leaves['params']['head']['bias'] += 1  # another head is another race
+  schedules.race(own, digits, tmp_path, **options)
+  assert len(trained) == 4
 
 
 CURVE = [

@@ -50,7 +50,6 @@ def small(digits_dir, finished):
   c.train.update(steps=STEPS, batch_size=BATCH, eval_every=2, checkpoint_every=1, log_every=1)
   c.eval.update(attacks=('clean',), num_examples=20, validation_examples=16)
   c.head.optimizer.learning_rate = 3.0  # so that the best is not the last
-  c.head.optimizer.clip = 0.0
   c.head.train.update(steps=PROBE_STEPS, batch_size=BATCH, eval_every=1, checkpoint_every=2)
   return c
 
@@ -277,6 +276,16 @@ def test_an_adapter_holds_what_learns_and_the_head(tiny_config, method, mode):
   expected = {path: learns or path in HEAD for path, learns in leaves(plain.mask(shapes)).items()}
   assert leaves(built.held(shapes)) == expected
   assert built.mask(shapes) == plain.mask(shapes)
+
+
+def test_the_recipe_is_the_published_one():
+  head = config_lib.default().head
+  assert head.start == ''
+  optimizer, schedule, train = head.optimizer, head.schedule, head.train
+  assert (optimizer.name, optimizer.momentum, optimizer.clip) == ('sgd', 0.9, 0.0)
+  assert (optimizer.learning_rate, optimizer.weight_decay) == (0.05, 0.01)
+  assert (schedule.name, schedule.warmup * train.epochs) == ('cosine', 10)
+  assert (train.epochs, train.steps, train.batch_size) == (20, None, 64)
 
 
 def test_nothing_of_the_main_run_leaks_into_its_probe(small):

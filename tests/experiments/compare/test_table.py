@@ -87,6 +87,19 @@ def test_means_spreads_and_differences_by_hand(comparison, reports):
   assert found['headline_attack'] == 'pgd-2'  # the last
 
 
+def test_the_heads_own_training_is_in_the_notes_and_in_the_time(comparison, reports):
+  head = {'start': 'adversarial_probe', 'step': 3, 'steps': 9, 'passes': 400.0}
+  for seed in (0, 1):
+    reports['fulllora', seed] |= {'head': head, 'seconds': {'head': 4.0, 'train': 10.0}}
+  found = table.summarise(comparison, reports, 'the command')
+  rows = {row['method']: row['seconds'] for row in found['rows']}
+  assert rows == {'fulllora': 14.0, 'full': 11.0}
+  said = 'the head starts as an adversarial probe, its best at step 3 of 9; 400 passes.'
+  for seed in (0, 1):
+    assert f'fulllora, seed {seed}: {said}' in found['notes']
+  assert not any(note.startswith('full,') for note in found['notes'])
+
+
 def test_markdown_csv_and_page_have_the_numbers(comparison, reports):
   found = table.summarise(comparison, reports, 'the command')
   text = table.markdown(found)
