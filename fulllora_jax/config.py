@@ -175,6 +175,8 @@ def _attack() -> ConfigDict:
   attack.restarts = 1  # starts of PGD, at least 1; the strongest end is kept
   # The two hinges, fractions of training in [0, 1], such as '0.25' or '12/50': eps is 0 up to
   # eps_start, which trains on clean images alone, rises linearly, and is full from eps_full on.
+  # eps_start may be 'auto': where clean validation accuracy has come to 90 % of where it seems to
+  # end, and by half of eps_full (training/clean_phase.py).
   attack.eps_start = '0'
   attack.eps_full = '0'
   # Whether to begin where the attack on the same example ended an epoch before, cropped and flipped

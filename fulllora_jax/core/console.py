@@ -5,6 +5,7 @@ The absl logger stays at its level (Orbax writes hundreds of lines to it).
 
 import sys
 import time
+from collections.abc import Callable
 
 _process = 0
 
@@ -75,11 +76,13 @@ class Progress(Pace):
   Args:
     total: number of items of the loop.
     done: number of items that were done before it started.
+    cost: what the first n items take together, in any unit, as a function of n; time left is in
+      proportion to it, and the rate is that of items such as the last.
   """
 
-  def __init__(self, total: int, done: int = 0):
+  def __init__(self, total: int, done: int = 0, cost: Callable[[int], float] = float):
     super().__init__()
-    self.total = total
+    self.total, self._cost = total, cost
     self._start_done = done
     self._start_time: float | None = None
 
@@ -89,9 +92,10 @@ class Progress(Pace):
     if self._start_time is None:
       self._start_time, self._start_done = now, done
       return ''
-    elapsed = now - self._start_time
-    rate = (done - self._start_done) / elapsed if elapsed > 0 else 0.0
-    if rate <= 0:
+    elapsed, paid = now - self._start_time, self._cost(done)
+    pace = (paid - self._cost(self._start_done)) / elapsed if elapsed > 0 else 0.0
+    if pace <= 0:
       return ''
-    left = duration((self.total - done) / rate)
+    rate = pace / (paid - self._cost(done - 1))
+    left = duration((self._cost(self.total) - paid) / pace)
     return f'{rate:.1f}/s, {left} left'

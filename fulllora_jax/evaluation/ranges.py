@@ -54,6 +54,7 @@ INTERVALS: Mapping[str, str] = {  # field -> its interval
 FRACTIONS = (  # numbers, or such as '8/255'
   *('attack.step_size', 'attack.eps_start', 'attack.eps_full', 'eval.step_size', 'eval.radii'),
 )
+WORDS = {'attack.eps_start': 'auto'}  # what may stand in place of a number
 WHOLE = ('model.depths', 'model.heads', 'base.label_map')  # tuples of whole numbers
 _DTYPES = ('float32', 'bfloat16')
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -103,7 +104,9 @@ def _check(field: str, value: Any, kind: type) -> None:
   if several and not isinstance(value, tuple):
     raise UserError(f'{field} {value!r}: it must be a tuple')
   for each in value if several else (value,):
-    if field in INTERVALS:
+    if field in WORDS and isinstance(each, str) and each.isalpha():
+      choose(field, each, (WORDS[field],))
+    elif field in INTERVALS:
       fraction = field in FRACTIONS and isinstance(each, str)
       number = parse_fraction(each, field) if fraction else each
       whole = field in WHOLE or kind is int

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fulllora_jax.reports import facts
 from fulllora_jax.reports.drawing import charts
 from fulllora_jax.reports.drawing.charts import Chart, Line
 
@@ -12,33 +13,42 @@ _MAX_MARKS = 40
 NORMS = {'linf': 'ℓ∞', 'l2': 'ℓ2', 'l1': 'ℓ1'}
 
 
-def learning(history: Sequence[Mapping[str, Any]], best_step: int | None) -> Iterator[Chart]:
+def learning(
+  history: Sequence[Mapping[str, Any]],
+  best_step: int | None,
+  hinges: Mapping[str, Any] | None = None,
+) -> Iterator[Chart]:
   """Yields the loss and the accuracies against the step, where they are known.
 
   Args:
     history: rows of metrics.jsonl (`metrics.read_metrics`); a missing or None value leaves a gap.
     best_step: marked in the charts, where given.
+    hinges: those of report.json, marked in the charts where given.
   """
+  steps = {hinges['start'], hinges['full']} if hinges else set()
+  marks: dict[str, Any] = {'marked_x': best_step, 'dotted_x': sorted(steps - {0, None})}
   loss = _line(history, 'train', 'loss', 'base', 'training loss')
   if loss:
-    yield charts.line_chart(
-      'Training loss', [loss], 'step', percent=False, marked_x=best_step, legend=False
-    )
+    yield charts.line_chart('Training loss', [loss], 'step', percent=False, legend=False, **marks)
   accuracies = [
     line
     for name in ('clean', 'robust')
     for kind in ('train', 'validation')
     if (line := _line(history, kind, f'{name}_accuracy', name, f'{name}, {kind}'))
   ]
+  if checks := _line(history, 'clean_phase', 'clean_accuracy', 'third', 'clean, in the clean phase'):
+    accuracies.append(checks)
   if accuracies:
-    yield charts.line_chart('Accuracy (%)', accuracies, 'step', marked_x=best_step)
+    yield charts.line_chart('Accuracy (%)', accuracies, 'step', **marks)
 
 
-def learning_note(best_step: int | None) -> str:
+def learning_note(best_step: int | None, hinges: Mapping[str, Any] | None = None) -> str:
   """Says what the lines of `learning` are."""
   note = 'Training lines are means over neighbouring rows of metrics.jsonl.'
   if best_step is not None:
     note += f' The upright line is step {best_step:,}, the best.'
+  if hinges:
+    note += f' The dotted ones are the hinges: {facts.hinges(hinges)}.'
   return note
 
 
@@ -51,7 +61,7 @@ def _line(history, kind: str, key: str, colour: str, name: str) -> Line | None:
   ]
   if not any(y is not None for _, y in points):
     return None
-  validation = kind == 'validation'
+  validation = kind != 'train'
   if not validation:
     points = thinned(points, max(len(points) // 40, 1))
   marked = len(points) == 1 or (validation and len(points) <= _MAX_MARKS)

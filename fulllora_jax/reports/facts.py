@@ -88,6 +88,21 @@ def head_start(head: Mapping[str, Any] | None) -> str | None:
   return text + ('; its passes are not known' if passes is None else f'; {passes:,.0f} passes')
 
 
+def hinges(found: Mapping[str, Any]) -> str:
+  """Says between which steps eps rises, given the `hinges` of report.json."""
+  start, full = found['start'], found['full']
+  if full is None:
+    return 'eps is 0 in every step'
+  auto, how = found.get('auto'), ''
+  if auto and auto['found']:
+    how = f', where {auto["clean_accuracy"]:.1%} of validation images were right '
+    how += f'and {auto["expected_end"]:.1%} expected in the end'
+  elif auto:
+    how = ', the latest for auto'
+  text = f'eps is 0 up to step {start:,}{how}, ' if start else 'eps rises from the first step, '
+  return text + f'and full from step {full:,} on'
+
+
 def steps_note(report: Mapping[str, Any]) -> str:
   """Says which steps `best` and `last` are; returns '' where none is known."""
   best, last = report.get('best_step'), report.get('last_step')
@@ -143,6 +158,7 @@ def training_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield name, _field(config, name)
   head = report.get('head') or {}
   yield 'head starts as', head_start(head)
+  yield 'hinges', hinges(report['hinges']) if report.get('hinges') else None
   yield from _strengthened(report)
   yield from facts(config)
   if _field(config, 'train.steps') is None:

@@ -17,15 +17,18 @@ _BELOW = 40  # for two lines of predictions
 
 
 def draw_curves(
-  history: Sequence[Mapping[str, Any]], path: str | os.PathLike, best_step: int | None = None
+  history: Sequence[Mapping[str, Any]],
+  path: str | os.PathLike,
+  best_step: int | None = None,
+  hinges: Mapping[str, Any] | None = None,
 ) -> None:
   """Draws loss and accuracies against the step.
 
   Args: those of `curves.learning`, and:
     path: where the SVG goes.
   """
-  shown = list(curves.learning(history, best_step))
-  picture.save_charts(path, shown, curves.learning_note(best_step))
+  shown = list(curves.learning(history, best_step, hinges))
+  picture.save_charts(path, shown, curves.learning_note(best_step, hinges))
 
 
 def draw_eps_sweep(evaluations: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:

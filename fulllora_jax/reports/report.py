@@ -52,7 +52,8 @@ def write_report(
       (directory / name).unlink(missing_ok=True)
   drawn = []
   if history:
-    pictures.draw_curves(history, directory / _CURVES, report.get('best_step'))
+    marks = report.get('best_step'), report.get('hinges')
+    pictures.draw_curves(history, directory / _CURVES, *marks)
     drawn.append(f'![Learning curves]({_CURVES})')
   if examples is not None:
     pictures.draw_examples(examples, directory / _EXAMPLES)

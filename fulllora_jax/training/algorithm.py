@@ -10,7 +10,7 @@ from fulllora_jax.core.trees import Tree
 from fulllora_jax.data import augment
 from fulllora_jax.evaluation import settings
 from fulllora_jax.training import ard_prm, awp, inner_attack, objectives, optim, train_step
-from fulllora_jax.training.hinges import Hinges
+from fulllora_jax.training.hinges import AUTO, LATEST, Hinges
 
 
 def total_steps(config, num_examples: int) -> int:
@@ -57,9 +57,12 @@ def clean_algorithm(config, algorithm: train_step.Algorithm) -> train_step.Algor
 
 
 def hinges(config) -> Hinges:
-  """Reads attack.eps_start and attack.eps_full."""
-  fields = ('eps_start', 'eps_full')
-  return Hinges(*(parse_fraction(config.attack[f], f'attack.{f}') for f in fields))
+  """Reads attack.eps_start, where `auto` is its latest, and attack.eps_full."""
+  attack = config.attack
+  full = parse_fraction(attack.eps_full, 'attack.eps_full')
+  if attack.eps_start == AUTO:
+    return Hinges(LATEST * full, full)
+  return Hinges(parse_fraction(attack.eps_start, 'attack.eps_start'), full)
 
 
 def _attack(config, steps: int) -> inner_attack.InnerAttack:

@@ -11,6 +11,7 @@ from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
 from fulllora_jax.training import carry, objectives, optim
 from fulllora_jax.training.algorithm import hinges
+from fulllora_jax.training.hinges import AUTO
 from fulllora_jax.training.inner_attack import ATTACKS, FIXED
 from fulllora_jax.training.overfitting import ANSWERS
 
@@ -100,6 +101,11 @@ def _check_attack(config: ConfigDict) -> None:
     _check_fixed(config, FIXED[config.attack.name].norms)
   carry.check(config)
   start, full = hinges(config)
+  if config.attack.eps_start == AUTO and not full:
+    raise UserError(
+      'attack.eps_start auto: eps starts by half of attack.eps_full, which is 0; give an eps_full '
+      'such as 37/50, or eps_start 0'
+    )
   if start > full:
     raise UserError(
       f'attack.eps_start {config.attack.eps_start} is after attack.eps_full '

@@ -5,10 +5,13 @@ is 0 at first, which trains on clean images, then rises linearly, and is full fo
 Source: Epsilon-Scheduling (arXiv 2509.23325), section 4, with hinges at 12/50 and 37/50.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+AUTO = 'auto'  # attack.eps_start: training itself finds it (clean_phase.py)
+LATEST = 0.5  # the share of attack.eps_full up to which it is looked for
 
 
 class Hinges(NamedTuple):
@@ -16,6 +19,19 @@ class Hinges(NamedTuple):
 
   start: float = 0.0  # up to here eps is 0; 1: always
   full: float = 0.0  # from here on eps is full
+
+  def steps(self, total_steps: int) -> tuple[int, int]:
+    """Returns the last step of eps 0, and the step from which on eps is full, as it rises."""
+    return round(self.start * total_steps), round(self.full * total_steps)
+
+  def record(self, total_steps: int) -> dict[str, Any]:
+    """Returns the last step of eps 0, and the first of full eps (None: eps is always 0), as JSON.
+
+    >>> Hinges(0.2, 0.6).record(10), Hinges(0.2, 0.2).record(10), Hinges(1, 1).record(10)
+    ({'start': 2, 'full': 6}, {'start': 2, 'full': 3}, {'start': 10, 'full': None})
+    """
+    start, full = self.steps(total_steps)
+    return {'start': start, 'full': max(full, start + 1) if start < total_steps else None}
 
   def factor(self, done: jax.Array | int, total_steps: int) -> jax.Array | float:
     """Returns by what eps is multiplied in a step, in [0, 1].
@@ -29,5 +45,5 @@ class Hinges(NamedTuple):
     """
     if not self.full:
       return 1.0
-    start, full = (round(hinge * total_steps) for hinge in self)
+    start, full = self.steps(total_steps)
     return jnp.clip((done + 1 - start) / max(1, full - start), 0.0, 1.0)

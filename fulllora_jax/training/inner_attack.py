@@ -65,7 +65,12 @@ class InnerAttack:
   @property
   def clean_steps(self) -> int:
     """Returns how many steps at the start of training have eps 0, and so need no attack."""
-    return round(self.hinges.start * self.total_steps)
+    return self.hinges.steps(self.total_steps)[0]
+
+  @property
+  def passes(self) -> int:
+    """Returns how often it goes forward and back through the model."""
+    return FIXED[self.name].passes if self.name in FIXED else self.steps * self.restarts
 
   def __call__(
     self,
@@ -96,9 +101,9 @@ class InnerAttack:
     factor = self.hinges.factor(done, self.total_steps)
     threat = self.threat.scaled(factor) if self.hinges.full else self.threat
     if self.name in FIXED:
-      attack, passes, _ = FIXED[self.name]
-      x_adv, met = attack.find(keys, logits_fn, x, labels, threat, loss=self.loss)
-      return x_adv, {'passes': passes, 'blind': jnp.mean(met.gradient)}
+      find = FIXED[self.name].attack.find
+      x_adv, met = find(keys, logits_fn, x, labels, threat, loss=self.loss)
+      return x_adv, {'passes': self.passes, 'blind': jnp.mean(met.gradient)}
     if isinstance(self.loss, str):
       loss = losses.of(self.loss, labels)
     else:
@@ -124,7 +129,7 @@ class InnerAttack:
       restarts=self.restarts,
       loss=loss,
     )
-    return x_adv, {'passes': self.steps * self.restarts, 'blind': jnp.mean(met.gradient)}
+    return x_adv, {'passes': self.passes, 'blind': jnp.mean(met.gradient)}
 
 
 def few_steps(config: ConfigDict, steps: int, reach: float = STEP) -> None:

@@ -18,6 +18,7 @@ from fulllora_jax.distributed import processes
 from fulllora_jax.distributed.preemption import Notice
 from fulllora_jax.training import carry, ema, memory, overfitting
 from fulllora_jax.training.checkpoints import TrainingCheckpoints
+from fulllora_jax.training.clean_phase import KIND, CleanPhase
 from fulllora_jax.training.metrics import MetricWriter
 from fulllora_jax.training.publish import publish
 from fulllora_jax.training.stepper import Stepper
@@ -41,6 +42,7 @@ class Training:
   Attributes:
     stepper: holds the train state, and makes the steps.
     validation: scores the state, and keeps the best score.
+    phase: looks for the end of the clean phase, where attack.eps_start is auto.
     skipped: how many steps had a loss or a gradient that was not finite.
     blind: how many images had an entry of the attack's gradient that was not finite.
     strengthened: the stronger attacks that took the place of the config's, one after another: from
@@ -62,6 +64,7 @@ class Training:
     self.config, self.workdir = config, workdir
     self.stepper = Stepper(config, dataset, base, head)
     self.validation = Validation(self.stepper.assembly, dataset.validation)
+    self.phase = CleanPhase(self.stepper, self.validation.evaluator)
     self.skipped, self.blind, self.passes, self.seconds = 0, 0, 0.0, 0.0
     self.strengthened: list[dict[str, Any]] = []
     self.stopped: dict[str, Any] | None = None
@@ -128,18 +131,17 @@ class Training:
     good: TrainingCheckpoints,
   ) -> int:
     """Goes back to the last good state with a stronger attack; returns its step."""
-    self.stepper.put_together(overfitting.strengthened(self.stepper.config))
-    self.validation.begin(self.stepper.assembly)
+    attack, notes = overfitting.strengthened(self.stepper.config).attack, None
     if restored := good.restore(self.stepper.state):
       self.stepper.state, notes = restored
-      self.validation.restore(notes)
     else:
       self.stepper.begin()
-    step, attack = int(self.stepper.state.step), self.stepper.config.attack
+    step = int(self.stepper.state.step)
     label = f'{attack.name}-{attack.steps}'
     row = {'step': step, 'found': collapse.step, 'attack': label, 'why': collapse.why}
     row |= {'steps': attack.steps, 'step_size': attack.step_size}
     self.strengthened.append(row)
+    self._take_up(notes)
     warn(f'{collapse}; going back to step {step}, and on with {label}')
     checkpoints.drop_from(step)
     self._save(checkpoints)
@@ -155,12 +157,7 @@ class Training:
       return 0
     self.stepper.state, notes = restored
     self.strengthened = notes.get('strengthened', [])
-    if self.strengthened:
-      own, last = config_lib.copy(self.config), self.strengthened[-1]
-      own.attack.update(name='pgd', steps=last['steps'], step_size=last['step_size'])
-      self.stepper.put_together(own)
-      self.validation.begin(self.stepper.assembly)
-    self.validation.restore(notes)
+    self._take_up(notes)
     self.skipped, self.blind = notes['skipped'], notes.get('blind', 0)
     self.passes = notes.get('passes', 0.0)
     self.seconds = notes.get('seconds', 0.0)
@@ -178,6 +175,18 @@ class Training:
     say(f'resuming at step {start}')
     return start
 
+  def _take_up(self, notes: dict[str, Any] | None) -> None:
+    """Goes on with the attack, the hinge and the scores of a checkpoint; None: of the start."""
+    self.phase.restore(notes or {})
+    own = self.phase.applied(self.config)
+    if self.strengthened:
+      last = self.strengthened[-1]
+      own.attack.update(name='pgd', steps=last['steps'], step_size=last['step_size'])
+    self.stepper.put_together(own)
+    self.validation.begin(self.stepper.assembly)
+    if notes:
+      self.validation.restore(notes)
+
   def _metric_writer(self, start: int):
     """Returns process 0's writer of metrics; the others have none."""
     if not processes.is_primary():
@@ -188,7 +197,7 @@ class Training:
   def _loop(self, start: int, checkpoints, notice: Notice) -> None:
     """Makes the steps, and what happens every so many of them."""
     every, total = self.config.train, self.stepper.total_steps
-    progress = Progress(total, start)
+    progress = Progress(total, start, self.stepper.cost)
     began = time.monotonic() - self.seconds
     for step, finished in self.stepper.steps(start):
       is_last = step == total
@@ -196,7 +205,8 @@ class Training:
         is_last or step % often == 0
         for often in (every.log_every, every.eval_every, every.checkpoint_every)
       )
-      wait = log or validate or save
+      look = self.phase.due(step)
+      wait = log or validate or save or look
       stop = notice.reached(ask=wait or bool(finished)) and not is_last
       if wait or stop:
         finished += self.stepper.wait()
@@ -206,6 +216,12 @@ class Training:
         scalars = {name: float(v) for name, v in finished[-1][1].items()}
         self._write(step, 'train', scalars)
         self._say(step, scalars, progress.update(step))
+      if look:
+        scalars, text = self.phase.look(step)
+        self._write(step, KIND, scalars)
+        say(text)
+        if self.phase.end:  # another program follows, whose compilation is not to spoil the rate
+          progress = Progress(total, step, self.stepper.cost)
       if validate:
         self._validate(step)
       self.seconds = time.monotonic() - began
@@ -220,7 +236,7 @@ class Training:
   def _save(self, checkpoints: TrainingCheckpoints) -> None:
     if self._writer is not None:
       self._writer.flush()  # what a resumed run shall find
-    notes = self.validation.notes() | {
+    notes = self.validation.notes() | self.phase.notes() | {
       'skipped': self.skipped,
       'blind': self.blind,
       'passes': self.passes,

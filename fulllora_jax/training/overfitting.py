@@ -27,10 +27,11 @@ _SHARE = 1 / 3  # of the accuracy in training
 _COLLAPSE = 0.5  # of the best validation so far
 _GAP = 0.2  # between training and validation, in accuracy
 # What an alarm has seen: robust accuracies since the validation before, of all steps and of those
-# in which nothing held the attack back, and (robust, clean) of the last batches looked at.
+# in which nothing held the attack back, how many had less than the full eps, and (robust, clean) of
+# the last batches looked at.
 _NOTHING: dict[str, Any] = {
   **{'total': 0.0, 'count': 0, 'full_total': 0.0, 'full_count': 0},
-  **{'window': [], 'rings': False},
+  **{'rising': 0, 'window': [], 'rings': False},
 }
 _FEW, _MANY = 4, 10  # steps of PGD: the fewest to go on with; so many are no weak attack
 
@@ -82,6 +83,7 @@ class Alarm:
     for name in ('', 'full_') if step >= self.attack.full_from else ('',):
       self._seen[f'{name}total'] += robust
       self._seen[f'{name}count'] += 1
+    self._seen['rising'] += step < self.attack.hinges.steps(self.attack.total_steps)[1]
     if step % WATCH or not math.isfinite(clean):
       return ''
     self._seen['window'] = [*self._seen['window'], [robust, clean]][-_BATCHES:]
@@ -148,8 +150,8 @@ class Alarm:
     )
 
   def _fell(self, label: str, robust: float, mean: float, best: float) -> str:
-    """The third sign."""
-    if not (robust < _COLLAPSE * best and mean > robust + _GAP):
+    """The third sign; validation, at full eps, falls by itself while eps rises from 0 in training."""
+    if self._seen['rising'] or not (robust < _COLLAPSE * best and mean > robust + _GAP):
       return ''
     return (
       f'{label} on validation images fell to {robust:.1%} from {best:.1%}, while '

@@ -18,7 +18,7 @@ from fulllora_jax.distributed import processes
 from fulllora_jax.evaluation import closer_look, finished_run, settings
 from fulllora_jax.reports import page, report
 from fulllora_jax.training import base as base_lib
-from fulllora_jax.training import checks, overfitting
+from fulllora_jax.training import checks, clean_phase, overfitting
 from fulllora_jax.training import head as head_lib
 from fulllora_jax.training import workdir as workdir_lib
 from fulllora_jax.training.loop import Training
@@ -71,6 +71,7 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
     config = config_lib.copy(config)
     opened = processes.everywhere(base_lib.open_base, config, workdir)
     dataset = of_run.hold(workdir, dataset or base_lib.open_dataset(config))
+    clean_phase.check(config, dataset)
     named = processes.everywhere(head_lib.open_head, config, dataset)
     base = base_lib.ensure_base(config, workdir, dataset, opened, train=train_and_evaluate)
     head = head_lib.ensure_head(config, workdir, dataset, base, named, train=train_and_evaluate)
@@ -102,9 +103,9 @@ def _report(
   seconds = {'train': training.seconds, 'evaluate': spent}
   result = run.report(evaluations, seconds)
   result = head_lib.counted(result | {'passes': training.passes}, head)
-  for name in ('stopped', 'strengthened'):
-    if found := getattr(training, name):
-      result[name] = found
+  found = {name: getattr(training, name) for name in ('stopped', 'strengthened')}
+  found['hinges'] = training.phase.record()
+  result |= {name: value for name, value in found.items() if value}
   return _write(run, result, examples)
 
 

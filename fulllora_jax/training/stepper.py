@@ -40,7 +40,7 @@ class Stepper:
     root_key: all random numbers of the training follow from it.
     step_fn: the compiled train step; None until the first step, and where eps is 0 to the end.
     clean_step_fn: that of the steps in which eps is 0; None where none are left.
-    compile_seconds: what compiling it took.
+    compile_seconds: what compiling them took.
     input_seconds: what the steps so far waited for their batches.
   """
 
@@ -92,13 +92,18 @@ class Stepper:
       self.input_seconds += ready - began
       if self.step_fn is None and self.clean_step_fn is None:
         self._compile_all(step, batch)
-        self.compile_seconds = time.perf_counter() - ready
+        self.compile_seconds += time.perf_counter() - ready
       step_fn = self.clean_step_fn if step <= self.assembly.clean_steps else self.step_fn
       assert step_fn is not None  # by `_compile_all`
       self.state, metrics = step_fn(self.state, self.frozen, batch, self.root_key)
       self._in_flight.append((step, metrics))
       full = len(self._in_flight) == _RUN_AHEAD
       yield step, self.wait() if full else []
+
+  def cost(self, steps: int) -> int:
+    """Returns the passes of the first so many steps, where a step has one beside the attack's."""
+    attack = self.assembly.algorithm.attack
+    return steps + (attack.passes * max(0, steps - attack.clean_steps) if attack else 0)
 
   def wait(self) -> list[tuple[int, train_step.Metrics]]:
     """Waits for the steps in flight; returns their numbers and metrics."""

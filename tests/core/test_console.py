@@ -41,6 +41,20 @@ def test_progress(clock):
   assert progress.update(300) == '8.0/s, 0s left'
 
 
+def test_time_left_of_steps_that_get_dearer(clock):
+  # 100 steps of one pass, then 100 of four: at ten passes a second, 10 s and 40 s.
+  progress = console.Progress(200, cost=lambda n: n + 3 * max(0, n - 100))
+  progress.update(0)
+  for step, passes, said in (
+    (50, 50, '10.0/s, 45s left'),
+    (100, 100, '10.0/s, 40s left'),
+    (150, 300, '2.5/s, 20s left'),
+    (200, 500, '2.5/s, 0s left'),
+  ):
+    clock.now = 100 + passes / 10
+    assert progress.update(step) == said
+
+
 def test_progress_without_progress(clock):
   progress = console.Progress(total=10)
   assert progress.update(1) == ''

@@ -93,6 +93,28 @@ def test_curves(tmp_path, steps):
     assert 'clean, validation: 30.0 at 30' in read.words('title')
 
 
+def test_the_hinges_are_marked_in_each_chart(tmp_path):
+  path, checks = tmp_path / 'curves.svg', [(4, 0.5), (8, 0.7)]
+  history = example_history() + [
+    {'step': step, 'kind': 'clean_phase', 'clean_accuracy': seen} for step, seen in checks
+  ]
+  draw_curves(history, path, 40, {'start': 12, 'full': 37, 'auto': {'found': False}})
+  read = Read(path)
+  lines = read.all('line', 'mark dotted')
+  assert len(lines) == 4  # two in each chart
+  places = sorted({float(line.get('x1')) for line in lines})
+  (best,) = {float(line.get('x1')) for line in read.all('line', 'mark')}
+  left, right = places
+  assert (right - left) / (best - left) == pytest.approx((37 - 12) / (40 - 12), abs=1e-3)
+  assert 'clean, in the clean phase: 70.0 at 8' in read.words('title')
+  words = ' '.join(word for word in read.words() if word)
+  assert 'eps is 0 up to step 12, the latest for auto, and full from step 37 on.' in words
+  draw_curves(history, path, 40, {'start': 0, 'full': 37})
+  assert len(Read(path).all('line', 'mark dotted')) == 2
+  draw_curves(history, path, 40, {'start': 50, 'full': None})
+  assert 'eps is 0 in every step.' in Read(path).words()[-1]
+
+
 def test_the_page_and_the_picture_draw_the_same(tmp_path):
   path = tmp_path / 'curves.svg'
   draw_curves(example_history(), path, 10)

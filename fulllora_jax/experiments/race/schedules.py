@@ -28,7 +28,7 @@ from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.experiments import variants
 from fulllora_jax.experiments.race import results
-from fulllora_jax.training import algorithm, checks, contents
+from fulllora_jax.training import algorithm, checks, clean_phase, contents
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import head as head_lib
 from fulllora_jax.training import run as run_lib
@@ -101,7 +101,7 @@ def race(
     target, attack, final, num_validation, num_test, batch_size, config_name, device and schedules:
     for each name `changes`, `steps`, `passes`, `seconds` of training, `seconds_compile`, `diverged`
     (the step after more than train.max_skipped were not finite, or None), `curve` (a list of step,
-    passes, seconds, clean, robust), `to_target` (passes and seconds at the first
+    passes, seconds, clean, robust), `hinges` (as in report.json), `to_target` (passes and seconds at the first
     crossing, interpolated; None where it was not reached) and `final` (accuracy, interval,
     num_examples, clean); and `head`: how the head of all of them started, None as the base's.
 
@@ -124,6 +124,7 @@ def race(
   with workdir_lib.exclusive(workdir):
     directory = workdir_lib.absolute_path(workdir)
     dataset = of_run.hold(directory, dataset)
+    clean_phase.check(config, dataset)
     opened, train = base_lib.open_base(config, directory), run_lib.train_and_evaluate
     named = head_lib.open_head(config, dataset)
     base = base_lib.ensure_base(config, directory, dataset, opened, train)
@@ -262,10 +263,11 @@ class _Lap:
     """Trains, and measures at every mark."""
     stepper, total = self.stepper, self.stepper.total_steps
     batch_size = stepper.config.train.batch_size
-    curve, progress = [self._measure(0)], Progress(total)
+    phase = clean_phase.CleanPhase(stepper, self.evaluator)
+    curve, progress = [self._measure(0)], Progress(total, cost=stepper.cost)
     began, spent, skipped, diverged = time.monotonic(), 0.0, 0, None
     for step, finished in stepper.steps():
-      if step in self.marks:
+      if (look := phase.due(step)) or step in self.marks:
         finished += stepper.wait()
       self.passes += batch_size * sum(float(m['passes']) for _, m in finished)
       skipped += sum(bool(np.any(m['nonfinite'])) for _, m in finished)
@@ -273,17 +275,20 @@ class _Lap:
         diverged = step
         warn(f'{self.title} diverged by step {step}; the other schedules go on')
         break
-      if step not in self.marks:
+      if not look and step not in self.marks:
         continue
       jax.block_until_ready(stepper.state)
       spent += time.monotonic() - began
       self.seconds = spent - stepper.compile_seconds
-      curve.append(self._measure(step))
-      rate = progress.update(step)
-      say(
-        f'{self.title}: step {step}/{total}, passes {self.passes:,.0f}, {self.attack.label} '
-        f'{curve[-1]["robust"]:.1%}{", " if rate else ""}{rate}'
-      )
+      if look:
+        say(f'{self.title}: {phase.look(step)[1]}')
+      if step in self.marks:
+        curve.append(self._measure(step))
+        rate = progress.update(step)
+        say(
+          f'{self.title}: step {step}/{total}, passes {self.passes:,.0f}, {self.attack.label} '
+          f'{curve[-1]["robust"]:.1%}{", " if rate else ""}{rate}'
+        )
       began = time.monotonic()
     return {
       'steps': total,
@@ -293,6 +298,7 @@ class _Lap:
       'seconds_compile': stepper.compile_seconds,
       'diverged': diverged,
       'curve': curve,
+      'hinges': phase.record(),
     }
 
   def _measure(self, step: int) -> dict[str, float]:

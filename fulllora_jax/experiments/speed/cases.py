@@ -58,6 +58,8 @@ class Case:
 
   def __init__(self, name: str, config, dataset: data.Dataset):
     checks.validate(config, jax.device_count())
+    config = config_lib.copy(config)
+    config.attack.eps_start = '0'  # what is timed is a step with an attack
     self.name, self.config = name, config
     self.stepper = stepper = Stepper(config, dataset, None)
     with contextlib.closing(stepper.batches(0)) as batches:

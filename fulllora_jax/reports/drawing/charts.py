@@ -79,6 +79,7 @@ def line_chart(
   logarithmic: bool = False,
   x_marks: Sequence[tuple[float, str]] | None = None,
   marked_x: float | None = None,
+  dotted_x: Sequence[float] = (),
   marked_y: float | None = None,
   legend: bool = True,
 ) -> Chart:
@@ -91,6 +92,7 @@ def line_chart(
     logarithmic: the x axis is logarithmic; all x are above 0.
     x_marks: values of x and their words; None: round values.
     marked_x: an upright line is drawn here, such as the best step's.
+    dotted_x: upright dotted lines are drawn here.
     marked_y: a level line is drawn here, such as a target's.
   """
   known = [(x, y) for line in lines for x, y in line.points if y is not None]
@@ -105,6 +107,7 @@ def line_chart(
     axes.y_axis(x, y, _PERCENT if percent else y.ticks()),
     axes.x_axis(x, y, x_marks, x_title),
     _upright(x, y, marked_x),
+    [_upright(x, y, value, 'mark dotted') for value in dotted_x],
     None if marked_y is None else axes.line(x.first, y(marked_y), x.last, y(marked_y), 'mark'),
     [_line(line, x, y, words) for line in lines],
   ]
@@ -116,10 +119,10 @@ def _label(title: str, x_title: str, series: Sequence[Line | Bars]) -> str:
   return f'{title} {x_title}: {", ".join(part.name for part in series)}'
 
 
-def _upright(x: Scale, y: Scale, value: float | None) -> Markup | None:
+def _upright(x: Scale, y: Scale, value: float | None, look: str = 'mark') -> Markup | None:
   if value is None or not x.low <= value <= x.high:
     return None
-  return axes.line(x(value), y.first, x(value), y.last, 'mark')
+  return axes.line(x(value), y.first, x(value), y.last, look)
 
 
 def _line(line: Line, x: Scale, y: Scale, words) -> Markup:

@@ -119,11 +119,11 @@ def _change(before: Mapping[str, Any] | None, weights: str) -> str:
 
 
 def _learning(report: Mapping[str, Any], history) -> Markup | None:
-  best = report.get('best_step')
-  figures = [document.figure(c) for c in curves.learning(history, best)]
+  marks = report.get('best_step'), report.get('hinges')
+  figures = [document.figure(c) for c in curves.learning(history, *marks)]
   if not figures:
     return None
-  note = document.note(curves.learning_note(best))
+  note = document.note(curves.learning_note(*marks))
   return join(tag('div', figures, class_='charts'), note)
 
 
