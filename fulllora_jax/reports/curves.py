@@ -36,7 +36,9 @@ def learning(
     for kind in ('train', 'validation')
     if (line := _line(history, kind, f'{name}_accuracy', name, f'{name}, {kind}'))
   ]
-  if checks := _line(history, 'clean_phase', 'clean_accuracy', 'third', 'clean, in the clean phase'):
+  if checks := _line(
+    history, 'clean_phase', 'clean_accuracy', 'third', 'clean, in the clean phase'
+  ):
     accuracies.append(checks)
   if accuracies:
     yield charts.line_chart('Accuracy (%)', accuracies, 'step', **marks)

@@ -48,9 +48,8 @@ def expected_end(accuracies: Sequence[float]) -> float:
   third = len(accuracies) // 3
   a, b, c = np.reshape(accuracies[-3 * third :], (3, third)).mean(axis=1)
   before, rise = b - a, c - b
-  if rise <= 0:
-    end = c
-  else:
+  end = c
+  if rise > 0:
     end = c + rise**2 / (before - rise) if before > rise else 1.0
   return float(min(1.0, max(end, *accuracies)))
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from fulllora_jax import config as config_lib
 from fulllora_jax import data
 from fulllora_jax.core import trees
 from fulllora_jax.core.console import Progress, say, warn
@@ -236,7 +235,9 @@ class Training:
   def _save(self, checkpoints: TrainingCheckpoints) -> None:
     if self._writer is not None:
       self._writer.flush()  # what a resumed run shall find
-    notes = self.validation.notes() | self.phase.notes() | {
+    notes = {
+      **self.validation.notes(),
+      **self.phase.notes(),
       'skipped': self.skipped,
       'blind': self.blind,
       'passes': self.passes,

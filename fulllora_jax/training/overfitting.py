@@ -150,7 +150,7 @@ class Alarm:
     )
 
   def _fell(self, label: str, robust: float, mean: float, best: float) -> str:
-    """The third sign; validation, at full eps, falls by itself while eps rises from 0 in training."""
+    """The third sign; not while eps rises, when validation, at full eps, falls by itself."""
     if self._seen['rising'] or not (robust < _COLLAPSE * best and mean > robust + _GAP):
       return ''
     return (

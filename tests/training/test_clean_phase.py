@@ -1,11 +1,22 @@
-"""attack.eps_start=auto: where the clean phase ends, what it shows, and that a kill changes nothing."""
+"""attack.eps_start=auto: where the clean phase ends, what it shows, killed and resumed too."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
+from test_resume import Killed, assert_same_training
 
-from fulllora_jax.training import clean_phase
+from fulllora_jax import pretrained
+from fulllora_jax.adapters import artefact
+from fulllora_jax.core import trees
+from fulllora_jax.core.errors import UserError
+from fulllora_jax.evaluation.evaluator import Evaluator
+from fulllora_jax.training import checks, clean_phase
+from fulllora_jax.training.loop import Training
+from fulllora_jax.training.metrics import read_metrics
+from fulllora_jax.training.stepper import Stepper
 
 
 def saturating(end, rise, time, noise=0.0, seed=0, checks=40):
@@ -67,3 +78,162 @@ def test_noise_of_a_thousand_images_moves_it_little(time):
   assert None not in found
   truth = 1 - (0.7 / 0.8) * np.exp(-np.array(found) / time)
   assert np.median(truth) > 0.9 and np.quantile(truth, 0.05) > 0.8
+
+
+_COMPILED = {}
+HINGE, LATEST, STEPS = 7, 10, 24  # of `train`: where it ends, where at the latest, the last step
+
+
+@pytest.fixture
+def config(small_config):
+  """24 steps of PGD-2; the clean phase is looked at after each of them and ends by step 10."""
+  small_config.attack.update(eps_start='auto', eps_full='20/24')
+  small_config.train.update(steps=STEPS, eval_every=8, log_every=3, checkpoint_every=3)
+  return small_config
+
+
+@pytest.fixture
+def train(config, finished, tmp_path, digits, one_device, monkeypatch):
+  """Trains from the finished run's base; may be killed after some steps. Programs are kept."""
+  compile_step, step_of = Stepper.compile, Evaluator._step
+  base = pretrained.find_artefact(finished.workdir / 'base')
+
+  def compiled(stepper, algorithm, batch, says):
+    key = str(algorithm.attack)
+    if key not in _COMPILED:
+      _COMPILED[key] = compile_step(stepper, algorithm, batch, says)
+    step_fn = _COMPILED[key]
+
+    def step(*args):
+      if next(train.steps) == train.kill_after:
+        raise Killed
+      return step_fn(*args)
+
+    return step
+
+  def evaluate_once(self, attack):
+    return _COMPILED.setdefault(attack, step_of(self, attack))
+
+  monkeypatch.setattr(Stepper, 'compile', compiled)
+  monkeypatch.setattr(Evaluator, '_step', evaluate_once)
+
+  def train(workdir, kill_after=None):
+    train.steps, train.kill_after = iter(range(10**6)), kill_after
+    training = Training(config, workdir, digits, base)
+    training.run()
+    return training
+
+  return train
+
+
+def passes(workdir):
+  return {row['step']: row['passes'] for row in read_metrics(workdir / 'metrics.jsonl', 'train')}
+
+
+def test_a_run_finds_its_hinge_and_is_then_that_of_a_number(train, config, tmp_path, capsys):
+  training = train(tmp_path / 'auto')
+  said = capsys.readouterr().err
+  rows = read_metrics(tmp_path / 'auto' / 'metrics.jsonl', 'clean_phase')
+  seen = [row['clean_accuracy'] for row in rows]
+  # The base knows digits already: it ends at the first check that may end it.
+  assert [row['step'] for row in rows] == list(range(1, HINGE + 1))
+  assert [row['ends'] for row in rows] == [0.0] * (HINGE - 1) + [1.0]
+  assert rows[-1]['expected_end'] == clean_phase.expected_end(seen)
+  assert clean_phase.is_over(seen) and not clean_phase.is_over(seen[:-1])
+  assert f'clean phase at step 7: clean {seen[-1]:.1%} of {rows[-1]["expected_end"]:.1%}' in said
+  assert 'expected; it ends, eps_start is 0.292\n' in said
+  assert passes(tmp_path / 'auto') == {s: 1.0 if s <= HINGE else 3.0 for s in range(3, 25, 3)}
+  assert training.passes == 16 * (HINGE + 3 * (STEPS - HINGE))
+  auto = {'found': True, **{name: rows[-1][name] for name in ('clean_accuracy', 'expected_end')}}
+  assert training.phase.record() == {'start': HINGE, 'full': 20, 'auto': auto}
+  assert training.config.attack.eps_start == 'auto'
+
+  config.attack.eps_start = f'{HINGE}/24'
+  number = train(tmp_path / 'number')
+  assert number.phase.record() == {'start': HINGE, 'full': 20}
+  assert not read_metrics(tmp_path / 'number' / 'metrics.jsonl', 'clean_phase')
+  assert_same_leaves(tmp_path / 'auto', tmp_path / 'number')
+
+
+def assert_same_leaves(workdir, expected):
+  for which in ('best', 'last'):
+    found, wanted = (
+      trees.named_leaves(artefact.read_artefact(folder / which)[0])
+      for folder in (workdir, expected)
+    )
+    assert found.keys() == wanted.keys()
+    assert all(found[path].tobytes() == wanted[path].tobytes() for path in wanted)
+
+
+def test_where_no_end_is_seen_it_is_the_latest(train, tmp_path, monkeypatch):
+  monkeypatch.setattr(clean_phase, 'SHARE', 1.1)
+  training = train(tmp_path)
+  rows = read_metrics(tmp_path / 'metrics.jsonl', 'clean_phase')
+  assert [row['step'] for row in rows] == list(range(1, LATEST))
+  record = training.phase.record()
+  assert (record['start'], record['full'], record['auto']['found']) == (LATEST, 20, False)
+  assert passes(tmp_path) == {s: 1.0 if s <= LATEST else 3.0 for s in range(3, 25, 3)}
+
+
+# Each counts from the checkpoint that it goes on from: after step 4, in the clean phase; after 7,
+# before what ends it is saved; after 9, while eps rises; after 18, and after 22, at full eps.
+@pytest.mark.parametrize(
+  'moments', [(4, 4, 3, 9, 4), pytest.param((9, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_killed_in_any_phase_it_ends_the_same(train, tmp_path, moments):
+  train(tmp_path / 'whole')
+  for kill_after in moments:
+    with pytest.raises(Killed):
+      train(tmp_path / 'killed', kill_after)
+  training = train(tmp_path / 'killed')
+  assert training.phase.end == HINGE
+  assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+
+
+def test_a_checkpoint_holds_what_was_seen(train, tmp_path):
+  training = train(tmp_path)
+  notes = json.loads(json.dumps(training.phase.notes()))
+  assert notes['clean_phase']['end'] == HINGE
+  assert len(notes['clean_phase']['accuracies']) == HINGE
+  again = clean_phase.CleanPhase(training.stepper, training.validation.evaluator)
+  again.restore(notes)
+  assert again.notes() == training.phase.notes()
+  again.restore({'best': {}})  # of an earlier version
+  assert (again.accuracies, again.end) == ([], None)
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'eps_full': '0'}, 'attack.eps_start auto: .*attack.eps_full, which is 0; give an eps_full'),
+    ({'eps_start': 'Auto'}, "attack.eps_start: unknown 'Auto'; known: auto"),
+    ({'eps_start': 'half'}, "attack.eps_start: unknown 'half'; known: auto"),
+    ({'eps_full': 'auto'}, "attack.eps_full: cannot read 'auto'"),
+  ],
+)
+def test_what_auto_does_not_go_with(config, changes, words):
+  checks.validate(config, 1)
+  config.attack.update(changes)
+  with pytest.raises(UserError, match=words):
+    checks.validate(config, 1)
+
+
+def test_auto_without_validation_images_is_refused(
+  run_here, small_command, config, digits, tmp_path
+):
+  auto = ('--config.attack.eps_start=auto', '--config.attack.eps_full=0.5')
+  done = run_here(
+    *small_command, *auto, '--config.eval.validation_examples=19', f'--workdir={tmp_path / "run"}'
+  )
+  line = (
+    'attack.eps_start auto: it is found by the clean accuracy of validation images, at least 20, '
+    'and there are 19; raise data.validation_fraction or eval.validation_examples, or give '
+    'attack.eps_start a number'
+  )
+  assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f'error: {line}')
+  assert not (tmp_path / 'run' / 'base').exists()
+  none = digits.validation.subset('validation', np.array([], int))
+  with pytest.raises(UserError, match='at least 20, and there are 0;'):
+    clean_phase.check(config, dataclasses.replace(digits, validation=none))
+  config.attack.eps_start = '0.2'
+  clean_phase.check(config, dataclasses.replace(digits, validation=none))

@@ -101,9 +101,10 @@ def race(
     target, attack, final, num_validation, num_test, batch_size, config_name, device and schedules:
     for each name `changes`, `steps`, `passes`, `seconds` of training, `seconds_compile`, `diverged`
     (the step after more than train.max_skipped were not finite, or None), `curve` (a list of step,
-    passes, seconds, clean, robust), `hinges` (as in report.json), `to_target` (passes and seconds at the first
-    crossing, interpolated; None where it was not reached) and `final` (accuracy, interval,
-    num_examples, clean); and `head`: how the head of all of them started, None as the base's.
+    passes, seconds, clean, robust), `hinges` as in report.json, `to_target` (passes and seconds at
+    the first crossing, interpolated; None where it was not reached) and `final` (accuracy,
+    interval, num_examples, clean); and `head`: how the head of all of them started, None as the
+    base's.
 
   Raises:
     UserError: a target out of range, an unknown schedule, a method without an
