@@ -66,6 +66,24 @@ def test_passes_and_steps_are_those_of_the_schedules(raced):
   assert len(examples) == 1
 
 
+def test_a_schedule_finds_its_own_hinge(race_config, digits, tmp_path, one_device, capsys):
+  own = config_lib.copy(race_config)
+  own.attack.update(eps_start='auto', eps_full='20/24')
+  own.train.steps = 24
+  result = schedules.race(
+    own, digits, tmp_path, **OPTIONS | {'schedules': ('n_fgsm',), 'points': 1, 'final': ''}
+  )
+  lap = result['schedules']['n_fgsm']
+  hinge = lap['hinges']['start']
+  assert 7 <= hinge < 10 and lap['hinges']['auto']['found']
+  assert lap['passes'] == 16 * (hinge + 2 * (24 - hinge))
+  assert [p['step'] for p in lap['curve']] == [0, 24]
+  assert f'n_fgsm (1/1): clean phase at step {hinge}: clean ' in capsys.readouterr().err
+  own.eval.validation_examples = 3
+  with pytest.raises(UserError, match='attack.eps_start auto: .* at least 20, and there are 3;'):
+    schedules.race(own, digits, tmp_path / 'other', **OPTIONS)
+
+
 def test_files_hold_the_result(raced):
   workdir, result = raced
   assert json.loads((workdir / 'road.json').read_text()) == result

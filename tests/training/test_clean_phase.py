@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from test_on_overfitting import by_hand, leaves, same
 from test_resume import Killed, assert_same_training
 
 from fulllora_jax import pretrained
@@ -13,7 +14,10 @@ from fulllora_jax.adapters import artefact
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.evaluation.evaluator import Evaluator
-from fulllora_jax.training import checks, clean_phase
+from fulllora_jax.reports import facts
+from fulllora_jax.reports.page.run import run_page
+from fulllora_jax.reports.report import write_report
+from fulllora_jax.training import checks, clean_phase, overfitting
 from fulllora_jax.training.loop import Training
 from fulllora_jax.training.metrics import read_metrics
 from fulllora_jax.training.stepper import Stepper
@@ -237,3 +241,49 @@ def test_auto_without_validation_images_is_refused(
     clean_phase.check(config, dataclasses.replace(digits, validation=none))
   config.attack.eps_start = '0.2'
   clean_phase.check(config, dataclasses.replace(digits, validation=none))
+
+
+def test_a_stronger_attack_goes_on_in_the_phase_that_it_goes_back_to(
+  train, config, digits, finished, tmp_path, monkeypatch
+):
+  """The alarm rings at step 10; the last good validation, after 6 steps, is in the clean phase."""
+  config.attack.update(name='n_fgsm', on_overfitting='strengthen')
+  config.train.eval_every = 6
+
+  def saw(alarm, step, robust, clean):
+    alarm._seen['count'] += 1
+    return alarm._begins('a sign' if step == 10 and alarm.attack.name == 'n_fgsm' else '')
+
+  monkeypatch.setattr(overfitting.Alarm, 'saw', saw)
+  with pytest.raises(Killed):
+    train(tmp_path / 'run', 13)  # three steps after it went back
+  training = train(tmp_path / 'run')
+  [row] = training.strengthened
+  assert (row['step'], row['found'], row['attack']) == (6, 10, 'pgd-4')
+  assert training.phase.end == HINGE
+  rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl', 'clean_phase')
+  assert [row['step'] for row in rows] == list(range(1, HINGE + 1))
+  assert passes(tmp_path / 'run') == {s: 1.0 if s <= HINGE else 5.0 for s in range(3, 25, 3)}
+  config.attack.eps_start = f'{HINGE}/24'
+  base = pretrained.find_artefact(finished.workdir / 'base')
+  wanted = by_hand(config, digits, base, (config, 6), (overfitting.strengthened(config), STEPS))
+  assert same(leaves(tmp_path / 'run', 'last')[0], wanted)
+
+
+def test_the_report_and_its_page_say_where_it_was_found(finished, tmp_path):
+  auto = {'found': True, 'clean_accuracy': 0.71, 'expected_end': 0.781}
+  report = json.loads((finished.workdir / 'report.json').read_text())
+  report['hinges'] = {'start': 120, 'full': 740, 'auto': auto}
+  words = (
+    'eps is 0 up to step 120, where 71.0% of validation images were right and 78.1% expected in '
+    'the end, and full from step 740 on'
+  )
+  assert dict(facts.training_facts(report))['hinges'] == words
+  history = [{'step': s, 'kind': 'clean_phase', 'clean_accuracy': s / 200} for s in (60, 120)]
+  write_report(tmp_path, report, history, None)
+  assert words in (tmp_path / 'report.md').read_text()
+  assert json.loads((tmp_path / 'report.json').read_text())['hinges'] == report['hinges']
+  page = run_page(report, history)
+  assert page.count(words) == 2  # below the curves, and how it was trained
+  assert 'clean, in the clean phase: 60.0 at 120' in page
+  assert 'eps is 0' not in run_page(report | {'hinges': None}, history)

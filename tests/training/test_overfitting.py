@@ -101,6 +101,23 @@ def test_an_attack_held_back_is_not_compared_with_one_at_full_size():
   assert rising.validated('pgd-10', 0.6, 0.01, 256, -1.0)[1]
 
 
+def test_no_sign_while_eps_is_zero_or_rises():
+  # A standard model is right in training, and no better than chance, then worse, at full eps.
+  alarm = make_alarm(hinges=Hinges(0.2, 0.6))
+  assert alarm.validated('pgd-10', 0.95, 0.10, 256, -1.0) == ({overfitting.FLAG: 0.0}, '')
+  assert alarm.validated('pgd-10', 0.95, 0.0, 256, 0.10) == ({overfitting.FLAG: 0.0}, '')
+  for step, robust in ((210, 0.95), (300, 0.8), (590, 0.6)):
+    assert alarm.saw(step, robust, robust) == ''
+    assert alarm.validated('pgd-10', 0.95, 0.0, 256, 0.10)[1] == ''
+  # The same numbers at full eps are a sign.
+  for step in (600, 601):
+    alarm.saw(step, 0.6, math.nan)
+  assert 'n_fgsm in training leaves 60.0%' in alarm.validated('pgd-10', 0.95, 0.0, 256, 0.10)[1]
+  alarm = make_alarm(hinges=Hinges(0.2, 0.6))
+  alarm.saw(700, 0.6, math.nan)
+  assert 'fell to 15.0%' in alarm.validated('pgd-10', 0.9, 0.15, 20, 0.4)[1]
+
+
 def test_z_is_that_of_two_proportions():
   # By hand: p = 0.5, z = 0.2 / sqrt(2 * 0.25 / 100).
   assert z_of_ratio(0.6, 100, 0.4, 100) == pytest.approx(0.2 / math.sqrt(0.005))

@@ -12,6 +12,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.experiments.scaling import prediction
 from fulllora_jax.experiments.speed import evaluations, peak, steps
 from fulllora_jax.experiments.speed.cases import Case, Parts, random_dataset
+from fulllora_jax.training.stepper import Stepper
 
 CONFIG = pathlib.Path(small_digits.__file__)
 
@@ -91,6 +92,15 @@ def test_a_step_trains(case):
   before = int(case.stepper.state.step)
   assert case.step() > 0
   assert int(case.stepper.state.step) == before + 1
+
+
+def test_what_is_timed_is_a_step_with_an_attack(dataset, monkeypatch):
+  monkeypatch.setattr(Stepper, 'put_together', lambda self, config: given.append(config))
+  given, config = [], small()
+  config.attack.update(eps_start='auto', eps_full='0.5')
+  with pytest.raises(AttributeError):  # nothing was put together
+    Case('fulllora', config, dataset)
+  assert given[0].attack.eps_start == '0' and config.attack.eps_start == 'auto'
 
 
 def test_the_loop_takes_new_batches(case):
