@@ -18,13 +18,10 @@ from fulllora_jax.models.layers import ACTIVATIONS, REMAT
 _RECIPE = {  # of a training: the run's, that of its base and that of its head
   '(0, inf)': """optimizer.learning_rate train.epochs train.steps train.batch_size train.accumulate
     train.log_every train.eval_every train.checkpoint_every train.keep""",
-  '[0, inf)': """optimizer.weight_decay optimizer.clip schedule.factors train.max_skipped""",
+  '[0, inf)': """optimizer.weight_decay optimizer.clip schedule.factors augment.crop_padding
+    augment.mixup augment.cutmix train.max_skipped""",
   '[0, 1)': 'optimizer.momentum optimizer.b1 optimizer.b2',
-  '[0, 1]': 'schedule.warmup schedule.boundaries',
-}
-_AUGMENT = {  # the run's and that of its base; the head has the run's
-  '[0, inf)': 'augment.crop_padding augment.mixup augment.cutmix',
-  '[0, 1]': 'augment.mix_probability',
+  '[0, 1]': 'schedule.warmup schedule.boundaries augment.mix_probability',
 }
 _RUN = {
   ranges.SEED: 'seed data.seed',
@@ -42,14 +39,10 @@ _RUN = {
 }
 INTERVALS: Mapping[str, str] = {  # field -> its interval
   f'{prefix}{field}': interval
-  for prefix, tables in (
-    ('', (_RUN, _RECIPE, _AUGMENT)),
-    ('base.', (_RECIPE, _AUGMENT)),
-    ('head.', (_RECIPE,)),
-  )
-  for table in tables
+  for prefix, table in (('', _RUN), *((prefix, _RECIPE) for prefix in ('', 'base.', 'head.')))
   for interval, fields in table.items()
   for field in fields.split()
+  if not f'{prefix}{field}'.startswith('head.augment.')  # it has the run's
 }
 FRACTIONS = (  # numbers, or such as '8/255'
   *('attack.step_size', 'attack.eps_start', 'attack.eps_full', 'eval.step_size', 'eval.radii'),

@@ -53,11 +53,9 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   _check_objective(config, method)
   _check_patches(config)
   _check_head(config, method, num_devices)
-  _check_crop('', config, config.data.image_size)
-  _check_recipe('', config, num_devices)
+  _check_recipe('', config, config.data.image_size, num_devices)
   if config.base.source == 'train':
-    _check_crop('base.', config.base, config.data.image_size)
-    _check_recipe('base.', config.base, num_devices)
+    _check_recipe('base.', config.base, config.data.image_size, num_devices)
 
 
 def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
@@ -211,7 +209,7 @@ def _check_head(config: ConfigDict, method: methods.Method, num_devices: int) ->
   if not start:
     return
   if start in PROBES:
-    _check_recipe('head.', config.head, num_devices)
+    _check_recipe('head.', config.head, config.data.image_size, num_devices)
   instead = "leave head.start empty ('')"
   if not method.learns('params', 'head/kernel', 'head'):
     raise UserError(
@@ -231,20 +229,16 @@ def _check_head(config: ConfigDict, method: methods.Method, num_devices: int) ->
     )
 
 
-def _check_crop(prefix: str, recipe: ConfigDict, image: int) -> None:
-  """Checks that every crop of one training holds a part of the image."""
-  if (padding := recipe.augment.crop_padding) >= image:
+def _check_recipe(prefix: str, recipe: ConfigDict, image: int, num_devices: int) -> None:
+  """Checks the optimizer, schedule, augmentation and loop of one training."""
+  train, schedule = recipe.train, recipe.schedule
+  choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
+  choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
+  if 'augment' in recipe and (padding := recipe.augment.crop_padding) >= image:
     raise UserError(
       f'{prefix}augment.crop_padding {padding}: a crop may then hold nothing of an image; it must '
       f'be below data.image_size {image}'
     )
-
-
-def _check_recipe(prefix: str, recipe: ConfigDict, num_devices: int) -> None:
-  """Checks the optimizer, schedule and loop of one training."""
-  train, schedule = recipe.train, recipe.schedule
-  choose(f'{prefix}optimizer.name', recipe.optimizer.name, optim.OPTIMIZERS)
-  choose(f'{prefix}schedule.name', schedule.name, optim.SCHEDULES)
   boundaries = list(schedule.boundaries)
   if schedule.name == 'step' and (
     len(boundaries) != len(schedule.factors)

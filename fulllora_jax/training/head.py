@@ -171,27 +171,22 @@ def _trained(
 
 def _check_rows(config: ConfigDict, base: Path, dataset: data.Dataset) -> None:
   """Refuses a base that has no row for each class of the data, known by its name."""
-  metadata = pretrained.base_metadata(base)
-  published, names = metadata.get('base_source') or {}, metadata.get('label_names')
-  ours = f'the {dataset.num_classes} classes of {dataset.name} ({few(dataset.label_names)})'
-  lost = [i for i, row in enumerate(published.get('label_map') or ()) if row < 0]
+  metadata, own = pretrained.base_metadata(base), dataset.label_names
+  published, names = metadata.get('base_source') or {}, metadata.get('label_names') or own
+  ours = f'the {dataset.num_classes} classes of {dataset.name} ({few(own)})'
+  rows = published.get('head_rows', metadata['num_classes']) or 'no'
+  lost = [name for name, row in zip(own, published.get('label_map') or (), strict=False) if row < 0]
   why = ''
-  if published.get('new_head'):
-    rows = published.get('head_rows') or 'no'
+  if published.get('new_head') or published.get('rows_in_doubt'):
     why = published.get('labels') or f'its head has {rows} rows, and not those of {ours}'
   elif lost:
-    why = f'base.label_map has no row for {few(dataset.label_names[i] for i in lost)} of {ours}'
-  elif published.get('rows_in_doubt'):
-    why = published['labels']
-  elif metadata['num_classes'] != dataset.num_classes:
-    why = f'it has {metadata["num_classes"]} rows for {ours}'
-  elif names and class_names.permutation(dataset.label_names, names) is None:
-    why = f'its rows are of {few(names)}, not of {ours}'
+    why = f'base.label_map has no row for {few(lost)} of {ours}'
+  elif metadata['num_classes'] != len(own) or class_names.permutation(own, names) is None:
+    why = f'its head has {rows} rows, of {few(names)}, and not those of {ours}'
   if why:
-    source = published.get('source') or config.base.source
     raise UserError(
-      f'head.start rows: the rows of {source} do not fit: {why}; set base.label_map to the row of '
-      f'each class, or {_INSTEAD}'
+      f'head.start rows: the rows of {published.get("source") or config.base.source} do not fit: '
+      f'{why}; set base.label_map to the row of each class, or {_INSTEAD}'
     )
 
 

@@ -51,14 +51,7 @@ class Training:
     seconds: what the training took so far, killed runs included.
   """
 
-  def __init__(
-    self,
-    config,
-    workdir: Path,
-    dataset: data.Dataset,
-    base: Path | None,
-    head: trees.Tree | None = None,
-  ):
+  def __init__(self, config, workdir: Path, dataset: data.Dataset, base: Path | None, head=None):
     carry.warn_of_many(config, dataset)
     self.config, self.workdir = config, workdir
     self.stepper = Stepper(config, dataset, base, head)

@@ -291,7 +291,7 @@ def test_the_recipe_is_the_published_one():
 def test_nothing_of_the_main_run_leaks_into_its_probe(small):
   own = changed(small, head__start='adversarial_probe', base__mean=(0.5,))
   plain = config_lib.flat(head_lib.probe_config(own, 'the_base'))
-  own.attack.update(carry=True, ard=0.5, on_overfitting='stop', eps_start='0.25', eps_full='0.5')
+  own.attack.update(carry=True, ard=0.5, on_overfitting='stop', eps_start='auto', eps_full='0.5')
   own.objective.update(name='trades', beta=3.0)
   own.awp.gamma, own.ema.decay, own.adapter.head = 0.01, 0.9, 'frozen'
   own.base.label_map, own.eval.closer_look, own.eval.attacks = (1, 0), True, ('autoattack',)
@@ -513,8 +513,14 @@ def test_rows_that_do_not_fit_are_refused(coloured, tmp_path, label_map, names, 
       {'base_source': {'new_head': True, 'head_rows': 0}},
       'its head has no rows, and not those of the 10',
     ),
-    ({'num_classes': 100}, 'it has 100 rows for the 10 classes of digits (0, 1, 2, 3, 4, ...'),
-    ({'label_names': list('abcdefghij')}, 'its rows are of a, b, c, d, e, ... (10 in all), not'),
+    (
+      {'num_classes': 100},
+      'its head has 100 rows, of 0, 1, 2, 3, 4, ... (10 in all), and not those of the 10 classes',
+    ),
+    (
+      {'label_names': list('abcdefghij')},
+      'its head has 10 rows, of a, b, c, d, e, ... (10 in all), and not those',
+    ),
   ],
 )
 def test_a_base_without_a_row_for_each_class_is_refused(
