@@ -11,11 +11,12 @@
       --adapters 4 --batch_size 32
 
 Compile time, seconds of a step, images per second, FLOPs and how much of the measured peak they
-reach, memory, the parts of a step, and whether the input keeps up; beside other methods, and beside
-the same work in PyTorch. What is compared takes turns in one run. The base has random weights, and
-the images are noise, unless --data=config: neither changes how long a step takes.
+reach, memory, what each publishes and passes, the parts of a step, and whether the input keeps up;
+beside other methods, and beside the same work in PyTorch. What is compared takes turns in one run.
+The base has random weights unless --base=config, and the images are noise unless --data=config:
+neither changes how long a step takes.
 
-A table goes to the terminal, with all numbers to WORKDIR/benchmark.json and benchmark.md.
+Tables go to the terminal, with all numbers to WORKDIR/benchmark.json, .md and .svg.
 --to_robustness measures something else: how many passes and seconds training takes to a robust
 accuracy, by schedule of the inner attack (WORKDIR/road.md, .json, .svg); killed, it goes on with
 the same command. --adapters measures so many adapters on one base, beside as many whole models:
@@ -47,6 +48,7 @@ def define_flags() -> None:
   flags.DEFINE_integer('rounds', 10, 'Timed steps of each.', lower_bound=1)
   flags.DEFINE_integer('warmup', 2, 'Steps before them.', lower_bound=1)
   flags.DEFINE_enum('data', 'random', ['random', 'config'], 'Noise, or the data of the config.')
+  flags.DEFINE_enum('base', 'random', ['random', 'config'], 'Random, or base.source of the config.')
   flags.DEFINE_integer('num_classes', 10, 'With --data=random or --adapters.', lower_bound=2)
   flags.DEFINE_enum('compare', None, ['torch'], 'The same work in PyTorch.')
   flags.DEFINE_list('torch_modes', ['eager', 'compile'], 'With --compare: eager, compile.')

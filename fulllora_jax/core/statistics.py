@@ -77,11 +77,15 @@ def z_of_ratio(x: float, n: int, y: float, m: int, ratio: float = 1.0) -> float:
   return (x - ratio * y) / math.sqrt(variance) if variance > 0 else 0.0
 
 
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
   """Returns the Wilson score interval of a proportion, both ends in [0, 1].
 
+  Source: E. B. Wilson, Probable inference, the law of succession, and
+  statistical inference, J. Am. Stat. Assoc. 22 (1927).
+
   Args:
-    correct: successes, 0..total.
+    correct: successes, 0..total; or the sum of shares in [0, 1], whose mean it covers more surely
+      than said, for no such shares vary more than those that are 0 or 1 (Bhatia & Davis, 2000).
     total: trials, at least 1.
     confidence: probability that the two-sided interval covers the proportion, in (0, 1).
 
@@ -94,28 +98,12 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
   """
   if not 0 <= correct <= total or total < 1 or not 0 < confidence < 1:
     raise UserError(f'no interval for {correct} correct of {total} at {confidence}')
-  return mean_interval(correct / total, total, confidence)
-
-
-def mean_interval(mean: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
-  """Returns an interval of the mean of numbers in [0, 1], both ends in [0, 1].
-
-  It is the Wilson score interval. The variance of such numbers is at most mean (1 - mean), which it
-  is where all are 0 or 1 (Bhatia & Davis, 2000), so of numbers in between it covers more than said.
-
-  Source: E. B. Wilson, Probable inference, the law of succession, and
-  statistical inference, J. Am. Stat. Assoc. 22 (1927).
-
-  Args:
-    mean: of `total` numbers, in [0, 1].
-    total: how many numbers, at least 1.
-    confidence: probability that the two-sided interval covers the mean of all there are, in (0, 1).
-  """
   z = NormalDist().inv_cdf((1 + confidence) / 2)
-  centre = mean + z * z / (2 * total)
-  half = z * math.sqrt(mean * (1 - mean) / total + (z / (2 * total)) ** 2)
+  rate = correct / total
+  centre = rate + z * z / (2 * total)
+  half = z * math.sqrt(rate * (1 - rate) / total + (z / (2 * total)) ** 2)
   scale = 1 + z * z / total
-  # The ends are exact for 0 and 1, which rounding would miss.
-  low = 0.0 if mean == 0 else (centre - half) / scale
-  high = 1.0 if mean == 1 else (centre + half) / scale
+  # The ends are exact for 0 and total, which rounding would miss.
+  low = 0.0 if correct == 0 else (centre - half) / scale
+  high = 1.0 if correct == total else (centre + half) / scale
   return low, high

@@ -14,11 +14,6 @@ def validate_plan(plan: Plan) -> None:
     raise UserError(f'threat.eps {plan.eps}: leaves nothing to attack; that is the clean accuracy')
   if plan.expected:
     plan.expected_attack()
-    if any(attack.version == 'rand' for attack in plan.all_attacks()):
-      raise UserError(
-        f'eval.expected {plan.expected}: it is for models that always answer the same; leave it '
-        'or autoattack-rand out'
-      )
   range_lib.check('seed', plan.seed, range_lib.SEED, whole=True)
 
 

@@ -44,26 +44,20 @@ class Climb(NamedTuple):
   margin: np.ndarray  # the label's logit less the largest other, at the same place
 
   def curve(self, texts: Sequence[str], eps: float) -> list[dict[str, Any]]:
-    """Returns the accuracy without an attack and at each radius, as JSON values.
-
-    Args:
-      texts: how reports write each radius.
-      eps: the radius of the threat.
-    """
-    points, total = [], len(self.first)
-    for number, factor in enumerate([0.0, *map(float, self.factors)]):
-      right = int((self.first >= number).sum())
-      points.append(
-        {
-          'factor': factor,
-          'eps': texts[number - 1] if number else '0',
-          'eps_value': factor * eps,
-          'num_correct': right,
-          'accuracy': right / total,
-          'interval': list(wilson_interval(right, total)),
-        }
-      )
-    return points
+    """Returns the accuracy at 0 and each radius, written as `texts`, times eps, as JSON values."""
+    points, total = [0.0, *map(float, self.factors)], len(self.first)
+    counts = [int((self.first >= number).sum()) for number in range(len(points))]
+    return [
+      {
+        'factor': factor,
+        'eps': text,
+        'eps_value': factor * eps,
+        'num_correct': right,
+        'accuracy': right / total,
+        'interval': list(wilson_interval(right, total)),
+      }
+      for factor, text, right in zip(points, ['0', *texts], counts, strict=True)
+    ]
 
 
 class EpsSweep:
@@ -90,16 +84,10 @@ class EpsSweep:
   def climb(
     self, variables: Any, chosen: np.ndarray, factors: Sequence[float], begun: Climb | None = None
   ) -> Iterator[Climb]:
-    """Attacks the chosen images at rising radii, each only until it breaks.
+    """Attacks the chosen images [n] at rising multiples of eps, each only until it breaks.
 
-    Args:
-      variables: the model's, on the mesh.
-      chosen: int [n], the numbers of the images in the split.
-      factors: the radii, rising, as multiples of eps.
-      begun: of the same images, to go on from where the radii begin with its own.
-
-    Yields:
-      The climb so far, after each radius; at the last one it is whole.
+    Yields the climb so far, after each radius; it goes on from one that was begun on the same
+    images, where the radii begin with its own.
     """
     labels, count = self.split.labels[chosen], len(chosen)
     if begun is None or list(begun.factors) != list(factors[: len(begun.factors)]):

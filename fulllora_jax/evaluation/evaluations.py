@@ -129,15 +129,9 @@ class Evaluations:
     factors: Sequence[float],
     keep: bool = False,
   ) -> Climb:
-    """Attacks images at rising radii, going on from where it was already done.
+    """Attacks the chosen images [n] of a split at rising multiples of eps.
 
-    Args:
-      weights: those to attack.
-      attack: the attack at eps.
-      split: the name of the split.
-      chosen: int [n], the numbers of the images in it.
-      factors: the radii, rising, as multiples of eps.
-      keep: says each radius, and keeps it on disk for the case of an interruption.
+    It goes on from what was done before; with `keep` also before an interruption.
     """
     identity, variables = self.variables(weights)
     plan, sweep = self.evaluator.plan, self.sweep(attack, split)

@@ -14,7 +14,7 @@ import numpy as np
 from fulllora_jax.attacks import fingerprint
 from fulllora_jax.attacks.progress import DAMAGED
 from fulllora_jax.core.files import load_arrays, make_directory, replace_arrays
-from fulllora_jax.core.statistics import mean_interval
+from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.distributed import processes
 from fulllora_jax.evaluation.eps_sweep import Climb, radius_text
 from fulllora_jax.evaluation.settings import Plan
@@ -43,9 +43,8 @@ def radii(plan: Plan) -> dict[float, str]:
 def areas(climb: Climb) -> np.ndarray:
   """Returns the share of [0, eps] at which each image counts as robust, [n] in [0, 1].
 
-  By the trapezoid rule, an image that stands at one radius and breaks at the next counts to the
-  middle between them; one that is misclassified without an attack has 0. The mean of the images is
-  the trapezoid of their accuracy.
+  An image that breaks between two radii counts to the middle between them, so that the mean of all
+  is the trapezoid of their accuracy; one that is misclassified without an attack has 0.
   """
   ends = np.concatenate([[0.0], climb.factors])
   middles = (ends[:-1] + ends[1:]) / 2
@@ -53,17 +52,11 @@ def areas(climb: Climb) -> np.ndarray:
 
 
 def record(climb: Climb, plan: Plan) -> dict[str, Any]:
-  """Returns the expected robustness and what it comes from, as JSON values.
-
-  Returns:
-    value, in [0, 1]; its 95 % interval, for the choice of the images; num_examples; step, the words
-    for the distance between two radii; and curve, the accuracy at each radius.
-  """
+  """Returns the expected robustness, its 95 % interval and what it comes from, as JSON values."""
   each = areas(climb)
-  value = float(each.mean())
   return {
-    'value': value,
-    'interval': list(mean_interval(value, len(each))),
+    'value': float(each.mean()),
+    'interval': list(wilson_interval(float(each.sum()), len(each))),
     'num_examples': len(each),
     'step': '1/255' if plan.norm == 'linf' else f'eps/{_L2_STEPS}',
     'curve': climb.curve(list(radii(plan).values()), plan.threat.eps),
@@ -71,21 +64,19 @@ def record(climb: Climb, plan: Plan) -> dict[str, Any]:
 
 
 class Kept:
-  """The radii that an interrupted measurement has done, in a file.
+  """The radii that an interrupted measurement has done, in a file of `directory`.
 
-  Args:
-    directory: of this evaluation alone.
-    logits: of some of the images, [k, K]; those of another model tell that it is another.
+  The logits [k, K] of some images tell the model from another.
   """
 
   def __init__(self, directory: Path, logits: np.ndarray):
-    self._directory, self._logits = directory, logits
+    self._path, self._logits = directory / 'radii.npz', logits
 
   def write(self, climb: Climb) -> None:
     """Keeps what was done so far."""
     if processes.is_primary():
-      make_directory(self._directory)
-      replace_arrays(self._directory / 'radii.npz', logits=self._logits, **climb._asdict())
+      make_directory(self._path.parent)
+      replace_arrays(self._path, logits=self._logits, **climb._asdict())
 
   def read(self) -> Climb | None:
     """Returns what was done before, the same on every process; None where it is not there whole."""
@@ -94,10 +85,9 @@ class Kept:
 
   def _read(self) -> list[list[float]] | None:
     try:
-      with load_arrays(self._directory / 'radii.npz') as saved:
+      with load_arrays(self._path) as saved:
         logits, *parts = (saved[name] for name in ('logits', *Climb._fields))
     except (OSError, *DAMAGED):
       return None
-    if fingerprint.difference({'logits': logits}, {'logits': self._logits}):
-      return None
-    return [part.tolist() for part in parts]
+    other = fingerprint.difference({'logits': logits}, {'logits': self._logits})
+    return None if other else [part.tolist() for part in parts]

@@ -46,24 +46,17 @@ class Plan:
     return [self.attack(text) for text in self.attacks]
 
   def expected_attack(self) -> Attack:
-    """Returns the attack that measures expected robustness, at many radii.
-
-    Raises:
-      UserError: it is none, or not for that; eps is 0; the norm is l1.
-    """
-    asked = f'eval.expected {self.expected}'
-    if self.norm == 'l1':
-      raise UserError(f'{asked}: it is measured in linf and l2, not in l1; leave it empty')
+    """Returns the attack that measures expected robustness; UserError where it cannot."""
+    asked, rand = f'eval.expected {self.expected}', 'autoattack-rand'
+    if self.norm == 'l1' or rand in self.attacks:
+      why = rand if rand in self.attacks else 'norm l1'
+      raise UserError(f'{asked}: it cannot be measured with {why}; leave one of them out')
     attack = self.attack(self.expected)
     if attack.version or attack.name == 'clean':
-      raise UserError(
-        f'{asked}: it attacks at many radii, by fgsm, pgd or cw_linf; give one of them, such as '
-        f'pgd-20, and {attack.name} among the attacks beside it'
-      )
+      known = 'give fgsm, pgd-20 or cw_linf-20'
+      raise UserError(f'{asked}: it attacks at many radii; {known}, and this in eval.attacks')
     if not self.threat.eps:
-      raise UserError(
-        f'{asked}: threat.eps {self.eps} leaves nothing to attack; that is the clean accuracy'
-      )
+      raise UserError(f'{asked}: threat.eps {self.eps} leaves nothing to attack')
     return attack
 
   def at(self, eps: str, *, scale_steps: bool = True) -> 'Plan':

@@ -323,7 +323,7 @@ class Training:
     published = ema.published(self.stepper.state)
     variables = trees.merge(published, self.stepper.frozen)
     scores, text, why = self.validation(step, variables)
-    self._write(step, 'validation', scores)
+    self._write(step, 'validation', scores | {'total_passes': self.passes})
     if self.validation.best.get('step') == step:
       self._publish('best', step)
     say(text)

@@ -131,9 +131,8 @@ def lacks_expected(config, result: Mapping[str, Any]) -> bool:
   plan = settings.Plan.of(config)
   if not plan.expected or 'evaluations' not in result:  # or it diverged
     return False
-  attack = plan.expected_attack()
-  there = ((e['attack'], e['steps']) for e in result.get('expected', ()))
-  return (attack.name, attack.steps) not in there
+  attack, there = plan.expected_attack(), result.get('expected', ())
+  return (attack.name, attack.steps) not in ((e['attack'], e['steps']) for e in there)
 
 
 def _add_expected(config, workdir: Path, dataset, result: dict[str, Any]) -> dict[str, Any]:

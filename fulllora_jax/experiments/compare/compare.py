@@ -16,7 +16,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import read_file, replace_file
 from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
-from fulllora_jax.experiments.compare import plan, table
+from fulllora_jax.experiments.compare import passes, plan, table
 from fulllora_jax.reports.page.comparison import comparison_page
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import contents
@@ -184,6 +184,7 @@ def _read_report(run: plan.Run) -> dict[str, Any] | None:
     except UserError as error:
       raise UserError(f'{run.title}: {error}') from None
     report |= {'data': (of_run.read(workdir) or {}).get('identity')}
+    report |= {'curve': passes.curve(workdir, run.config.train.batch_size, report)}
   return report
 
 

@@ -7,6 +7,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax.core import provenance, tables
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import over_seeds, paired_difference
+from fulllora_jax.experiments.compare import passes
 from fulllora_jax.reports import facts, results
 from fulllora_jax.reports.page import comparison as page
 
@@ -27,8 +28,8 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
     the most robust first, those of which a run diverged last: method (the row's label), seeds,
     diverged (seed -> how), trainable, share, adapter_bytes, steps, passes, seconds, validation,
     attacks (label -> per_seed, None where it diverged, mean and spread of the others, n;
-    with expected robustness, where it was measured) and
-    difference (reference -> label -> mean, low, high, n).
+    with expected robustness, where it was measured), difference (reference -> label -> mean, low,
+    high, n) and, where one of the references is full finetuning, to_full (passes.py).
 
   Raises:
     UserError: the runs have different data, base, threat or evaluation, or all of them diverged.
@@ -56,6 +57,10 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
       for reference in references
       if reference != row['method']
     }
+  every = {name: {seed: reports[name, seed] for seed in comparison.seeds} for name in rows}
+  if full := _full(comparison):
+    for name, row in rows.items():
+      row['to_full'] = passes.to_same_accuracy(every[name], every[full])
   headline = comparison.headline or list(map(_label, _own(first)))[-1]
   ranked = sorted(
     rows.values(), key=lambda r: (len(r['diverged']), -(r['attacks'][headline]['mean'] or 0))
@@ -84,6 +89,13 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
       'rows': config_lib.as_plain(comparison.rows),
     },
   }
+
+
+def _full(comparison) -> str | None:
+  """Returns the first reference that finetunes all weights; None where there is none."""
+  own = comparison.experiment.method
+  methods = {name: comparison.rows[name].get('method', own) for name in comparison.references}
+  return next((name for name, method in methods.items() if method == 'full'), None)
 
 
 def _check_comparable(reports: Mapping[str, Mapping[str, Any]]) -> None:
@@ -211,7 +223,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     results_table(comparison),
     f'Accuracy in % on {page.num_images(comparison)} test images of {comparison["dataset"]}: mean '
     f'± standard deviation over the seeds. Threat: {comparison["threat"]["norm"]}, eps '
-    f'{comparison["threat"]["eps"]}. A pass is one image once forward and back through the model.',
+    f'{comparison["threat"]["eps"]}. A pass is one image once forward and back through the model.'
+    + ''.join(f' {note}' for note in page.to_full(comparison).values()),
   ]
   for reference in comparison['references']:
     if table := _difference_table(comparison, reference):
@@ -233,7 +246,7 @@ def results_table(comparison: Mapping[str, Any]) -> str:
   """Returns the Markdown table of results, a line for each row."""
   labels = list(comparison['rows'][0]['attacks'])
   columns = ['method', 'seeds', 'learnable', 'share', 'on disk', *labels]
-  columns += ['validation', 'steps', 'passes', 'time']
+  columns += ['validation', 'steps', 'passes', *page.to_full(comparison), 'time']
   return tables.markdown(page.results_table(comparison, columns))
 
 

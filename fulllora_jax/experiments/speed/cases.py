@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import itertools
 import re
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,12 +16,14 @@ import numpy as np
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, models
 from fulllora_jax.core import trees
+from fulllora_jax.core.files import tree_size
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh
 from fulllora_jax.experiments.scaling import collectives, costs, prediction
 from fulllora_jax.experiments.speed import flops
 from fulllora_jax.experiments.speed.timing import stopwatch
-from fulllora_jax.training import checks, memory, train_step
+from fulllora_jax.training import checks, ema, memory, train_step
+from fulllora_jax.training.publish import publish
 from fulllora_jax.training.stepper import Stepper
 
 _EXAMPLES = 1024  # how many random images there are, or two batches
@@ -45,7 +49,7 @@ def random_dataset(config, num_classes: int, channels: int) -> data.Dataset:
 
 
 class Case:
-  """The compiled train step of one config, on a random base.
+  """The compiled train step of one config, on a base or on random weights.
 
   Attributes:
     name: the step's name in tables.
@@ -54,14 +58,17 @@ class Case:
     compiled: the compiled step.
     compile_seconds: the seconds of 'trace' (and lower) and of 'compile', without any cache.
     plan: what the step needs of each device's memory.
+    metrics: of the last step.
   """
 
-  def __init__(self, name: str, config, dataset: data.Dataset):
+  metrics: Mapping[str, jax.Array]
+
+  def __init__(self, name: str, config, dataset: data.Dataset, base: Path | None = None):
     checks.validate(config, jax.device_count())
     config = config_lib.copy(config)
     config.attack.eps_start = '0'  # what is timed is a step with an attack
     self.name, self.config = name, config
-    self.stepper = stepper = Stepper(config, dataset, None)
+    self.stepper = stepper = Stepper(config, dataset, base)
     with contextlib.closing(stepper.batches(0)) as batches:
       self.batch = stepper.put(next(batches))
     assembly = stepper.assembly
@@ -81,10 +88,27 @@ class Case:
     """Makes one step, to its end; returns its seconds."""
 
     def once():
-      self.stepper.state, metrics = self.compiled(*self._arguments())
-      return self.stepper.state, metrics
+      self.stepper.state, self.metrics = self.compiled(*self._arguments())
+      return self.stepper.state, self.metrics
 
     return stopwatch(once)()
+
+  def artefact_bytes(self) -> int:
+    """Returns the bytes on disk of what the method publishes: its leaves and their metadata."""
+    stepper = self.stepper
+    with tempfile.TemporaryDirectory() as folder:
+      path = Path(folder) / 'last'
+      publish(
+        path,
+        int(stepper.state.step),
+        ema.published(stepper.state),
+        config=self.config,
+        dataset=stepper.dataset,
+        parameters=stepper.assembly.counts,
+        origin=stepper.origin,
+        validation={'score': None, 'step': 0, 'attack': None},
+      )
+      return tree_size(path)
 
   def loop(self, steps: int) -> dict[str, float]:
     """Makes so many steps as training does: new batches, and no waiting.

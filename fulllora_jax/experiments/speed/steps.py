@@ -1,7 +1,9 @@
 """Train steps side by side: seconds, FLOPs, memory, parts, input."""
 
 import contextlib
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +13,11 @@ from fulllora_jax import data
 from fulllora_jax.core import provenance, tables
 from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.experiments.speed import evaluations, peak, timing
+from fulllora_jax.experiments.speed import evaluations, peak, savings, timing
 from fulllora_jax.experiments.speed.cases import Case, Parts, random_dataset
 from fulllora_jax.experiments.speed.torch import peer as peer_lib
+from fulllora_jax.reports.drawing import picture
+from fulllora_jax.training import base as base_lib
 from fulllora_jax.training.memory import readable
 
 _LOOP_STEPS = 6  # how many steps the loop with new batches makes
@@ -24,7 +28,7 @@ def time_steps(config, workdir: str, given) -> None:
 
   Args:
     config: config.py.
-    workdir: benchmark.json and benchmark.md go there.
+    workdir: benchmark.json, .md and .svg go there.
     given: the other flags of the command, fulllora_jax/benchmark.py.
 
   Raises:
@@ -38,7 +42,10 @@ def time_steps(config, workdir: str, given) -> None:
   with contextlib.ExitStack() as stack:
     modes = given.torch_modes if given.compare else ()
     peers = peer_lib.start(stack, config, dataset, modes)
-    cases = compile_cases(config, dataset, given.methods)
+    base = None
+    if given.base == 'config':
+      base = _base(config, Path(stack.enter_context(tempfile.TemporaryDirectory())), dataset)
+    cases = compile_cases(config, dataset, given.methods, base)
     record = measure(cases, given.rounds, given.warmup, peers)
     text = markdown(record)
     if given.attacks:
@@ -47,10 +54,33 @@ def time_steps(config, workdir: str, given) -> None:
       )
       text += '\n' + evaluations.markdown(record['evaluations'])
   timing.publish(directory, 'benchmark', record, text)
+  note = f'Seconds: the median of a round over that of {config.method}, with its 95 % interval.'
+  picture.save_charts(directory / 'benchmark.svg', savings.charts_of(record), note)
 
 
-def compile_cases(config, dataset: data.Dataset, methods: Sequence[str]) -> dict[str, Case]:
+def _base(config, directory: Path, dataset: data.Dataset) -> Path | None:
+  """Opens the base of a config, as a training does, but trains none."""
+
+  def refuse(*unused):
+    raise UserError(
+      f'--base=config: base.source is {config.base.source}, which would be trained first; give '
+      'the work directory of a run or a published checkpoint, or leave --base out'
+    )
+
+  opened = base_lib.open_base(config, directory)
+  return base_lib.ensure_base(config, directory, dataset, opened, train=refuse)
+
+
+def compile_cases(
+  config, dataset: data.Dataset, methods: Sequence[str], base: Path | None = None
+) -> dict[str, Case]:
   """Compiles the step of a config, and of it with other methods.
+
+  Args:
+    config: config.py.
+    dataset: the images.
+    methods: the names of the others.
+    base: the artefact that all stand on; None: random weights.
 
   Returns:
     Method -> its case; the config's own is the first.
@@ -69,7 +99,7 @@ def compile_cases(config, dataset: data.Dataset, methods: Sequence[str]) -> dict
     say(f'compiling the step of {name}')
     own = config_lib.copy(config)
     own.method = name
-    cases[name] = Case(name, own, dataset)
+    cases[name] = Case(name, own, dataset, base)
   return cases
 
 
@@ -143,6 +173,8 @@ def _case_record(case: Case, seconds: float, peak_flops: float):
   return {
     'compile': case.compile_seconds,
     'trainable': case.stepper.assembly.counts['trainable'],
+    'artefact_bytes': case.artefact_bytes(),
+    'passes': float(case.metrics['passes']),
     'flops': counted,
     'utilisation': flops and flops / seconds / peak_flops,
     'memory': case.plan.as_record(),
@@ -177,6 +209,9 @@ def markdown(record: Mapping[str, Any]) -> str:
     f'Train steps of {record["batch_size"]} images, {record["dtype"]}, on '
     f'{record["device"]}; the median and the quartiles of the rounds.',
     tables.markdown(_step_rows(record)),
+    'What each saves: on disk, what it publishes; a device’s memory, as planned; seconds beside '
+    'the first, round by round, with the 95 % interval of the median (from six rounds on):',
+    tables.markdown(savings.rows(record)),
     'The parts of the first:',
     tables.markdown(part_rows),
     f'Input: waited for {waited:.2%} of a loop of {loop["steps"]} steps with new batches.',

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,11 +34,25 @@ class Seconds:
     first, _, third = statistics.quantiles(self.all, method='inclusive')
     return first, third
 
+  @property
+  def interval(self) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of the median; None of fewer than six runs, which give none.
+
+    By order statistics, so that it holds whatever the runs' distribution is: the median lies below
+    the k-th smallest of n with the probability that fewer than k of n fair coins show heads.
+    """
+    ordered, n, k, missed = sorted(self.all), len(self.all), 0, 0.5 ** len(self.all)
+    while 2 * missed <= 0.05:
+      k += 1
+      missed += math.comb(n, k) / 2**n
+    return (ordered[k - 1], ordered[-k]) if k else (None, None)
+
   def record(self) -> dict[str, object]:
-    """Returns JSON values: median, quartiles, minimum, and all, seconds."""
+    """Returns JSON values: median, quartiles, interval, minimum, and all, seconds."""
     return {
       'median': self.median,
       'quartiles': list(self.quartiles),
+      'interval': list(self.interval),
       'min': min(self.all),
       'all': list(self.all),
     }

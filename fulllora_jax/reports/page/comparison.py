@@ -11,6 +11,8 @@ from fulllora_jax.reports.drawing.charts import Chart, Dots
 from fulllora_jax.reports.drawing.markup import Markup, join, tag
 from fulllora_jax.reports.page import document
 
+TO_FULL = 'passes to full’s accuracy'
+
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
   """Returns a page that compares methods, as HTML.
@@ -93,6 +95,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     'validation': _mean(row.get('validation') or {}),
     'steps': _count(row.get('steps')),
     'passes': _count(row.get('passes')),
+    TO_FULL: _to_full(row.get('to_full') or {}),
     'time': '-' if seconds is None else duration(seconds),
   }
 
@@ -103,8 +106,30 @@ def results_table(comparison: Mapping[str, Any], columns: Sequence[str]) -> list
   return [list(columns), *([row.get(n, '-') for n in columns] for row in rows)]
 
 
+def to_full(comparison: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the column of passes to full finetuning's accuracy and its note, where there is one."""
+  if not any(row.get('to_full') for row in comparison['rows']):
+    return {}
+  note = (
+    f'{TO_FULL.capitalize()}: until a validation first is as robust as the last one of full '
+    'finetuning with the same seed, and in brackets the share of its whole training; '
+    'to the next validation, and noise may cross early.'
+  )
+  return {TO_FULL: note}
+
+
 def _count(value: float | None) -> str:
   return '-' if value is None else f'{value:,.0f}'
+
+
+def _to_full(found: Mapping[str, Any]) -> str:
+  """Writes the passes to full finetuning's robust accuracy, and of how many seeds they are."""
+  each = [passes for passes in found.get('per_seed') or () if passes is not None]
+  missed = each.count('not reached')
+  if missed == len(each):
+    return 'not reached' if each else '-'
+  text = f'{found["mean"]:,.0f} ({100 * found["share"]:.0f} %)'
+  return f'{text}, {missed} of {len(each)} not reached' if missed else text
 
 
 def _mean(found: Mapping[str, Any], none: str = '-') -> str:
@@ -252,12 +277,13 @@ def _differences(comparison: Mapping[str, Any]) -> Markup | None:
 
 
 def _cost(comparison: Mapping[str, Any]) -> Markup:
-  columns = ('method', 'on disk', 'steps', 'passes', 'time')
+  columns = ('method', 'on disk', 'steps', 'passes', *to_full(comparison), 'time')
   table = results_table(comparison, columns)
   note = (
     'A pass is one image once forward and back through the model, those of the '
     'attack included; the time is that of a training.'
   )
+  note = ' '.join([note, *to_full(comparison).values()])
   return join(document.table(table, 'Cost of each method'), document.note(note))
 
 

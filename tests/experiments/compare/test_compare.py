@@ -64,6 +64,8 @@ def test_every_run_is_in_the_table(compared, small):
     assert rows[row]['attacks']['clean']['per_seed'] == [accuracy]
   # PGD-2 and the update, of 16 images, twice.
   assert rows['fulllora']['passes'] == 3 * 16 * 2
+  (run, *_) = plan.runs(small, workdir, rows=['fulllora'])
+  assert compare.report_of(run)['curve'][-1]['passes'] == 3 * 16 * 2
   assert rows['linear']['trainable'] < rows['fulllora']['trainable']
 
 

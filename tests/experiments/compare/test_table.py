@@ -10,6 +10,7 @@ import small_digits
 from fulllora_jax.core import tables
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.experiments.compare import plan, table
+from fulllora_jax.reports.page import comparison as page_lib
 from fulllora_jax.reports.page.comparison import comparison_page
 
 ACCURACY = {  # of (row, seed): clean, pgd-2
@@ -245,6 +246,21 @@ def test_where_a_run_lacks_expected_robustness_its_mean_is_of_the_others(compari
   column = ours['attacks']['expected robustness, pgd-2']
   assert (column['per_seed'], column['mean']) == ([0.7, None], 0.7)
   assert ours['difference']['full']['expected robustness, pgd-2']['n'] == 1
+
+
+def test_passes_to_the_accuracy_of_full_finetuning_are_a_column(comparison, reports):
+  assert page_lib.TO_FULL not in table.markdown(table.summarise(comparison, reports, ''))
+  for (row, _), own in reports.items():
+    reached = 600.0 if row == 'fulllora' else 1000.0
+    own['curve'] = [{'passes': reached, 'robust_accuracy': 0.4}]
+  found = table.summarise(comparison, reports, '')
+  text = table.markdown(found)
+  assert f'| passes | {page_lib.TO_FULL} | time |' in text
+  assert '| 1,000 | 600 (60 %) | 11s |' in text
+  assert 'Passes to full’s accuracy: until a validation first is as robust' in text
+  assert '<td>600 (60 %)</td>' in comparison_page(found)
+  comparison.references = ('fulllora',)  # which is not full finetuning
+  assert all('to_full' not in row for row in table.summarise(comparison, reports, '')['rows'])
 
 
 def test_expected_robustness_of_another_attack_is_refused(comparison, reports):

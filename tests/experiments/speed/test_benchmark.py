@@ -3,15 +3,19 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import small_digits
 
 from fulllora_jax import data
+from fulllora_jax.core import files
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.experiments.scaling import prediction
-from fulllora_jax.experiments.speed import evaluations, peak, steps
+from fulllora_jax.experiments.speed import evaluations, peak, savings, steps
 from fulllora_jax.experiments.speed.cases import Case, Parts, random_dataset
+from fulllora_jax.experiments.speed.timing import Seconds
+from fulllora_jax.training import memory
 from fulllora_jax.training.stepper import Stepper
 
 CONFIG = pathlib.Path(small_digits.__file__)
@@ -144,8 +148,45 @@ def test_tables_have_a_row_each(record):
   text = steps.markdown(record)
   rows = [line.split('|')[1].strip() for line in text.splitlines() if '|' in line]
   assert rows[:4] == ['step', '---', 'fulllora', 'torch']
-  assert rows[4:] == ['part', '---', *record['breakdown']]
+  assert rows[4:7] == ['step', '---', 'fulllora']  # what it saves
+  assert rows[7:] == ['part', '---', *record['breakdown']]
   assert '-bound.' in text and 'Input: waited for' in text
+
+
+def test_what_a_method_saves_is_counted(record, case):
+  step = record['steps']['fulllora']
+  assert step['passes'] == 3  # two steps of PGD, and the update
+  leaves = jax.tree.leaves(case.stepper.state.trainable)
+  size = sum(leaf.nbytes for leaf in leaves)
+  assert size < step['artefact_bytes'] < size + 2**16  # with its metadata
+  assert step['memory']['optimizer'] == pytest.approx(2 * size, abs=64)  # AdamW's two averages
+  header, ours = savings.rows(record)  # of the peer nothing is known
+  assert dict(zip(header, ours, strict=True)) == {
+    'step': 'fulllora',
+    'learns': f'{step["trainable"]:,}',
+    'on disk': memory.readable(step['artefact_bytes']),
+    'optimizer': memory.readable(step['memory']['optimizer']),
+    'activations': memory.readable(step['memory']['activations']),
+    'memory of a step': memory.readable(step['memory']['total']),
+    'passes an image': '3',
+    'seconds, of the first': '1.00',
+  }
+
+
+def test_ratios_have_their_interval_and_sizes_are_drawn(record):
+  own = json.loads(json.dumps(record))
+  own['steps']['full'] = json.loads(json.dumps(record['steps']['fulllora']))
+  own['steps']['full']['relative_to_first'] = Seconds((0.5, 0.6, 0.7, 0.8, 0.9, 1.0)).record()
+  assert savings.rows(own)[2][-1] == '0.75 [0.50, 1.00]'
+  own['steps']['full']['memory']['activations'] = None  # the backend does not tell
+  assert savings.rows(own)[2][4] == 'unknown'
+  drawn = savings.charts_of(own)
+  assert [chart.title for chart in drawn] == [
+    'Seconds of a step, of fulllora', 'On disk (MiB)', 'Optimizer (MiB)', 'Activations (MiB)',
+    'Memory of a step (MiB)',
+  ]  # fmt: skip
+  assert 'full: 0.8 ' in str(drawn[0].content) and '[0.5, 1.0]' in str(drawn[0].content)
+  assert 'full:' not in str(drawn[3].content)
 
 
 def test_a_compiler_that_tells_nothing_leaves_gaps(record):
@@ -241,7 +282,7 @@ def test_the_command_writes_what_it_prints(tmp_path, run_python):
   assert done.returncode == 0, done.stderr
   out = tmp_path / 'out'
   assert sorted(p.name for p in out.iterdir()) == [
-    'benchmark.json', 'benchmark.md',
+    'benchmark.json', 'benchmark.md', 'benchmark.svg',
   ]  # fmt: skip
   text = (out / 'benchmark.md').read_text()
   assert done.stdout.strip() == text.strip()
@@ -251,6 +292,28 @@ def test_the_command_writes_what_it_prints(tmp_path, run_python):
     assert len(step['seconds']['all']) == 2
     assert step['compile']['compile'] > 0
   assert record['evaluations'][0]['attack'] == 'pgd-2'
+
+
+@pytest.mark.usefixtures('one_device')
+def test_the_command_takes_the_base_of_the_config(
+  tmp_path, run_here, finished, digits_dir, monkeypatch
+):
+  monkeypatch.setattr(peak, '_SIDES', {'cpu': (64,)})
+  monkeypatch.setattr(peak, '_BANDWIDTH_BYTES', {'cpu': 2**16})
+  done = run_here(
+    '-m', 'fulllora_jax.benchmark', f'--config={CONFIG}', '--rounds=1', '--warmup=1',
+    '--methods=full', '--base=config', f'--config.base.source={finished.workdir / "base"}',
+    '--data=config', f'--config.data.dir={digits_dir}', f'--workdir={tmp_path}/out',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  record = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
+  ours, full = (record['steps'][name] for name in ('fulllora', 'full'))
+  assert ours['memory']['base'] > full['memory']['base'] == 0
+  kept = files.tree_size(finished.workdir / 'base' / 'best')
+  assert abs(full['artefact_bytes'] - kept) < 2**14
+  assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
+    'benchmark.json', 'benchmark.md', 'benchmark.svg',
+  ]  # fmt: skip
 
 
 def test_the_command_times_adapters(tmp_path, run_here):
@@ -293,6 +356,7 @@ def test_the_command_races(tmp_path, run_python, digits_dir):
     ('--adapters=2 --attacks=pgd-2', '--attacks: timing adapters does not'),
     ('--adapters=3', '--batch_size 64: give a multiple of --adapters 3'),
     ('--adapters=1', 'adapters'),
+    ('--base=config', '--base=config: base.source is train, which would be trained first; give'),
   ],
 )
 def test_bad_flags_are_one_line(run_here, tmp_path, flag, words):

@@ -1,5 +1,8 @@
 """Turns, ratios and quartiles, with played clocks."""
 
+import pytest
+from scipy import stats
+
 from fulllora_jax.experiments.speed import timing
 from fulllora_jax.experiments.speed.timing import Seconds
 
@@ -35,6 +38,7 @@ def test_median_and_quartiles():
   assert record == {
     'median': 3.0,
     'quartiles': [2.0, 4.0],
+    'interval': [None, None],
     'min': 1.0,
     'all': [5.0, 1.0, 2.0, 4.0, 3.0],
   }
@@ -46,3 +50,12 @@ def test_long_timing_says_how_far_it_is(monkeypatch, capsys):
   monkeypatch.setattr('time.monotonic', lambda: float(next(clock)))
   timing.take_turns({'a': lambda: 1.0}, rounds=4, warmup=0)
   assert 'timed 3/4 runs, ' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('n', [6, 9, 10, 20])
+def test_the_interval_of_the_median_covers_what_it_says(n):
+  low, high = Seconds(tuple(float(i) for i in range(n, 0, -1))).interval
+  # Of i = 1..n: the median is outside where fewer than `low` values lie below it, or above.
+  coverage = 1 - 2 * stats.binom.cdf(low - 1, n, 0.5)
+  assert (coverage >= 0.95) and (1 - 2 * stats.binom.cdf(low, n, 0.5) < 0.95)
+  assert high == n + 1 - low
