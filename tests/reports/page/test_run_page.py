@@ -342,6 +342,7 @@ def test_a_fault_in_the_page_loses_no_number(part, tmp_path, report, monkeypatch
   monkeypatch.setattr(run.closer_look, 'look_at', lambda _: (numbers, {}))
   monkeypatch.setattr(f'fulllora_jax.training.run.{part}', fault)
   training = types.SimpleNamespace(seconds=1.0, passes=1.0, stopped=None, strengthened=[])
+  training.phase = types.SimpleNamespace(record=dict)
   run._report(config.default(), tmp_path, None, training, None)
   assert there == [True]
   assert (tmp_path / 'report.md').exists()
