@@ -220,6 +220,20 @@ def test_leaves_that_have_no_place(run, tmp_path, base):
   refused('a branch at fc', torch_adapter.attach, base, path)
 
 
+def test_a_head_that_was_probed_and_then_frozen_stays_so(run, tmp_path, base):
+  leaves, metadata = adapter_file.read(run[1])
+  whole = metadata['run']['config']
+  own = {**whole, 'adapter': {**whole['adapter'], 'head': 'frozen'}, 'head': {'start': 'probe'}}
+  path = tmp_path / 'x.safetensors'
+  content = adapter_file.encode(leaves, metadata | {'run': metadata['run'] | {'config': own}})
+  path.write_bytes(content)
+  model = torch_adapter.attach(base, path).model
+  assert not any(p.requires_grad for p in model.head.parameters())
+  kernel = leaves['params', 'head', 'kernel']
+  np.testing.assert_array_equal(model.head.weight.detach().numpy().T, kernel)
+  assert any(p.requires_grad for p in model.parameters())
+
+
 def test_no_jax_is_needed(run_python, run):
   done = run_python(
     '-c',

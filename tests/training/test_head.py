@@ -379,6 +379,14 @@ def test_a_frozen_head_of_zeros_is_refused(small):
   checks.validate(changed(small, head__start='zeros', adapter__head='lnlora'), 1)
 
 
+def test_the_command_says_it_in_one_line(run_here, small_command, tmp_path):
+  flags = ('--config.head.start=zeros', '--config.adapter.head=frozen', f'--workdir={tmp_path}/run')
+  done = run_here(*small_command, *flags)
+  assert done.returncode == 2 and 'Traceback' not in done.stderr
+  assert done.stderr.startswith('error: head.start zeros: ') and done.stderr.count('\n') == 1
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_place_that_is_no_linear_run_on_these_classes_is_refused(
   probed, small, linear, digits, base, tmp_path
 ):
