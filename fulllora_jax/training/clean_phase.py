@@ -2,7 +2,7 @@
 
 The clean phase is standard finetuning of the same leaves by the same recipe. Epsilon-Scheduling
 (arXiv 2509.23325) ends it where standard finetuning has reached 90 % of the validation accuracy
-that it would end at. Nobody knows that end before it is there, so it is foretold; `is_over` has the
+that it would end at. Nobody knows that end before it is there, so it is foretold: `is_over` has the
 rule. What was seen is kept in the training checkpoint: a killed run goes on to the same end.
 """
 
@@ -28,33 +28,36 @@ _FEWEST = 6  # checks from which an end is foretold: two for each third
 _FEWEST_IMAGES = 20  # below, one image is more than half of the tenth that is missing
 
 
-def expected_end(accuracies: Sequence[float]) -> float:
+def expected_end(accuracies: Sequence[float], images: float = math.inf) -> float:
   """Foretells where accuracy ends that was measured at equally spaced steps.
 
   The newest 3 m of them, in thirds, have means a, b and c. Where a curve is A - B r^t, with any r
   below 1, so are the means of its thirds, and A = c + (c - b)^2 / ((b - a) - (c - b)) is exact
   (Aitken's extrapolation). The thirds grow with the number of checks, which averages noise away.
+  To end late rather than early, c - b is taken larger by its standard error, unless neither rise
+  is beyond that: then the curve is flat, and A = c.
 
   Args:
     accuracies: in 0..1, at least three.
+    images: how many each is measured on.
 
   Returns:
-    A, but never below the best accuracy that was seen, and never above 1; 1 too where the rise has
-    not begun to slow down.
+    A, but never below the best accuracy that was seen, and never above 1; 1 too where the rise does
+    not slow down.
 
   >>> round(expected_end([0.8 - 0.5 * 0.7**t for t in range(6)]), 6)
   0.8
   """
   third = len(accuracies) // 3
   a, b, c = np.reshape(accuracies[-3 * third :], (3, third)).mean(axis=1)
-  before, rise = b - a, c - b
-  end = c
-  if rise > 0:
+  error = math.sqrt(2 * c * (1 - c) / (images * third))
+  before, rise, end = b - a, c - b + error, c
+  if rise > 0 and max(abs(before), abs(c - b)) > error:
     end = c + rise**2 / (before - rise) if before > rise else 1.0
   return float(min(1.0, max(end, *accuracies)))
 
 
-def is_over(accuracies: Sequence[float]) -> bool:
+def is_over(accuracies: Sequence[float], images: float = math.inf) -> bool:
   """Says whether the clean phase ends with the last of its checks.
 
   It does where the last two, each held against the end foretold from the checks up to it, have 90 %
@@ -62,9 +65,10 @@ def is_over(accuracies: Sequence[float]) -> bool:
 
   Args:
     accuracies: clean accuracies of validation images in 0..1, at equally spaced steps.
+    images: how many each is measured on.
   """
   return len(accuracies) > _FEWEST and all(
-    seen[-1] >= SHARE * expected_end(seen) for seen in (accuracies, accuracies[:-1])
+    seen[-1] >= SHARE * expected_end(seen, images) for seen in (accuracies, accuracies[:-1])
   )
 
 
@@ -74,13 +78,18 @@ def check(config: ConfigDict, dataset: data.Dataset) -> None:
   Raises:
     UserError: there are fewer than 20.
   """
-  images = min(len(dataset.validation), config.eval.validation_examples or len(dataset.validation))
+  images = _count(config, dataset)
   if config.attack.eps_start == AUTO and images < _FEWEST_IMAGES:
     raise UserError(
       f'attack.eps_start auto: it is found by the clean accuracy of validation images, at least '
       f'{_FEWEST_IMAGES}, and there are {images}; raise data.validation_fraction or '
       'eval.validation_examples, or give attack.eps_start a number'
     )
+
+
+def _count(config: ConfigDict, dataset: data.Dataset) -> int:
+  """Returns how many images a validation looks at."""
+  return min(len(dataset.validation), config.eval.validation_examples or len(dataset.validation))
 
 
 class CleanPhase:
@@ -101,6 +110,7 @@ class CleanPhase:
     self._stepper, self._evaluator = stepper, evaluator
     self._is_asked = stepper.config.attack.eps_start == AUTO
     self._latest = stepper.assembly.clean_steps if self._is_asked else 0
+    self._images = _count(stepper.config, stepper.dataset)
     self._every = max(1, math.ceil(self._latest / _CHECKS))
     self.restore({})
 
@@ -155,7 +165,7 @@ class CleanPhase:
     text = f'clean phase at step {step}: clean {scores["clean_accuracy"]:.1%}'
     if 'expected_end' in scores:
       text += f' of {scores["expected_end"]:.1%} expected'
-    if is_over(self.accuracies):
+    if is_over(self.accuracies, self._images):
       self.end = step
       stepper.put_together(self.applied(stepper.config))
       text += f'; it ends, eps_start is {step / stepper.total_steps:.3g}'
@@ -167,5 +177,5 @@ class CleanPhase:
       return {}
     foretold = len(self.accuracies) >= _FEWEST
     return {'clean_accuracy': self.accuracies[-1]} | (
-      {'expected_end': expected_end(self.accuracies)} if foretold else {}
+      {'expected_end': expected_end(self.accuracies, self._images)} if foretold else {}
     )
