@@ -203,6 +203,26 @@ def needs_cifar10():
     pytest.skip('no cifar10 in $TFDS_DATA_DIR')
 
 
+def _folder_in(variable, what):
+  """Returns the folder that a variable names; skips the test where it names none."""
+  path = pathlib.Path(os.environ.get(variable, ''), what)
+  if not os.environ.get(variable) or not path.exists():
+    pytest.skip(f'no {what} in ${variable}, the folder of it')
+  return path
+
+
+@pytest.fixture(scope='session')
+def real_weights():
+  """The file of a ViT-Ti/16 that was trained on ImageNet, without a config.json."""
+  return _folder_in('FULLLORA_WEIGHTS', 'vit_tiny_patch16_224.safetensors')
+
+
+@pytest.fixture(scope='session')
+def imagenette():
+  """A folder of Imagenette, test/WNID/*.JPEG of 224 x 224 pixels, and train/ alike."""
+  return _folder_in('FULLLORA_IMAGENETTE', 'test').parent
+
+
 @pytest.fixture
 def folder_data(tmp_path):
   """`config.data` for the (still missing) folder tmp_path/images, 8 px."""
