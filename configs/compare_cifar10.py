@@ -31,6 +31,13 @@ The ViT-Ti/16 of ImageNet with patches of 8 px, two hinges and PGD-3 for three
 epochs, again on two CPU cores; experiments/compare/vit_ti.py says what its rows
 are, and what `:vit_ti_rates`, `:vit_ti_schedules` and `:vit_ti_ablations` are.
 A file takes the place of the hub by --config.experiment.base.source=FILE.
+
+  python -m fulllora_jax.compare --config configs/compare_cifar10.py:vit_ti_gpu
+
+The inherited protocol of cifar10.py, to the letter, with the ViT-Ti/16 of
+ImageNet in patches of 4 px, under AutoAttack on 1,000 test images, one seed;
+`:vit_ti_gpu_short` is the same for a tenth of the epochs and 250 images.
+launch/evidence_gpu.sh runs both, a piece at a time. Neither has been run yet.
 """
 
 from pathlib import Path
@@ -66,10 +73,13 @@ _VIT_TI_RATES = {  # the best of `:vit_ti_rates`
 def get_config(variant: str = ''):
   """Returns the comparison; the text above says what may follow the colon."""
   own = ('small', 'cpu', 'cpu_rates')
-  known = ('', *own, *vit_ti.PARTS, 'ablations', *variants.PUBLISHED)
+  gpu = ('vit_ti_gpu', 'vit_ti_gpu_short')
+  known = ('', *own, *gpu, *vit_ti.PARTS, 'ablations', *variants.PUBLISHED)
   choose('config variant', variant, known)
   if variant in vit_ti.PARTS:
     return vit_ti.comparison(_EXPERIMENT, variant, _VIT_TI_RATES, patches_of_8)
+  if variant in gpu:
+    return on_one_gpu(variant)
   if variant not in own:
     return rows.paper_comparison(_EXPERIMENT, variant)
   on_cpu = variant != 'small'
@@ -85,6 +95,19 @@ def get_config(variant: str = ''):
     small(comparison.experiment)
   if variant == 'cpu_rates':
     rows.rates(comparison, _TRIED, share=4)
+  return comparison
+
+
+def on_one_gpu(variant: str):
+  """Returns the five methods under the inherited protocol, for machines lent by the minute."""
+  comparison = rows.under_autoattack(_EXPERIMENT, 'vit_ti')
+  comparison.name += f'-{variant}'
+  comparison.seeds = (0,)
+  rows.methods(comparison, ('fulllora', 'full', 'lora', 'lora_everywhere', 'linear'))
+  comparison.experiment.log.tensorboard = False
+  if variant.endswith('short'):
+    comparison.experiment.train.epochs /= 10
+    comparison.experiment.eval.num_examples = 250
   return comparison
 
 

@@ -1,9 +1,8 @@
 """Data sets as uint8 images in host memory or on disk, batches by step."""
 
-from fulllora_jax.data.opening import is_ready, open_dataset
+from fulllora_jax.data.opening import is_ready, open_dataset, shared_examples
 from fulllora_jax.data.pipeline import batch_indices, choose_examples, eval_batches, train_batches
 from fulllora_jax.data.splits import Dataset, Split, identity
-from fulllora_jax.data.tfds_source import shared_examples
 
 __all__ = [
   'Dataset',

@@ -5,7 +5,7 @@ import numpy as np
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import ranges
 from fulllora_jax.core.errors import UserError, choose
-from fulllora_jax.data import checks, folder, held_out, records, rng, tfds_source
+from fulllora_jax.data import checks, folder, held_out, records, rng
 from fulllora_jax.data.splits import Dataset, Split
 
 
@@ -30,7 +30,7 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
   if data.name.startswith('folder:'):
     source = folder.open_folder(data, seed)
   else:
-    source = tfds_source.open_tfds(data)
+    source = _tfds_source(data).open_tfds(data)
   in_memory = data.cache == 'memory' or (
     data.cache == 'auto' and source.num_bytes() <= records.MEMORY_LIMIT
   )
@@ -53,7 +53,24 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
 
 def is_ready(data: ConfigDict) -> bool:
   """Returns whether `open_dataset` would find the data prepared."""
-  return data.name.startswith('folder:') or tfds_source.is_prepared(data)
+  return data.name.startswith('folder:') or _tfds_source(data).is_prepared(data)
+
+
+def shared_examples(data: ConfigDict, train_split: str) -> int:
+  """Returns how many test examples of a set of tfds are in a train split of it, too."""
+  return _tfds_source(data).shared_examples(data, train_split)
+
+
+def _tfds_source(data: ConfigDict):
+  """Imports what reads sets of tfds, which a folder of images does without."""
+  try:
+    from fulllora_jax.data import tfds_source
+  except ModuleNotFoundError as error:
+    raise UserError(
+      f'data.name={data.name}: reading a set of tfds needs {error.name}, which is not installed; '
+      'pip install tensorflow-datasets, or give a folder of images, folder:/path'
+    ) from None
+  return tfds_source
 
 
 def _split(source: records.Source, role: str, in_memory: bool) -> Split:

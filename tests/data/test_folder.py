@@ -1,4 +1,5 @@
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -172,3 +173,21 @@ def test_a_split_of_broken_images_alone_is_refused(folder_data, write_images):
       path.write_bytes(b'no image')
   folder_data.on_broken = 'skip'
   assert 'split test has no examples' in open_error(folder_data)
+
+
+def test_a_folder_needs_no_tfds_and_a_set_says_so(folder_data, write_images, monkeypatch):
+  from fulllora_jax import data
+
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)  # as if it were not installed
+  for name in ('tfds_source', 'builders'):
+    monkeypatch.delitem(sys.modules, f'fulllora_jax.data.{name}', raising=False)
+    monkeypatch.delattr(data, name, raising=False)
+  for name in ('train/cat', 'train/dog', 'test/cat', 'test/dog'):
+    write_images(name, 3)
+  assert data.is_ready(folder_data) and len(open_dataset(folder_data, 0).test) == 6
+  folder_data.name = 'cifar10'
+  expected = (
+    'data.name=cifar10: reading a set of tfds needs tensorflow_datasets, which is not installed; '
+    'pip install tensorflow-datasets, or give a folder of images, folder:/path'
+  )
+  assert open_error(folder_data) == expected

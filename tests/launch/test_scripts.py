@@ -27,6 +27,7 @@ def test_shellcheck():
 # Arguments with which they end at once; quickstart.sh and test.sh: tests/test_launch.py.
 _ENDS = {
   'benchmark_gpu.sh': (),
+  'evidence_gpu.sh': (),
   'gke_apply.sh': ('--no-such-flag',),
   'slurm.sbatch': ('--no-such-flag',),
   'tpu_pod.sh': ('--no-such-flag',),
