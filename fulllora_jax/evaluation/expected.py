@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fulllora_jax.attacks import fingerprint
+from fulllora_jax.attacks.losses import NO_CLASS
 from fulllora_jax.attacks.progress import DAMAGED
 from fulllora_jax.core.files import load_arrays, make_directory, replace_arrays
 from fulllora_jax.core.statistics import wilson_interval
@@ -53,13 +54,15 @@ def areas(climb: Climb) -> np.ndarray:
 
 def record(climb: Climb, plan: Plan) -> dict[str, Any]:
   """Returns the expected robustness, its 95 % interval and what it comes from, as JSON values."""
-  each = areas(climb)
+  each, unknown = areas(climb), int((climb.attacked == NO_CLASS).sum())
+  told = f'{unknown} of {len(each)} images have NaN or infinite logits at one of the radii; they '
   return {
     'value': float(each.mean()),
     'interval': list(wilson_interval(float(each.sum()), len(each))),
     'num_examples': len(each),
     'step': '1/255' if plan.norm == 'linf' else f'eps/{_L2_STEPS}',
     'curve': climb.curve(list(radii(plan).values()), plan.threat.eps),
+    'notes': [f'{told}count as misclassified from there on'] if unknown else [],
   }
 
 

@@ -153,7 +153,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
   """Returns what must be said of the numbers, a line each; AutoAttack's own section has its own."""
   said = [
     f'{evaluation["weights"]}, {note}'
-    for evaluation in report.get('evaluations', ())
+    for evaluation in (*report.get('evaluations', ()), *report.get('expected', ()))
     if not evaluation['attack'].startswith('autoattack')
     for note in evaluation.get('notes', ())
   ]

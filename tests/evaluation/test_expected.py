@@ -176,6 +176,15 @@ def test_what_is_kept_of_another_model_is_not_taken_up(tmp_path):
   assert kept.read() is None
 
 
+def test_images_whose_logits_are_no_number_are_counted_and_said(evaluate, tmp_path):
+  asked = ('--logits=linear_digits:not_a_number', *LINEAR[1:], '--attack=clean', '--eps=1/255')
+  result = evaluate(*asked, '--expected=fgsm', f'--workdir={tmp_path}')
+  [found] = result['expected']  # all but the first two rows of each batch
+  assert found['value'] <= 4 / 40
+  assert f'model, {found["notes"][0]}' in results.notes(result)
+  assert 'of 40 images have NaN or infinite logits at one of the radii' in found['notes'][0]
+
+
 def test_several_eps_have_a_row_each_and_with_attacks_alone_there_is_none(evaluate, tmp_path):
   asked = (*LINEAR, '--attack=clean', f'--workdir={tmp_path}')
   result = evaluate(*asked, '--eps=1/255,2/255', '--expected=fgsm')

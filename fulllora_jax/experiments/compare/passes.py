@@ -3,14 +3,12 @@
 Steps of different methods and of a clean phase cost different passes, so that passes are counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fulllora_jax.core.statistics import over_seeds
 from fulllora_jax.training.metrics import read_metrics
-
-Curve = Sequence[Mapping[str, float]]  # passes so far, and robust accuracy, at each validation
 
 
 def curve(workdir: Path, batch_size: int, report: Mapping[str, Any]) -> list[dict[str, float]]:
@@ -24,10 +22,10 @@ def curve(workdir: Path, batch_size: int, report: Mapping[str, Any]) -> list[dic
   before = (report.get('head') or {}).get('passes') or 0.0
   points, passes, logged = [], 0.0, 0
   for row in read_metrics(workdir / 'metrics.jsonl'):
-    if row['kind'] == 'train' and row.get('passes') is not None:
+    if row.get('kind') == 'train' and row.get('passes') is not None:
       passes += (row['step'] - logged) * batch_size * row['passes']
       logged = row['step']
-    elif row['kind'] == 'validation' and row.get('robust_accuracy') is not None:
+    elif row.get('kind') == 'validation' and row.get('robust_accuracy') is not None:
       so_far = before + row.get('total_passes', passes)
       points.append({'passes': so_far, 'robust_accuracy': row['robust_accuracy']})
   return points
