@@ -24,7 +24,6 @@ from fulllora_jax.training.stepper import Stepper
 KIND = 'clean_phase'  # of the rows of metrics.jsonl
 SHARE = 0.9  # of the accuracy at the end, which ends the clean phase
 _CHECKS = 20  # so many at most, equally far apart, up to the latest end
-_FEWEST = 6  # checks from which an end is foretold: two for each third
 _FEWEST_IMAGES = 20  # below, one image is more than half of the tenth that is missing
 
 
@@ -38,17 +37,19 @@ def expected_end(accuracies: Sequence[float], images: float = math.inf) -> float
   is beyond that: then the curve is flat, and A = c.
 
   Args:
-    accuracies: in 0..1, at least three.
+    accuracies: in 0..1.
     images: how many each is measured on.
 
   Returns:
     A, but never below the best accuracy that was seen, and never above 1; 1 too where the rise does
-    not slow down.
+    not slow down, and of fewer than six.
 
   >>> round(expected_end([0.8 - 0.5 * 0.7**t for t in range(6)]), 6)
   0.8
   """
   third = len(accuracies) // 3
+  if third < 2:
+    return 1.0
   a, b, c = np.reshape(accuracies[-3 * third :], (3, third)).mean(axis=1)
   error = math.sqrt(2 * c * (1 - c) / (images * third))
   before, rise, end = b - a, c - b + error, c
@@ -61,13 +62,13 @@ def is_over(accuracies: Sequence[float], images: float = math.inf) -> bool:
   """Says whether the clean phase ends with the last of its checks.
 
   It does where the last two, each held against the end foretold from the checks up to it, have 90 %
-  of that end; the first of them is the sixth check at the earliest. One alone may be noise.
+  of that end. One alone may be noise.
 
   Args:
     accuracies: clean accuracies of validation images in 0..1, at equally spaced steps.
     images: how many each is measured on.
   """
-  return len(accuracies) > _FEWEST and all(
+  return len(accuracies) > 1 and all(
     seen[-1] >= SHARE * expected_end(seen, images) for seen in (accuracies, accuracies[:-1])
   )
 
@@ -127,12 +128,18 @@ class CleanPhase:
   def record(self) -> dict[str, Any] | None:
     """Returns the hinges as report.json has them; None where eps is full from the first step.
 
-    Where `auto` was asked for, `auto` has whether an end was `found`, and the last check's numbers.
+    They are `start`, the last step of eps 0, and `full`, the first of full eps, None where eps is
+    always 0; for auto, `auto` has whether an end was `found`, and the last check's numbers.
     """
     attack = self._stepper.assembly.algorithm.attack
     if attack is None or not attack.hinges.full:
       return None
-    found = attack.hinges.record(self._stepper.total_steps)
+    total = self._stepper.total_steps
+    start, full = attack.hinges.steps(total)
+    found: dict[str, Any] = {
+      'start': start,
+      'full': max(full, start + 1) if start < total else None,
+    }
     if self._is_asked:
       found['auto'] = {'found': self.end is not None, **self._scores()}
     return found
@@ -163,8 +170,7 @@ class CleanPhase:
     self.accuracies.append(float(found.mean()))
     scores = self._scores()
     text = f'clean phase at step {step}: clean {scores["clean_accuracy"]:.1%}'
-    if 'expected_end' in scores:
-      text += f' of {scores["expected_end"]:.1%} expected'
+    text += f' of {scores["expected_end"]:.1%} expected'
     if is_over(self.accuracies, self._images):
       self.end = step
       stepper.put_together(self.applied(stepper.config))
@@ -172,10 +178,7 @@ class CleanPhase:
     return scores | {'ends': float(self.end is not None)}, text
 
   def _scores(self) -> dict[str, float]:
-    """Returns the accuracy of the last check and, once it is foretold, that at the end."""
-    if not self.accuracies:
-      return {}
-    foretold = len(self.accuracies) >= _FEWEST
-    return {'clean_accuracy': self.accuracies[-1]} | (
-      {'expected_end': expected_end(self.accuracies, self._images)} if foretold else {}
-    )
+    """Returns the accuracy of the last check and that foretold; nothing before the first."""
+    seen = self.accuracies
+    end = expected_end(seen, self._images)
+    return {'clean_accuracy': seen[-1], 'expected_end': end} if seen else {}

@@ -5,7 +5,7 @@ is 0 at first, which trains on clean images, then rises linearly, and is full fo
 Source: Epsilon-Scheduling (arXiv 2509.23325), section 4, with hinges at 12/50 and 37/50.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,6 @@ class Hinges(NamedTuple):
   def steps(self, total_steps: int) -> tuple[int, int]:
     """Returns the last step of eps 0, and the step from which on eps is full, as it rises."""
     return round(self.start * total_steps), round(self.full * total_steps)
-
-  def record(self, total_steps: int) -> dict[str, Any]:
-    """Returns the last step of eps 0, and the first of full eps (None: eps is always 0), as JSON.
-
-    >>> Hinges(0.2, 0.6).record(10), Hinges(0.2, 0.2).record(10), Hinges(1, 1).record(10)
-    ({'start': 2, 'full': 6}, {'start': 2, 'full': 3}, {'start': 10, 'full': None})
-    """
-    start, full = self.steps(total_steps)
-    return {'start': start, 'full': max(full, start + 1) if start < total_steps else None}
 
   def factor(self, done: jax.Array | int, total_steps: int) -> jax.Array | float:
     """Returns by what eps is multiplied in a step, in [0, 1].

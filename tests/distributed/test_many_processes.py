@@ -102,6 +102,19 @@ def test_any_shape_gives_the_same_run(start, alone, tmp_path, count, devices, fs
 
 
 @pytest.mark.slow
+def test_all_find_the_same_hinge(start, tmp_path):
+  flags = ('--config.attack.eps_start=auto', '--config.attack.eps_full=20/24', CLEAN)
+  flags += ('--config.train.steps=24', '--config.train.eval_every=12')
+  found = []
+  for count in (1, 2):
+    statuses, said = start(tmp_path / str(count), count, 1, *flags).end()
+    assert statuses == [0] * count, said
+    found.append(json.loads((tmp_path / str(count) / 'report.json').read_text())['hinges'])
+  assert found[0] == found[1] and found[0]['auto']['found']
+  assert_same_run(tmp_path / '2', tmp_path / '1')
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_stops_all_and_one_alone_goes_on(start, alone, tmp_path):
   run = tmp_path / 'run'
   pod = start(run, 2, 1, CLEAN)

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 from test_on_overfitting import by_hand, leaves, same
 from test_resume import Killed, assert_same_training
 
+from fulllora_jax import config as config_lib
 from fulllora_jax import pretrained
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core import trees
@@ -18,6 +20,7 @@ from fulllora_jax.reports import facts
 from fulllora_jax.reports.page.run import run_page
 from fulllora_jax.reports.report import write_report
 from fulllora_jax.training import checks, clean_phase, overfitting
+from fulllora_jax.training.hinges import Hinges
 from fulllora_jax.training.loop import Training
 from fulllora_jax.training.metrics import read_metrics
 from fulllora_jax.training.stepper import Stepper
@@ -36,7 +39,7 @@ def ends_at(accuracies, images=math.inf):
   return next(over, None)
 
 
-@pytest.mark.parametrize('checks', [3, 6, 7, 8, 12, 20])
+@pytest.mark.parametrize('checks', [6, 7, 8, 12, 20])
 @pytest.mark.parametrize('end, rise, time', [(0.8, 0.7, 2.0), (0.35, 0.3, 8.0), (0.97, 0.1, 30.0)])
 def test_the_end_of_an_exponential_is_found_exactly(end, rise, time, checks):
   seen = saturating(end, rise, time, checks=checks)
@@ -57,7 +60,9 @@ def test_the_end_of_an_exponential_is_found_exactly(end, rise, time, checks):
   ],
 )
 def test_where_nothing_saturates(seen, end):
-  assert clean_phase.expected_end(seen) == pytest.approx(end)
+  thirds = [each for each in seen for _ in range(2)]
+  assert clean_phase.expected_end(thirds) == pytest.approx(end)
+  assert clean_phase.expected_end(thirds[:5]) == 1.0
 
 
 @pytest.mark.parametrize('time', [2.0, 5.0, 9.0, 14.0])
@@ -66,6 +71,7 @@ def test_the_phase_ends_at_the_second_check_beyond_nine_tenths(time):
   # By hand: rise exp(-n / time) is a tenth of the end.
   reached = math.ceil(time * math.log(rise / (0.1 * end)))
   assert ends_at(saturating(end, rise, time)) == max(reached, 6) + 1
+  assert ends_at([0.5, 0.91, 0.9]) == 3  # whatever the end may be
 
 
 def test_one_check_alone_ends_nothing():
@@ -219,6 +225,34 @@ def test_a_checkpoint_holds_what_was_seen(train, tmp_path):
   assert again.notes() == training.phase.notes()
   again.restore({'best': {}})  # of an earlier version
   assert (again.accuracies, again.end) == ([], None)
+
+
+@pytest.mark.parametrize(
+  'hinges, expected',
+  [
+    (Hinges(), None),
+    (Hinges(0.0, 0.6), {'start': 0, 'full': 6}),
+    (Hinges(0.2, 0.6), {'start': 2, 'full': 6}),
+    (Hinges(0.2, 0.2), {'start': 2, 'full': 3}),  # the step after the last of eps 0
+    (Hinges(1.0, 1.0), {'start': 10, 'full': None}),
+  ],
+)
+def test_the_hinges_are_recorded_as_steps(hinges, expected, digits):
+  algorithm = types.SimpleNamespace(attack=types.SimpleNamespace(hinges=hinges))
+  stepper = types.SimpleNamespace(
+    config=config_lib.default(),
+    dataset=digits,
+    total_steps=10,
+    assembly=types.SimpleNamespace(algorithm=algorithm, clean_steps=0),
+  )
+  phase = clean_phase.CleanPhase(stepper, None)
+  assert phase.record() == expected
+  assert not any(phase.due(step) for step in range(1, 11))
+  factors = [float(hinges.factor(done, 10)) for done in range(10)]
+  if expected and expected['full']:
+    assert factors[expected['full'] - 1] == 1.0 > factors[expected['full'] - 2]
+  if expected and expected['start']:
+    assert factors[expected['start'] - 1] == 0.0
 
 
 @pytest.mark.parametrize(
