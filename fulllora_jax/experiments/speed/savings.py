@@ -37,10 +37,12 @@ def rows(record: Mapping[str, Any]) -> list[list[str]]:
 def charts_of(record: Mapping[str, Any]) -> Sequence[Chart]:
   """Returns a chart of the seconds beside the first, and one of each size."""
   steps = _measured(record)
-  ratios = {name: step['relative_to_first'] for name, step in steps.items()}
-  dots = [Dots(name, (), r['median'], *r['interval']) for name, r in ratios.items()]
-  title = f'Seconds of a step, of {next(iter(steps))}'
-  drawn = [charts.dot_plot(title, dots, 'ratio', '', zero=True)]
+  dots = []
+  for name, step in steps.items():
+    ratio = step['relative_to_first']
+    points = (ratio['median'], *ratio['interval'])
+    dots.append(Dots(name, (), *(p if p is None else 100 * p for p in points)))
+  drawn = [charts.dot_plot(f'Seconds of a step (% of {next(iter(steps))})', dots, '%', zero=True)]
   for title, size in _SIZES.items():
     known = {name: size(step) for name, step in steps.items() if size(step) is not None}
     dots = [Dots(name, (), value / 2**20) for name, value in known.items()]

@@ -182,10 +182,10 @@ def test_ratios_have_their_interval_and_sizes_are_drawn(record):
   assert savings.rows(own)[2][4] == 'unknown'
   drawn = savings.charts_of(own)
   assert [chart.title for chart in drawn] == [
-    'Seconds of a step, of fulllora', 'On disk (MiB)', 'Optimizer (MiB)', 'Activations (MiB)',
+    'Seconds of a step (% of fulllora)', 'On disk (MiB)', 'Optimizer (MiB)', 'Activations (MiB)',
     'Memory of a step (MiB)',
   ]  # fmt: skip
-  assert 'full: 0.8 ' in str(drawn[0].content) and '[0.5, 1.0]' in str(drawn[0].content)
+  assert 'full: 75.0 % [50.0, 100.0]' in str(drawn[0].content)
   assert 'full:' not in str(drawn[3].content)
 
 
