@@ -61,7 +61,7 @@ same_lists() {
   shift 2
   [[ -e $folder/parts.sha256 ]] || cp "$1" "$folder/parts.sha256"
   for list in "$@"; do
-    cmp -s "$folder/parts.sha256" "$list" ||
+    [[ $(<"$folder/parts.sha256") == "$(<"$list")" ]] ||
       die "${list%/*} is not of the same time as what came before it; carry" \
         "$kind of one time, and remove the others and $folder"
   done
@@ -102,9 +102,8 @@ take_pack() {
 # Takes up the runs of an earlier machine, unless this one has its own.
 take_state() {
   local lists=("$evidence"/state-*/parts.sha256) sum name file
-  if [[ -e $here/runs ]] || ! ((${#lists[@]})) && [[ ! -e $here/came ]]; then
-    return
-  fi
+  if [[ -e $here/runs ]]; then return; fi
+  if ((${#lists[@]} == 0)) && [[ ! -e $here/came ]]; then return; fi
   mkdir -p "$here/came"
   if ((${#lists[@]})); then
     same_lists 'state-*' "$here/came" "${lists[@]}"
@@ -172,7 +171,7 @@ train() {
   limited "$(seconds_left)" "$python" -m fulllora_jax.compare \
     "--config=$stage" "--workdir=$here/runs/$name" "--rows=$row" \
     "--config.experiment.data.name=folder:$here/images" \
-    "--config.experiment.base.source=$(base)" "${flags[@]}" || code=$?
+    "--config.experiment.base.source=$(base "$name")" "${flags[@]}" || code=$?
   if ((code == 0)); then return; fi
   if [[ -n $stopped || $code == 75 ]] || (($(seconds_left) <= 0)); then
     say "$name, $row: stopped; the next call goes on from there"
@@ -182,10 +181,10 @@ train() {
   say "$name, $row: failed (exit $code), its message is above; the others go on"
 }
 
-# The base that the first comparison made, or the published file.
+# base COMPARISON: the base that another one made, or the published file.
 base() {
   local made=("$here"/runs/*/base/best) weights=("$here"/weights/*)
-  if ((${#made[@]})) && [[ ${made[0]} != "$here/runs/$name/"* ]]; then
+  if ((${#made[@]})) && [[ ${made[0]} != "$here/runs/$1/"* ]]; then
     echo "${made[0]%/best}"
   else
     echo "${weights[0]}"

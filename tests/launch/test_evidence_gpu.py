@@ -400,8 +400,8 @@ socket.socket.connect = refuse
 _TOY = {
   'model.name': 'vit', 'model.width': 24, 'model.depth': 2, 'model.num_heads': 3,
   'model.mlp_dim': 96, 'data.image_size': 8, 'adapter.rank': 2, 'attack.steps': 1,
-  'train.steps': 1500, 'train.batch_size': 16, 'train.log_every': 1, 'train.eval_every': 1500,
-  'train.checkpoint_every': 200, 'eval.attacks': "('clean','pgd-1')", 'eval.num_examples': 16,
+  'train.steps': 300, 'train.batch_size': 16, 'train.log_every': 1, 'train.eval_every': 300,
+  'train.checkpoint_every': 100, 'eval.attacks': "('clean','pgd-1')", 'eval.num_examples': 16,
   'eval.validation_attack': 'clean', 'eval.validation_examples': 16, 'eval.batch_size': 16,
 }  # fmt: skip
 
@@ -434,7 +434,7 @@ def test_a_toy_run_stops_saved_and_a_fresh_machine_finishes_it(toy_pack, tmp_pat
   process, said = begin('first'), ''
   for line in process.stderr:
     said += line
-    if line.startswith('step 20/1500'):
+    if line.startswith('step 5/300'):
       process.send_signal(signal.SIGTERM)
   assert process.wait() == 75, said
   assert 'SIGTERM: saved step' in said

@@ -87,8 +87,8 @@ def test_without_any_name_the_missing_one_is_said(real_weights):
 def test_logits_of_real_images_are_timms(real_weights, golden_images, key, wanted):
   model, variables, report = pretrained.load(real_weights, NAMES[0], **wanted)
   found = jax.jit(model.apply)(variables, pixels(golden_images, report.image_size))
-  # float32 through 12 blocks: 1e-6 of the largest logit was seen. A resize that is not timm's, or
-  # the other gelu, moves them by 1e-3 and more.
+  # float32 through 12 blocks: 1e-6 and 3e-6 of the largest logit were seen. The other gelu moves
+  # them by 1e-3 of it, patches resized as the inherited protocol does by half of it.
   assert_close(found, GOLDEN[key], 2e-5)
 
 
@@ -181,9 +181,9 @@ def torch_logits(path, images):
     return torch_adapter.load(path)(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
 
 
-# At 224 px with patches of 32: with 196 of 16 px a step takes minutes as tests are compiled.
+# At 224 px with patches of 56: with 196 of 16 px a step takes minutes as tests are compiled.
 @pytest.mark.slow
-@pytest.mark.parametrize('image_size, patch_size', [(32, 8), (224, 32)])
+@pytest.mark.parametrize('image_size, patch_size', [(32, 8), (224, 56)])
 def test_the_whole_way_from_real_weights(
   real_weights, few_images, tmp_path, capsys, one_device, image_size, patch_size
 ):
