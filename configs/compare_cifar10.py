@@ -58,7 +58,7 @@ _CPU_RATES = {  # the best of `:cpu_rates`
   'fulllora': 1e-2,
 }
 _TRIED = ('2e-3', '5e-3', '1e-2', '2e-2')
-_VIT_TI_RATES = {  # the best of `:vit_ti_rates`
+_VIT_TI_RATES = {  # assumed: `:vit_ti_rates` has not been run to its end
   'full': 1e-4,
   'fulllora': 2e-3,
   'lora_everywhere': 2e-3,

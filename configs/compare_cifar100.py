@@ -21,7 +21,7 @@ from pathlib import Path
 from fulllora_jax.experiments.compare import rows, vit_ti
 
 _EXPERIMENT = Path(__file__).with_name('cifar100.py')
-_VIT_TI_RATES = {  # the best of `:vit_ti_rates`
+_VIT_TI_RATES = {  # assumed: `:vit_ti_rates` has not been run to its end
   'full': 1e-4,
   'fulllora': 2e-3,
   'lora_everywhere': 2e-3,
