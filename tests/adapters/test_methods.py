@@ -350,7 +350,8 @@ def test_parameter_budget_of_vit_b_is_the_papers(rank, percent):
 def table():
   """The rows of docs/methods.md: method -> cells."""
   text = (pathlib.Path(__file__).parents[2] / 'docs/methods.md').read_text()
-  rows = re.findall(r'^\| `(\w+)` \|(.*)\|$', text, re.MULTILINE)
+  (methods_table,) = (part for part in text.split('\n\n') if part.startswith('| method |'))
+  rows = re.findall(r'^\| `(\w+)` \|(.*)\|$', methods_table, re.MULTILINE)
   return {name: [c.strip() for c in cells.split('|')] for name, cells in rows}
 
 
