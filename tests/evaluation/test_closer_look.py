@@ -48,7 +48,10 @@ def test_without_radii_the_adapter_is_still_looked_at(run):
   assert set(numbers) == {'influence'} and extreme == {}
 
 
-def test_what_expected_robustness_attacked_is_not_attacked_again(run, monkeypatch):
+def test_what_expected_robustness_attacked_is_not_attacked_again(
+  finished_copy, small_config, digits, one_device, monkeypatch
+):
+  run = finished_run.FinishedRun(small_config, finished_copy, digits)  # it writes into the run
   attacked, outcome = [], eps_sweep.EpsSweep.outcome
 
   def counted(sweep, variables, chosen, factor):
