@@ -58,16 +58,6 @@ _CPU_RATES = {  # the best of `:cpu_rates`
   'fulllora': 1e-2,
 }
 _TRIED = ('2e-3', '5e-3', '1e-2', '2e-2')
-_VIT_TI_RATES = {  # assumed: `:vit_ti_rates` has not been run to its end
-  'full': 1e-4,
-  'fulllora': 2e-3,
-  'lora_everywhere': 2e-3,
-  'lora': 4e-3,
-  'linear': 2e-2,
-  'full-fixed': 1e-4,
-  'fulllora-fixed': 2e-3,
-  'lora_everywhere-fixed': 2e-3,
-}
 
 
 def get_config(variant: str = ''):
@@ -77,7 +67,7 @@ def get_config(variant: str = ''):
   known = ('', *own, *gpu, *vit_ti.PARTS, 'ablations', *variants.PUBLISHED)
   choose('config variant', variant, known)
   if variant in vit_ti.PARTS:
-    return vit_ti.comparison(_EXPERIMENT, variant, _VIT_TI_RATES, patches_of_8)
+    return vit_ti.comparison(_EXPERIMENT, variant, vit_ti.patches_of_8)
   if variant in gpu:
     return on_one_gpu(variant)
   if variant not in own:
@@ -109,12 +99,6 @@ def on_one_gpu(variant: str):
     comparison.experiment.train.epochs /= 10
     comparison.experiment.eval.num_examples = 250
   return comparison
-
-
-def patches_of_8(config) -> None:
-  """Makes 16 patches of an image, at which a step costs a quarter of what it does at 64."""
-  config.model.patch_size = 8
-  config.train.update(steps=1152, batch_size=128, eval_every=288, checkpoint_every=96)
 
 
 def small(config) -> None:

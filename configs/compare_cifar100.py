@@ -21,26 +21,10 @@ from pathlib import Path
 from fulllora_jax.experiments.compare import rows, vit_ti
 
 _EXPERIMENT = Path(__file__).with_name('cifar100.py')
-_VIT_TI_RATES = {  # assumed: `:vit_ti_rates` has not been run to its end
-  'full': 1e-4,
-  'fulllora': 2e-3,
-  'lora_everywhere': 2e-3,
-  'lora': 4e-3,
-  'linear': 2e-2,
-  'full-fixed': 1e-4,
-  'fulllora-fixed': 2e-3,
-  'lora_everywhere-fixed': 2e-3,
-}
 
 
 def get_config(variant: str = ''):
   """Returns the comparison; variant: '', ablations, a published model or a part of vit_ti."""
   if variant in vit_ti.PARTS:
-    return vit_ti.comparison(_EXPERIMENT, variant, _VIT_TI_RATES, patches_of_8)
+    return vit_ti.comparison(_EXPERIMENT, variant, vit_ti.patches_of_8)
   return rows.paper_comparison(_EXPERIMENT, variant)
-
-
-def patches_of_8(config) -> None:
-  """Makes 16 patches of an image, at which a step costs a quarter of what it does at 64."""
-  config.model.patch_size = 8
-  config.train.update(steps=1152, batch_size=128, eval_every=288, checkpoint_every=96)

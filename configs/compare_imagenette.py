@@ -23,22 +23,12 @@ from pathlib import Path
 from fulllora_jax.experiments.compare import rows, vit_ti
 
 _EXPERIMENT = Path(__file__).with_name('imagenette.py')
-_VIT_TI_RATES = {  # assumed: `:vit_ti_rates` has not been run to its end
-  'full': 1e-4,
-  'fulllora': 2e-3,
-  'lora_everywhere': 2e-3,
-  'lora': 4e-3,
-  'linear': 2e-2,
-  'full-fixed': 1e-4,
-  'fulllora-fixed': 2e-3,
-  'lora_everywhere-fixed': 2e-3,
-}
 
 
 def get_config(variant: str = ''):
   """Returns the comparison; variant: '', ablations, a published model or a part of vit_ti."""
   if variant in vit_ti.PARTS:
-    return vit_ti.comparison(_EXPERIMENT, variant, _VIT_TI_RATES, at_112_px)
+    return vit_ti.comparison(_EXPERIMENT, variant, at_112_px)
   return rows.paper_comparison(_EXPERIMENT, variant)
 
 

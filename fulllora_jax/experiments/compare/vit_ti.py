@@ -2,9 +2,10 @@
 
 Every method meets the attack by two hinges, and three of them also at the full eps from the first
 step. The hinges are earlier than those of Epsilon-Scheduling, for these trainings are short. Each
-row has the learning rate that was the best of three for it on validation images, after a quarter of
-the steps: `:vit_ti_rates` compares them. `:vit_ti_schedules` moves the hinges, `:vit_ti_ablations`
-changes one thing of FullLoRA at a time; all three rank by validation and attack no test image.
+row is to have the learning rate that is the best of three for it on validation images after a
+quarter of the steps: `:vit_ti_rates` compares them. `:vit_ti_schedules` moves the hinges,
+`:vit_ti_ablations` changes one thing of FullLoRA at a time; all three rank by validation and attack
+no test image.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,23 +47,29 @@ _TRIED = {  # method -> learning rates of AdamW
   'lora': ('2e-3', '4e-3', '8e-3'),
   'linear': ('5e-3', '2e-2', '5e-2'),
 }
+_ASSUMED_RATES = {'full': 1e-4, 'lora': 4e-3, 'linear': 2e-2}  # method -> rate; others 2e-3
 
 
 def comparison(
-  file: Path, part: str, rates: Mapping[str, float], change: Callable[[ConfigDict], None]
+  file: Path,
+  part: str,
+  change: Callable[[ConfigDict], None],
+  rates: Mapping[str, float] | None = None,
 ) -> ConfigDict:
   """Returns one of PARTS.
 
   Args:
     file: the experiment, in configs/.
     part: the name of the part.
-    rates: the best learning rate of each row.
     change: takes the config of the experiment to the size that is compared.
+    rates: the best learning rate of each row; None: assumed, for `:vit_ti_rates` has not been run.
 
   Raises:
     UserError: another part.
   """
   choose('config variant', part, PARTS)
+  if rates is None:
+    rates = {label: _ASSUMED_RATES.get(row['method'], 2e-3) for label, row in _ROWS.items()}
   compared = rows.under_autoattack(file, 'vit_ti')
   compared.name += f'-{part}'
   compared.seeds = (0,)
@@ -78,6 +85,12 @@ def comparison(
     make = _schedules if part == 'vit_ti_schedules' else _ablations
     compared.rows = ConfigDict(make(rates['fulllora']))
   return compared
+
+
+def patches_of_8(config: ConfigDict) -> None:
+  """Makes 16 patches of an image of 32 px: a step costs a quarter of what it does at 64."""
+  config.model.patch_size = 8
+  config.train.update(steps=1152, batch_size=128, eval_every=288, checkpoint_every=96)
 
 
 def _shrink(config: ConfigDict) -> None:
