@@ -2,7 +2,7 @@
 
 Every method meets the attack by two hinges, and three of them also at the full eps from the first
 step. The hinges are earlier than those of Epsilon-Scheduling, for these trainings are short. Each
-row is to have the learning rate that is the best of three for it on validation images after a
+row is to have the learning rate that is the best of three or four for it on validation images after a
 quarter of the steps: `:vit_ti_rates` compares them. `:vit_ti_schedules` moves the hinges,
 `:vit_ti_ablations` changes one thing of FullLoRA at a time; all three rank by validation and attack
 no test image.
@@ -39,9 +39,9 @@ _ROWS: Mapping[str, dict[str, Any]] = {
     'attack': _FIXED,
   },
 }
-_ADAPTED = ('1e-3', '2e-3', '4e-3')
+_ADAPTED = ('1e-3', '2e-3', '4e-3', '8e-3')
 _TRIED = {  # method -> learning rates of AdamW
-  'full': ('5e-5', '1e-4', '2e-4'),
+  'full': ('1e-4', '2e-4', '4e-4'),
   'fulllora': _ADAPTED,
   'lora_everywhere': _ADAPTED,
   'lora': ('2e-3', '4e-3', '8e-3'),
