@@ -15,6 +15,9 @@ def augmentation() -> ConfigDict:
   augment.cutmix = 1.0
   # The probability with which a batch is mixed, by mixup or cutmix, in [0, 1].
   augment.mix_probability = 0.3
+  # The standard deviation of the Gaussian noise that the model is trained under, in pixels of
+  # [0, 1], at least 0, such as 0.25; 0: off. It is added to what the model sees, after an attack.
+  augment.noise = 0.0
   return augment
 
 

@@ -19,7 +19,7 @@ _RECIPE = {  # of a training: the run's, that of its base and that of its head
   '(0, inf)': """optimizer.learning_rate train.epochs train.steps train.batch_size train.accumulate
     train.log_every train.eval_every train.checkpoint_every train.keep""",
   '[0, inf)': """optimizer.weight_decay optimizer.clip schedule.factors augment.crop_padding
-    augment.mixup augment.cutmix train.max_skipped""",
+    augment.mixup augment.cutmix augment.noise train.max_skipped""",
   '[0, 1)': 'optimizer.momentum optimizer.b1 optimizer.b2',
   '[0, 1]': 'schedule.warmup schedule.boundaries augment.mix_probability',
 }

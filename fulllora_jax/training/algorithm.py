@@ -24,6 +24,8 @@ def make_algorithm(
   config, built: Built, mask: Tree, steps: int, num_classes: int
 ) -> train_step.Algorithm:
   """Builds Algorithm 1 from a config; its training is `steps` long."""
+  augmented = config.augment.to_dict()
+  noise = augmented.pop('noise')
   learning_rate = optim.learning_rate(config.schedule, config.optimizer.learning_rate, steps)
   return train_step.Algorithm(
     apply=built.model.apply,
@@ -31,7 +33,8 @@ def make_algorithm(
     learning_rate=learning_rate,
     objective=objectives.create(config.objective, adversarial=built.method.adversarial),
     attack=_attack(config, steps) if built.method.adversarial else None,
-    augment=augment.Augmentation(num_classes, **config.augment.to_dict()),
+    augment=augment.Augmentation(num_classes, **augmented),
+    noise=noise,
     fold=built.model.fold,
     accumulate=config.train.accumulate,
     remat=config.model.remat,

@@ -10,3 +10,4 @@ class Purpose(enum.IntEnum):
   ATTACK = 1
   DROPOUT = 2
   WARMUP = 3  # the attack's ARD and PRM
+  NOISE = 4

@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from fulllora_jax.attacks import losses
+from fulllora_jax.attacks.smoothed import noisy
 from fulllora_jax.core.trees import Tree, merge
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh as mesh_lib
@@ -45,6 +46,9 @@ class Algorithm:
   objective: OuterLoss  # the outer loss
   attack: InnerAttack | None  # the inner maximisation; None trains on clean images
   augment: Callable[..., tuple[jax.Array, jax.Array]]  # (key, images, labels) -> (images, labels)
+  # The deviation of the noise that is added to what the model sees, once for an image in a step: in
+  # the attack, whose ball and box stay those of the image, and in the outer loss (SmoothAdv)
+  noise: float = 0.0
   # Variables -> what `apply` takes in their place, once for all of the attack's calls
   fold: Callable[[Tree], Tree] = lambda variables: variables
   accumulate: int = 1  # the number of microbatches of a step
@@ -149,8 +153,13 @@ def _gradient(
   """The two lines of Algorithm 1, up to the optimizer, on a microbatch."""
   folded = algorithm.fold(merge(state.trainable, frozen))
 
+  def seen(images):
+    if not algorithm.noise:
+      return images
+    return noisy(keys, int(Purpose.NOISE), images, algorithm.noise)
+
   def logits_fn(images):  # deterministic, as every attack needs it
-    return algorithm.apply(folded, images)
+    return algorithm.apply(folded, seen(images))
 
   metrics: dict[str, Any] = {'passes': 0}
   x_adv = x
@@ -164,9 +173,9 @@ def _gradient(
 
     def training_logits(images):
       if not algorithm.dropout:
-        return algorithm.apply(variables, images)
+        return algorithm.apply(variables, seen(images))
       rngs = {'dropout': jax.random.fold_in(keys[0], Purpose.DROPOUT)}
-      return algorithm.apply(variables, images, train=True, rngs=rngs)
+      return algorithm.apply(variables, seen(images), train=True, rngs=rngs)
 
     outcome = algorithm.objective(training_logits, x, x_adv, labels)
     return outcome.loss.mean(), (outcome.logits, outcome.passes)
