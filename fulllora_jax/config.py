@@ -244,6 +244,9 @@ def _eval() -> ConfigDict:
   evaluation.attacks = ('clean', 'fgsm', 'pgd-20', 'cw_linf-20')
   # What measures expected robustness (evaluation/expected.py): pgd-20 or the like; '': nothing.
   evaluation.expected = ''
+  # Certificates of the smoothed model and an attack on it (evaluation/certificate.py), as
+  # sigma=0.25,n0=100,n=100000,alpha=0.001, all but sigma by default so; '': none.
+  evaluation.certify = ''
   evaluation.weights = ()  # of base, best and last; (): all there are
   evaluation.step_size = '2/255'  # of pgd and cw_linf, as attack.step_size
   evaluation.restarts = 1  # random starts of pgd and cw_linf, at least 1
@@ -346,6 +349,6 @@ def base_config(config: ConfigDict) -> ConfigDict:
     base[part] = ConfigDict(default()[part].to_dict())
   base.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
   base.base.source = 'scratch'
-  base.eval.attacks, base.eval.expected = ('clean',), ''
+  base.eval.update(attacks=('clean',), expected='', certify='')
   base.eval.validation_attack = 'clean'
   return base

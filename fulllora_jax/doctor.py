@@ -19,7 +19,7 @@ from fulllora_jax.core import errors
 
 def define_flags() -> None:
   """Defines what is examined, and under which threat."""
-  flags.DEFINE_string('workdir', None, 'Of the run.')
+  flags.DEFINE_string('workdir', None, 'Of the run; with --logits, of its evaluations.')
   flags.DEFINE_string('weights', 'best', 'base, best or last.')
   flags.DEFINE_string(
     'logits',

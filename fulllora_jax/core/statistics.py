@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from fulllora_jax.core.errors import UserError
 
 # Accuracies are counts over at most millions of images: differences that are nearer are equal.
@@ -60,6 +62,33 @@ def paired_difference(
   half *= stdev(differences) / math.sqrt(n)
   found = {'mean': mean, 'low': max(mean - half, -1.0), 'high': min(mean + half, 1.0)}
   return {name: round(value, 12) for name, value in found.items()} | {'n': n}
+
+
+def clopper_pearson(
+  successes: np.ndarray | int, trials: np.ndarray | int, alpha: float
+) -> np.ndarray:
+  """Returns the one-sided lower bound of shares, in [0, 1], which fails with probability alpha.
+
+  The alpha quantile of Beta(k, n - k + 1). Source: C. J. Clopper and E. S. Pearson, Biometrika 26
+  (1934).
+
+  Args:
+    successes: k, 0..n, of any shape.
+    trials: n, at least 1, of a shape that fits.
+    alpha: the probability that a bound is above its share, in (0, 1).
+
+  Raises:
+    UserError: if a number is out of its range.
+
+  >>> f'{clopper_pearson(99_900, 100_000, 0.001):.4f}'
+  '0.9986'
+  """
+  from scipy import special  # as in `paired_difference`
+
+  k, n = np.asarray(successes), np.asarray(trials)
+  if not ((k >= 0) & (k <= n) & (n >= 1)).all() or not 0 < alpha < 1:
+    raise UserError(f'no bound for {successes} of {trials} at {alpha}')
+  return np.where(k > 0, special.betaincinv(np.maximum(k, 1), n - k + 1, alpha), 0.0)
 
 
 def z_of_ratio(x: float, n: int, y: float, m: int, ratio: float = 1.0) -> float:

@@ -5,6 +5,7 @@ from fulllora_jax.core import ranges as range_lib
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.evaluation import ranges
 from fulllora_jax.evaluation.settings import Plan
+from fulllora_jax.evaluation.smoothing import Smoothing
 
 
 def validate_plan(plan: Plan) -> None:
@@ -14,6 +15,13 @@ def validate_plan(plan: Plan) -> None:
     raise UserError(f'threat.eps {plan.eps}: leaves nothing to attack; that is the clean accuracy')
   if plan.expected:
     plan.expected_attack()
+  if plan.certify:
+    Smoothing.parse(plan.certify)
+    if 'autoattack-rand' in plan.attacks:
+      raise UserError(
+        'certify: the noise is added to what a function of images alone is given, and '
+        'autoattack-rand is for one of (images, key); leave one of them out'
+      )
   range_lib.check('seed', plan.seed, range_lib.SEED, whole=True)
 
 

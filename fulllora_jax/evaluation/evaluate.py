@@ -16,7 +16,7 @@ from fulllora_jax.evaluation import checks, users_function
 from fulllora_jax.evaluation.evaluations import Evaluations, LogitsFunction, next_name
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
 from fulllora_jax.evaluation.settings import Plan
-from fulllora_jax.reports import attack_report, pictures, report
+from fulllora_jax.reports import attack_report, certificate, pictures, report
 
 
 def evaluate_again(
@@ -89,12 +89,16 @@ def _finish(
   path = run.folder / f'{run.name}.json'
   replace_file(path, json.dumps(result, indent=2).encode())
   say(f'\n{report.summary_table(result)}')
-  for section in attack_report.sections(result):
+  for section in (*attack_report.sections(result), *certificate.sections(result)):
     say(f'\n{section}')
   if len(plans) > 1:
     picture = path.with_suffix('.svg')
     pictures.draw_eps_sweep(evaluations, picture)
     say(f'\ncurves: {picture}')
+  if 'certificates' in result:
+    picture = path.with_name(f'{path.stem}-certified.svg')
+    pictures.draw_certificates(result, picture)
+    say(f'\ncertified and attacked: {picture}')
   say(f'\nresult: {path}')
   run.forget_progress()
   return result

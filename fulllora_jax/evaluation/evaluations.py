@@ -27,12 +27,14 @@ from fulllora_jax.core.files import (
   replace_arrays,
 )
 from fulllora_jax.distributed import mesh, processes
-from fulllora_jax.evaluation import expected, users_function
+from fulllora_jax.evaluation import certificate, expected, users_function
 from fulllora_jax.evaluation.eps_sweep import Climb, EpsSweep
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
+from fulllora_jax.evaluation.smoothing import Smoothing
 
 _TELLING = 32  # images whose logits tell one model from another
+_KEPT_EVERY = 5.0  # seconds between two writes of what a certificate has so far
 
 
 class Evaluations:
@@ -61,6 +63,7 @@ class Evaluations:
     self._sweeps: dict[tuple, EpsSweep] = {}
     self._climbs: dict[tuple, Climb] = {}
     self._expected: list[dict[str, Any]] = []
+    self._certificates: list[dict[str, Any]] = []
     self.evaluator = Evaluator(apply, plan, self.mesh)
 
   def weights(self) -> tuple[str, ...]:
@@ -108,10 +111,13 @@ class Evaluations:
       'norm': plan.norm,
       'eps': plan.eps,
       'eps_value': self.evaluator.threat.eps,
-      'dtype': self.config.model.dtype,
-      'matmul_precision': plan.precision,
-      'seed': plan.seed,
+      **self._computed_in(),
     }
+
+  def _computed_in(self) -> dict[str, Any]:
+    plan = self.evaluator.plan
+    dtype = self.config.model.dtype
+    return {'dtype': dtype, 'matmul_precision': plan.precision, 'seed': plan.seed}
 
   def sweep(self, attack: Attack, split: str) -> EpsSweep:
     """Returns what attacks a split at multiples of eps, compiled once."""
@@ -164,13 +170,34 @@ class Evaluations:
     climb = self.climb(weights, attack, split, chosen, radii, keep=True)
     return self._measured_by(attack, weights, split) | expected.record(climb, plan)
 
+  def certificate(self, weights: str, split: str) -> dict[str, Any]:
+    """Bounds the robust accuracy of smoothed weights from both sides; returns the record."""
+    identity, variables = self.variables(weights)
+    plan, examples = self.evaluator.plan, getattr(self.dataset, split)
+    asked = Smoothing.parse(plan.certify)
+    chosen = data.choose_examples(len(examples), plan.num_examples, plan.seed)
+    key = (identity, asked, split, chosen.tobytes())
+    if key not in self._records:
+      x = examples.fetch(chosen[:_TELLING]).astype(np.float32) / 255
+      logits = self.evaluator.logits(variables, x)
+      kept = expected.Kept(self._progress_dir(key), logits, certificate.State, 'certificate.npz')
+      state = kept.read() or certificate.State.new(len(chosen), logits.shape[1])
+      certifier = certificate.Certifier(self.evaluator, examples, chosen, asked, weights)
+      pace = Pace()
+      for _ in certifier.run(variables, state):
+        if pace.due(_KEPT_EVERY):
+          kept.write(state)
+      kept.write(state)
+      self._records[key] = certifier.record(state)
+    return {'weights': weights, 'split': split} | self._computed_in() | self._records[key]
+
   def evaluate_under(
     self, plans: Sequence[Plan], weights: Sequence[str], split: str
   ) -> list[dict[str, Any]]:
     """Evaluates weights under plan after plan, saying each result.
 
     The plans differ in their radius, so clean images are evaluated once. The last plan is kept.
-    What a plan says of expected robustness is measured too, and is in `report`.
+    What a plan says of expected robustness and certificates is measured too, and is in `report`.
     """
     records = []
     for number, plan in enumerate(plans):
@@ -188,6 +215,8 @@ class Evaluations:
           )
       for name in weights if plan.expected else ():
         self._expected.append(self.expected_robustness(name, split))
+    for name in weights if self.evaluator.plan.certify else ():
+      self._certificates.append(self.certificate(name, split))
     return records
 
   def report(self, evaluations: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
@@ -200,6 +229,7 @@ class Evaluations:
       'threat': {'norm': plan.norm, 'eps': plan.eps, 'eps_value': threat.eps},
       'evaluations': evaluations,
       **({'expected': self._expected} if self._expected else {}),
+      **({'certificates': self._certificates} if self._certificates else {}),
       'label_names': list(self.dataset.label_names),
       'command': provenance.command(),
       'versions': provenance.versions(),

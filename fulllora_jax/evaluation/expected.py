@@ -7,7 +7,7 @@ AutoAttack at eps and never for it; and it is an upper bound, as any accuracy un
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fulllora_jax.distributed import processes
 from fulllora_jax.evaluation.eps_sweep import Climb, radius_text
 from fulllora_jax.evaluation.settings import Plan
 
+Arrays = TypeVar('Arrays', bound=NamedTuple)
 _L2_STEPS = 8  # pixels have no natural step in l2
 _ROUNDING = 1e-6  # of a step: 8/255 as a float is 8 steps
 
@@ -66,30 +67,40 @@ def record(climb: Climb, plan: Plan) -> dict[str, Any]:
   }
 
 
-class Kept:
-  """The radii that an interrupted measurement has done, in a file of `directory`.
+class Kept(Generic[Arrays]):
+  """What an interrupted measurement has done, in a file of `directory`.
 
-  The logits [k, K] of some images tell the model from another.
+  Args:
+    directory: made when it is needed.
+    logits: those of some images, [k, K], which tell the model from another.
+    kind: a named tuple of arrays, that which is kept.
+    name: the name of the file.
   """
 
-  def __init__(self, directory: Path, logits: np.ndarray):
-    self._path, self._logits = directory / 'radii.npz', logits
+  def __init__(
+    self,
+    directory: Path,
+    logits: np.ndarray,
+    kind: type[Arrays] = Climb,  # type: ignore[assignment]
+    name: str = 'radii.npz',
+  ):
+    self._path, self._logits, self._kind = directory / name, logits, kind
 
-  def write(self, climb: Climb) -> None:
+  def write(self, done: Arrays) -> None:
     """Keeps what was done so far."""
     if processes.is_primary():
       make_directory(self._path.parent)
-      replace_arrays(self._path, logits=self._logits, **climb._asdict())
+      replace_arrays(self._path, logits=self._logits, **done._asdict())
 
-  def read(self) -> Climb | None:
+  def read(self) -> Arrays | None:
     """Returns what was done before, the same on every process; None where it is not there whole."""
     found = processes.from_primary(self._read)
-    return found and Climb(*map(np.asarray, found))
+    return found and self._kind(*map(np.asarray, found))
 
   def _read(self) -> list[list[float]] | None:
     try:
       with load_arrays(self._path) as saved:
-        logits, *parts = (saved[name] for name in ('logits', *Climb._fields))
+        logits, *parts = (saved[name] for name in ('logits', *self._kind._fields))
     except (OSError, *DAMAGED):
       return None
     other = fingerprint.difference({'logits': logits}, {'logits': self._logits})

@@ -16,6 +16,7 @@ class Plan:
   eps: str = '8/255'  # the radius in [0, 1] pixels
   attacks: tuple[str, ...] = ()  # names, such as 'pgd-20'
   expected: str = ''  # the attack that measures expected robustness; '': it is not measured
+  certify: str = ''  # what `smoothing.Smoothing.parse` reads; '': no certificate
   step_size: str = '2/255'  # the length of a step of PGD in [0, 1] pixels
   restarts: int = 1  # the number of random starts of PGD
   batch_size: int = 256  # images at once; rounded up for the devices

@@ -12,9 +12,9 @@ from typing import Any
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.files import as_path, os_errors, replace_file
-from fulllora_jax.reports import attack_report, facts, pictures, results
+from fulllora_jax.reports import attack_report, certificate, facts, pictures, results
 
-_CURVES, _EXAMPLES = 'curves.svg', 'examples.svg'
+_CURVES, _EXAMPLES, _CERTIFIED = 'curves.svg', 'examples.svg', 'certified.svg'
 _EXAMPLES_NOTE = (
   'Each column is one image with its label; what the attack made of it against the adapted model; '
   'what the base and the adapted model predict when each is attacked itself; and the difference, '
@@ -47,7 +47,7 @@ def write_report(
   directory = as_path(workdir)
   # The numbers first: no fault in a picture can lose them.
   write_numbers(directory, report)
-  for name in (_CURVES, _EXAMPLES):
+  for name in (_CURVES, _EXAMPLES, _CERTIFIED):
     with os_errors(directory):
       (directory / name).unlink(missing_ok=True)
   drawn = []
@@ -58,6 +58,8 @@ def write_report(
   if examples is not None:
     pictures.draw_examples(examples, directory / _EXAMPLES)
     drawn += [f'![Adversarial examples]({_EXAMPLES})', _EXAMPLES_NOTE]
+  if report.get('certificates'):
+    pictures.draw_certificates(report, directory / _CERTIFIED)
   path = directory / 'report.md'
   replace_file(path, _markdown(report, drawn).encode())
   return path
@@ -98,6 +100,8 @@ def _markdown(report, drawn) -> str:
     '\n'.join(f'- {tables.escaped(note)}' for note in results.notes(report)),
     *attack_report.markdown(report),
     *drawn,
+    *certificate.markdown(report),
+    f'![Certified and attacked]({_CERTIFIED})' if report.get('certificates') else '',
     '## Parameters and threat model',
     _bullets(facts.model_facts(report)),
     '## How it was trained',

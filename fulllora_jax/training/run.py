@@ -1,5 +1,6 @@
 """The whole job: base, adversarial finetuning, evaluation, report."""
 
+import dataclasses
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from fulllora_jax.core.console import say, warn
 from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
 from fulllora_jax.evaluation import closer_look, finished_run, settings
+from fulllora_jax.evaluation.smoothing import Smoothing
 from fulllora_jax.reports import page, report
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import checks, clean_phase, overfitting
@@ -65,8 +67,8 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
   result = processes.from_primary(finished_report, workdir)
   if result is not None:
     say(f'{workdir} holds a finished run of this config')
-    if lacks_expected(config, result):
-      result = _add_expected(config, workdir, dataset, result)
+    if lacks_expected(config, result) or lacks_certificates(config, result):
+      result = _add_missing(config, workdir, dataset, result)
   else:
     config = config_lib.copy(config)
     opened = processes.everywhere(base_lib.open_base, config, workdir)
@@ -135,15 +137,27 @@ def lacks_expected(config, result: Mapping[str, Any]) -> bool:
   return (attack.name, attack.steps) not in ((e['attack'], e['steps']) for e in there)
 
 
-def _add_expected(config, workdir: Path, dataset, result: dict[str, Any]) -> dict[str, Any]:
-  """Measures the expected robustness of a finished run, and adds it to its report."""
+def lacks_certificates(config, result: Mapping[str, Any]) -> bool:
+  """Returns whether a finished run was not asked for the certificates that are asked now."""
+  if not config.eval.certify or 'evaluations' not in result:
+    return False
+  asked = dataclasses.asdict(Smoothing.parse(config.eval.certify))
+  return not any(asked.items() <= each.items() for each in result.get('certificates', ()))
+
+
+def _add_missing(config, workdir: Path, dataset, result: dict[str, Any]) -> dict[str, Any]:
+  """Measures what a finished run was not asked for before, and adds it to its report."""
   dataset = of_run.hold(workdir, dataset or base_lib.open_dataset(config))
   plan = settings.Plan.of(config)
   run = finished_run.FinishedRun(config, workdir, dataset, plan)
   weights = dict.fromkeys(e['weights'] for e in result['evaluations'])
-  result['expected'] = [run.expected_robustness(name, 'test') for name in weights]
-  result['config']['eval']['expected'] = plan.expected
-  result.pop('radii', None)  # of another attack
+  if lacks_expected(config, result):
+    result['expected'] = [run.expected_robustness(name, 'test') for name in weights]
+    result['config']['eval']['expected'] = plan.expected
+    result.pop('radii', None)  # of another attack
+  if lacks_certificates(config, result):
+    result['certificates'] = [run.certificate(name, 'test') for name in weights]
+    result['config']['eval']['certify'] = plan.certify
   return _write(run, result, run.examples(settings.picture_attack(plan.all_attacks())))
 
 

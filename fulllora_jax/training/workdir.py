@@ -34,6 +34,7 @@ _FREE = (
   'data.dir',
   'data.prepare',
   'eval.closer_look',
+  'eval.certify',
   'eval.expected',
   'log.tensorboard',
   'mesh.fsdp',

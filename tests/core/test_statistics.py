@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fulllora_jax.core.statistics import over_seeds, paired_difference
+from fulllora_jax.core.statistics import clopper_pearson, over_seeds, paired_difference
 
 OURS, THEIRS = [0.61, 0.66, 0.58, 0.7], [0.6, 0.6, 0.55, 0.61]
 
@@ -62,3 +62,27 @@ def test_an_interval_ends_where_accuracies_do():
 
 def test_no_seed_has_no_mean():
   assert over_seeds([]) == {'mean': None, 'spread': None}
+
+
+@pytest.mark.parametrize('alpha', [0.001, 0.05, 0.5])
+def test_the_lower_bound_of_a_share_is_scipys(alpha):
+  for n in (1, 10, 1000, 100_000):
+    counts = np.unique([0, 1, n // 2, n - 1, n])
+    found = clopper_pearson(counts, n, alpha)
+    for k, bound in zip(counts, found, strict=True):
+      test = stats.binomtest(int(k), n, alternative='greater')
+      assert bound == pytest.approx(test.proportion_ci(1 - alpha, 'exact').low, rel=1e-9)
+      if k:  # at the bound, so many successes or more have probability alpha
+        assert stats.binom.sf(k - 1, n, bound) == pytest.approx(alpha, rel=1e-6)
+
+
+def test_the_lower_bound_covers_as_often_as_it_says():
+  drawn = np.random.default_rng(0).binomial(200, 0.7, 20_000)
+  failed = (clopper_pearson(drawn, 200, 0.05) > 0.7).mean()
+  assert 0.03 < failed <= 0.055
+
+
+@pytest.mark.parametrize('wrong', [(-1, 5, 0.1), (6, 5, 0.1), (0, 0, 0.1), (1, 5, 0.0), (1, 5, 1)])
+def test_no_bound_of_what_is_no_count(wrong):
+  with pytest.raises(ValueError, match='^no bound for'):
+    clopper_pearson(*wrong)

@@ -20,9 +20,9 @@ from fulllora_jax.core import files
 from fulllora_jax.core import ranges as range_lib
 from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.data import of_run
-from fulllora_jax.evaluation import finished_run, ranges, settings, users_function
+from fulllora_jax.evaluation import certificate, finished_run, ranges, settings, users_function
 from fulllora_jax.evaluation.diagnosis import attack, model
-from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, wrong
+from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, note, wrong
 from fulllora_jax.reports import facts
 
 CHECKS: dict[str, Callable[[Examined], Finding | None]] = {
@@ -104,6 +104,34 @@ def recorded(evaluations: Sequence[dict]) -> Finding:
   return Finding(name)
 
 
+def certified(certificates: Sequence[dict]) -> Finding:
+  """Looks for images that an attack broke inside their certified radius.
+
+  Args:
+    certificates: those of report.json and of evaluations/*.json.
+  """
+  name = 'no attack inside a certified radius'
+  for each in certificates:
+    broken = certificate.contradictions(each)
+    if not broken:
+      continue
+    worst = min(broken, key=lambda image: image['broken_at'] / image['radius'])
+    beyond = certificate.beyond_chance(each)
+    chance = (
+      f'each certificate and each verdict is false with probability {each["alpha"]:g} at most'
+    )
+    finding = (wrong if beyond else note)(
+      f'an attack on {each["weights"]}, smoothed with sigma {each["sigma"]:g}, breaks '
+      f'{len(broken)} of {each["num_examples"]} images strictly inside their certified radius '
+      f'(image {worst["index"]} at {worst["broken_at"]:.3g} of {worst["radius"]:.3g})',
+      f'{chance}, and these are {"more than" if beyond else "no more than"} such failures explain',
+      'look for noise that is clipped or scaled on the way, a model that is random or depends on '
+      'the batch, and draws that are used twice; certify again with another --seed',
+    )
+    return dataclasses.replace(finding, check=name)
+  return Finding(name)
+
+
 def examine_and_say(
   config,
   workdir: str | None,
@@ -117,7 +145,7 @@ def examine_and_say(
 
   Args:
     config: its `data` and `threat` are read.
-    workdir: the work directory of a run; None without one.
+    workdir: the work directory of a run, or with logits that of its evaluations; None without one.
     weights: which weights of the run: base, best or last.
     logits: module:function, in place of the run.
     split: whose images are looked at.
@@ -152,6 +180,7 @@ def examine_and_say(
       exact_fn,
     )
     levels = []
+    path = path or (files.absolute_path(workdir) if workdir else None)
     for finding in _findings(examined, path):
       print(finding.text(), flush=True)
       levels.append(finding.level)
@@ -166,12 +195,15 @@ def examine_and_say(
 def _findings(examined: Examined, workdir: Path | None) -> Iterator[Finding]:
   yield from examine(examined)
   if workdir is not None:
-    records, head = [], None
+    records, certificates, head = [], [], None
     for path in (workdir / 'report.json', *workdir.glob('evaluations/*.json')):
       if path.exists():
         read = json.loads(files.read_file(path))
         records += read['evaluations']
+        certificates += read.get('certificates', ())
         head = head or facts.head_start(read.get('head'))
     if head:
       yield Finding(f'the head started as {head}')
     yield recorded(records)
+    if certificates:
+      yield certified(certificates)

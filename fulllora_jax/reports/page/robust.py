@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulllora_jax.core import tables
-from fulllora_jax.reports import curves, results
+from fulllora_jax.reports import certificate, curves, results
 from fulllora_jax.reports.drawing import charts, images
 from fulllora_jax.reports.drawing.charts import Bars, Chart
 from fulllora_jax.reports.drawing.markup import Markup, join, limited, tag
@@ -96,6 +96,22 @@ def _with_table(chart: Chart, note: str, table: list[list[str]]) -> Markup:
   whole = document.table(table, chart.title)
   figure = document.figure(chart, note, single=True)
   return join(figure, document.details('The same as a table', whole))
+
+
+def certificates(report: Mapping[str, Any]) -> Markup | None:
+  """Draws both bounds on the robust accuracy of each smoothed model."""
+  shown = [
+    _with_table(chart, f'{". ".join(_upper(line) for line in certificate.remarks(found))}.', table)
+    for chart, found in zip(
+      certificate.curves(report), report.get('certificates') or (), strict=True
+    )
+    for table in [certificate.table(found)]
+  ]
+  return join(shown) if shown else None
+
+
+def _upper(line: str) -> str:
+  return line[0].upper() + line[1:]
 
 
 def extremes(report: Mapping[str, Any], examples: Mapping[str, Any]) -> Markup | None:
