@@ -12,16 +12,9 @@ from fulllora_jax.attacks.pgd import LogitsFn
 
 
 def noisy(keys: jax.Array, draw: jax.Array | int, x: jax.Array, sigma: float) -> jax.Array:
-  """Adds one draw of noise to each image.
+  """Returns x [B, H, W, C] and noise of deviation sigma, not clipped, float32.
 
-  Args:
-    keys: PRNG keys [B], one for each image.
-    draw: the numbers of the draws, int [B], or one for all, int [].
-    x: images [B, H, W, C].
-    sigma: the standard deviation of the noise, in [0, 1] pixels.
-
-  Returns:
-    x + noise, float32 [B, H, W, C], not clipped.
+  The noise is that of the images' keys [B] and of the number of the draw, int [B] or one for all.
   """
   own = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(draw, keys.shape))
   return x + sigma * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(own)
@@ -32,12 +25,7 @@ def smoothed(keys: jax.Array, logits_fn: LogitsFn, sigma: float, draws: int) -> 
 
   Its cross entropy is what SmoothAdv raises (Salman et al., 2019, arXiv 1906.04584, equation 6).
   The backward pass computes each draw again, so memory is that of one draw.
-
-  Args:
-    keys: PRNG keys [B], one for each image; the draws are the same in every call.
-    logits_fn: images [B, H, W, C] -> logits [B, K].
-    sigma: the standard deviation of the noise, in [0, 1] pixels.
-    draws: the number of draws, at least 1.
+  The draws 0..draws-1 of the images' keys [B] are the same in every call.
   """
 
   def log_mean(x: jax.Array) -> jax.Array:

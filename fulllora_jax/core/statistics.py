@@ -69,13 +69,8 @@ def clopper_pearson(
 ) -> np.ndarray:
   """Returns the one-sided lower bound of shares, in [0, 1], which fails with probability alpha.
 
-  The alpha quantile of Beta(k, n - k + 1). Source: C. J. Clopper and E. S. Pearson, Biometrika 26
-  (1934).
-
-  Args:
-    successes: k, 0..n, of any shape.
-    trials: n, at least 1, of a shape that fits.
-    alpha: the probability that a bound is above its share, in (0, 1).
+  It is the alpha quantile of Beta(k, n - k + 1) of k successes, 0..n, in n trials, at least 1; both
+  have the same shape, or one is a number (Clopper & Pearson, Biometrika 26, 1934).
 
   Raises:
     UserError: if a number is out of its range.

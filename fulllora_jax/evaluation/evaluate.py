@@ -89,7 +89,7 @@ def _finish(
   path = run.folder / f'{run.name}.json'
   replace_file(path, json.dumps(result, indent=2).encode())
   say(f'\n{report.summary_table(result)}')
-  for section in (*attack_report.sections(result), *certificate.sections(result)):
+  for section in attack_report.sections(result):
     say(f'\n{section}')
   if len(plans) > 1:
     picture = path.with_suffix('.svg')
@@ -97,7 +97,7 @@ def _finish(
     say(f'\ncurves: {picture}')
   if 'certificates' in result:
     picture = path.with_name(f'{path.stem}-certified.svg')
-    pictures.draw_certificates(result, picture)
+    certificate.draw(result, picture)
     say(f'\ncertified and attacked: {picture}')
   say(f'\nresult: {path}')
   run.forget_progress()

@@ -180,7 +180,7 @@ class Evaluations:
     if key not in self._records:
       x = examples.fetch(chosen[:_TELLING]).astype(np.float32) / 255
       logits = self.evaluator.logits(variables, x)
-      kept = expected.Kept(self._progress_dir(key), logits, certificate.State, 'certificate.npz')
+      kept = expected.Kept(self._progress_dir(key), logits, certificate.State)
       state = kept.read() or certificate.State.new(len(chosen), logits.shape[1])
       certifier = certificate.Certifier(self.evaluator, examples, chosen, asked, weights)
       pace = Pace()
@@ -188,7 +188,9 @@ class Evaluations:
         if pace.due(_KEPT_EVERY):
           kept.write(state)
       kept.write(state)
-      self._records[key] = certifier.record(state)
+      record = certifier.record(state)
+      record['notes'] += filter(None, [certificate.chance(record)[0]])
+      self._records[key] = record
     return {'weights': weights, 'split': split} | self._computed_in() | self._records[key]
 
   def evaluate_under(

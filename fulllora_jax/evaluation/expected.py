@@ -7,7 +7,7 @@ AutoAttack at eps and never for it; and it is an upper bound, as any accuracy un
 
 import math
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from fulllora_jax.distributed import processes
 from fulllora_jax.evaluation.eps_sweep import Climb, radius_text
 from fulllora_jax.evaluation.settings import Plan
 
-Arrays = TypeVar('Arrays', bound=NamedTuple)
 _L2_STEPS = 8  # pixels have no natural step in l2
 _ROUNDING = 1e-6  # of a step: 8/255 as a float is 8 steps
 
@@ -67,32 +66,22 @@ def record(climb: Climb, plan: Plan) -> dict[str, Any]:
   }
 
 
-class Kept(Generic[Arrays]):
+class Kept:
   """What an interrupted measurement has done, in a file of `directory`.
 
-  Args:
-    directory: made when it is needed.
-    logits: those of some images, [k, K], which tell the model from another.
-    kind: a named tuple of arrays, that which is kept.
-    name: the name of the file.
+  It is a named tuple of arrays. The logits [k, K] of some images tell the model from another.
   """
 
-  def __init__(
-    self,
-    directory: Path,
-    logits: np.ndarray,
-    kind: type[Arrays] = Climb,  # type: ignore[assignment]
-    name: str = 'radii.npz',
-  ):
-    self._path, self._logits, self._kind = directory / name, logits, kind
+  def __init__(self, directory: Path, logits: np.ndarray, kind: Any = Climb):
+    self._path, self._logits, self._kind = directory / 'radii.npz', logits, kind
 
-  def write(self, done: Arrays) -> None:
+  def write(self, done: Any) -> None:
     """Keeps what was done so far."""
     if processes.is_primary():
       make_directory(self._path.parent)
       replace_arrays(self._path, logits=self._logits, **done._asdict())
 
-  def read(self) -> Arrays | None:
+  def read(self) -> Any | None:
     """Returns what was done before, the same on every process; None where it is not there whole."""
     found = processes.from_primary(self._read)
     return found and self._kind(*map(np.asarray, found))

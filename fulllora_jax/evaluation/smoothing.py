@@ -26,10 +26,7 @@ class Smoothing:
 
   @classmethod
   def parse(cls, text: str) -> 'Smoothing':
-    """Reads what `--certify` and `config.eval.certify` say.
-
-    Raises:
-      UserError: an unknown key, a number out of its range, or no sigma.
+    """Reads what `--certify` and `config.eval.certify` say; UserError for what cannot be.
 
     >>> Smoothing.parse('sigma=1/4,n=1000')
     Smoothing(sigma=0.25, n0=100, n=1000, alpha=0.001)
@@ -60,8 +57,7 @@ class Smoothing:
   def radii(self, counts: np.ndarray) -> np.ndarray:
     """Returns the certified L2 radii, float64 [N] in [0, 1] pixels; NaN is an abstention.
 
-    Args:
-      counts: how many of the n draws were taken for the class that n0 others chose, int [N].
+    The counts, int [N], are of those of the n draws that are taken for the class of the n0 others.
     """
     from scipy import special  # it would be imported with the package
 
@@ -76,12 +72,8 @@ _COUNT = '[1, 2147483648)'  # a draw's number is an int32
 def verdicts(counts: np.ndarray, alpha: float) -> np.ndarray:
   """Returns what the smoothed model takes images for, int [N]; NO_CLASS where that is open.
 
-  PREDICT: the two most frequent classes differ by a two-sided binomial test at level alpha, so a
-  class that is named is wrong with probability alpha at most.
-
-  Args:
-    counts: how many draws were taken for each class, int [N, K], K at least 2.
-    alpha: the level, in (0, 1).
+  PREDICT: the two largest of the counts, int [N, K], differ by a two-sided binomial test at level
+  alpha, so a class that is named is wrong with probability alpha at most.
   """
   second, first = np.sort(counts, axis=1)[:, -2:].T
   clear = clopper_pearson(first, np.maximum(first + second, 1), alpha / 2) > 0.5

@@ -1,34 +1,36 @@
-"""What an ensemble of attacks found, as text: headline, cascade, classes."""
+"""What ensembles of attacks and certificates found, as text: headlines, tables, remarks."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
-from fulllora_jax.reports import results
+from fulllora_jax.reports import certificate, results
 
 
 def sections(report: Mapping[str, Any]) -> Iterator[str]:
-  """Yields the text of each AutoAttack of a report.json, for the terminal."""
-  for title, found, lines in _autoattacks(report):
+  """Yields the text of each AutoAttack and certificate of a report.json, for the terminal."""
+  for title, found, lines in _found(report):
     rows = [f'  {row}' for table in found for row in tables.aligned(table)]
     yield '\n'.join([title, *rows, *lines])
 
 
 def markdown(report: Mapping[str, Any]) -> Iterator[str]:
   """Yields the same text as blocks of Markdown."""
-  for title, found, lines in _autoattacks(report):
+  for title, found, lines in _found(report):
     yield f'### {title}'
     yield from map(tables.markdown, found)
     yield '\n'.join(f'- {line}' for line in lines)
 
 
-def _autoattacks(report: Mapping[str, Any]):
-  """Yields the headline, the two tables and the remarks of each AutoAttack."""
+def _found(report: Mapping[str, Any]):
+  """Yields the headline, the tables and the remarks of each AutoAttack and certificate."""
   for evaluation in report['evaluations']:
     if evaluation['attack'].startswith('autoattack'):
       found = cascade(evaluation), per_class(evaluation, report['label_names'])
       yield headline(evaluation), found, remarks(evaluation)
+  for title, table, lines in certificate.parts(report):
+    yield title, [table], lines
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:

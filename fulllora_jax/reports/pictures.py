@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.reports import certificate, curves, results
+from fulllora_jax.reports import curves, results
 from fulllora_jax.reports.drawing import axes, charts, images, picture
 from fulllora_jax.reports.drawing.markup import Markup, limited, tag
 
@@ -61,14 +61,6 @@ def draw_eps_sweep(evaluations: Sequence[Mapping[str, Any]], path: str | os.Path
   chart = curves.against_eps('Robust accuracy (%)', lines, words, norm)
   note = 'The shade is the 95 % Wilson interval; at eps 0 it is clean accuracy.'
   picture.save_charts(path, [chart], note)
-
-
-def draw_certificates(report: Mapping[str, Any], path: str | os.PathLike) -> None:
-  """Draws the bounds of each certificate of a report against the radius."""
-  note = (
-    'Of the smoothed model alone; the shade is the 95 % Wilson interval of the choice of images.'
-  )
-  picture.save_charts(path, list(certificate.curves(report)), note)
 
 
 def draw_examples(examples: Mapping[str, Any], path: str | os.PathLike) -> None:

@@ -59,7 +59,8 @@ def write_report(
     pictures.draw_examples(examples, directory / _EXAMPLES)
     drawn += [f'![Adversarial examples]({_EXAMPLES})', _EXAMPLES_NOTE]
   if report.get('certificates'):
-    pictures.draw_certificates(report, directory / _CERTIFIED)
+    certificate.draw(report, directory / _CERTIFIED)
+    drawn.append(f'![Certified and attacked]({_CERTIFIED})')
   path = directory / 'report.md'
   replace_file(path, _markdown(report, drawn).encode())
   return path
@@ -100,8 +101,6 @@ def _markdown(report, drawn) -> str:
     '\n'.join(f'- {tables.escaped(note)}' for note in results.notes(report)),
     *attack_report.markdown(report),
     *drawn,
-    *certificate.markdown(report),
-    f'![Certified and attacked]({_CERTIFIED})' if report.get('certificates') else '',
     '## Parameters and threat model',
     _bullets(facts.model_facts(report)),
     '## How it was trained',

@@ -53,7 +53,7 @@ def counted(**asked):
   certifier, variables = certifier_of(**asked)
   state = State.new(COUNT, 2)
   for _ in certifier.run(variables, state):
-    if state.done[1] == COUNT * certifier.smoothing.n:
+    if state.done[0] == COUNT * (certifier.smoothing.n0 + certifier.smoothing.n):
       return state, certifier.record(state)
 
 
@@ -91,11 +91,11 @@ def certified(shares, n, alpha=0.001):
 
 def test_the_classes_of_noisy_copies_have_their_closed_form(linear):
   state, _ = linear
-  taken = state.counted[np.arange(COUNT), (SIGNED > 0).astype(int)]
+  taken = state.counts[np.arange(COUNT), 1, (SIGNED > 0).astype(int)]
   spread = np.sqrt(2000 * SHARES * (1 - SHARES)) + 1
   assert (np.abs(taken - 2000 * SHARES) < 4.5 * spread).all()
   assert (np.abs(taken - 2000 * SHARES) / spread).mean() > 0.2  # and they are random
-  assert (state.counted.sum(axis=1) == 2000).all() and (state.selected.sum(axis=1) == 100).all()
+  assert (state.counts.sum(axis=2) == [100, 2000]).all()
 
 
 def test_the_radius_comes_to_the_distance_of_the_boundary():
@@ -107,7 +107,8 @@ def test_the_radius_comes_to_the_distance_of_the_boundary():
     assert (found[sure] <= OWN[sure]).all()  # all but one in a thousand
     spread = 4.5 * np.sqrt(SHARES * (1 - SHARES) / n)
     low = np.nan_to_num(certified(np.clip(SHARES - spread, 0, 1), n), nan=0.0)
-    assert (np.nan_to_num(found, nan=0.0) >= low - 1e-9).all()
+    steady = SHARES > 0.7  # 100 draws choose the right class
+    assert (found[steady] >= low[steady] - 1e-9).all() and steady.sum() > 15
     likely = (OWN > 0.3 * SIGMA) & (OWN < 2 * SIGMA)
     gaps.append(np.nanmean(OWN[likely] - found[likely]))
     assert [i['class'] for i in record['images'] if i['radius'] and i['radius'] > 0.02] == [
@@ -144,7 +145,7 @@ def test_the_attack_breaks_what_it_reaches_and_nothing_inside_a_radius(linear):
       # Of 1,000 draws 8 in a hundred more are enough.
       clear = reached > own + 0.2 * SIGMA
       assert image['attacks'] <= np.argmax(clear) + 1
-  assert not certificate.contradictions(record) and record['notes'] == []
+  assert certificate.chance(record) == ('', False) and record['notes'] == []
   assert (state.first[RIGHT] >= 0).all()
 
 
@@ -154,21 +155,21 @@ def test_neither_the_batch_nor_the_devices_count(linear):
   other = State.new(COUNT, 2)
   for _ in certifier.run(variables, other):
     pass
-  for ours, theirs in zip(other[:3], state[:3], strict=True):
+  for ours, theirs in zip(other[:2], state[:2], strict=True):
     np.testing.assert_array_equal(ours, theirs)
   np.testing.assert_allclose(other.distance, state.distance, rtol=1e-5)
   assert certifier.record(other)['curve'] == record['curve']
   another, _ = counted(seed=1, n=200)
   same, _ = counted(n=200)
-  assert (another.counted != same.counted).any()
-  np.testing.assert_array_equal(same.selected, state.selected)
+  assert (another.counts != same.counts).any()
+  np.testing.assert_array_equal(same.counts[:, 0], state.counts[:, 0])
 
 
 def test_the_draws_that_choose_bound_and_judge_are_others(whole):
   state, _ = counted(n0=500, n=500)
-  assert (state.selected != state.counted).any()
+  assert (state.counts[:, 0] != state.counts[:, 1]).any()
   *_, purposes = whole
-  assert set(purposes) == {'choose', 'bound', *(f'judge {n}' for n in range(5))}
+  assert set(purposes) == {'certify', *(f'judge {n}' for n in range(5))}
   assert len(certificate.RADII) == 5
 
 
@@ -178,7 +179,7 @@ def test_a_killed_one_goes_on_from_any_place(whole):
   for count in (1, 1, 17, 23, 1, 2, 1, 30):  # in every phase
     for _, _ in zip(range(count), certifier.run(variables, state), strict=False):
       pass
-    state = State(*(part.copy() for part in state))  # as it is read
+    state = State(*(part.copy() for part in state))  # as it is kept
   for ours, other in zip(state, finished, strict=True):
     np.testing.assert_array_equal(ours, other)
 
@@ -188,7 +189,7 @@ def test_copies_whose_logits_are_no_number_count_for_no_class():
     return apply(variables, images) + jax.numpy.where(images[:, 0, 0, :1] > 0.6, np.nan, 0)
 
   state, record = counted(function=broken, n=500)
-  share = state.counted.sum(axis=1) / 500
+  share = state.counts[:, 1].sum(axis=1) / 500
   expected = [NormalDist().cdf((0.6 - x) / SIGMA) for x in IMAGES[:, 0, 0, 0] / 255]
   np.testing.assert_allclose(share, expected, atol=0.1)
   assert 'images have noisy copies with NaN or infinite logits' in record['notes'][0]
@@ -214,9 +215,9 @@ def test_the_doctor_believes_a_sound_one_and_not_one_that_an_attack_contradicts(
   # 1 of some 150 certificates and verdicts happens at alpha 0.001; 9 do not.
   one, nine = (examine.certified([faulty(record, count)]) for count in (1, 9))
   assert (one.level, nine.level) == ('note', 'wrong')
-  assert 'breaks 9 of 40 images strictly inside their certified radius' in nine.seen
-  assert 'false with probability 0.001 at most, and these are more than' in nine.why
-  assert 'no more than such failures explain' in one.why
+  assert 'breaks 9 of 40 images strictly inside their certified radius, more than' in nine.seen
+  assert 'verdicts is false with probability 0.001 at most' in nine.seen
+  assert 'radius, no more than chance explains' in one.seen
   tried = sum(1 + i['attacks'] for i in record['images'])
   assert clopper_pearson(1, tried, 0.001) < 0.001 < clopper_pearson(9, tried, 0.001)
 
@@ -228,7 +229,6 @@ def test_a_planted_fault_is_found_by_the_attack(monkeypatch, whole):
   certifier, _, state, _ = whole
   record = certifier.record(state)
   assert examine.certified([{'weights': 'model'} | record]).level == 'wrong'
-  assert 'more than chance explains at alpha 0.001; ask the doctor' in record['notes'][0]
 
 
 LINEAR = ('--logits=linear_digits:logits', '--data=digits', '--image_size=8', '--num_examples=12')
@@ -244,7 +244,7 @@ def test_the_command_certifies_and_a_killed_one_goes_on(evaluate, tmp_path, caps
   )
   assert len(found['images']) == found['num_examples'] == 12
   said = capsys.readouterr().err
-  assert 'model, smoothed with sigma 0.25: L2 robust accuracy on 12 test images' in said
+  assert 'model, sigma 0.25: bounds on the L2 robust accuracy of 12 test images' in said
   assert 'it is another model than that of the other tables' in said
   folder = tmp_path / 'whole' / 'evaluations'
   assert f'certified and attacked: {folder}/001-certified.svg' in said
@@ -265,9 +265,9 @@ def test_the_command_certifies_and_a_killed_one_goes_on(evaluate, tmp_path, caps
   for _ in range(2):
     with pytest.raises(KeyboardInterrupt):
       evaluate(*ASKED, CERTIFY, f'--workdir={tmp_path}/killed')
-    [kept] = (tmp_path / 'killed').rglob('certificate.npz')
+    [kept] = (tmp_path / 'killed').rglob('radii.npz')
   with files.load_arrays(kept) as saved:
-    assert saved['done'].tolist()[:2] == [240, 2400] and saved['done'][2] > 0
+    assert saved['done'][0] == 2640 and saved['done'][2] > 0
   assert evaluate(*ASKED, CERTIFY, f'--workdir={tmp_path}/killed')['certificates'] == [found]
   assert not kept.exists()
 

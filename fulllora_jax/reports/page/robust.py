@@ -100,18 +100,12 @@ def _with_table(chart: Chart, note: str, table: list[list[str]]) -> Markup:
 
 def certificates(report: Mapping[str, Any]) -> Markup | None:
   """Draws both bounds on the robust accuracy of each smoothed model."""
+  found = zip(certificate.curves(report), certificate.parts(report), strict=True)
   shown = [
-    _with_table(chart, f'{". ".join(_upper(line) for line in certificate.remarks(found))}.', table)
-    for chart, found in zip(
-      certificate.curves(report), report.get('certificates') or (), strict=True
-    )
-    for table in [certificate.table(found)]
+    _with_table(chart, f'{". ".join(line[0].upper() + line[1:] for line in lines)}.', table)
+    for chart, (_, table, lines) in found
   ]
   return join(shown) if shown else None
-
-
-def _upper(line: str) -> str:
-  return line[0].upper() + line[1:]
 
 
 def extremes(report: Mapping[str, Any], examples: Mapping[str, Any]) -> Markup | None:
