@@ -59,11 +59,11 @@ class Certifier:
   """Bounds the robust accuracy of a smoothed model; each program is compiled once.
 
   The evaluator has the model, the seed and the batch size; `chosen`, int [N], says which examples
-  of the split, and `title` what to call it in progress lines.
+  of the split.
   """
 
-  def __init__(self, evaluator: Evaluator, split: data.Split, chosen, asked: Smoothing, title: str):
-    self.evaluator, self.chosen, self.smoothing, self.title = evaluator, chosen, asked, title
+  def __init__(self, evaluator: Evaluator, split: data.Split, chosen, asked: Smoothing):
+    self.evaluator, self.chosen, self.smoothing = evaluator, chosen, asked
     self._images = lambda rows: split.fetch(chosen[rows]).astype(np.float32) / 255
     self._labels = split.labels[chosen]
     self._judge = range(asked.n0, asked.n0 + min(JUDGE, asked.n))
@@ -71,13 +71,16 @@ class Certifier:
     self._classify = evaluator.jit(self._classes, in_shardings=(None, whole, rows, whole))
     self._attack = evaluator.jit(self._attacked, in_shardings=(None, rows, whole))
 
-  def run(self, variables: Any, state: State) -> Iterator[None]:
-    """Does what is still to do, in `state`; yields wherever that may be kept."""
+  def run(self, variables: Any, state: State, title: str) -> Iterator[None]:
+    """Does what is still to do, in `state`; yields wherever that may be kept.
+
+    The title is what progress lines call it.
+    """
     draws, done = range(self.smoothing.n0 + self.smoothing.n), int(state.done[0])
     progress = Progress(len(self.chosen) * len(draws), done)
     images = (self._images, self.chosen, state.counts)
     for state.done[0] in self._count(variables, *images, 'certify', draws, done):
-      self._tell(progress, state.done[0], 'certificate, draws')
+      _tell(progress, state.done[0], f'{title} certificate, draws')
       yield
     if not state.done[1:].any():
       found = verdicts(state.counts[:, 1], self.smoothing.alpha)
@@ -89,15 +92,10 @@ class Certifier:
       for first in range(int(state.done[2]), len(rows), size):
         self._break(variables, state, rows[first : first + size], radius)
         state.done[2] = min(first + size, len(rows))
-        self._tell(progress, state.done[2], f'attack at {RADII[radius]:g} sigma, images')
+        _tell(progress, state.done[2], f'{title} attack at {RADII[radius]:g} sigma, images')
         yield
       state.done[1:] = radius + 1, 0
     yield
-
-  def _tell(self, progress: Progress, done: int, what: str) -> None:
-    rate = progress.update(int(done))
-    if rate and progress.due():
-      say(f'{self.title} {what}: {done}/{progress.total}, {rate}')
 
   def _break(self, variables, state: State, rows: np.ndarray, radius: int) -> None:
     """Attacks some images and writes down which the smoothed model takes for another class."""
@@ -133,7 +131,7 @@ class Certifier:
     filled in place, by the first n0 draws in [:, 0]. Other purposes have independent draws.
     """
     size, begin, x = self.evaluator.batch_size, -1, None
-    window = np.arange(size // min(self.smoothing.n0, len(self._judge)) + 2)  # that a batch may see
+    window = np.arange(size // len(self._judge) + 2)  # what a batch may see
     while done < len(index) * len(draws):
       copies = np.arange(done, min(done + size, len(index) * len(draws)))
       place, draw = copies // len(draws), draws.start + copies % len(draws)
@@ -194,6 +192,12 @@ class Certifier:
       'images': [dict(zip(columns, row, strict=True)) for row in rows],
       'notes': [f'{told} for no class'] if unknown else [],
     }
+
+
+def _tell(progress: Progress, done: int, what: str) -> None:
+  rate = progress.update(int(done))
+  if rate and progress.due():
+    say(f'{what} {done}/{progress.total}, {rate}')
 
 
 def _number(purpose: str) -> np.uint32:

@@ -63,6 +63,7 @@ class Evaluations:
     self._sweeps: dict[tuple, EpsSweep] = {}
     self._climbs: dict[tuple, Climb] = {}
     self._expected: list[dict[str, Any]] = []
+    self._certifiers: dict[tuple, certificate.Certifier] = {}
     self._certificates: list[dict[str, Any]] = []
     self.evaluator = Evaluator(apply, plan, self.mesh)
 
@@ -182,9 +183,10 @@ class Evaluations:
       logits = self.evaluator.logits(variables, x)
       kept = expected.Kept(self._progress_dir(key), logits, certificate.State)
       state = kept.read() or certificate.State.new(len(chosen), logits.shape[1])
-      certifier = certificate.Certifier(self.evaluator, examples, chosen, asked, weights)
+      certifier = certificate.Certifier(self.evaluator, examples, chosen, asked)
+      certifier = self._certifiers.setdefault((plan, split), certifier)
       pace = Pace()
-      for _ in certifier.run(variables, state):
+      for _ in certifier.run(variables, state, weights):
         if pace.due(_KEPT_EVERY):
           kept.write(state)
       kept.write(state)

@@ -1,6 +1,7 @@
 """Certificates and attacks of a smoothed linear model, of which everything is known exactly."""
 
 import json
+import re
 import shutil
 from statistics import NormalDist
 
@@ -44,7 +45,7 @@ def certifier_of(batch_size=2000, devices=1, function=apply, seed=0, **asked):
   used = mesh.make_mesh(jax.devices()[:devices])
   evaluator = Evaluator(function, Plan(batch_size=batch_size, seed=seed), used)
   smoothing = Smoothing(SIGMA, **{'n0': 100, 'n': 2000} | asked)
-  certifier = Certifier(evaluator, SPLIT, np.arange(COUNT), smoothing, 'model')
+  certifier = Certifier(evaluator, SPLIT, np.arange(COUNT), smoothing)
   return certifier, mesh.replicate(WEIGHTS, used)
 
 
@@ -52,7 +53,7 @@ def counted(**asked):
   """Returns the state and the record before any attack."""
   certifier, variables = certifier_of(**asked)
   state = State.new(COUNT, 2)
-  for _ in certifier.run(variables, state):
+  for _ in certifier.run(variables, state, 'model'):
     if state.done[0] == COUNT * (certifier.smoothing.n0 + certifier.smoothing.n):
       return state, certifier.record(state)
 
@@ -68,7 +69,7 @@ def whole():
     return count(*args, **kwargs)
 
   certifier._count = seen
-  for _ in certifier.run(variables, state):
+  for _ in certifier.run(variables, state, 'model'):
     pass
   del certifier._count
   return certifier, variables, state, purposes
@@ -153,7 +154,7 @@ def test_neither_the_batch_nor_the_devices_count(linear):
   state, record = linear
   certifier, variables = certifier_of(batch_size=512, devices=8)
   other = State.new(COUNT, 2)
-  for _ in certifier.run(variables, other):
+  for _ in certifier.run(variables, other, 'model'):
     pass
   for ours, theirs in zip(other[:2], state[:2], strict=True):
     np.testing.assert_array_equal(ours, theirs)
@@ -173,11 +174,20 @@ def test_the_draws_that_choose_bound_and_judge_are_others(whole):
   assert len(certificate.RADII) == 5
 
 
+def test_each_program_compiles_once(whole):
+  certifier, variables, *_ = whole
+  for _, _ in zip(
+    range(60), certifier.run(2 * variables, State.new(COUNT, 2), 'other'), strict=False
+  ):
+    pass
+  assert certifier._classify._cache_size() == certifier._attack._cache_size() == 1
+
+
 def test_a_killed_one_goes_on_from_any_place(whole):
   certifier, variables, finished, _ = whole
   state = State.new(COUNT, 2)
   for count in (1, 1, 17, 23, 1, 2, 1, 30):  # in every phase
-    for _, _ in zip(range(count), certifier.run(variables, state), strict=False):
+    for _, _ in zip(range(count), certifier.run(variables, state, 'model'), strict=False):
       pass
     state = State(*(part.copy() for part in state))  # as it is kept
   for ours, other in zip(state, finished, strict=True):
@@ -270,6 +280,17 @@ def test_the_command_certifies_and_a_killed_one_goes_on(evaluate, tmp_path, caps
     assert saved['done'][0] == 2640 and saved['done'][2] > 0
   assert evaluate(*ASKED, CERTIFY, f'--workdir={tmp_path}/killed')['certificates'] == [found]
   assert not kept.exists()
+
+
+def test_progress_is_told_with_rate_and_time_left(whole, capsys, monkeypatch):
+  certifier, variables, *_ = whole
+  monkeypatch.setattr(certificate.Progress, 'due', lambda self: True)
+  for _ in certifier.run(variables, State.new(COUNT, 2), 'best'):
+    pass
+  said = capsys.readouterr().err
+  draws = 40 * 2100
+  assert re.search(rf'best certificate, draws \d+/{draws}, [\d.]+/s, \d+s left', said)
+  assert re.search(r'best attack at 0.5 sigma, images \d+/\d+, [\d.]+/s, \d+s left', said)
 
 
 def test_it_is_measured_once_and_only_where_asked(evaluate, tmp_path):
