@@ -169,8 +169,13 @@ def test_neither_the_batch_nor_the_devices_count(linear):
 def test_the_draws_that_choose_bound_and_judge_are_others(whole):
   state, _ = counted(n0=500, n=500)
   assert (state.counts[:, 0] != state.counts[:, 1]).any()
-  *_, purposes = whole
+  certifier, variables, *_, purposes = whole
   assert set(purposes) == {'certify', *(f'judge {n}' for n in range(5))}
+  found = np.zeros((2, COUNT, 2, 2), int)
+  for number, counts in enumerate(found):
+    images = (certifier._images, certifier.chosen, counts)
+    list(certifier._count(variables, *images, f'judge {number}', range(100, 600)))
+  assert (found[:, :, 1].sum(axis=2) == 500).all() and (found[0] != found[1]).any()
   assert len(certificate.RADII) == 5
 
 
