@@ -26,8 +26,9 @@ def define_flags() -> None:
   flags.DEFINE_list(
     'attack',
     [],
-    'clean, fgsm, pgd-20, cw_linf-20, autoattack, autoattack-plus, autoattack-rand, apgd-ce, '
-    'apgd-dlr, apgd-t, fab, fab-t, square, square-1000, ... Default: as the run, or autoattack.',
+    'clean, fgsm, pgd-20, cw_linf-20, autoattack, autoattack-second, autoattack-plus, '
+    'autoattack-rand, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, square-1000, pma, malt, ... '
+    'Default: as the run, or autoattack.',
   )
   flags.DEFINE_string(
     'expected',

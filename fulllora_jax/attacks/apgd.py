@@ -85,7 +85,10 @@ def apgd(
     threat: a linf or l2 ball.
     steps: the number of gradient steps, static, at least 2.
     loss: 'ce', 'margin' or 'dlr'.
-    targets: int [B], ascends the targeted DLR towards these classes instead.
+    targets: int [B], ascends the targeted DLR towards these classes instead, or with loss 'margin'
+      the targeted margin. Neither changes with the scale of the logits: of a loss only its order
+      counts, and of a gradient its direction. (A margin divided by the size of the logits at hand
+      would be constant for the logits (-a, a).)
     draws: how often the model's noise is drawn; loss, gradient and prediction are averaged over it
       (expectation over transformations, Athalye et al., 2018).
 
@@ -119,7 +122,8 @@ def objective(
   """
   value = losses.of(loss, labels)
   if targets is not None:
-    value = functools.partial(losses.targeted_dlr, labels=labels, targets=targets)
+    targeted = losses.targeted_margin if loss == 'margin' else losses.targeted_dlr
+    value = functools.partial(targeted, labels=labels, targets=targets)
 
   def total(x_adv, *noise):
     logits = logits_fn(x_adv, *noise)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from fulllora_jax.attacks import ensemble, fingerprint, found, inputs, losses
+from fulllora_jax.attacks.cascade import ROBUST, Cascade
 from fulllora_jax.attacks.ensemble import Member
 from fulllora_jax.attacks.progress import Outcome, Progress
 from fulllora_jax.attacks.threat import Threat
@@ -30,35 +31,6 @@ from fulllora_jax.core.console import Pace, duration
 from fulllora_jax.core.errors import choose
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.distributed import processes
-
-ROBUST = -1  # in Cascade.broken_by
-
-
-@dataclasses.dataclass(frozen=True)
-class Cascade:
-  """What each attack of the ensemble left."""
-
-  attacks: tuple[str, ...]  # 'clean' and the names of the attacks, in order
-  # The accuracy after each attack, in [0, 1]; the last is the worst case
-  accuracy: tuple[float, ...]
-  seconds: tuple[float, ...]  # what each attack took
-  # Int [N], the place in `attacks` of what broke an image; 0 where it is misclassified without an
-  # attack, -1 where it is robust
-  broken_by: np.ndarray
-  # What is said of attacks that could not run, or that met what is no number
-  notes: tuple[str, ...] = ()
-
-  def rows(self) -> list[dict[str, Any]]:
-    """Returns one dict for each attack: attack, accuracy, broken, seconds."""
-    return [
-      {
-        'attack': name,
-        'accuracy': self.accuracy[place],
-        'broken': int((self.broken_by == place).sum()),
-        'seconds': round(self.seconds[place], 3),
-      }
-      for place, name in enumerate(self.attacks)
-    ]
 
 
 class Result(NamedTuple):
@@ -97,8 +69,9 @@ def autoattack(
     x: float32 [N, H, W, C] in [0, 1].
     labels: int [N] in [0, K).
     threat: norm and eps; linf, l2, and for the APGD attacks l1.
-    version: 'standard', 'plus', 'rand', or a list of 'apgd-ce', 'apgd-dlr',
-      'apgd-t', 'fab', 'fab-t', 'square', 'square-1000', ...
+    version: 'standard', 'plus', 'rand', 'second' (standard, then pma and malt), the same on margins
+      ('margin', 'margin-plus', ...), which 2 or 3 classes get in any case; or a list of 'apgd-ce',
+      'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square', 'square-1000', 'pma', 'malt', ...
     batch_size: how many images are attacked at once, on all devices together; they must divide it.
     indices: int [N], what identifies each image in its draws; default 0..N-1.
     progress_dir: keeps finished batches there, and takes them up again.
@@ -131,7 +104,8 @@ def autoattack(
   stochastic = any(member.draws > 1 for member in chosen)
   called_with = len(x) if hasattr(logits_fn, 'for_images') else size
   num_classes = inputs.num_classes(logits_fn, x, called_with, stochastic, labels)
-  chosen, notes = ensemble.fit(chosen, num_classes)
+  version = ensemble.for_classes(version, num_classes)
+  chosen, notes = ensemble.fit(ensemble.members(version, threat.norm), num_classes)
   images = (x, labels, indices)
   run = _Run(key, logits_fn, images, threat, chosen, size, precision, mesh)
   rows = np.arange(len(x))
@@ -144,7 +118,9 @@ def autoattack(
   if progress_dir is not None:
     progress = Progress(files.absolute_path(progress_dir))
     resumed = processes.from_primary(progress.begin, run.identity(), run.fingerprint(logits))
-  return run.cascade(logits, progress, resumed, notes, say or (lambda line: None))
+  result = run.cascade(logits, progress, resumed, notes, say or (lambda line: None))
+  named = dataclasses.replace(result.cascade, name=ensemble.label(version))
+  return result._replace(cascade=named)
 
 
 class _Run:
@@ -159,6 +135,7 @@ class _Run:
     self.logits_fn = mesh_lib.on_mesh(logits_fn, mesh)
     self.draws = max(member.draws for member in members)
     self.x, self.labels, self.indices = images
+    self.orders: dict[Member, np.ndarray] = {}  # int [N, targets]; -1 where it is not yet known
 
   def identity(self) -> dict[str, Any]:
     """Returns what the result depends on, but for the model."""
@@ -262,10 +239,23 @@ class _Run:
     # Its own stream for each attack, the same one in every version.
     stream = jax.random.fold_in(self.key, zlib.crc32(member.name.encode()))
     batch, key = (self._batch(rows, runs.stages), mesh_lib.put_key(stream, self.mesh))
+    if member.plans:
+      order = fill_up(self._order(member, rows, batch), self.size)[0]
+      batch |= mesh_lib.put_whole_batch({'order': order}, self.mesh)
     outputs = program(self._logits_fn(rows), batch, key, np.float32(self.threat.eps))
     x_adv, broken, met = (a[: len(rows)] for a in jax.device_get(outputs))
     x_adv = np.where(broken[:, None, None, None], x_adv, self.x[rows])
     return Outcome(broken, x_adv, time.monotonic() - started, met)
+
+  def _order(self, member: Member, rows: np.ndarray, batch) -> np.ndarray:
+    """Returns what the attack aims at in turn, int [b, targets]; found once for an image."""
+    unknown = np.full((len(self.x), member.targets), -1, np.int32)
+    known = self.orders.setdefault(member, unknown)
+    if (known[rows] < 0).any():
+      program = _order_program(member, self.threat.norm, self.mesh, self.precision)
+      found = program(self._logits_fn(rows), batch['x'], batch['labels'])
+      known[rows] = np.asarray(found)[: len(rows)]
+    return known[rows]
 
   def _batch(self, rows: np.ndarray, stages: np.ndarray) -> dict[str, jax.Array]:
     """Returns a batch of the one shape."""
@@ -321,7 +311,8 @@ def _attack_program(member: Member, norm: str, mesh: Mesh, precision: str, draws
       stage = batch['stage']
       fold_in = jax.random.fold_in
       keys = jax.vmap(lambda s, i: fold_in(fold_in(stream, s), i))(stage, batch['index'])
-      x_adv, met = member.find(stage, keys, logits_fn, x, labels, mask, threat)
+      order = (batch['order'],) if member.plans else ()
+      x_adv, met = member.find(stage, keys, logits_fn, x, labels, mask, threat, *order)
       logits = _classify(logits_fn, x_adv, stream, draws)
       inside = threat.distance(x, x_adv) <= threat.reach
       broken = mask & inside & ~losses.correct(logits, labels)
@@ -331,6 +322,18 @@ def _attack_program(member: Member, norm: str, mesh: Mesh, precision: str, draws
 
   sharded = (None, rows, whole, whole)
   return jax.jit(attack, in_shardings=sharded, out_shardings=whole)
+
+
+@functools.cache
+def _order_program(member: Member, norm: str, mesh: Mesh, precision: str) -> Callable:
+  """Compiles (logits_fn, x, labels) -> the classes that an attack aims at, [B, targets]."""
+  whole, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharded(mesh)
+
+  def order(logits_fn, x, labels):
+    with jax.default_matmul_precision(precision):
+      return member.order(logits_fn, x, labels, norm)
+
+  return jax.jit(order, in_shardings=(None, rows, rows), out_shardings=whole)
 
 
 def _classify(logits_fn, x, key, draws: int) -> jax.Array:

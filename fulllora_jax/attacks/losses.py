@@ -128,6 +128,15 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> ja
   return (_at(logits, targets) - _at(logits, labels)) / scale
 
 
+def targeted_margin(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
+  """Returns z_t - z_y, [B]: what stands in for `targeted_dlr` with 2 or 3 classes.
+
+  Args: those of `targeted_dlr`.
+  """
+  logits = logits.astype(jnp.float32)
+  return _at(logits, targets) - _at(logits, labels)
+
+
 def ranked_class(logits: jax.Array, rank: jax.Array | int) -> jax.Array:
   """Returns the class of the rank-th largest logit, int [B]; 0: the largest.
 

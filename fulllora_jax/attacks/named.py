@@ -13,7 +13,7 @@ from fulllora_jax.core.errors import UserError, choose
 
 _DEFAULT_STEPS = 20
 NAMES = ('clean', 'fgsm', 'pgd', 'cw_linf')
-ENSEMBLES = {'autoattack': 'standard', 'autoattack-plus': 'plus', 'autoattack-rand': 'rand'}
+ENSEMBLES = {ensemble.label(version): version for version in ensemble.versions()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,26 @@ class Attack:
   def label(self) -> str:
     """Returns e.g. 'pgd-20', or the bare name where steps are implied."""
     return f'{self.name}-{self.steps}' if self.restarts else self.name
+
+  @property
+  def stochastic(self) -> bool:
+    """Whether it attacks a function of (images, key)."""
+    return ensemble.stochastic(self.version)
+
+  @property
+  def within(self) -> 'Attack | None':
+    """Returns the AutoAttack with which a second opinion begins; None for any other attack."""
+    return self._with(ensemble.standard_within(self.version))
+
+  def for_classes(self, num_classes: int) -> 'Attack':
+    """Returns what it is with so many classes: with 2 or 3, AutoAttack is that on margins."""
+    return self._with(ensemble.for_classes(self.version, num_classes)) or self
+
+  def _with(self, version: str | tuple[str, ...]) -> 'Attack | None':
+    named = isinstance(version, str) and version
+    return (
+      dataclasses.replace(self, name=ensemble.label(version), version=version) if named else None
+    )
 
   def __call__(self, *args: Any) -> jax.Array:
     """Returns x_adv [B, H, W, C]; arguments and errors are those of `find`."""

@@ -34,7 +34,7 @@ def validate_evaluation(config: ConfigDict) -> None:
 def refuse_rand(config: ConfigDict) -> None:
   """Raises UserError for an attack on noise that our models do not have."""
   for attack in Plan.of(config).all_attacks():
-    if attack.version == 'rand':
+    if attack.stochastic:
       raise UserError(
         f'attack: {attack.label} is for stochastic models, and this one always '
         'answers the same; give autoattack'

@@ -5,8 +5,9 @@ afresh; the record says whether that gives the same result.
 """
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data
-from fulllora_jax.attacks import Attack, fingerprint, inputs
+from fulllora_jax.attacks import Attack, ensemble, fingerprint, inputs
 from fulllora_jax.core import provenance
 from fulllora_jax.core.console import Pace, say, warn
 from fulllora_jax.core.errors import UserError
@@ -59,6 +60,7 @@ class Evaluations:
     self.mesh = mesh.mesh_of(config)
     self._apply = apply
     self._records: dict[tuple, dict[str, Any]] = {}
+    self._classes: dict[bool, int] = {}  # of logits of (images), or of (images, key)
     self._progress: list[Path] = []
     self._sweeps: dict[tuple, EpsSweep] = {}
     self._climbs: dict[tuple, Climb] = {}
@@ -81,6 +83,7 @@ class Evaluations:
     """Evaluates one set of weights; returns its record for the report."""
     identity, variables = self.variables(weights)
     threat = self.evaluator.threat
+    attack = self._for_classes(attack, split, variables)
     radius = None if attack.name == 'clean' else (threat.norm, threat.eps)
     key = (identity, attack, split, num_examples, radius)
     if key not in self._records:
@@ -97,7 +100,24 @@ class Evaluations:
         record['version'] = attack.version
         record['verified'] = self._verify(outcome, weights, attack, variables)
       self._records[key] = record
+      if first := attack.within:  # known too, without an attack of its own
+        place = len(ensemble.members(first.version, threat.norm))
+        key = (identity, first, split, num_examples, radius)
+        own = outcome.until(place).record() | {'version': first.version}
+        self._records.setdefault(key, own)
     return self._measured_by(attack, weights, split) | self._records[key]
+
+  def _for_classes(self, attack: Attack, split: str, variables) -> Attack:
+    """Returns what an ensemble is with as many classes as the model has."""
+    if not isinstance(attack.version, str) or not attack.version:
+      return attack
+    if attack.stochastic not in self._classes:
+      x = np.zeros((1, *self.dataset.image_shape), np.float32)  # only its shape counts
+      size, labels = self.evaluator.batch_size, getattr(self.dataset, split).labels
+      function = functools.partial(self._apply, variables)
+      found = inputs.num_classes(function, x, size, attack.stochastic, labels)
+      self._classes[attack.stochastic] = found
+    return attack.for_classes(self._classes[attack.stochastic])
 
   def _measured_by(self, attack: Attack, weights: str, split: str) -> dict[str, Any]:
     """Returns what a record says of how it was measured."""
@@ -209,12 +229,14 @@ class Evaluations:
         self.evaluator = Evaluator(self._apply, plan, self.mesh)
       if len(plans) > 1:
         say(f'eps {plan.eps}')
-      for attack in plan.all_attacks():
+      for attack, whole in _each(plan.all_attacks()):
         for name in weights if not number or attack.name != 'clean' else ():
+          self.evaluate(name, whole, split, plan.num_examples)
           record = self.evaluate(name, attack, split, plan.num_examples)
           records.append(record)
+          label = record['attack'] if attack.version else attack.label
           say(
-            f'{name:<5} {attack.label:<10}  {record["accuracy"]:.1%} of '
+            f'{name:<5} {label:<10}  {record["accuracy"]:.1%} of '
             f'{record["num_examples"]} {split} images'
           )
       for name in weights if plan.expected else ():
@@ -296,7 +318,7 @@ class Evaluations:
       x_adv, robust, labels = (saved[n] for n in ('x_adv', 'robust', 'labels'))
     outside = self._outside(outcome.x, x_adv)
     verified = {'file': path.name, 'outside': outside, 'mismatches': None}
-    if attack.version != 'rand':
+    if not attack.stochastic:
       right = self.evaluator.predict(variables, x_adv) == labels
       verified['mismatches'] = int((right != robust).sum())
     if outside or verified['mismatches']:
@@ -321,6 +343,19 @@ class Evaluations:
     return int((~boxed | (distance > threat.reach)).sum())
 
 
+def _each(attacks: Sequence[Attack]) -> Iterator[tuple[Attack, Attack]]:
+  """Yields each attack, and the one that is run for it.
+
+  Before a second opinion stands the AutoAttack that it begins with, which needs no run of its own.
+  """
+  within = {attack.within for attack in attacks}
+  for attack in attacks:
+    if first := attack.within:
+      yield first, attack
+    if attack not in within:
+      yield attack, attack
+
+
 class LogitsFunction(Evaluations):
   """A logits function of the user's.
 
@@ -341,7 +376,7 @@ class LogitsFunction(Evaluations):
     x = np.zeros((1, *dataset.image_shape), np.float32)  # only its shape counts
     labels = getattr(dataset, split).labels
     for attack in plan.all_attacks():  # called in the abstract, as each will
-      stochastic = attack.version == 'rand'
+      stochastic = attack.stochastic
       inputs.num_classes(function, x, plan.batch_size, stochastic, labels)
       users_function.try_callbacks(function, x, stochastic)
     super().__init__(

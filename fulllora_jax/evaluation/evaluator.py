@@ -18,6 +18,7 @@ from jax.tree_util import Partial
 
 from fulllora_jax import data
 from fulllora_jax.attacks import Attack, Cascade, autoattack, losses
+from fulllora_jax.attacks.cascade import ROBUST
 from fulllora_jax.attacks.found import Met, lines
 from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.console import Progress, say, warn
@@ -43,6 +44,18 @@ class Evaluation(NamedTuple):
   x_adv: np.ndarray | None = None  # [n, H, W, C], what became of them
   cascade: Cascade | None = None  # what each attack left
   notes: tuple[str, ...] = ()  # what must be said of the numbers, a line each
+
+  def label(self, attack: Attack) -> str:
+    """Returns what the attack is called after this; of few classes AutoAttack has another name."""
+    return (self.cascade and self.cascade.name) or attack.label
+
+  def until(self, place: int) -> 'Evaluation':
+    """Returns the outcome of an ensemble's attacks up to this place of it, without x_adv."""
+    assert self.cascade is not None
+    cascade = self.cascade.until(place)
+    return self._replace(
+      robust=cascade.broken_by == ROBUST, x_adv=None, cascade=cascade, notes=cascade.notes
+    )
 
   def record(self) -> dict[str, Any]:
     """Returns the counts, the accuracy and its 95 % interval, by class too.

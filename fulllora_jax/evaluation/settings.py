@@ -48,9 +48,10 @@ class Plan:
 
   def expected_attack(self) -> Attack:
     """Returns the attack that measures expected robustness; UserError where it cannot."""
-    asked, rand = f'eval.expected {self.expected}', 'autoattack-rand'
-    if self.norm == 'l1' or rand in self.attacks:
-      why = rand if rand in self.attacks else 'norm l1'
+    asked = f'eval.expected {self.expected}'
+    rand = next((attack.label for attack in self.all_attacks() if attack.stochastic), '')
+    if self.norm == 'l1' or rand:
+      why = rand or 'norm l1'
       raise UserError(f'{asked}: it cannot be measured with {why}; leave one of them out')
     attack = self.attack(self.expected)
     if attack.version or attack.name == 'clean':

@@ -78,6 +78,11 @@ def remarks(evaluation: Mapping[str, Any]) -> Iterator[str]:
     f'computed in {evaluation["dtype"]}, matmul precision {evaluation["matmul_precision"]}; seed '
     f'{evaluation["seed"]}, examples {evaluation["examples"]}'
   )
+  if evaluation['attack'].startswith('autoattack-margin'):
+    yield (
+      'margins stand in for the DLR losses, which 2 or 3 classes do not have: this is not the '
+      'standard AutoAttack; compare with numbers of the same name only'
+    )
   yield from evaluation.get('notes', ())
   verified = evaluation.get('verified')
   if not verified:

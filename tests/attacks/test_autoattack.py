@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib
 import re
@@ -289,18 +290,66 @@ def test_rand_judges_by_the_mean_odds_not_by_one_draw():
   assert (result.x_adv == X[:8]).all(axis=(1, 2, 3))[result.robust].all()
 
 
-@pytest.mark.parametrize('classes', [2, 3])
-def test_few_classes_leave_attacks_out_and_say_so(classes):
+def with_classes(classes):
   def few(x):
     return plain(x)[:, :classes]
 
-  labels = np.asarray(few(X)).argmax(axis=1).astype(np.int32)
+  return few, np.asarray(few(X)).argmax(axis=1).astype(np.int32)
+
+
+@pytest.mark.parametrize('classes', [2, 3])
+def test_few_classes_leave_what_was_asked_for_by_name_out_and_say_so(classes):
+  few, labels = with_classes(classes)
   result = attack(few, labels=labels, version=['apgd-ce', 'apgd-dlr', 'apgd-t'])
   left_out = {2: ['apgd-dlr', 'apgd-t'], 3: ['apgd-t']}[classes]
   notes = result.cascade.notes
   assert [note.split(' was left out: ')[0] for note in notes] == left_out
   assert not set(left_out) & set(result.cascade.attacks)
   assert 0 < result.robust.sum() < 21
+  assert result.cascade.name == ''
+  with pytest.raises(UserError, match='nothing is left to run: .*; give apgd-margin-t'):
+    attack(few, labels=labels, version=['apgd-t'])
+
+
+def shortened(version, monkeypatch):
+  short = [
+    dataclasses.replace(m, steps=20 if m.name != 'square' else 60)
+    for m in ensemble.VERSIONS[version]
+  ]
+  monkeypatch.setitem(ensemble.VERSIONS, version, tuple(short))
+
+
+@pytest.mark.parametrize('classes', [2, 3])
+def test_with_few_classes_autoattack_is_complete_on_margins_and_called_so(classes, monkeypatch):
+  shortened('standard', monkeypatch)
+  few, labels = with_classes(classes)
+  result = attack(few, labels=labels, version='standard', threat=Threat('linf', 0.05))
+  assert result.cascade.name == 'autoattack-margin' and not result.cascade.notes
+  assert result.cascade.attacks == ('clean', 'apgd-ce', 'apgd-margin-t', 'fab-t', 'square')
+  assert 0 < result.robust.sum() < 21
+  asked = attack(few, labels=labels, version='margin', threat=Threat('linf', 0.05))
+  assert_same(asked, result)
+  assert asked.cascade.name == 'autoattack-margin'
+
+
+def test_an_answer_and_its_opposite_are_attacked_as_any_two_logits():
+  """Of (-f, f) the margin over its size is constant; on the margin itself both are the same."""
+
+  def opposite(x):
+    f = plain(x)[:, :1]
+    return jnp.concatenate([-f, f], axis=1)
+
+  def other(x):
+    f = plain(x)[:, :1]
+    return jnp.concatenate([0 * f, 2 * f], axis=1)
+
+  labels = np.asarray(opposite(X)).argmax(axis=1).astype(np.int32)
+  found, same = (
+    attack(f, labels=labels, version=['apgd-margin', 'apgd-margin-t'], threat=Threat('linf', 0.1))
+    for f in (opposite, other)
+  )
+  assert_same(found, same, atol=1e-5)
+  assert 0 < found.robust.sum() < 21
 
 
 def test_it_says_what_each_attack_left(monkeypatch):

@@ -11,6 +11,8 @@ from fulllora_jax.attacks import Attack, Threat, autoattack, inputs, losses, par
 from fulllora_jax.attacks.apgd import apgd
 from fulllora_jax.attacks.apgd_l1 import apgd_l1
 from fulllora_jax.attacks.fab import fab
+from fulllora_jax.attacks.malt import malt
+from fulllora_jax.attacks.pma import pma
 from fulllora_jax.attacks.single_step import fgsm_rs, n_fgsm
 from fulllora_jax.attacks.square import square
 from fulllora_jax.core.errors import UserError
@@ -34,6 +36,8 @@ ATTACKS = {
   'apgd': (functools.partial(apgd, steps=2), ('linf', 'l2')),
   'apgd_l1': (functools.partial(apgd_l1, steps=3), ('l1',)),
   'fab': (functools.partial(fab, steps=1, random_start=True), ('linf', 'l2')),
+  'pma': (functools.partial(pma, steps=2), ('linf', 'l2')),
+  'malt': (functools.partial(malt, steps=3), ('linf', 'l2', 'l1')),
   'square': (functools.partial(square, queries=2), ('linf', 'l2')),
 }
 EVERY = pytest.mark.parametrize('name', ATTACKS)

@@ -77,13 +77,14 @@ def test_l1_has_5_restarts_and_5_targets():
 @pytest.mark.parametrize(
   ('version', 'norm', 'match'),
   [
-    ('best', 'linf', "unknown version 'best'; known: standard, plus, rand, or"),
+    ('best', 'linf', "unknown version 'best'; known: standard, plus, rand, second, margin, "),
     ((), 'linf', 'list of attacks is empty; known: apgd-ce, apgd-t'),
     (['pgd'], 'linf', "unknown attack 'pgd'; known: apgd-ce, .*fab"),
     (['square-x'], 'linf', "'square-x' has no number of queries; write squ"),
     (['square-'], 'linf', 'has no number of queries'),
     (['square-0'], 'linf', 'has no number of queries'),
     (['xsquare-10'], 'linf', "unknown attack 'xsquare-10'"),
+    (['pma'], 'l1', 'pma knows linf and l2 only'),
     ('standard', 'l1', 'fab-t knows linf and l2 only; for l1 give apgd-ce,ap'),
     (['apgd-ce', 'square'], 'l1', 'square knows linf and l2 only'),
   ],
@@ -128,15 +129,50 @@ def test_fit_of_many_classes_keeps_9_targets():
 
 
 def test_fit_refuses_when_nothing_is_left():
-  match = 'nothing is left to run: apgd-t was left out: it needs 4.* are 3'
+  match = 'nothing is left to run: apgd-t was left out: it needs 4.* are 3; give apgd-margin-t$'
   refused(match, fit, [member('apgd-t')], 3)
+  match = 'malt was left out: it needs 4 .*; apgd-dlr .* 3 classes.*; give malt-margin,apgd-margin$'
+  refused(match, fit, [member('malt'), member('apgd-dlr')], 2)
+
+
+def test_second_is_standard_then_pma_and_malt():
+  assert members('second', 'linf') == (
+    *members('standard', 'linf'),
+    Member('pma', restarts=2, steps=100),
+    Member('malt', targets=9, steps=100),
+  )
+
+
+def test_l1_has_malt_with_all_its_targets():
+  (malt,) = members(['malt'], 'l1')
+  assert (malt.restarts, malt.targets) == (1, 9)
+
+
+@pytest.mark.parametrize('version', ['standard', 'plus', 'rand', 'second'])
+@pytest.mark.parametrize('classes', [2, 3])
+def test_on_margins_nothing_is_left_out(version, classes):
+  on_margins = ensemble.for_classes(version, classes)
+  assert ensemble.label(on_margins).startswith('autoattack-margin')
+  chosen, notes = fit(members(on_margins, 'linf'), classes)
+  assert not notes and len(chosen) == len(members(version, 'linf'))
+  named = {'apgd-dlr': 'apgd-margin', 'apgd-t': 'apgd-margin-t', 'malt': 'malt-margin'}
+  expected = [named.get(name, name) for name in names(members(version, 'linf'))]
+  assert names(chosen) == expected and not set(named) & set(expected)
+  assert {m.targets for m in chosen} <= {0, classes - 1}
+  assert ensemble.for_classes(version, 4) == version
+  assert (
+    ensemble.for_classes(on_margins, classes) == on_margins
+  )  # and with any number, if asked for
+  assert ensemble.stochastic(on_margins) == ensemble.stochastic(version) == (version == 'rand')
 
 
 def run(attack, stage=0, mask=ALL):
   return attack.find(stage, KEYS, network, X, LABELS, mask, LINF).x_adv
 
 
-@pytest.mark.parametrize(('name', 'loss'), [('apgd-ce', 'ce'), ('apgd-dlr', 'dlr')])
+@pytest.mark.parametrize(
+  ('name', 'loss'), [('apgd-ce', 'ce'), ('apgd-dlr', 'dlr'), ('apgd-margin', 'margin')]
+)
 def test_apgd_runs_on_its_loss(name, loss):
   found = run(Member(name, steps=5))
   expected = apgd(KEYS, network, X, LABELS, LINF, steps=5, loss=loss)
@@ -186,6 +222,7 @@ def test_costs_are_told_apart():
   assert Member('apgd-ce', draws=20).cost == 20 * ce
   assert set(ensemble.MEMBERS) == {
     'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square',
+    'apgd-margin', 'apgd-margin-t', 'pma', 'malt', 'malt-margin',
   }  # fmt: skip
 
 

@@ -76,6 +76,7 @@ def robust(name, model, norm, eps):
     ('pgd-ce', 'l2', 11), ('pgd-margin', 'l2', 11), ('pgd-ce', 'linf', 11),
     ('apgd-ce', 'l2', 11), ('apgd-t', 'l2', 1), ('apgd-t', 'linf', 1),
     ('fab-t', 'l2', 3), ('fab', 'linf', 3), ('apgd-t', 'l1', 1), ('apgd-ce', 'l1', 11),
+    ('pma', 'linf', 1), ('malt', 'linf', 1),
   ],
 )  # fmt: skip
 def test_the_verdict_is_exact_at_any_scale_of_the_logits(name, norm, seed):
@@ -90,6 +91,34 @@ def test_the_verdict_is_exact_at_any_scale_of_the_logits(name, norm, seed):
     falsely_broken = ~found & (distance > eps * (1 + SLACK))
     wrong[scale] = int(falsely_robust.sum()), int(falsely_broken.sum())
   assert wrong == dict.fromkeys(SCALES, (0, 0))
+
+
+@pytest.mark.parametrize(
+  ('name', 'norm', 'classes'),
+  [
+    ('apgd-margin', 'linf', 2), ('apgd-margin-t', 'linf', 2), ('apgd-margin-t', 'l2', 3),
+    ('apgd-margin', 'l2', 2), ('apgd-margin-t', 'l1', 2), ('malt-margin', 'linf', 3), ('pma', 'linf', 2),
+  ],
+)  # fmt: skip
+def test_with_few_classes_every_image_within_its_radius_is_broken_and_no_other(name, norm, classes):
+  """Of two classes the radius is |<w, x> + b| / ||w||_q, with w the difference of the rows."""
+  model = linear_oracle.random_model(5, inner=True, classes=classes, scale=1.0, count=COUNT)
+  distance = model.distances(norm, box=False)
+  if classes == 2:
+    w = (model.weights[:, 1] - model.weights[:, 0]).astype(np.float32)
+    b = model.bias[1] - model.bias[0]
+    value = np.abs((model.x.reshape(COUNT, -1) - 0.5) @ w + b)
+    np.testing.assert_allclose(
+      distance, value / np.linalg.norm(w, linear_oracle.DUAL[norm]), rtol=1e-3, atol=1e-6
+    )
+  eps, expected = float(np.median(distance)), None
+  for scale in SCALES:
+    model.scale = scale
+    found = robust(name, model, norm, eps)
+    far = np.abs(distance - eps) > SLACK * eps
+    expected = distance > eps
+    np.testing.assert_array_equal(found[far], expected[far])
+  assert expected.any() and not expected.all()
 
 
 def test_l1_finds_what_the_box_holds_back():

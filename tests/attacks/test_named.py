@@ -113,6 +113,11 @@ def test_pgd_and_cw_linf_are_pgd_on_their_loss(text, loss):
     ('autoattack', 'standard'),
     ('autoattack-plus', 'plus'),
     ('autoattack-rand', 'rand'),
+    ('autoattack-second', 'second'),
+    ('autoattack-margin', 'margin'),
+    ('autoattack-margin-second', 'margin-second'),
+    ('pma', ('pma',)),
+    ('malt', ('malt',)),
     ('apgd-t', ('apgd-t',)),
     (' fab ', ('fab',)),
     ('square', ('square',)),
@@ -130,7 +135,28 @@ def test_attacks_that_can_be_called_have_no_version(text):
   assert not parse(text, LINF, 0.02).version
 
 
-@pytest.mark.parametrize('text', ['apgd-ce', 'apgd-t', 'clean'])
+def test_few_classes_give_autoattack_another_name_and_nothing_else():
+  for text, few in (
+    ('autoattack', 'autoattack-margin'),
+    ('autoattack-second', 'autoattack-margin-second'),
+    ('autoattack-margin-plus', 'autoattack-margin-plus'),
+  ):
+    found = parse(text, LINF, 0.02)
+    assert found.for_classes(4) == found
+    assert found.for_classes(3) == found.for_classes(2) == parse(few, LINF, 0.02)
+  for text in ('apgd-t', 'pgd-20', 'clean', 'square-10'):
+    assert parse(text, LINF, 0.02).for_classes(2) == parse(text, LINF, 0.02)
+
+
+def test_a_second_opinion_has_an_autoattack_within_it():
+  second = parse('autoattack-second', LINF, 0.02)
+  assert second.within == parse('autoattack', LINF, 0.02)
+  assert second.for_classes(2).within == parse('autoattack-margin', LINF, 0.02)
+  for text in ('autoattack', 'pma', 'pgd-20', 'clean'):
+    assert parse(text, LINF, 0.02).within is None
+
+
+@pytest.mark.parametrize('text', ['apgd-ce', 'apgd-t', 'malt', 'clean'])
 def test_l1_knows_apgd(text):
   assert parse(text, Threat('l1', 1.0), 0.02).label == text
 

@@ -226,25 +226,63 @@ def test_l1_is_evaluated_by_apgd_alone(linear):
   assert 0 < attacked['num_correct'] < clean['num_correct']
 
 
-def test_what_a_model_has_too_few_classes_for_is_noted(
-  linear, monkeypatch, capsys, folder_data, write_images
-):
+@pytest.fixture
+def of_two_classes(linear, monkeypatch, folder_data, write_images):
+  """Evaluates a function of two classes under short attacks."""
   members = (ensemble.MEMBERS['apgd-t'], ensemble.member('square-5'))
   monkeypatch.setitem(ensemble.VERSIONS, 'standard', members)
+  monkeypatch.setitem(ensemble.VERSIONS, 'second', (*members, *ensemble.VERSIONS['second'][-2:]))
   write_images('train/cat', 10)
   write_images('train/dog', 10, seed=1)
   write_images('test/cat', 4, seed=2)
   write_images('test/dog', 4, seed=3)
-  (record,) = linear(
-    f'--data={folder_data.name}', '--logits=linear_digits:two_classes',
-    '--attack=autoattack', '--eps=0.001', '--num_examples=0',
-  )['evaluations']  # fmt: skip
-  note = 'apgd-t was left out: it needs 4 classes, and there are 2'
-  assert record['notes'] == [note]
-  assert [row['attack'] for row in record['cascade']] == [
-    'clean', 'square',
+
+  def evaluate(attack):
+    return linear(
+      f'--data={folder_data.name}', '--logits=linear_digits:two_classes',
+      f'--attack={attack}', '--eps=0.001', '--num_examples=0',
+    )['evaluations']  # fmt: skip
+
+  return evaluate
+
+
+def test_with_two_classes_autoattack_is_on_margins_and_nowhere_called_otherwise(
+  of_two_classes, capsys
+):
+  (record,) = of_two_classes('autoattack')
+  assert (record['attack'], record['version']) == ('autoattack-margin', 'margin')
+  assert [row['attack'] for row in record['cascade']] == ['clean', 'apgd-margin-t', 'square']
+  assert record['notes'] == []
+  assert '-autoattack-margin-linf-0.001.npz' in record['verified']['file']
+  said = capsys.readouterr()
+  assert 'AutoAttack-margin (worst case)' in said.out
+  assert 'margins stand in for the DLR losses' in said.out
+  assert not re.search('autoattack(?!-margin)', said.out + said.err, re.IGNORECASE)
+  (asked,) = of_two_classes('autoattack-margin')
+  assert asked['num_correct'] == record['num_correct']
+
+
+def test_a_loss_that_two_classes_do_not_have_is_refused_by_name(of_two_classes, fails):
+  with pytest.raises(UserError, match='apgd-t was left out: it needs 4 .*; give apgd-margin-t$'):
+    of_two_classes('apgd-t')
+
+
+def test_a_second_opinion_shows_the_autoattack_within_it(of_two_classes, capsys):
+  first, second = of_two_classes('autoattack-second')
+  assert [r['attack'] for r in (first, second)] == [
+    'autoattack-margin', 'autoattack-margin-second',
   ]  # fmt: skip
-  assert f'\n{note}\n' in capsys.readouterr().err
+  assert second['cascade'][:3] == first['cascade']
+  assert [row['attack'] for row in second['cascade']][3:] == ['pma', 'malt-margin']
+  assert first['accuracy'] == first['cascade'][-1]['accuracy'] >= second['accuracy']
+  assert first['num_correct'] == sum(row['num_correct'] for row in first['per_class'])
+  assert capsys.readouterr().out.count('(worst case)') == 2
+  again = of_two_classes('autoattack-second,autoattack')
+  assert [r['attack'] for r in again] == ['autoattack-margin', 'autoattack-margin-second']
+  (alone,) = of_two_classes('autoattack')
+  assert {k: alone[k] for k in ('num_correct', 'per_class', 'interval', 'version')} == {
+    k: first[k] for k in ('num_correct', 'per_class', 'interval', 'version')
+  }
 
 
 def test_a_function_may_lie_in_the_current_directory(linear, linear_digits, tmp_path, monkeypatch):

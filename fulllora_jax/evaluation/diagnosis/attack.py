@@ -107,8 +107,7 @@ def large_eps(model: Examined) -> Finding | None:
 
 def black_box(model: Examined) -> Finding | None:
   """Square, which sees no gradient, must not break what APGD leaves."""
-  dlr = ('apgd-dlr',) if model.classes > 2 else ()
-  white = model.after('apgd-ce', *dlr)
+  white = model.after('apgd-ce', 'apgd-dlr' if model.classes > 2 else 'apgd-margin')
   black = model.after('square-1000')
   lost = int((white & ~black).sum())
   if not model.beyond_chance(lost):

@@ -61,8 +61,9 @@ def classes(model: Examined) -> Finding | None:
   lost = 'targeted DLR' if model.classes == 3 else 'DLR and targeted DLR'
   return note(
     f'there are {model.classes} classes',
-    f'the {lost} cannot be computed, so AutoAttack runs without it',
-    'say so beside the number; compare with such numbers only',
+    f'the {lost} cannot be computed, so AutoAttack takes margins in their place and its result is '
+    'called autoattack-margin',
+    'compare with numbers of that name only; it is not the standard AutoAttack',
   )
 
 

@@ -61,7 +61,10 @@ def summarise(comparison, reports: Reports, command: str) -> dict[str, Any]:
   if full := _full(comparison):
     for name, row in rows.items():
       row['to_full'] = passes.to_same_accuracy(every[name], every[full])
-  headline = comparison.headline or list(map(_label, _own(first)))[-1]
+  labels = list(map(_label, _own(first)))
+  headline = comparison.headline or labels[-1]
+  if headline not in labels:  # of few classes
+    headline = headline.replace('autoattack', 'autoattack-margin', 1)
   ranked = sorted(
     rows.values(), key=lambda r: (len(r['diverged']), -(r['attacks'][headline]['mean'] or 0))
   )

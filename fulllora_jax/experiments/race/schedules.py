@@ -125,6 +125,8 @@ def race(
   with workdir_lib.exclusive(workdir):
     directory = workdir_lib.absolute_path(workdir)
     dataset = of_run.hold(directory, dataset)
+    if closing and (few := closing.for_classes(len(dataset.label_names))) != closing:
+      closing, common['final'] = few, few.label
     clean_phase.check(config, dataset)
     opened, train = base_lib.open_base(config, directory), run_lib.train_and_evaluate
     named = head_lib.open_head(config, dataset)

@@ -67,7 +67,8 @@ def measure(
       # A peer attacks a batch at a time.
       count = images if name == ours else case.config.train.batch_size
       rates = [count / seconds for seconds in taken.all]
-      records.append({'attack': attack.label, 'name': name, 'images_per_second': rates})
+      label = outcomes[-1].label(attack)
+      records.append({'attack': label, 'name': name, 'images_per_second': rates})
       if name == ours:
         records[-1]['robust'] = float(outcomes[-1].robust.mean())
   return records
