@@ -80,9 +80,11 @@ def remarks(evaluation: Mapping[str, Any]) -> Iterator[str]:
   )
   if evaluation['attack'].startswith('autoattack-margin'):
     yield (
-      'margins stand in for the DLR losses, which 2 or 3 classes do not have: this is not the '
-      'standard AutoAttack; compare with numbers of the same name only'
+      'margins stand in for the DLR losses, which 2 or 3 classes do not have; compare with numbers '
+      'of the same name only'
     )
+  if evaluation['attack'].endswith('-second') and evaluation['norm'] == 'l1':
+    yield 'pma knows linf and l2 only: in l1 the second opinion is malt alone'
   yield from evaluation.get('notes', ())
   verified = evaluation.get('verified')
   if not verified:

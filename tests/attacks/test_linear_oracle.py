@@ -97,7 +97,8 @@ def test_the_verdict_is_exact_at_any_scale_of_the_logits(name, norm, seed):
   ('name', 'norm', 'classes'),
   [
     ('apgd-margin', 'linf', 2), ('apgd-margin-t', 'linf', 2), ('apgd-margin-t', 'l2', 3),
-    ('apgd-margin', 'l2', 2), ('apgd-margin-t', 'l1', 2), ('malt-margin', 'linf', 3), ('pma', 'linf', 2),
+    ('apgd-margin', 'l2', 2), ('apgd-margin-t', 'l1', 2), ('malt-margin', 'linf', 3),
+    ('pma', 'linf', 2),
   ],
 )  # fmt: skip
 def test_with_few_classes_every_image_within_its_radius_is_broken_and_no_other(name, norm, classes):

@@ -122,6 +122,23 @@ def test_remarks_hold_the_notes():
   assert remarks(notes=[note])[1] == note
 
 
+def test_what_is_on_margins_and_what_l1_goes_without_is_said():
+  second, margins = 'pma knows linf and l2 only', 'margins stand in for the DLR losses'
+  for attack, norm, said in (
+    ('autoattack', 'l1', []),
+    ('autoattack-margin', 'linf', [margins]),
+    ('autoattack-second', 'l2', []),
+    ('autoattack-second', 'l1', [second]),
+    ('autoattack-margin-second', 'l1', [margins, second]),
+  ):
+    found = remarks(attack=attack, norm=norm)[1:-1]
+    assert [line.startswith(start) for line, start in zip(found, said, strict=True)] == [
+      True for _ in said
+    ]
+  headline = attack_report.headline(evaluation(attack='autoattack-margin-second'))
+  assert headline.startswith('AutoAttack-margin-second (worst case)')
+
+
 @pytest.mark.parametrize('mismatches, outside', [(3, 0), (0, 2), (3, 2)])
 def test_a_mismatch_stands_out(mismatches, outside):
   verified = {
