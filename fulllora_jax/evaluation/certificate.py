@@ -65,7 +65,9 @@ class Certifier:
   def __init__(self, evaluator: Evaluator, split: data.Split, chosen, asked: Smoothing):
     self.evaluator, self.chosen, self.smoothing = evaluator, chosen, asked
     self._images = lambda rows: split.fetch(chosen[rows]).astype(np.float32) / 255
-    self._labels = split.labels[chosen]
+    self._labels, most = split.labels[chosen], evaluator.ensemble_batch_size
+    # As few rows as can be are filled up, in one shape of batches that are attacked.
+    self._size = mesh_lib.round_up(-(-len(chosen) // -(-len(chosen) // most)), evaluator.mesh)
     self._judge = range(asked.n0, asked.n0 + min(JUDGE, asked.n))
     whole, rows = (f(evaluator.mesh) for f in (mesh_lib.replicated, mesh_lib.batch_sharded))
     self._classify = evaluator.jit(self._classes, in_shardings=(None, whole, rows, whole))
@@ -86,13 +88,15 @@ class Certifier:
       found = verdicts(state.counts[:, 1], self.smoothing.alpha)
       wrong = (found != NO_CLASS) & (found != self._labels)
       state.first[wrong], state.taken_for[wrong] = -1, found[wrong]
+    standing = int((state.first >= 0).sum())
+    progress = Progress(standing * len(RADII))  # what is broken counts as attacked at larger radii
     for radius in range(int(state.done[1]), len(RADII)):
       rows = np.flatnonzero(state.first >= radius)  # with those that broke here before a kill
-      progress, size = Progress(len(rows)), self.evaluator.ensemble_batch_size
-      for first in range(int(state.done[2]), len(rows), size):
-        self._break(variables, state, rows[first : first + size], radius)
-        state.done[2] = min(first + size, len(rows))
-        _tell(progress, state.done[2], f'{title} attack at {RADII[radius]:g} sigma, images')
+      for first in range(int(state.done[2]), len(rows), self._size):
+        self._break(variables, state, rows[first : first + self._size], radius)
+        state.done[2] = min(first + self._size, len(rows))
+        done = (radius + 1) * standing - len(rows) + state.done[2]
+        _tell(progress, done, f'{title} attack at {RADII[radius]:g} sigma,')
         yield
       state.done[1:] = radius + 1, 0
     yield
@@ -101,8 +105,7 @@ class Certifier:
     """Attacks some images and writes down which the smoothed model takes for another class."""
     x, labels, index = self._images(rows), self._labels[rows], self.chosen[rows]
     batch = {'x': x, 'label': labels, 'index': index}
-    size = self.evaluator.ensemble_batch_size
-    batch = {name: fill_up(part, size)[0] for name, part in batch.items()}
+    batch = {name: fill_up(part, self._size)[0] for name, part in batch.items()}
     placed = mesh_lib.put_whole_batch(batch, self.evaluator.mesh)
     eps = np.float32(RADII[radius] * self.smoothing.sigma)
     x_adv = np.asarray(self._attack(variables, placed, eps))[: len(rows)]

@@ -295,7 +295,7 @@ def test_progress_is_told_with_rate_and_time_left(whole, capsys, monkeypatch):
   said = capsys.readouterr().err
   draws = 40 * 2100
   assert re.search(rf'best certificate, draws \d+/{draws}, [\d.]+/s, \d+s left', said)
-  assert re.search(r'best attack at 0.5 sigma, images \d+/\d+, [\d.]+/s, \d+s left', said)
+  assert re.search(r'best attack at 0.5 sigma, \d+/\d+, [\d.]+/s, \d+s left', said)
 
 
 def test_it_is_measured_once_and_only_where_asked(evaluate, tmp_path):
