@@ -13,12 +13,15 @@ from fulllora_jax import config as config_lib
 from fulllora_jax.attacks import Threat
 from fulllora_jax.attacks.smoothed import noisy
 from fulllora_jax.core.trees import merge
+from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.training import objectives
 from fulllora_jax.training import state as state_lib
+from fulllora_jax.training.assemble import assemble
 from fulllora_jax.training.inner_attack import InnerAttack
 from fulllora_jax.training.keys import Purpose
 from fulllora_jax.training.train_step import train_step
 
+MESH = mesh_lib.make_mesh(jax.devices()[:1])
 X = BATCH['image'].astype(np.float32) / 255
 
 
@@ -66,6 +69,15 @@ def test_the_ball_stays_that_of_the_image_and_the_noise_is_the_same_in_attack_an
     assert np.abs(image - X).max() <= 0.05 + 1e-6
     assert image.min() >= -1e-6 and image.max() <= 1 + 1e-6
   assert max(shown.max() for shown in seen) > 1.2  # not clipped
+
+
+def test_the_field_reaches_every_phase_of_a_training(tiny_config):
+  config = tiny_config()
+  assert assemble(config, 4, (8, 8, 3), MESH, steps=4).algorithm.noise == 0
+  config.augment.noise = 0.25
+  found = assemble(config, 4, (8, 8, 3), MESH, steps=4)
+  assert found.algorithm.noise == found.clean.noise == 0.25
+  assert config_lib.base_config(config).augment.noise == 0  # the base has its own
 
 
 def test_without_it_nothing_changes():
