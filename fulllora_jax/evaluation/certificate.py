@@ -21,16 +21,18 @@ from fulllora_jax.attacks.losses import NO_CLASS
 from fulllora_jax.attacks.pgd import pgd
 from fulllora_jax.attacks.smoothed import noisy, smoothed
 from fulllora_jax.core.batching import fill_up
-from fulllora_jax.core.console import Progress, say
+from fulllora_jax.core.console import Pace, Progress, say
 from fulllora_jax.core.statistics import clopper_pearson, wilson_interval
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.evaluator import Evaluator
+from fulllora_jax.evaluation.expected import Kept
 from fulllora_jax.evaluation.smoothing import Smoothing, verdicts
 
 RADII = (0.5, 1.0, 1.5, 2.0, 3.0)  # at which images are attacked, in units of sigma
 _FINE = tuple(number / 4 for number in range(17))  # where the curve has points, RADII among them
 STEPS, DRAWS = 20, 16  # of the attack; its steps go twice the radius together
 JUDGE = 1000  # fresh draws that judge an attacked image, or n where that is less
+_KEPT_EVERY = 5.0  # seconds between two writes of what is done
 _SURE = 0.001  # the chance with which a sound result has more contradictions than are let pass
 
 
@@ -72,6 +74,17 @@ class Certifier:
     whole, rows = (f(evaluator.mesh) for f in (mesh_lib.replicated, mesh_lib.batch_sharded))
     self._classify = evaluator.jit(self._classes, in_shardings=(None, whole, rows, whole))
     self._attack = evaluator.jit(self._attacked, in_shardings=(None, rows, whole))
+
+  def measure(self, variables: Any, kept: Kept, num_classes: int, title: str) -> dict[str, Any]:
+    """Returns the record; goes on from what is kept, and keeps what is done now and then."""
+    state, pace = kept.read() or State.new(len(self.chosen), num_classes), Pace()
+    for _ in self.run(variables, state, title):
+      if pace.due(_KEPT_EVERY):
+        kept.write(state)
+    kept.write(state)
+    record = self.record(state)
+    record['notes'] += filter(None, [chance(record)[0]])
+    return record
 
   def run(self, variables: Any, state: State, title: str) -> Iterator[None]:
     """Does what is still to do, in `state`; yields wherever that may be kept.

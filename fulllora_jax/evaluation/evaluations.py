@@ -35,7 +35,6 @@ from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.evaluation.smoothing import Smoothing
 
 _TELLING = 32  # images whose logits tell one model from another
-_KEPT_EVERY = 5.0  # seconds between two writes of what a certificate has so far
 
 
 class Evaluations:
@@ -202,17 +201,9 @@ class Evaluations:
       x = examples.fetch(chosen[:_TELLING]).astype(np.float32) / 255
       logits = self.evaluator.logits(variables, x)
       kept = expected.Kept(self._progress_dir(key), logits, certificate.State)
-      state = kept.read() or certificate.State.new(len(chosen), logits.shape[1])
       certifier = certificate.Certifier(self.evaluator, examples, chosen, asked)
       certifier = self._certifiers.setdefault((plan, split), certifier)
-      pace = Pace()
-      for _ in certifier.run(variables, state, weights):
-        if pace.due(_KEPT_EVERY):
-          kept.write(state)
-      kept.write(state)
-      record = certifier.record(state)
-      record['notes'] += filter(None, [certificate.chance(record)[0]])
-      self._records[key] = record
+      self._records[key] = certifier.measure(variables, kept, logits.shape[1], weights)
     return {'weights': weights, 'split': split} | self._computed_in() | self._records[key]
 
   def evaluate_under(

@@ -14,7 +14,7 @@ from fulllora_jax import data
 from fulllora_jax.core import files
 from fulllora_jax.core.statistics import clopper_pearson
 from fulllora_jax.distributed import mesh
-from fulllora_jax.evaluation import certificate, checks, evaluations
+from fulllora_jax.evaluation import certificate, checks
 from fulllora_jax.evaluation.certificate import Certifier, State
 from fulllora_jax.evaluation.diagnosis import examine
 from fulllora_jax.evaluation.evaluator import Evaluator
@@ -265,7 +265,7 @@ def test_the_command_certifies_and_a_killed_one_goes_on(evaluate, tmp_path, caps
   assert f'certified and attacked: {folder}/001-certified.svg' in said
   assert 'certified (at least)' in (folder / '001-certified.svg').read_text()
   # Killed in the draws, then in the attack.
-  monkeypatch.setattr(evaluations, '_KEPT_EVERY', 0.0)
+  monkeypatch.setattr(certificate, '_KEPT_EVERY', 0.0)
   calls, left, count = [], [6, 20], Certifier._count
 
   def killed(*args, **kwargs):
