@@ -206,6 +206,7 @@ def test_few_classes_are_noted(classes):
   )
   assert found.level == 'note'
   assert f'{classes} classes' in found.seen
+  assert 'its result is called autoattack-margin' in found.why
   assert finding('enough classes', healthy).level == 'ok'
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax import attacks, data
+from fulllora_jax.attacks import ensemble
 from fulllora_jax.attacks.found import Found, nothing
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.evaluator import Evaluator
@@ -157,9 +158,10 @@ def test_adversarial_images_stay_in_the_ball(split, weights):
 
 SQUARE = attacks.parse('square-30', THREAT, 0.05)
 APGD = attacks.parse('apgd-ce', THREAT, 0.05)
+PMA, MALT = (attacks.parse(name, THREAT, 0.05) for name in ('pma', 'malt-margin'))
 
 
-@pytest.mark.parametrize('attack', [SQUARE, APGD], ids=lambda a: a.label)
+@pytest.mark.parametrize('attack', [SQUARE, APGD, PMA, MALT], ids=lambda a: a.label)
 def test_an_ensemble_finds_the_same_on_one_device_and_eight(split, weights, attack):
   one = evaluate(split, weights, attack, batch_size=4)
   eight = evaluate(split, weights, attack, batch_size=8, devices=8)
@@ -172,6 +174,28 @@ def test_an_ensemble_finds_the_same_on_one_device_and_eight(split, weights, atta
     for row in record['cascade']:
       row.pop('seconds')
   assert records[0] == records[1]
+
+
+def test_an_ensemble_is_called_by_what_ran(split, weights, monkeypatch):
+  for version in ('standard', 'second'):
+    monkeypatch.setitem(ensemble.VERSIONS, version, (ensemble.member('square-5'),))
+  few = evaluate(split, weights, attacks.parse('autoattack-second', THREAT, 0.05))
+  assert few.label(attacks.parse('autoattack-second', THREAT, 0.05)) == 'autoattack-margin-second'
+  assert evaluate(split, weights, SQUARE, 6).label(SQUARE) == 'square-30'
+  assert evaluate(split, weights, PGD, 6).label(PGD) == PGD.label
+
+
+def test_an_ensemble_until_an_attack_is_that_of_the_attacks_so_far(split, weights):
+  both = attacks.Attack('both', 0, 0.0, 0, ('square-30', 'apgd-ce'))
+  whole, alone = evaluate(split, weights, both), evaluate(split, weights, SQUARE)
+  found = whole.until(1)
+  np.testing.assert_array_equal(found.robust, alone.robust)
+  assert found.robust.sum() > whole.robust.sum()
+  expected, records = alone.record(), found.record()
+  for record in (expected, records):
+    for row in record['cascade']:
+      row.pop('seconds')
+  assert records == expected and whole.until(2).record()['cascade'] == whole.record()['cascade']
 
 
 @pytest.fixture(scope='module')

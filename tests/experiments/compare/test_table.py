@@ -3,6 +3,7 @@ import csv
 import html
 import io
 import json
+import re
 
 import pytest
 import small_digits
@@ -86,6 +87,17 @@ def test_means_spreads_and_differences_by_hand(comparison, reports):
   assert less['low'] == pytest.approx(-0.15 - 12.706 * 0.05, abs=1e-4)
   assert rows['full']['difference'] == {}
   assert found['headline_attack'] == 'pgd-2'  # the last
+
+
+def test_of_few_classes_the_headline_is_the_autoattack_on_margins(comparison, reports):
+  comparison.headline = 'autoattack'
+  for key, one in reports.items():
+    on_margins = evaluation('clean', ACCURACY[key][1] - 0.1) | {'attack': 'autoattack-margin'}
+    one['evaluations'].insert(2, on_margins)
+  found = table.summarise(comparison, reports, '')
+  assert found['headline_attack'] == 'autoattack-margin'
+  assert 'autoattack-margin' in table.markdown(found)
+  assert not re.search('autoattack(?!-margin)', table.markdown(found), re.IGNORECASE)
 
 
 def test_the_heads_own_training_is_in_the_notes_and_in_the_time(comparison, reports):
