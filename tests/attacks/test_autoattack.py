@@ -11,6 +11,7 @@ import small_attack
 from jax.tree_util import Partial
 
 from fulllora_jax.attacks import Threat, autoattack, ensemble
+from fulllora_jax.attacks.apgd import apgd
 from fulllora_jax.attacks.found import Found, nothing
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh as mesh_lib
@@ -332,8 +333,9 @@ def test_with_few_classes_autoattack_is_complete_on_margins_and_called_so(classe
   assert asked.cascade.name == 'autoattack-margin'
 
 
-def test_an_answer_and_its_opposite_are_attacked_as_any_two_logits():
-  """Of (-f, f) the margin over its size is constant; on the margin itself both are the same."""
+@pytest.mark.parametrize('targeted', [False, True])
+def test_an_answer_and_its_opposite_are_attacked_as_any_two_logits(targeted):
+  """Of (-f, f) the margin over its size is constant; the margin itself is that of (1, 1 + 2 f)."""
 
   def opposite(x):
     f = plain(x)[:, :1]
@@ -341,15 +343,16 @@ def test_an_answer_and_its_opposite_are_attacked_as_any_two_logits():
 
   def other(x):
     f = plain(x)[:, :1]
-    return jnp.concatenate([0 * f, 2 * f], axis=1)
+    return 1 + jnp.concatenate([0 * f, 2 * f], axis=1)
 
   labels = np.asarray(opposite(X)).argmax(axis=1).astype(np.int32)
+  options = {'targets': 1 - labels} if targeted else {}
   found, same = (
-    attack(f, labels=labels, version=['apgd-margin', 'apgd-margin-t'], threat=Threat('linf', 0.1))
+    apgd(KEY, f, X, labels, Threat('linf', 0.03), steps=20, loss='margin', **options)
     for f in (opposite, other)
   )
-  assert_same(found, same, atol=1e-5)
-  assert 0 < found.robust.sum() < 21
+  np.testing.assert_allclose(found, same, 0, 1e-5)
+  assert 0 < (np.asarray(opposite(found)).argmax(axis=1) != labels).sum() < 21
 
 
 def test_it_says_what_each_attack_left(monkeypatch):
