@@ -27,7 +27,9 @@ setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['fulllora_jax', 'fulllora_jax.*']),
-  package_data={'fulllora_jax': ['py.typed', 'core/imagenet_classes.txt', 'models/timm.json']},
+  package_data={
+    'fulllora_jax': ['py.typed', 'core/imagenet_classes.txt', 'data/frost/*', 'models/timm.json']
+  },
   install_requires=[
     'absl-py>=2.1',
     'clu>=0.0.12',
