@@ -247,6 +247,11 @@ def _eval() -> ConfigDict:
   # Certificates of the smoothed model and an attack on it (evaluation/certificate.py), as
   # sigma=0.25,n0=100,n=100000,alpha=0.001, all but sigma by default so; '': none.
   evaluation.certify = ''
+  # The test images under common corruptions (evaluation/shifts.py): all, or names as fog,frost of
+  # data/corruptions.py; '': none.
+  evaluation.corruptions = ''
+  # Other test sets of the model's classes, a set of tfds or folder:/path each, after commas.
+  evaluation.shifts = ''
   evaluation.weights = ()  # of base, best and last; (): all there are
   evaluation.step_size = '2/255'  # of pgd and cw_linf, as attack.step_size
   evaluation.restarts = 1  # random starts of pgd and cw_linf, at least 1
@@ -349,6 +354,6 @@ def base_config(config: ConfigDict) -> ConfigDict:
     base[part] = ConfigDict(default()[part].to_dict())
   base.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
   base.base.source = 'scratch'
-  base.eval.update(attacks=('clean',), expected='', certify='')
+  base.eval.update(attacks=('clean',), expected='', certify='', corruptions='', shifts='')
   base.eval.validation_attack = 'clean'
   return base

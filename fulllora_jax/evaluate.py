@@ -5,6 +5,7 @@
       --attack clean,pgd-100,cw_linf-20 --eps 2/255,4/255,8/255
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --expected pgd-20
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --certify sigma=0.25,n=10000
+  python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --corruptions all
   python -m fulllora_jax.evaluate --logits my_model:logits --data cifar10 \\
       --attack autoattack --num_examples 1000 --workdir evaluated/my_model
 
@@ -41,6 +42,18 @@ def define_flags() -> None:
     None,
     'Certificates of randomised smoothing beside an attack on the smoothed model: sigma=0.25, and '
     'n0=100,n=100000,alpha=0.001 by default. Default: none with --attack, else as the run.',
+  )
+  flags.DEFINE_string(
+    'corruptions',
+    None,
+    'Common corruptions of the images, at 5 severities: all, or names as fog,frost. Default: none '
+    'with --attack, else as the run.',
+  )
+  flags.DEFINE_string(
+    'shifts',
+    None,
+    'Other test sets of the classes, or of a part of them: imagenet_a,folder:/path. Default: none '
+    'with --attack, else as the run.',
   )
   flags.DEFINE_string('norm', None, 'linf, l2 or l1. Default: as the run.')
   flags.DEFINE_list('eps', [], 'In [0, 1] pixels, e.g. 4/255,8/255. Default: as the run.')
@@ -86,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
     'eval.attacks': tuple(given.attack) or None,
     'eval.expected': '' if given.attack and given.expected is None else given.expected,
     'eval.certify': '' if given.attack and given.certify is None else given.certify,
+    'eval.corruptions': '' if given.attack and given.corruptions is None else given.corruptions,
+    'eval.shifts': '' if given.attack and given.shifts is None else given.shifts,
     'eval.step_size': given.step_size,
     'eval.restarts': given.restarts,
     'eval.batch_size': given.batch_size,

@@ -78,6 +78,28 @@ def open_folder(data: ConfigDict, seed: int) -> records.Source:
   )
 
 
+def open_test(data: ConfigDict, channels: int) -> records.Source:
+  """Opens the test folder of `folder:/path`, or all of it where that is not there, as `test`.
+
+  Args:
+    data: the fields of config.data.
+    channels: 1 or 3, that images are decoded to.
+
+  Raises:
+    UserError: what `open_folder` raises of these images.
+  """
+  root = as_path(data.name.removeprefix('folder:'))
+  _check_there(data.name, root)
+  listing = Listing(data.name, root)
+  train_dir, test_dir = listing.split_folders(data)
+  classes = listing.class_folders(test_dir or train_dir)
+  files = listing.files(test_dir or train_dir, classes, allow_empty=True)
+  listing.say()
+  found = _records('test', _verified(data, files), data.image_size, channels)
+  shape = (data.image_size, data.image_size, channels)
+  return records.Source(data.name, shape, tuple(classes), found, found)
+
+
 def _check_there(name: str, root: Path) -> None:
   try:
     # `exists` says why a bucket refuses, `is_dir` does not.

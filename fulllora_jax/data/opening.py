@@ -1,5 +1,7 @@
 """Opens a data set by its config: three splits of uint8 images and labels."""
 
+import dataclasses
+
 import numpy as np
 
 from fulllora_jax.config import ConfigDict
@@ -49,6 +51,27 @@ def open_dataset(data: ConfigDict, seed: int) -> Dataset:
     test_is_drawn=source.test_is_drawn,
   )
   return held_out.separate(dataset)
+
+
+def open_test(data: ConfigDict, channels: int) -> tuple[Split, tuple[str, ...]]:
+  """Opens the test split of a set of tfds, or a whole folder of classes (of test/ where it is).
+
+  Args:
+    data: the fields of config.data.
+    channels: 1 or 3, that images are decoded to.
+
+  Returns:
+    The images, square, of data.image_size pixels; and the names of the classes by label.
+
+  Raises:
+    UserError: what `open_dataset` raises of these images.
+  """
+  if data.name.startswith('folder:'):
+    source = folder.open_test(data, channels)
+  else:
+    source = _tfds_source(data).open_test(data, channels)
+  split = _split(source, 'test', source.num_bytes() <= records.MEMORY_LIMIT)
+  return dataclasses.replace(split, name=data.name), source.label_names
 
 
 def is_ready(data: ConfigDict) -> bool:

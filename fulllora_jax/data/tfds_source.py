@@ -36,17 +36,9 @@ def open_tfds(data: ConfigDict) -> records.Source:
     UserError: if the set is unknown, not prepared, prepared in another format, damaged, lacks a
       split, or is no image classification set; or the bucket cannot be read.
   """
-  directory = builders.data_dir(data.dir)
-  with _reachable(directory):
-    builder = _prepared(data, directory)
-  image_key, label_key = _keys(data.name, builder.info)
+  builder, image_key, label_key = _opened(data)
   features = builder.info.features
   channels = 1 if features[image_key].shape[-1] == 1 else 3
-  if features[image_key].np_dtype != np.uint8:
-    raise UserError(
-      f'data.name={data.name}: its images are {features[image_key].np_dtype}, '
-      'only uint8 images can be used'
-    )
   train_split = _split(data.train_split, 'train_split', builder)
   test_split = _test_split(data, builder)
   if shared := _shared(builder, train_split, test_split):
@@ -67,6 +59,35 @@ def open_tfds(data: ConfigDict) -> records.Source:
     train=records_of(train_split),
     test=records_of(test_split),
   )
+
+
+def open_test(data: ConfigDict, channels: int) -> records.Source:
+  """Opens the test split of a set alone; what is raised is what `open_tfds` raises of it.
+
+  Args:
+    data: the fields of config.data.
+    channels: 1 or 3, that images are decoded to.
+  """
+  builder, *keys = _opened(data)
+  split = _test_split(data, builder)
+  read, size = _reader(data, builder, split, keys, channels)
+  found = records.Records(split, size, read)
+  names = tuple(builder.info.features[keys[1]].names)
+  return records.Source(
+    data.name, (data.image_size, data.image_size, channels), names, found, found
+  )
+
+
+def _opened(data: ConfigDict) -> tuple[tfds.core.DatasetBuilder, str, str]:
+  """Returns the builder of a prepared set of uint8 images, and the keys of image and label."""
+  directory = builders.data_dir(data.dir)
+  with _reachable(directory):
+    builder = _prepared(data, directory)
+  image_key, label_key = _keys(data.name, builder.info)
+  dtype = builder.info.features[image_key].np_dtype
+  if dtype != np.uint8:
+    raise UserError(f'data.name={data.name}: its images are {dtype}, only uint8 images can be used')
+  return builder, image_key, label_key
 
 
 def shared_examples(data: ConfigDict, train_split: str) -> int:

@@ -3,7 +3,7 @@
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import ranges as range_lib
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.evaluation import ranges
+from fulllora_jax.evaluation import ranges, shifts
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.evaluation.smoothing import Smoothing
 
@@ -22,6 +22,13 @@ def validate_plan(plan: Plan) -> None:
         'certify: the noise is added to what a function of images alone is given, and '
         'autoattack-rand is for one of (images, key); leave one of them out'
       )
+  if plan.corruptions:
+    shifts.parse(plan.corruptions)
+  if (plan.corruptions or plan.shifts) and 'autoattack-rand' in plan.attacks:
+    raise UserError(
+      'corruptions, shifts: they are classified by a function of images alone, and autoattack-rand '
+      'is for one of (images, key); leave one of them out'
+    )
   range_lib.check('seed', plan.seed, range_lib.SEED, whole=True)
 
 

@@ -36,8 +36,9 @@ class CloserLook(NamedTuple):
   numbers: dict[str, Any]
   # The images, for the page: 'most' and 'least' robust, lists of dicts with
   # label, clean, adversarial (float32 [H, W, C] in [0, 1]), clean_prediction,
-  # prediction, eps (as text), broken and index; empty where none was attacked.
-  extreme_examples: dict[str, list[dict[str, Any]]]
+  # prediction, eps (as text), broken and index; empty where none was attacked. `corrupted` has
+  # one image by the name of its corruption, where they were measured.
+  extreme_examples: dict[str, Any]
 
 
 def look_at(run: FinishedRun) -> CloserLook:
@@ -53,6 +54,8 @@ def look_at(run: FinishedRun) -> CloserLook:
     numbers['radii'], extreme = _robustness(run, sweep, chosen, radii)
   if found := _influence(run, sweep, chosen[:_INFLUENCE_EXAMPLES]):
     numbers['influence'] = found
+  if shown := run.natural.examples():
+    extreme = extreme | {'corrupted': shown}
   return CloserLook(numbers, extreme)
 
 

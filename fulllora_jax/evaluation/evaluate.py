@@ -16,7 +16,7 @@ from fulllora_jax.evaluation import checks, users_function
 from fulllora_jax.evaluation.evaluations import Evaluations, LogitsFunction, next_name
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
 from fulllora_jax.evaluation.settings import Plan
-from fulllora_jax.reports import attack_report, certificate, pictures, report
+from fulllora_jax.reports import attack_report, certificate, pictures, report, shifts
 
 
 def evaluate_again(
@@ -99,6 +99,10 @@ def _finish(
     picture = path.with_name(f'{path.stem}-certified.svg')
     certificate.draw(result, picture)
     say(f'\ncertified and attacked: {picture}')
+  if 'corruptions' in result:
+    picture = path.with_name(f'{path.stem}-corrupted.svg')
+    shifts.draw(result, picture, run.natural.examples())
+    say(f'\nunder corruptions: {picture}')
   say(f'\nresult: {path}')
   run.forget_progress()
   return result

@@ -31,6 +31,7 @@ from fulllora_jax.distributed import mesh, processes
 from fulllora_jax.evaluation import certificate, expected, users_function
 from fulllora_jax.evaluation.eps_sweep import Climb, EpsSweep
 from fulllora_jax.evaluation.evaluator import Evaluator
+from fulllora_jax.evaluation.natural import Natural
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.evaluation.smoothing import Smoothing
 
@@ -67,6 +68,7 @@ class Evaluations:
     self._certifiers: dict[tuple, certificate.Certifier] = {}
     self._certificates: list[dict[str, Any]] = []
     self.evaluator = Evaluator(apply, plan, self.mesh)
+    self.natural = Natural(self, apply, self._progress_dir)
 
   def weights(self) -> tuple[str, ...]:
     """Returns the names of the weights there are."""
@@ -212,9 +214,11 @@ class Evaluations:
     """Evaluates weights under plan after plan, saying each result.
 
     The plans differ in their radius, so clean images are evaluated once. The last plan is kept.
-    What a plan says of expected robustness and certificates is measured too, and is in `report`.
+    What a plan says of expected robustness, certificates, corruptions and other test sets is
+    measured too, and is in `report`.
     """
     records = []
+    self.natural.check(split)
     for number, plan in enumerate(plans):
       if plan != self.evaluator.plan:
         self.evaluator = Evaluator(self._apply, plan, self.mesh)
@@ -234,6 +238,7 @@ class Evaluations:
         self._expected.append(self.expected_robustness(name, split))
     for name in weights if self.evaluator.plan.certify else ():
       self._certificates.append(self.certificate(name, split))
+    self.natural.measure(weights, split)
     return records
 
   def report(self, evaluations: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
@@ -247,6 +252,7 @@ class Evaluations:
       'evaluations': evaluations,
       **({'expected': self._expected} if self._expected else {}),
       **({'certificates': self._certificates} if self._certificates else {}),
+      **self.natural.records,
       'label_names': list(self.dataset.label_names),
       'command': provenance.command(),
       'versions': provenance.versions(),

@@ -17,6 +17,8 @@ class Plan:
   attacks: tuple[str, ...] = ()  # names, such as 'pgd-20'
   expected: str = ''  # the attack that measures expected robustness; '': it is not measured
   certify: str = ''  # what `smoothing.Smoothing.parse` reads; '': no certificate
+  corruptions: str = ''  # 'all', or names after commas; '': none
+  shifts: str = ''  # other test sets of the model's classes, after commas
   step_size: str = '2/255'  # the length of a step of PGD in [0, 1] pixels
   restarts: int = 1  # the number of random starts of PGD
   batch_size: int = 256  # images at once; rounded up for the devices

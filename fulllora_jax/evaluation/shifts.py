@@ -4,22 +4,25 @@ Hendrycks and Dietterich, 2019 (arXiv 1903.12261): 15 corruptions at 5 severitie
 the mean corruption error (mCE), which divides a corruption's errors by AlexNet's on ImageNet-C.
 """
 
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from fulllora_jax import config as config_lib
 from fulllora_jax import data
 from fulllora_jax.core import class_names
-from fulllora_jax.core.console import say
+from fulllora_jax.core.console import Progress, say
 from fulllora_jax.core.errors import UserError, choose, few
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.data import corruptions
 from fulllora_jax.data.corruptions import NAMES, SEVERITIES
+from fulllora_jax.evaluation.evaluator import Evaluator
 
 ALL = 'all'
+_UNKNOWN = 'some images have NaN or infinite logits; they count as misclassified'
 # Sets of tfds with corrupted images, and what they call two of the corruptions.
 _SETS = {'cifar10': 'cifar10_corrupted', 'imagenet2012': 'imagenet2012_corrupted'}
 _OTHER_NAMES = {'glass_blur': 'frosted_glass_blur', 'elastic_transform': 'elastic'}
@@ -35,9 +38,17 @@ _ALEXNET = dict(
 
 
 class State(NamedTuple):
-  """What is known; the array is filled in place."""
+  """What is known of each cell; the arrays are filled in place."""
 
-  counts: np.ndarray  # int [cells, 2]: images that are right, and without a finite logit; -1: to do
+  right: np.ndarray  # int [cells], the images that are classified right; -1: still to do
+  total: np.ndarray  # int [cells], of how many images
+  classes: np.ndarray  # int [cells], of how many of the model's classes; -1: all
+  unknown: np.ndarray  # int [cells], 1 where some images have NaN or infinite logits
+
+  @classmethod
+  def new(cls, count: int) -> 'State':
+    """Returns what is known of so many cells at first."""
+    return cls(np.full(count, -1), *np.zeros((3, count), int))
 
 
 class Cell(NamedTuple):
@@ -79,7 +90,8 @@ def corrupted_set(config, split: str, names: Sequence[str]) -> dict[tuple[str, i
   if not known or split != 'test' or config.data.test_split:
     return {}
   found, missing = {}, []
-  folder = os.path.expanduser(config.data.dir or os.environ.get('TFDS_DATA_DIR', ''))
+  folder = config.data.dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  folder = os.path.expanduser(folder)
   for name in names:
     called = [called for called in (name, _OTHER_NAMES.get(name)) if called]
     for severity in range(1, SEVERITIES + 1):
@@ -109,19 +121,23 @@ def corruption_cells(
         opened = _opener(config, dataset, sets[name, severity])
       else:
         made = corruptions.corrupted(examples, name, severity, seed)
-        opened = lambda made=made: (made, None)
+        opened = functools.partial(_whole, made)
       cells.append(Cell(f'{name} {severity}', opened))
   return (_SETS[config.data.name] if sets else f'made from {dataset.name}, seed {seed}'), cells
 
 
+def _whole(split: data.Split) -> tuple[data.Split, None]:
+  return split, None
+
+
 def shift_cells(config, dataset: data.Dataset, names: Sequence[str]) -> list[Cell]:
-  """Returns the images of other test sets."""
-  return [Cell(name, _opener(config, dataset, name)) for name in names]
+  """Returns the images of other test sets, opened once, when they are first wanted."""
+  return [Cell(name, functools.cache(_opener(config, dataset, name))) for name in names]
 
 
 def _opener(config, dataset: data.Dataset, name: str):
   def opened():
-    asked = config_lib.copy(config.data)
+    asked = config.data.copy_and_resolve_references()
     asked.name, asked.test_split = name, ''
     split, names = data.open_test(asked, dataset.image_shape[-1])
     return in_classes(split, names, dataset)
@@ -168,19 +184,18 @@ def in_classes(
 
 
 def corruption_record(
-  names: Sequence[str], counts: np.ndarray, total: int, source: str, imagenet: bool
+  names: Sequence[str], state: State, source: str, imagenet: bool
 ) -> dict[str, Any]:
   """Returns the accuracies, their mean and the mCE, as JSON values.
 
   Args:
     names: the corruptions.
-    counts: int [len(names), 5, 2], of `State`.
-    total: the number of images of each cell.
+    state: of the cells of each name, severity after severity.
     source: where the images come from.
     imagenet: whether AlexNet's errors are of these classes.
   """
-  accuracy = counts[..., 0] / total
-  mean, unknown = float(accuracy.mean()), int(counts[..., 1].sum())
+  accuracy = (state.right / state.total).reshape(len(names), SEVERITIES)
+  mean, total, unknown = float(accuracy.mean()), int(state.total[0]), int(state.unknown.sum())
   rows = [
     {'name': name, 'accuracies': own.tolist(), 'mean': float(own.mean())}
     for name, own in zip(names, accuracy, strict=True)
@@ -197,29 +212,24 @@ def corruption_record(
     # The same images in each cell: what is drawn at random is one image, not one of 75 of it.
     'interval': list(wilson_interval(mean * total, total)),
     'mce': mce,
-    'notes': [
-      f'{unknown} corrupted images have NaN or infinite logits; they count as misclassified'
-    ]
+    'notes': [f'at {unknown} of {accuracy.size} corruptions and severities {_UNKNOWN}']
     if unknown
     else [],
   }
 
 
-def shift_record(
-  name: str, counts: np.ndarray, total: int, classes: np.ndarray | None, known: int
-) -> dict[str, Any]:
+def shift_record(name: str, state: State, place: int, known: int) -> dict[str, Any]:
   """Returns the accuracy on another test set, as JSON values; `known` classes has the model."""
-  right, unknown = (int(count) for count in counts)
-  told = f'{unknown} of {total} images have NaN or infinite logits; they count as misclassified'
+  right, total, classes, unknown = (int(part[place]) for part in state)
   return {
     'name': name,
     'num_examples': total,
     'num_correct': right,
     'accuracy': right / total,
     'interval': list(wilson_interval(right, total)),
-    'classes': known if classes is None else int(classes.sum()),
+    'classes': known if classes < 0 else classes,
     'of_classes': known,
-    'notes': [told] if unknown else [],
+    'notes': [_UNKNOWN] if unknown else [],
   }
 
 
@@ -229,6 +239,42 @@ def is_imagenet(dataset: data.Dataset) -> bool:
   return len(rows[0]) > 1 and dataset.image_shape[0] > 64
 
 
-def tell_masked(name: str, classes: np.ndarray) -> None:
-  """Says that logits are masked."""
-  say(f'{name}: {classes.sum()} of {len(classes)} classes; the logits of the others are masked')
+def masked(apply: Callable, classes: np.ndarray) -> Callable:
+  """Returns a model that answers with some of its classes alone, bool [K]."""
+
+  def answer(variables, images):
+    logits = apply(variables, images)
+    return jnp.where(classes, logits, jnp.finfo(logits.dtype).min)
+
+  return answer
+
+
+class Classifier:
+  """Classifies cell after cell; the model is compiled once, and once more for each mask.
+
+  The evaluator's plan says how many images of each cell, and which.
+  """
+
+  def __init__(self, apply: Callable, evaluator: Evaluator):
+    self._apply, self._evaluator = apply, evaluator
+
+  def run(self, variables: Any, cells: Sequence[Cell], state: State, title: str) -> Iterator[None]:
+    """Does what is still to do, in `state`; yields after each cell."""
+    plan = self._evaluator.plan
+    progress = Progress(len(cells), int((state.right >= 0).sum()))
+    for place in np.flatnonzero(state.right < 0):
+      cell, evaluator = cells[place], self._evaluator
+      split, classes = cell.open()
+      if classes is not None:
+        say(f'{cell.title}: {classes.sum()} of {len(classes)} classes; the others are masked')
+        evaluator = Evaluator(masked(self._apply, classes), plan, evaluator.mesh)
+      told = f'{title} {cell.title}'
+      found = evaluator.evaluate(variables, split, plan.attack('clean'), plan.num_examples, told)
+      state.total[place], state.unknown[place] = len(found.robust), bool(found.notes)
+      state.classes[place] = -1 if classes is None else classes.sum()
+      state.right[place] = found.robust.sum()
+      done = int((state.right >= 0).sum())
+      rate = progress.update(done)
+      if rate and progress.due():
+        say(f'{told}: {done} of {len(cells)} sets of images done')
+      yield

@@ -12,9 +12,10 @@ from typing import Any
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.files import as_path, os_errors, replace_file
-from fulllora_jax.reports import attack_report, certificate, facts, pictures, results
+from fulllora_jax.reports import attack_report, certificate, facts, pictures, results, shifts
 
-_CURVES, _EXAMPLES, _CERTIFIED = 'curves.svg', 'examples.svg', 'certified.svg'
+_CURVES, _EXAMPLES = 'curves.svg', 'examples.svg'
+_CERTIFIED, _CORRUPTED = 'certified.svg', 'corrupted.svg'
 _EXAMPLES_NOTE = (
   'Each column is one image with its label; what the attack made of it against the adapted model; '
   'what the base and the adapted model predict when each is attacked itself; and the difference, '
@@ -47,7 +48,7 @@ def write_report(
   directory = as_path(workdir)
   # The numbers first: no fault in a picture can lose them.
   write_numbers(directory, report)
-  for name in (_CURVES, _EXAMPLES, _CERTIFIED):
+  for name in (_CURVES, _EXAMPLES, _CERTIFIED, _CORRUPTED):
     with os_errors(directory):
       (directory / name).unlink(missing_ok=True)
   drawn = []
@@ -61,6 +62,9 @@ def write_report(
   if report.get('certificates'):
     certificate.draw(report, directory / _CERTIFIED)
     drawn.append(f'![Certified and attacked]({_CERTIFIED})')
+  if report.get('corruptions'):
+    shifts.draw(report, directory / _CORRUPTED)
+    drawn.append(f'![Accuracy under corruptions]({_CORRUPTED})')
   path = directory / 'report.md'
   replace_file(path, _markdown(report, drawn).encode())
   return path

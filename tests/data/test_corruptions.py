@@ -1,4 +1,4 @@
-"""The 15 corruptions, against images of the scripts in which CIFAR-10-C and ImageNet-C were made."""
+"""The 15 corruptions, against those of the scripts that made CIFAR-10-C and ImageNet-C."""
 
 import pathlib
 

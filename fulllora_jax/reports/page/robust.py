@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulllora_jax.core import tables
-from fulllora_jax.reports import certificate, curves, results
+from fulllora_jax.reports import certificate, curves, results, shifts
 from fulllora_jax.reports.drawing import charts, images
 from fulllora_jax.reports.drawing.charts import Bars, Chart
 from fulllora_jax.reports.drawing.markup import Markup, join, limited, tag
@@ -105,6 +105,22 @@ def certificates(report: Mapping[str, Any]) -> Markup | None:
     _with_table(chart, f'{". ".join(line[0].upper() + line[1:] for line in lines)}.', table)
     for chart, (_, table, lines) in found
   ]
+  return join(shown) if shown else None
+
+
+def shifted(report: Mapping[str, Any], examples: Mapping[str, Any]) -> Markup | None:
+  """Draws the accuracy under corruptions, one image of them, and that on other test sets."""
+  shown, heat = [], shifts.heat(report)
+  if examples.get('corrupted'):
+    shown.append(document.figure(shifts.gallery(examples['corrupted']), single=True))
+  for title, table, lines in shifts.parts(report):
+    note = f'{". ".join(line[0].upper() + line[1:] for line in (title, *lines))}.'
+    chart = next(heat, None)
+    shown += (
+      [_with_table(chart, note, table)]
+      if chart
+      else [document.table(table, title), document.note(note)]
+    )
   return join(shown) if shown else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_jax.core.files import as_path, os_errors, replace_file
-from fulllora_jax.reports import certificate, curves, facts, results
+from fulllora_jax.reports import certificate, curves, facts, results, shifts
 from fulllora_jax.reports.drawing.markup import Markup, join, tag
 from fulllora_jax.reports.page import document, layers, robust
 
@@ -57,6 +57,7 @@ def run_page(
     ('curves', 'Learning curves', _learning(report, history)),
     ('radii', 'Robust accuracy against eps', robust.radii(report)),
     ('certificates', certificate.NAME, robust.certificates(report)),
+    ('shifts', shifts.NAME, robust.shifted(report, extreme_examples or {})),
     ('classes', 'Class by class', robust.classes(report)),
     ('images', 'The most and the least robust images', examples),
     ('layers', layers.title(report), layers.influence(report)),
