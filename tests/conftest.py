@@ -373,42 +373,13 @@ def one_device(monkeypatch):
   monkeypatch.setattr(mesh, 'make_mesh', lambda *_, **fsdp: make_mesh(jax.devices()[:1]))
 
 
-_LINEAR_DIGITS = """
-import pathlib
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-WEIGHTS = np.load(pathlib.Path(__file__).with_name('weights.npy'))
-NUMBER = 3
-
-def logits(images):
-  return images[..., 0].reshape(len(images), -1) @ WEIGHTS
-
-def noisy(images, key):
-  return logits(images) + 0.02 * jax.random.normal(key, (len(images), 10))
-
-def nothing():
-  return NUMBER
-
-def flat(images):
-  return logits(images).max(axis=1)
-
-def deep(images):
-  return logits(images)[..., None]
-
-def three_classes(images):
-  return logits(images)[:, :3]
-
-def two_classes(images):
-  return logits(images)[:, :1] * np.array([1.0, -1.0])
-
-def whole_numbers(images):
-  return logits(images).argsort(axis=1)
-
-def not_a_number(images):
-  return logits(images).at[2:].set(jnp.nan)
-"""
+@pytest.fixture(scope='module')
+def one_device_each():
+  """As `one_device`, for runs that a module shares."""
+  with pytest.MonkeyPatch.context() as patch:
+    make_mesh = mesh.make_mesh
+    patch.setattr(mesh, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1]))
+    yield
 
 
 @pytest.fixture(scope='session')
@@ -420,7 +391,8 @@ def linear_digits(tmp_path_factory, digits):
   targets = np.eye(10)[digits.train.labels]
   weights = np.linalg.lstsq(images, targets, rcond=0.02)[0]
   np.save(folder / 'weights.npy', weights.astype(np.float32))
-  (folder / 'linear_digits.py').write_text(_LINEAR_DIGITS)
+  models = pathlib.Path(__file__).with_name('digit_models.py')
+  shutil.copy(models, folder / 'linear_digits.py')
   return folder
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from fulllora_jax.attacks.pgd import Step
-from fulllora_jax.training import optim
+from fulllora_jax.training.hinges import Hinges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Warmup:
 
     def held(x_adv, t):
       if self.prm:
-        keep = optim.warmup_factor(done, self.total_steps, self.prm)
+        keep = Hinges(0.0, self.prm).factor(done, self.total_steps)
         key = jax.random.fold_in(prm_key, t)
         size = (x.shape[1], x.shape[2])
         mask = kept_patches(key, size, self.patch_size, keep)
         x_adv = jnp.where(mask[None, :, :, None], x_adv, x)
       if not self.ard:
         return step(x_adv, t)
-      keep = optim.warmup_factor(done, self.total_steps, self.ard)
+      keep = Hinges(0.0, self.ard).factor(done, self.total_steps)
       gate = gated(self.attention, jax.random.fold_in(ard_key, t), keep)
       with nn.intercept_methods(gate):
         return step(x_adv, t)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from fulllora_jax.core.errors import choose
@@ -70,14 +69,3 @@ def create(optimizer, schedule: optax.Schedule, mask: Any) -> optax.GradientTran
   if optimizer.clip:
     rule = optax.chain(optax.clip_by_global_norm(optimizer.clip), rule)
   return optax.masked(rule, mask)
-
-
-def warmup_factor(step, total_steps: int, fraction: float):
-  """Rises linearly to 1 over the first `fraction` of training.
-
-  Used for what holds an attack back (ard_prm.py).
-  """
-  if not fraction:
-    return 1.0
-  steps = max(1, round(fraction * total_steps))
-  return jnp.minimum(1.0, (step + 1) / steps)

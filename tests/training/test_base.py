@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import types
 
-import jax
 import numpy as np
 import pytest
 import small_digits
@@ -19,7 +18,6 @@ from fulllora_jax import pretrained
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.trees import named_leaves
-from fulllora_jax.distributed import mesh
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import loop
 from fulllora_jax.training import run as run_lib
@@ -53,15 +51,6 @@ def digits_config(source, data_dir, **fields):
   if config.method == 'fulllora':
     config.adapter.targets = ('query',)  # less to compile
   return config
-
-
-@pytest.fixture(scope='module')
-def one_device_each():
-  """As `one_device`, for runs that a module shares."""
-  with pytest.MonkeyPatch.context() as patch:
-    make_mesh = mesh.make_mesh
-    patch.setattr(mesh, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1]))
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -7,23 +7,21 @@ import types
 
 import numpy as np
 import pytest
+from killable import Killed, trainer
 from test_on_overfitting import by_hand, leaves, same
-from test_resume import Killed, assert_same_training
+from test_resume import assert_same_training
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import pretrained
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.reports import facts
 from fulllora_jax.reports.page.run import run_page
 from fulllora_jax.reports.report import write_report
 from fulllora_jax.training import checks, clean_phase, overfitting
 from fulllora_jax.training.hinges import Hinges
-from fulllora_jax.training.loop import Training
 from fulllora_jax.training.metrics import read_metrics
-from fulllora_jax.training.stepper import Stepper
 
 
 def saturating(end, rise, time, noise=0.0, seed=0, checks=40):
@@ -120,35 +118,9 @@ def config(small_config):
 @pytest.fixture
 def train(config, finished, tmp_path, digits, one_device, monkeypatch):
   """Trains from the finished run's base; may be killed after some steps. Programs are kept."""
-  compile_step, step_of = Stepper.compile, Evaluator._step
   base = pretrained.find_artefact(finished.workdir / 'base')
-
-  def compiled(stepper, algorithm, batch, says):
-    key = str(algorithm.attack)
-    if key not in _COMPILED:
-      _COMPILED[key] = compile_step(stepper, algorithm, batch, says)
-    step_fn = _COMPILED[key]
-
-    def step(*args):
-      if next(train.steps) == train.kill_after:
-        raise Killed
-      return step_fn(*args)
-
-    return step
-
-  def evaluate_once(self, attack):
-    return _COMPILED.setdefault(attack, step_of(self, attack))
-
-  monkeypatch.setattr(Stepper, 'compile', compiled)
-  monkeypatch.setattr(Evaluator, '_step', evaluate_once)
-
-  def train(workdir, kill_after=None):
-    train.steps, train.kill_after = iter(range(10**6)), kill_after
-    training = Training(config, workdir, digits, base)
-    training.run()
-    return training
-
-  return train
+  programs = (_COMPILED, lambda algorithm: str(algorithm.attack))
+  return trainer(monkeypatch, *programs, config, digits, base)
 
 
 def passes(workdir):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import red_and_blue
 import small_digits
+from killable import Killed
 from test_resume import assert_same_training
 
 import fulllora_jax
@@ -20,7 +21,6 @@ from fulllora_jax.adapters import adapted, artefact, methods
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import open_dataset
-from fulllora_jax.distributed import mesh
 from fulllora_jax.evaluation.diagnosis import examine
 from fulllora_jax.serving import export
 from fulllora_jax.training import base as base_lib
@@ -30,6 +30,8 @@ from fulllora_jax.training import run as run_lib
 from fulllora_jax.training.loop import Training
 from fulllora_jax.training.metrics import read_metrics
 from fulllora_jax.training.stepper import Stepper
+
+pytestmark = pytest.mark.usefixtures('one_device_each')
 
 HEAD = ('params/head/bias', 'params/head/kernel')
 BATCH, STEPS, PROBE_STEPS = 16, 3, 9
@@ -52,14 +54,6 @@ def small(digits_dir, finished):
   c.head.optimizer.learning_rate = 3.0  # so that the best is not the last
   c.head.train.update(steps=PROBE_STEPS, batch_size=BATCH, eval_every=1, checkpoint_every=2)
   return c
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_device_each():
-  with pytest.MonkeyPatch.context() as patch:
-    make_mesh = mesh.make_mesh
-    patch.setattr(mesh, 'make_mesh', lambda *_, **__: make_mesh(jax.devices()[:1]))
-    yield
 
 
 @pytest.fixture(scope='module')
@@ -183,10 +177,6 @@ def test_a_finished_linear_run_gives_what_the_probe_of_its_recipe_gives(
   assert report['passes'] == probed.report['passes']
   assert report['head']['start'] == str(linear)
   assert report['evaluations'] == probed.report['evaluations']
-
-
-class Killed(BaseException):
-  """Stands for the end of the process."""
 
 
 def test_a_kill_in_either_stage_changes_nothing(probed, digits, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from fulllora_jax.training.train_step import train_step
   [
     (Hinges(), 4, [1, 1, 1, 1]),
     (Hinges(0, 0.5), 4, [0.5, 1, 1, 1]),
+    (Hinges(0, 0.2), 20, [0.25, 0.5, 0.75, *[1] * 17]),
     (Hinges(0.25, 0.75), 8, [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]),
     (Hinges(0.5, 0.5), 4, [0, 0, 1, 1]),
     (Hinges(1, 1), 3, [0, 0, 0]),

@@ -4,14 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from test_resume import Killed
+from killable import Killed, trainer
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import pretrained
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.training import checks, overfitting
 from fulllora_jax.training.loop import Training
 from fulllora_jax.training.metrics import read_metrics
@@ -37,41 +36,19 @@ def train(config, finished, tmp_path, digits, one_device, monkeypatch):
   The alarm rings at the steps in `rings_at` for the single step, and for PGD at those in
   `rings_again_at`. Programs are compiled once.
   """
-  compile_step, step_of = Stepper.compile, Evaluator._step
   base = pretrained.find_artefact(finished.workdir / 'base')
-
-  def compiled(stepper, algorithm, batch, says):
-    attack = algorithm.attack
-    if attack.label not in _COMPILED:
-      _COMPILED[attack.label] = compile_step(stepper, algorithm, batch, says)
-    step_fn = _COMPILED[attack.label]
-
-    def step(*args):
-      if next(train.steps) == train.kill_after:
-        raise Killed
-      return step_fn(*args)
-
-    return step
-
-  def evaluate_once(self, attack):
-    if attack not in _COMPILED:
-      _COMPILED[attack] = step_of(self, attack)
-    return _COMPILED[attack]
 
   def saw(alarm, step, robust, clean):
     at = train.rings_at if alarm.attack.name == 'n_fgsm' else train.rings_again_at
     alarm._seen['count'] += 1
     return alarm._begins('a sign' if step in at else '')
 
-  monkeypatch.setattr(Stepper, 'compile', compiled)
-  monkeypatch.setattr(Evaluator, '_step', evaluate_once)
   monkeypatch.setattr(overfitting.Alarm, 'saw', saw)
+  programs = (_COMPILED, lambda algorithm: algorithm.attack.label)
+  run = trainer(monkeypatch, *programs, config, digits, base)
 
   def train(kill_after=None, workdir=tmp_path / 'run'):
-    train.steps, train.kill_after = iter(range(10**6)), kill_after
-    training = Training(config, workdir, digits, base)
-    training.run()
-    return training
+    return run(workdir, kill_after)
 
   train.workdir, train.base = tmp_path / 'run', base
   train.rings_at, train.rings_again_at = (8,), ()

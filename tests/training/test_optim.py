@@ -139,10 +139,3 @@ def test_frozen_leaves_have_no_optimizer_memory(optimizer, moments):
   state = tx.init({'w': jnp.asarray(W), 'frozen': jnp.ones(1000)})
   arrays = [a for a in jax.tree.leaves(state) if a.ndim]
   assert [a.shape for a in arrays] == [(3,)] * moments
-
-
-def test_warmup_factor_rises_to_one_over_the_fraction():
-  factors = [float(optim.warmup_factor(step, 20, 0.2)) for step in range(6)]
-  np.testing.assert_allclose(factors, [0.25, 0.5, 0.75, 1, 1, 1])
-  assert optim.warmup_factor(0, 20, 0.0) == 1.0
-  assert optim.warmup_factor(0, 20, 0.001) == 1.0

@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from killable import Killed, trainer
 
 from fulllora_jax import pretrained
 from fulllora_jax.adapters import artefact
 from fulllora_jax.core import trees
-from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.training import checkpoints
 from fulllora_jax.training.loop import Training
 from fulllora_jax.training.metrics import read_metrics
-from fulllora_jax.training.stepper import Stepper
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,10 +82,6 @@ def test_kill_9_again_and_again(finished, tmp_path, small_command, run_python):
     assert report[key] == expected[key]
 
 
-class Killed(BaseException):
-  """Stands for the end of the process."""
-
-
 _COMPILED = {}
 
 
@@ -96,35 +91,11 @@ def training(small_config, finished, tmp_path, digits, one_device, monkeypatch):
 
   All these trainings run the same two programs, compiled once.
   """
-  compile_step, step_of = Stepper.compile, Evaluator._step
-
-  def compile_once(*args):
-    if 'train' not in _COMPILED:
-      _COMPILED['train'] = compile_step(*args)
-    return _COMPILED['train']
-
-  def evaluate_once(self, attack):
-    if attack not in _COMPILED:
-      _COMPILED[attack] = step_of(self, attack)
-    return _COMPILED[attack]
-
-  monkeypatch.setattr(Evaluator, '_step', evaluate_once)
   base = pretrained.find_artefact(finished.workdir / 'base')
+  train = trainer(monkeypatch, _COMPILED, lambda _: 'train', small_config, digits, base)
 
   def run(kill_after=None):
-    def compiled(*args):
-      step_fn = compile_once(*args)
-      steps = iter(range(10**6))
-
-      def step(*args):
-        if next(steps) == kill_after:
-          raise Killed
-        return step_fn(*args)
-
-      return step
-
-    monkeypatch.setattr(Stepper, 'compile', compiled)
-    Training(small_config, tmp_path, digits, base).run()
+    train(tmp_path, kill_after)
 
   run.workdir, run.config = tmp_path, small_config
   return run
