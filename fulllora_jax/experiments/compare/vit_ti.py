@@ -2,8 +2,8 @@
 
 Every method meets the attack by two hinges, and three of them also at the full eps from the first
 step. The hinges are earlier than those of Epsilon-Scheduling, for these trainings are short. Each
-row is to have the learning rate that is the best of three or four for it on validation images after a
-quarter of the steps: `:vit_ti_rates` compares them. `:vit_ti_schedules` moves the hinges,
+row is to have the learning rate that is the best of three or four for it on validation images after
+a quarter of the steps: `:vit_ti_rates` compares them. `:vit_ti_schedules` moves the hinges,
 `:vit_ti_ablations` changes one thing of FullLoRA at a time; all three rank by validation and attack
 no test image.
 """
@@ -41,7 +41,7 @@ _ROWS: Mapping[str, dict[str, Any]] = {
 }
 _ADAPTED = ('1e-3', '2e-3', '4e-3', '8e-3')
 _TRIED = {  # method -> learning rates of AdamW
-  'full': ('1e-4', '2e-4', '4e-4'),
+  'full': ('1e-4', '2e-4', '4e-4', '8e-4'),
   'fulllora': _ADAPTED,
   'lora_everywhere': _ADAPTED,
   'lora': ('2e-3', '4e-3', '8e-3'),
