@@ -312,7 +312,7 @@ def test_evaluation_knows_l1_where_training_does_not():
   with pytest.raises(UserError, match='threat.norm l1: training knows'):
     checks.validate(config, num_devices=8)
   config.eval.attacks = ('pgd-20',)
-  with pytest.raises(UserError, match='for l1 give apgd-ce,apgd-t'):
+  with pytest.raises(UserError, match='for l1 give autoattack'):
     checks_lib.validate_evaluation(config)
 
 

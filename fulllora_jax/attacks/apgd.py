@@ -164,14 +164,14 @@ def objective(
 def start(keys: jax.Array, x: jax.Array, threat: Threat) -> jax.Array:
   """Draws a starting point on the sphere of radius eps, cut by the box.
 
-  linf: a uniform draw scaled until one pixel touches the sphere; l2: a normal direction.
+  linf: a uniform draw scaled until one pixel touches the sphere; l2 and l1: a normal direction.
   """
   if threat.norm == 'linf':
     draw = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], minval=-1.0))(keys)
     size = jnp.abs(draw).max(axis=(1, 2, 3), keepdims=True)
   else:
     draw = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-    size = l2_norm(draw)
+    size = l2_norm(draw) if threat.norm == 'l2' else jnp.abs(draw).sum((1, 2, 3), keepdims=True)
   return jnp.clip(x + threat.eps * draw / (size + 1e-12), 0, 1)
 
 

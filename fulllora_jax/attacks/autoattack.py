@@ -68,7 +68,7 @@ def autoattack(
       takes the N images of x, and what it returns a batch of those rows.
     x: float32 [N, H, W, C] in [0, 1].
     labels: int [N] in [0, K).
-    threat: norm and eps; linf, l2, and for the APGD attacks l1.
+    threat: norm and eps.
     version: 'standard', 'plus', 'rand', 'second' (standard, then pma and malt), the same on margins
       ('margin', 'margin-plus', ...), which 2 or 3 classes get in any case; or a list of 'apgd-ce',
       'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square', 'square-1000', 'pma', 'malt', ...

@@ -198,8 +198,8 @@ def members(version: str | Sequence[str], norm: str) -> tuple[Member, ...]:
   Args:
     version: one of `versions()`, or names of attacks; of square also
       with its queries, as in 'square-1000'.
-    norm: the norm of the ball. With l1, APGD takes 5 restarts and 5 targets, as
-      the authors do, of the others MALT alone is known, and a version goes without PMA.
+    norm: the norm of the ball. With l1, APGD takes 5 restarts and 5 targets, as the authors do,
+      and a version goes without PMA, which knows linf and l2 only.
 
   Raises:
     UserError: an unknown version or attack, an empty list, or an attack that does not fit the norm.
@@ -218,16 +218,15 @@ def members(version: str | Sequence[str], norm: str) -> tuple[Member, ...]:
   if isinstance(version, str):
     chosen = tuple(attack for attack in chosen if attack.name != 'pma')
   for attack in chosen:
-    if not attack.name.startswith(('apgd', 'malt')):
-      raise UserError(f'attack: {attack.name} knows linf and l2 only; for l1 give apgd-ce,apgd-t')
-  return tuple(
-    dataclasses.replace(
-      attack, restarts=attack.restarts if attack.targets else 5, targets=min(attack.targets, 5)
-    )
-    if attack.name.startswith('apgd')
-    else attack
-    for attack in chosen
-  )
+    if attack.name == 'pma':
+      raise UserError(f'attack: {attack.name} knows linf and l2 only; for l1 give autoattack')
+  return tuple(_in_l1(each) if each.name.startswith('apgd') else each for each in chosen)
+
+
+def _in_l1(apgd: Member) -> Member:
+  if apgd.targets:
+    return dataclasses.replace(apgd, targets=5)
+  return dataclasses.replace(apgd, restarts=5)
 
 
 def member(text: str) -> Member:

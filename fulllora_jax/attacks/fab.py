@@ -2,7 +2,7 @@
 
 It looks for the nearest misclassified point, whatever its distance: linearise
 the decision boundary, project onto it within the box, drift towards x, and
-once across, go back towards x and try again (Algorithm 1, linf and l2).
+once across, go back towards x and try again (Algorithm 1).
 """
 
 import functools
@@ -16,7 +16,7 @@ from fulllora_jax.attacks.apgd import start
 from fulllora_jax.attacks.found import Attacking, Found, Met, finite, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pick
 from fulllora_jax.attacks.scale import power
-from fulllora_jax.attacks.threat import Threat
+from fulllora_jax.attacks.threat import NORMS, Threat
 
 ALPHA_MAX = 0.1  # the most that a step drifts towards x
 ETA = 1.05  # overshoot past the boundary
@@ -42,7 +42,7 @@ class Search(NamedTuple):
   met: Met = Met()  # what the search met so far
 
 
-@functools.partial(Attacking, steps=0)
+@functools.partial(Attacking, norms=NORMS, steps=0)
 def fab(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -188,4 +188,4 @@ def _levelled(boundary: Boundary) -> tuple[jax.Array, jax.Array]:
 
 def _dual_norm(w: jax.Array, norm: str) -> jax.Array:
   """Returns the norm of the rows of w [B, D] by which a ball of `norm` moves <w, x>, [B]."""
-  return jnp.linalg.norm(w, 1 if norm == 'linf' else 2, axis=1)
+  return jnp.linalg.norm(w, {'linf': 1, 'l2': 2, 'l1': jnp.inf}[norm], axis=1)

@@ -120,7 +120,7 @@ def parse(text: str, threat: Threat, step_size: float, restarts: int = 1) -> Att
       f'attack: unknown attack {text!r}; known: {", ".join(known)}, with steps as in pgd-20'
     )
   if name != 'clean' and threat.norm == 'l1':
-    raise UserError(f'attack: {name} knows linf and l2 only; for l1 give apgd-ce,apgd-t')
+    raise UserError(f'attack: {name} knows linf and l2 only; for l1 give autoattack')
   if name in ('clean', 'fgsm'):
     if dash:
       raise UserError(f'attack: {name} takes no steps, but got {text!r}')

@@ -76,14 +76,15 @@ def onto_hyperplane(x: jax.Array, normal: jax.Array, offset: jax.Array, norm: st
   """Moves x the least, within the box, to the plane <normal, x> = offset.
 
   Every coordinate goes towards the plane, by t (linf) or by t |normal| (l2), until the box stops
-  it; t is the least with which the plane is reached. If it does not cut the box, each coordinate
-  goes all its way. Croce & Hein, 2020 (arXiv 1907.02044), section 3.2.
+  it; t is the least with which the plane is reached. For l1 the coordinates of largest |normal| go,
+  one after another. If the plane does not cut the box, each coordinate goes all its way. Croce &
+  Hein, 2020 (arXiv 1907.02044), section 3.2.
 
   Args:
     x: [B, D] in [0, 1].
     normal: [B, D].
     offset: [B].
-    norm: 'linf' or 'l2', by which "least" is meant.
+    norm: 'linf', 'l2' or 'l1', by which "least" is meant.
 
   Returns:
     The move d, [B, D]: x + d is in [0, 1].
@@ -91,10 +92,12 @@ def onto_hyperplane(x: jax.Array, normal: jax.Array, offset: jax.Array, norm: st
   gap = offset[:, None] - _sum(normal * x)
   weight = jnp.abs(normal)
   towards = jnp.where(gap > 0, 1.0, -1.0) * jnp.sign(normal)
-  if norm == 'l2':  # too flat to divide by
+  if norm != 'linf':  # too flat to divide by
     weight = jnp.where(weight > 1e-8, weight, 0)
   towards = jnp.where(weight > 0, towards, 0)
   room = jnp.where(towards > 0, 1 - x, x)
+  if norm == 'l1':
+    return towards * _one_after_another(weight, room, jnp.abs(gap))
   speed = jnp.ones_like(weight) if norm == 'linf' else weight
   target = jnp.abs(gap)
 
@@ -109,6 +112,19 @@ def onto_hyperplane(x: jax.Array, normal: jax.Array, offset: jax.Array, norm: st
   t = jax.lax.fori_loop(0, _NEWTON_STEPS[norm], newton, jnp.zeros_like(gap))
   moved = jnp.where(speed > 0, jnp.minimum(speed * t, room), 0)
   return towards * moved
+
+
+def _one_after_another(weight: jax.Array, room: jax.Array, target: jax.Array) -> jax.Array:
+  """Returns how far each coordinate goes, [B, D], so that <weight, it> is the target [B, 1].
+
+  Those of largest weight go first, each as far as it has room or is needed.
+  """
+  order = jnp.argsort(-weight, axis=1)
+  weights, rooms = (jnp.take_along_axis(a, order, axis=1) for a in (weight, room))
+  whole = weights * rooms
+  needed = target - (jnp.cumsum(whole, axis=1) - whole)
+  moved = jnp.clip(needed / jnp.maximum(weights, 1e-30), 0, rooms)
+  return jnp.take_along_axis(moved, jnp.argsort(order, axis=1), axis=1)
 
 
 def _flat(a: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """The Square Attack, Andriushchenko et al., 2020 (arXiv 1912.00049).
 
 Random search without gradients: change a square window, keep the change if
-the margin does not rise (Algorithm 1; sampling by Algorithm 2 for linf and 3 for l2).
+the margin does not rise (Algorithm 1; sampling by Algorithm 2 for linf and 3 for l2; for l1 that
+of Croce & Hein, 2021, arXiv 2103.01208, as their code has it).
 
 The margin and the window's schedule are those of the authors' code. Windows
 are drawn for each image by itself and over all places, as the paper has it
@@ -20,7 +21,7 @@ from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.found import Attacking, Found, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pick
 from fulllora_jax.attacks.scale import l2_norm
-from fulllora_jax.attacks.threat import Threat
+from fulllora_jax.attacks.threat import NORMS, Threat
 
 P_INIT = 0.8  # the first window's share of the image
 # After so many queries the share is halved once more.
@@ -43,7 +44,7 @@ class Search(NamedTuple):
   unknown: jax.Array  # bool [B], whether a point's logits were no numbers
 
 
-@functools.partial(Attacking, queries=0)
+@functools.partial(Attacking, norms=NORMS, queries=0)
 def square(
   keys: jax.Array,
   logits_fn: LogitsFn,
@@ -75,8 +76,9 @@ def square(
     first = threat.eps * _each(keys, _stripes, x.shape[1:])
   else:
     sides = window_sides(queries, height, width, smallest=3)
-    propose = _propose_l2(keys, sides, x, threat)
-    first = threat.eps * _unit(_each(keys, _tiles, x.shape[1:]))
+    propose = _propose_heaps(keys, sides, x, threat)
+    tiles = _each(keys, functools.partial(_tiles, norm=threat.norm), x.shape[1:])
+    first = _onto_sphere(x, tiles, threat) - x
   look_ahead = 1
   if threat.norm == 'linf' and skip_idle:
     look_ahead = max(1, min(16, _LOOK_AHEAD // x[0].size))
@@ -155,8 +157,8 @@ def keep_better(
 def window_sides(queries: int, height: int, width: int, smallest: int) -> np.ndarray:
   """Returns the side of the window at each query, int [queries].
 
-  A window of share p has sqrt(p H W) pixels a side; for l2, whose `smallest`
-  is 3, the next odd number.
+  A window of share p has sqrt(p H W) pixels a side; for l2 and l1, whose
+  `smallest` is 3, the next odd number.
   """
   shares = P_INIT / 2.0 ** np.searchsorted(HALVED_AFTER, np.arange(queries))
   sides = np.rint(np.sqrt(shares * height * width)).astype(int).clip(smallest)
@@ -184,10 +186,10 @@ def _propose_linf(keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Thre
   return propose
 
 
-def _propose_l2(keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat) -> Propose:
-  """Puts the budget of one window into another one, in the shape of `eta`."""
+def _propose_heaps(keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat) -> Propose:
+  """Puts the budget of one window into another one, in the shape of `eta`; l2 and l1."""
   kinds, kind_of = np.unique(sides, return_inverse=True)
-  shapes = jnp.array([np.pad(eta(n), (0, kinds[-1] - n)) for n in kinds])
+  shapes = jnp.array([np.pad(eta(n, threat.norm), (0, kinds[-1] - n)) for n in kinds])
   side_at, kind_at = jnp.array(sides), jnp.array(kind_of)
 
   def draw(key, delta, query):
@@ -197,47 +199,80 @@ def _propose_l2(keys: jax.Array, sides: np.ndarray, x: jax.Array, threat: Threat
     side = side_at[query]
     new, mask_new = _place(here, shapes[kind_at[query]], turn, side, delta)
     mask_old = _window(there, side, height, width)[..., None]
-    both = mask_new | mask_old
-
-    def norms(part):
-      return jnp.sqrt(jnp.square(part).sum(axis=(0, 1), keepdims=True))
-
-    unspent = jnp.maximum(threat.eps**2 - jnp.square(delta).sum(), 0)
-    budget = jnp.sqrt(unspent / channels + norms(delta * both) ** 2)
-    old = delta * mask_new
-    new = new * _signs(colour, (1, 1, channels)) + old / (1e-12 + norms(old))
-    new = budget * new / (1e-12 + norms(new))
-    return jnp.where(mask_new, new, jnp.where(mask_old, 0, delta))
+    return exchange(delta, new * _signs(colour, (1, 1, channels)), mask_new, mask_old, threat)
 
   def propose(x_adv, query):
     query = jnp.minimum(query, len(sides) - 1)
     moved = jax.vmap(draw)(keys, x_adv - x, query)
-    return jnp.clip(x + threat.eps * _unit(moved), 0, 1)
+    return _onto_sphere(x, moved, threat)
 
   return propose
 
 
-def eta(side: int) -> np.ndarray:
-  """Returns the window's shape for l2, [side, side] of norm 1.
+def exchange(
+  delta: jax.Array, heap: jax.Array, mask_new: jax.Array, mask_old: jax.Array, threat: Threat
+) -> jax.Array:
+  """Empties one window of delta [H, W, C] and heaps what it had, and what is unspent, on another.
+
+  Args:
+    delta: of one image.
+    heap: [H, W, C], the shape of the other window, of norm 1 in each channel; 0 outside.
+    mask_new: bool [H, W, 1], the window that is filled.
+    mask_old: bool [H, W, 1], the window that is emptied.
+    threat: l2 or l1. For l1 each channel gets what is unspent by all, as the authors have it; the
+      projection onto the ball takes the excess from every pixel.
+  """
+  channels = delta.shape[-1]
+
+  def norms(part):
+    if threat.norm == 'l1':
+      return jnp.abs(part).sum(axis=(0, 1), keepdims=True)
+    return jnp.sqrt(jnp.square(part).sum(axis=(0, 1), keepdims=True))
+
+  here = norms(delta * (mask_new | mask_old))
+  if threat.norm == 'l1':
+    budget = jnp.maximum(threat.eps - jnp.abs(delta).sum(), 0) + channels * here
+  else:
+    unspent = jnp.maximum(threat.eps**2 - jnp.square(delta).sum(), 0)
+    budget = jnp.sqrt(unspent / channels + here**2)
+  old = delta * mask_new
+  new = heap + old / (1e-12 + norms(old))
+  new = budget * new / (1e-12 + norms(new))
+  return jnp.where(mask_new, new, jnp.where(mask_old, 0, delta))
+
+
+def _onto_sphere(x: jax.Array, delta: jax.Array, threat: Threat) -> jax.Array:
+  """Returns x + delta on the sphere of radius eps, cut by the box; for l1, nearest in the ball."""
+  if threat.norm == 'l1':
+    return threat.project(x, x + delta)
+  return jnp.clip(x + threat.eps * delta / (l2_norm(delta) + 1e-12), 0, 1)
+
+
+def eta(side: int, norm: str = 'l2') -> np.ndarray:
+  """Returns the window's shape, [side, side] of norm 1.
 
   Two halves of opposite sign, each a heap of nested rectangles, the n-th of
-  height 1 / n^2 (equation 2).
+  height 1 / n^2 (equation 2), for l1 1 / n^4.
   """
   upper = side // 2
-  window = np.concatenate([_heap(upper, side), -_heap(side - upper, side)])
-  return (window / np.linalg.norm(window)).astype(np.float32)
+  window = np.concatenate([_heap(upper, side, norm), -_heap(side - upper, side, norm)])
+  return (window / _size(window, norm)).astype(np.float32)
 
 
-def _heap(rows: int, columns: int) -> np.ndarray:
+def _size(window: np.ndarray, norm: str) -> float:
+  return np.linalg.norm(window.ravel(), {'l2': 2, 'l1': 1}[norm])
+
+
+def _heap(rows: int, columns: int, norm: str) -> np.ndarray:
   heap = np.zeros((rows, columns))
   top, left = rows // 2, columns // 2
   for n in range(max(top, left) + 1):
     # n-th: 2 n + 1 pixels wide around the middle, cut at the border.
     heap[max(top - n, 0) : max(top + n + 1, 0), max(left - n, 0) : max(left + n + 1, 0)] += (
-      1 / (n + 1) ** 2
+      1 / (n + 1) ** {'l2': 2, 'l1': 4}[norm]
     )
-  norm = np.linalg.norm(heap)
-  return heap / norm if norm else heap
+  size = _size(heap, norm)
+  return heap / size if size else heap
 
 
 def _stripes(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
@@ -246,13 +281,13 @@ def _stripes(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
   return jnp.broadcast_to(_signs(key, (1, width, channels)), shape)
 
 
-def _tiles(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def _tiles(key: jax.Array, shape: tuple[int, int, int], norm: str) -> jax.Array:
   """A grid of 5 x 5 windows (as many as fit), each turned and up or down."""
   height, width, channels = shape
   side = max(min(height, width) // 5, 1)
   rows, columns = height // side, width // side
   turn, colour = jax.random.split(key)
-  window = jnp.array(eta(side))
+  window = jnp.array(eta(side, norm))
   turned = jax.random.bernoulli(turn, shape=(rows, columns, 1, 1))
   windows = jnp.where(turned, window.T, window)[..., None]
   windows = windows * _signs(colour, (rows, columns, 1, 1, channels))
@@ -291,10 +326,6 @@ def _inside(top, left, side, height, width):
 
 def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.where(jax.random.bernoulli(key, shape=shape), 1.0, -1.0)
-
-
-def _unit(delta: jax.Array) -> jax.Array:
-  return delta / (l2_norm(delta) + 1e-12)
 
 
 def _each(keys, draw, shape):

@@ -65,7 +65,7 @@ class Threat:
   True
   """
 
-  norm: str = 'linf'  # 'linf', 'l2', or 'l1' (which only APGD attacks, apgd_l1.py)
+  norm: str = 'linf'  # 'linf', 'l2' or 'l1' (which the attacks of AutoAttack know)
   # The radius in [0, 1] pixels: a number of Python, NumPy or JAX, or text such as '8/255', which it
   # is for linf where nothing is said
   eps: float | jax.Array = _UNSAID

@@ -23,7 +23,7 @@ CLASSES = (2, 3, 6)
 def members(norm: str, classes: int) -> tuple[ensemble.Member, ...]:
   """Returns AutoAttack's attacks, with the plain DLR where the targeted one lacks a class."""
   names = ['apgd-ce', *{2: [], 3: ['apgd-dlr']}.get(classes, ['apgd-t'])]
-  names += [] if norm == 'l1' else ['fab-t', 'square-300']
+  names += ['fab-t', 'square-300']
   return ensemble.fit(ensemble.members(names, norm), classes)[0]
 
 

@@ -393,7 +393,6 @@ def untouchable(x):
     ({'threat': Threat('linf', 0.0)}, 'threat.eps: 0 leaves nothing to attac'),
     ({'version': 'best'}, "version: unknown version 'best'"),
     ({'version': ['fab', 'pgd']}, "attack: unknown attack 'pgd'"),
-    ({'threat': L1}, 'attack: square knows linf and l2 only'),
     ({'batch_size': 12, 'devices': 8}, '12 does not divide over 8 .*use 16'),
     ({'batch_size': 0}, 'batch_size: 0 does not divide over 1 .*; use 1$'),
   ],

@@ -8,7 +8,7 @@ import pytest
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.attacks.fab import boundary_to, fab, nearest_boundary
 
-NORMS = pytest.mark.parametrize('norm', ['linf', 'l2'])
+NORMS = pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.uniform(size=(8, 4, 4, 1)), jnp.float32)
 INNER = 0.5 + 0.1 * (X - 0.5)
@@ -16,7 +16,7 @@ KEYS = jax.random.split(jax.random.key(0), 8)
 WEIGHTS = jnp.asarray(RNG.normal(size=(16, 4)), jnp.float32)
 HIDDEN = jnp.asarray(RNG.normal(size=(16, 20)), jnp.float32)
 OUT = jnp.asarray(RNG.normal(size=(20, 5)), jnp.float32)
-FAR = {'linf': 1.0, 'l2': 4.0}
+FAR = {'linf': 1.0, 'l2': 4.0, 'l1': 16.0}
 
 
 def linear(x):
@@ -49,7 +49,7 @@ def distances_to_classes(norm):
   labels = np.asarray(LINEAR_LABELS)
   gap = logits[np.arange(8), labels][:, None] - logits
   difference = w.T[labels][:, None] - w.T[None]
-  order = {'linf': 1, 'l2': 2}[norm]
+  order = {'linf': 1, 'l2': 2, 'l1': np.inf}[norm]
   norms = np.linalg.norm(difference, order, axis=2)
   return np.where(norms > 0, gap / np.maximum(norms, 1e-9), np.inf)
 
@@ -167,7 +167,7 @@ def test_a_random_start_is_half_of_eps_away(norm):
     jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
     return network(x)
 
-  threat = Threat(norm, {'linf': 0.1, 'l2': 0.4}[norm])
+  threat = Threat(norm, {'linf': 0.1, 'l2': 0.4, 'l1': 1.6}[norm])
   targets = (LABELS + 1) % 5
   for again in (True, False):
     seen.clear()

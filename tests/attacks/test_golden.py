@@ -188,7 +188,7 @@ def replay_fab(expected, norm, steps=100):
 
 
 @pytest.mark.parametrize('name', ['fab', 'fab-t'])
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
 def test_fab_goes_where_the_authors_goes(norm, name):
   expected = golden(f'{name}-{norm}')
   states, state = replay_fab(expected, norm)
@@ -200,7 +200,7 @@ def test_fab_goes_where_the_authors_goes(norm, name):
   np.testing.assert_allclose(state.nearest, expected['x_adv'], 0, 1e-4)
 
 
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
 def test_projection_onto_a_hyperplane_is_the_authors(norm):
   g = golden('projections')
   x, normal = jnp.asarray(g['plane_x']), jnp.asarray(g['plane_normal'])
@@ -215,21 +215,46 @@ def test_projection_onto_the_l1_ball_is_the_authors():
   np.testing.assert_allclose(found, g['ball_projected'], 0, 2e-5)
 
 
-@pytest.mark.parametrize('pixels', [8, 16, 32, 224])
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize(
+  'norm, pixels',
+  [(norm, pixels) for norm in ('linf', 'l2') for pixels in (8, 16, 32, 224)]
+  + [('l1', 8), ('l1', 16)],
+)
 def test_the_windows_shrink_as_the_authors_do(norm, pixels):
-  smallest = {'linf': 1, 'l2': 3}[norm]
+  smallest = 1 if norm == 'linf' else 3
   sides = square.window_sides(5000, pixels, pixels, smallest)
   expected = golden('square')[f'sides_{norm}_{pixels}']
   np.testing.assert_array_equal(sides, expected)
 
 
 @pytest.mark.parametrize('side', [1, 2, 3, 4, 5, 7, 9, 13, 44])
-def test_the_windows_have_the_authors_shape(side):
+@pytest.mark.parametrize('norm', ['l2', 'l1'])
+def test_the_windows_have_the_authors_shape(norm, side):
   """They turn half of theirs by 90 degrees; we do so at the draw."""
-  found, expected = square.eta(side), golden('square')[f'eta_{side}']
+  found, expected = square.eta(side, norm), golden('square')[f'eta_{norm}_{side}']
   turned = min((expected, expected.T), key=lambda e: np.abs(found - e).max())
   np.testing.assert_allclose(found, turned, 0, 1e-6)
+
+
+@pytest.mark.parametrize('norm', ['l2', 'l1'])
+def test_square_tries_what_the_authors_tries(norm):
+  """From the same point, with the same windows and signs."""
+  g = golden(f'square-{norm}')
+  x, threat = jnp.asarray(g['x']), Threat(norm, float(g['eps']))
+
+  @jax.jit
+  @jax.vmap
+  def tried(before, heap, corners):
+    top, left, old_top, old_left, side = corners
+    new, old = (
+      square._inside(*corner, side, *x.shape[:2])[..., None]
+      for corner in ((top, left), (old_top, old_left))
+    )
+    moved = square.exchange(before - x, heap, new, old, threat)
+    return square._onto_sphere(x[None], moved[None], threat)[0]
+
+  found = tried(g['before'], g['heap'], g['corners'])
+  np.testing.assert_allclose(found, g['tried'], 0, 2e-5)
 
 
 def test_dlr_losses_are_the_authors():

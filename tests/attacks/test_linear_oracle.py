@@ -77,6 +77,7 @@ def robust(name, model, norm, eps):
     ('apgd-ce', 'l2', 11), ('apgd-t', 'l2', 1), ('apgd-t', 'linf', 1),
     ('fab-t', 'l2', 3), ('fab', 'linf', 3), ('apgd-t', 'l1', 1), ('apgd-ce', 'l1', 11),
     ('pma', 'linf', 1), ('malt', 'linf', 1),
+    ('fab-t', 'l1', 3), ('fab', 'l1', 3),
   ],
 )  # fmt: skip
 def test_the_verdict_is_exact_at_any_scale_of_the_logits(name, norm, seed):

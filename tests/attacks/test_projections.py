@@ -5,7 +5,7 @@ import pytest
 
 from fulllora_jax.attacks import projections
 
-NORMS = pytest.mark.parametrize('norm', ['linf', 'l2'])
+NORMS = pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
 RNG = np.random.default_rng(0)
 X = RNG.uniform(size=(12, 30)).astype(np.float32)
 DELTA = RNG.normal(size=X.shape).astype(np.float32)
@@ -102,6 +102,8 @@ def offsets(normal=NORMAL, shares=SHARES):
 
 def hyperplane_by_bisection(x, normal, offset, norm):
   x, normal = x.astype(np.float64), normal.astype(np.float64)
+  if norm == 'l1':
+    return np.stack([l1_by_filling(*row) for row in zip(x, normal, offset, strict=True)])
   gap = offset[:, None] - (normal * x).sum(axis=1, keepdims=True)
   speed = np.sign(normal) if norm == 'linf' else normal
 
@@ -113,6 +115,16 @@ def hyperplane_by_bisection(x, normal, offset, norm):
     return reached - np.abs(gap)
 
   return move(bisected(beyond, 0.0, 1e4))
+
+
+def l1_by_filling(x, normal, offset):
+  """Pixel after pixel, the steepest first."""
+  gap, move = offset - normal @ x, np.zeros_like(x)
+  for i in np.argsort(-np.abs(normal)):
+    wanted = gap / normal[i] if abs(normal[i]) > 1e-8 else 0.0
+    move[i] = np.clip(wanted, -x[i], 1 - x[i])
+    gap -= normal[i] * move[i]
+  return move
 
 
 @NORMS

@@ -77,14 +77,14 @@ ATTACKS = {
   'apgd-ce': (of_the_ensemble('apgd-ce'), tuple(EPS), True, (3, 20)),
   'apgd-dlr': (of_the_ensemble('apgd-dlr'), tuple(EPS), True, (3, 20)),
   'apgd-t': (of_the_ensemble('apgd-t', targets=4), ('linf',), True, (3, 20)),
-  'fab': (of_the_ensemble('fab'), ('linf', 'l2'), False, (5, 20)),
-  'fab-t': (of_the_ensemble('fab-t', targets=4), ('l2',), False, (5, 20)),
+  'fab': (of_the_ensemble('fab'), tuple(EPS), False, (5, 20)),
+  'fab-t': (of_the_ensemble('fab-t', targets=4), ('l2', 'l1'), False, (5, 20)),
   'apgd-margin': (of_the_ensemble('apgd-margin'), ('linf', 'l1'), True, (3, 20)),
   'apgd-margin-t': (of_the_ensemble('apgd-margin-t', targets=4), ('l2', 'l1'), True, (3, 20)),
   'pma': (of_the_ensemble('pma', restarts=2), ('linf', 'l2'), True, (4, 20)),
   'malt': (of_the_ensemble('malt', targets=4), tuple(EPS), True, (3, 20)),
   'malt-margin': (of_the_ensemble('malt-margin', targets=4), ('linf',), True, (3, 20)),
-  'square': (of_the_ensemble('square'), ('linf', 'l2'), True, (20, 700)),
+  'square': (of_the_ensemble('square'), tuple(EPS), True, (20, 700)),
 }
 ROWS = [(name, norm) for name in ATTACKS for norm in ATTACKS[name][1]]
 EVERY_ATTACK = pytest.mark.parametrize(('name', 'norm'), ROWS)

@@ -8,7 +8,7 @@ import pytest
 from fulllora_jax.attacks import Threat, losses
 from fulllora_jax.attacks.square import (
   Search,
-  _propose_l2,
+  _propose_heaps,
   eta,
   first_change,
   keep_better,
@@ -16,8 +16,8 @@ from fulllora_jax.attacks.square import (
   window_sides,
 )
 
-LINF, L2 = Threat('linf', 0.04), Threat('l2', 0.4)
-BALLS = pytest.mark.parametrize('threat', [LINF, L2], ids=lambda t: t.norm)
+LINF, L2, L1 = Threat('linf', 0.04), Threat('l2', 0.4), Threat('l1', 1.5)
+BALLS = pytest.mark.parametrize('threat', [LINF, L2, L1], ids=lambda t: t.norm)
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.uniform(size=(8, 6, 7, 3)), jnp.float32)
 KEYS = jax.random.split(jax.random.key(0), 8)
@@ -185,10 +185,11 @@ def test_windows_fit_a_narrow_image_and_l2s_are_odd():
 
 
 @pytest.mark.parametrize('side', [1, 2, 3, 5, 8, 13])
-def test_the_shape_of_a_window_has_norm_1_and_two_signs(side):
-  window = eta(side)
+@pytest.mark.parametrize('norm, order', [('l2', 2), ('l1', 1)])
+def test_the_shape_of_a_window_has_norm_1_and_two_signs(side, norm, order):
+  window = eta(side, norm)
   assert window.shape == (side, side)
-  assert np.linalg.norm(window) == pytest.approx(1, rel=1e-5)
+  assert np.linalg.norm(window.ravel(), order) == pytest.approx(1, rel=1e-5)
   assert (window[: side // 2] >= 0).all() and (window[side // 2 :] <= 0).all()
 
 
@@ -196,7 +197,7 @@ def proposed(delta, side=3):
   """What l2 tries next, 64 times, for windows of that side; its delta."""
   x = jnp.full((64, 12, 12, 3), 0.5)
   keys = jax.random.split(jax.random.key(0), 64)
-  propose = _propose_l2(keys, np.full(10, side), x, L2)
+  propose = _propose_heaps(keys, np.full(10, side), x, L2)
   tried = propose(x + delta, jnp.full(64, 4))
   np.testing.assert_allclose(L2.distance(x, tried), 0.4, rtol=1e-4)
   return np.asarray(tried - x)

@@ -216,6 +216,7 @@ def hyperplanes(projections):
     'plane_offset': offset,
     'plane_linf': projections.projection_linf(*args).numpy(),
     'plane_l2': projections.projection_l2(*args).numpy(),
+    'plane_l1': projections.projection_l1(*args).numpy(),
   }
 
 
@@ -249,13 +250,58 @@ def window_sides(square, norm, pixels):
 def squares(square):
   found = {}
   for pixels in (8, 16, 32, 224):
-    for norm in ('Linf', 'L2'):
+    for norm in ('Linf', 'L2', 'L1') if pixels < 32 else ('Linf', 'L2'):  # l1 takes hours
       name = f'sides_{norm.lower()}_{pixels}'
       found[name] = window_sides(square, norm, pixels)
-  attack = square.SquareAttack(None, norm='L2', eps=0.1, device='cpu')
-  for side in (1, 2, 3, 4, 5, 7, 9, 13, 44):
-    found[f'eta_{side}'] = attack.eta(side).numpy()
+  for norm in ('L2', 'L1'):
+    attack = square.SquareAttack(None, norm=norm, eps=0.1, device='cpu')
+    for side in (1, 2, 3, 4, 5, 7, 9, 13, 44):
+      found[f'eta_{norm.lower()}_{side}'] = attack.eta(side).numpy()
   return found
+
+
+def square_steps(square, norm, eps, steps=60):
+  """What the attack tries for one image of 3 channels, from where and with which windows."""
+  x = tensor(np.random.default_rng(4).uniform(size=(1, 3, 15, 15)))
+  weights = tensor(np.random.default_rng(5).normal(size=(675, 2)))
+
+  def logits(x):  # far on the side of class 0
+    return x.reshape(len(x), -1) @ weights / 40 + torch.tensor([[9.0, 0.0]])
+
+  drawn, found = {}, []
+  torch.manual_seed(0)
+
+  class Attack(square.SquareAttack):
+    def eta(self, side):
+      drawn['heap'] = super().eta(side)
+      return drawn['heap']
+
+    def random_choice(self, shape):
+      drawn['signs'] = super().random_choice(shape)
+      return drawn['signs']
+
+    def predict_and_note(self, x_new):
+      here = sys._getframe(2).f_locals
+      if 'vh2' in here:
+        corners = [int(here[n]) for n in ('vh', 'vw', 'vh2', 'vw2', 's')]
+        heap = torch.zeros(3, 15, 15)
+        top, left, *_, side = corners
+        heap[:, top : top + side, left : left + side] = drawn['heap'] * drawn['signs'][0]
+        found.append((here['x_best_curr'][0].clone(), heap, corners, x_new[0]))
+      return logits(x_new)
+
+  attack = Attack(None, norm=norm, n_queries=steps, eps=eps)
+  attack.predict = attack.predict_and_note
+  attack.init_hyperparam(x)
+  attack.attack_single_run(x, torch.zeros(1, dtype=torch.long))
+  names = ('before', 'heap', 'corners', 'tried')
+  arrays = {
+    n: np.stack([np.asarray(a) for a in v])
+    for n, v in zip(names, zip(*found, strict=True), strict=True)
+  }
+  for name in ('before', 'heap', 'tried'):
+    arrays[name] = arrays[name].transpose(0, 2, 3, 1)
+  return {'x': images(x)[0], 'eps': eps, **arrays}
 
 
 def random_logits(base):
@@ -289,12 +335,15 @@ def main():
     for loss in ('ce', 'dlr', 'dlr-targeted'):
       found = apgd(autopgd_base, network, norm, loss)
       save(f'apgd-{norm.lower()}-{loss}', **found)
+  for norm in ('Linf', 'L2', 'L1'):
     for targeted in (False, True):
       found = fab(fab_pt, network, norm, targeted)
       save(f'{"fab-t" if targeted else "fab"}-{norm.lower()}', **found)
   save('apgd-l1-ce', **apgd_l1(autopgd_base, network))
   save('projections', **hyperplanes(fab_projections), **l1_balls(autopgd_base))
   save('square', **squares(square))
+  for norm, eps in (('L2', 0.8), ('L1', 6.0)):
+    save(f'square-{norm.lower()}', **square_steps(square, norm, eps))
   save('dlr', **random_logits(autopgd_base))
   size = sum(path.stat().st_size for path in HERE.glob('*.npz'))
   print(f'{math.ceil(size / 1000)} kB in {HERE}')
