@@ -76,7 +76,7 @@ def clopper_pearson(
     UserError: if a number is out of its range.
 
   >>> f'{clopper_pearson(99_900, 100_000, 0.001):.4f}'
-  '0.9986'
+  '0.9987'
   """
   from scipy import special  # as in `paired_difference`
 
