@@ -13,7 +13,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import data
 from fulllora_jax.data import corruptions
 from fulllora_jax.distributed import mesh
-from fulllora_jax.evaluation import checks, natural, shifts
+from fulllora_jax.evaluation import checks, closer_look, natural, shifts
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.evaluation.shifts import Cell, State
@@ -212,8 +212,10 @@ def test_a_random_function_is_refused():
 
 @pytest.mark.usefixtures('one_device')
 def test_a_finished_run_gets_them_when_they_are_asked_for(
-  finished_copy, small_config, digits, some_digits
+  finished_copy, small_config, digits, some_digits, monkeypatch
 ):
+  for part in ('_attack', '_influence'):  # the image is there without the rest of a closer look
+    monkeypatch.setattr(closer_look, part, lambda *_: None)
   before = json.loads((finished_copy / 'report.json').read_text())
   small_config.eval.update(closer_look=True, corruptions='fog,contrast')
   small_config.eval.shifts = f'folder:{some_digits}'
@@ -240,3 +242,14 @@ def test_the_page_shows_the_image_that_is_evaluated(digits):
   assert list(shown) == ['clean', 'fog']
   made = corruptions.corrupted(digits.test, 'fog', 3, 3).fetch(np.array([0]))[0]
   np.testing.assert_array_equal(np.round(shown['fog'] * 255), made)
+
+
+def test_sets_of_tfds_are_read_by_name(evaluate, tmp_path, monkeypatch):
+  there = {('fog', severity): 'digits' for severity in range(1, 6)}
+  monkeypatch.setattr(shifts, 'corrupted_set', lambda *_: there)
+  monkeypatch.setitem(shifts._SETS, 'digits', 'digits_corrupted')
+  result = evaluate(*ASKED, '--corruptions=fog', '--shifts=digits', f'--workdir={tmp_path}')
+  [clean], [fog], [shift] = (result[key] for key in ('evaluations', 'corruptions', 'shifts'))
+  assert fog['source'] == 'digits_corrupted'
+  assert fog['corruptions'][0]['accuracies'] == [clean['accuracy']] * 5
+  assert shift['num_correct'] == clean['num_correct'] and shift['classes'] == 10
