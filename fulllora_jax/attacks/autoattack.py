@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +24,11 @@ from fulllora_jax.attacks import ensemble, fingerprint, found, inputs, losses
 from fulllora_jax.attacks.cascade import ROBUST, Cascade
 from fulllora_jax.attacks.ensemble import Member
 from fulllora_jax.attacks.progress import Outcome, Progress
+from fulllora_jax.attacks.runs import Clock, Runs, batches
 from fulllora_jax.attacks.threat import Threat
 from fulllora_jax.core import files
 from fulllora_jax.core.batching import fill_up
-from fulllora_jax.core.console import Pace, duration
+from fulllora_jax.core.console import duration
 from fulllora_jax.core.errors import choose
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.distributed import processes
@@ -190,10 +191,10 @@ class _Run:
     x_adv, robust = self.x.copy(), np.array(losses.correct(logits, self.labels))
     broken_by = np.where(robust, ROBUST, 0)
     names, accuracy, seconds = ['clean'], [float(robust.mean())], [0.0]
-    clock, met = _Clock(self.members), np.zeros((len(self.members), len(self.x), 4), bool)
+    clock, met = Clock(self.members), np.zeros((len(self.members), len(self.x), 4), bool)
     for place, member in enumerate(self.members, 1):
       spent, number, taken_up = 0.0, 0, 0
-      for number, runs in enumerate(_batches(member, robust, self.size), 1):
+      for number, runs in enumerate(batches(member, robust, self.size), 1):
         rows = runs.images
         # Should a damaged batch come out otherwise, those after it hold other runs.
         held = zlib.crc32(np.stack([rows, runs.stages]).tobytes())
@@ -233,7 +234,7 @@ class _Run:
       Cascade(tuple(names), tuple(accuracy), tuple(seconds), broken_by, (*notes, *lines)),
     )
 
-  def _attack(self, member: Member, runs: '_Runs') -> Outcome:
+  def _attack(self, member: Member, runs: Runs) -> Outcome:
     started, rows = time.monotonic(), runs.images
     program = _attack_program(member, self.threat.norm, self.mesh, self.precision, self.draws)
     # Its own stream for each attack, the same one in every version.
@@ -346,60 +347,6 @@ def _classify(logits_fn, x, key, draws: int) -> jax.Array:
   keys = jax.random.split(jax.random.fold_in(key, draws), draws)
   odds = jax.lax.map(lambda k: jax.nn.softmax(logits_fn(x, k).astype(jnp.float32)), keys)
   return odds.mean(axis=0)
-
-
-class _Clock(Pace):
-  """Guesses the time left from what each forward pass of an image took."""
-
-  def __init__(self, members: Sequence[Member]):
-    super().__init__()
-    self._members = members
-    self._spent, self._work = 0.0, 0.0
-    self._compiled: set[Member] = set()
-
-  def finished(self, member: Member, images: int, seconds: float) -> None:
-    compiles = member not in self._compiled
-    self._compiled.add(member)
-    if compiles and self._work:
-      return  # no measure of the speed
-    self._spent += seconds
-    self._work += member.cost * images
-
-  def left(self, place: int, runs: int, robust: int) -> str:
-    """Returns e.g. '1m15s left at most': images may break on the way.
-
-    `runs` are those still to do of the attack at `place`, which is running.
-    """
-    member, *later = self._members[place:]
-    work = member.cost * runs
-    work += sum(m.cost * m.stages * robust for m in later)
-    return f'{duration(work * self._spent / self._work)} left at most'
-
-
-class _Runs(NamedTuple):
-  """A batch of runs of an attack: an image, and which stage of it."""
-
-  images: np.ndarray  # int [b]
-  stages: np.ndarray  # int [b]
-  left: int  # runs after these, if no image breaks
-
-
-def _batches(member: Member, robust: np.ndarray, size: int) -> Iterator[_Runs]:
-  """Packs the runs of an attack, stage after stage, into batches.
-
-  `robust` is read before each batch: an image that was broken has no further run. A batch may hold
-  the end of one stage and the start of the next, so only the attack's last batch is not full.
-  """
-  alive = np.flatnonzero(robust)
-  stages = np.repeat(np.arange(member.stages), len(alive))
-  images = np.tile(alive, member.stages)
-  while True:
-    kept = robust[images]
-    images, stages = images[kept], stages[kept]
-    if not len(images):
-      return
-    yield _Runs(images[:size], stages[:size], max(len(images) - size, 0))
-    images, stages = images[size:], stages[size:]
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -260,7 +260,7 @@ def eta(side: int, norm: str = 'l2') -> np.ndarray:
 
 
 def _size(window: np.ndarray, norm: str) -> float:
-  return np.linalg.norm(window.ravel(), {'l2': 2, 'l1': 1}[norm])
+  return float(np.linalg.norm(window.ravel(), {'l2': 2, 'l1': 1}[norm]))
 
 
 def _heap(rows: int, columns: int, norm: str) -> np.ndarray:

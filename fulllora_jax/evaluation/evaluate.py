@@ -13,8 +13,9 @@ from fulllora_jax.core.errors import choose
 from fulllora_jax.core.files import absolute_path, replace_file
 from fulllora_jax.data import of_run
 from fulllora_jax.evaluation import checks, users_function
-from fulllora_jax.evaluation.evaluations import Evaluations, LogitsFunction, next_name
+from fulllora_jax.evaluation.evaluations import Evaluations
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
+from fulllora_jax.evaluation.of_function import LogitsFunction, next_name
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.reports import attack_report, certificate, pictures, report, shifts
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax.attacks import ensemble
-from fulllora_jax.evaluation import evaluations
+from fulllora_jax.evaluation import evaluations, of_function
 
 # `fulllora_jax.attacks.autoattack` is the function.
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -315,7 +315,7 @@ def test_killed_in_the_middle_of_autoattack_it_goes_on(linear, linear_digits, di
 
 
 def test_a_result_never_takes_the_name_of_another(tmp_path):
-  assert evaluations.next_name(tmp_path) == '001'
+  assert of_function.next_name(tmp_path) == '001'
   for name in ('002.json', 'notes.json'):
     (tmp_path / 'evaluations' / name).touch()
-  assert evaluations.next_name(tmp_path) == '003'
+  assert of_function.next_name(tmp_path) == '003'
