@@ -252,6 +252,9 @@ def _eval() -> ConfigDict:
   evaluation.corruptions = ''
   # Other test sets of the model's classes, a set of tfds or folder:/path each, after commas.
   evaluation.shifts = ''
+  # Several threats whose union is attacked (evaluation/union.py), as linf:8/255,l2:0.5,l1:12; '':
+  # none.
+  evaluation.union = ''
   evaluation.weights = ()  # of base, best and last; (): all there are
   evaluation.step_size = '2/255'  # of pgd and cw_linf, as attack.step_size
   evaluation.restarts = 1  # random starts of pgd and cw_linf, at least 1
@@ -354,6 +357,6 @@ def base_config(config: ConfigDict) -> ConfigDict:
     base[part] = ConfigDict(default()[part].to_dict())
   base.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
   base.base.source = 'scratch'
-  base.eval.update(attacks=('clean',), expected='', certify='', corruptions='', shifts='')
+  base.eval.update(attacks=('clean',), expected='', certify='', corruptions='', shifts='', union='')
   base.eval.validation_attack = 'clean'
   return base

@@ -6,6 +6,7 @@
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --expected pgd-20
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --certify sigma=0.25,n=10000
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --corruptions all
+  python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --union linf:8/255,l2:0.5
   python -m fulllora_jax.evaluate --logits my_model:logits --data cifar10 \\
       --attack autoattack --num_examples 1000 --workdir evaluated/my_model
 
@@ -42,6 +43,12 @@ def define_flags() -> None:
     None,
     'Certificates of randomised smoothing beside an attack on the smoothed model: sigma=0.25, and '
     'n0=100,n=100000,alpha=0.001 by default. Default: none with --attack, else as the run.',
+  )
+  flags.DEFINE_string(
+    'union',
+    None,
+    'Several threats, as linf:8/255,l2:0.5,l1:12, each under AutoAttack; worst case per image. '
+    'Default: none with --attack, else as the run.',
   )
   flags.DEFINE_string(
     'corruptions',
@@ -99,6 +106,7 @@ def main(argv: Sequence[str]) -> None:
     'eval.attacks': tuple(given.attack) or None,
     'eval.expected': '' if given.attack and given.expected is None else given.expected,
     'eval.certify': '' if given.attack and given.certify is None else given.certify,
+    'eval.union': '' if given.attack and given.union is None else given.union,
     'eval.corruptions': '' if given.attack and given.corruptions is None else given.corruptions,
     'eval.shifts': '' if given.attack and given.shifts is None else given.shifts,
     'eval.step_size': given.step_size,

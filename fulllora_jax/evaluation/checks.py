@@ -3,7 +3,7 @@
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import ranges as range_lib
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.evaluation import ranges, shifts
+from fulllora_jax.evaluation import ranges, shifts, union
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.evaluation.smoothing import Smoothing
 
@@ -22,6 +22,8 @@ def validate_plan(plan: Plan) -> None:
         'certify: the noise is added to what a function of images alone is given, and '
         'autoattack-rand is for one of (images, key); leave one of them out'
       )
+  if plan.union:
+    union.plans(plan)
   if plan.corruptions:
     shifts.parse(plan.corruptions)
   if (plan.corruptions or plan.shifts) and 'autoattack-rand' in plan.attacks:

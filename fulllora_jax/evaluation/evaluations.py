@@ -27,6 +27,7 @@ from fulllora_jax.core.files import (
 )
 from fulllora_jax.distributed import mesh, processes
 from fulllora_jax.evaluation import certificate, expected
+from fulllora_jax.evaluation import union as union_lib
 from fulllora_jax.evaluation.eps_sweep import Climb, EpsSweep
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.natural import Natural
@@ -63,6 +64,7 @@ class Evaluations:
     self._sweeps: dict[tuple, EpsSweep] = {}
     self._climbs: dict[tuple, Climb] = {}
     self._expected: list[dict[str, Any]] = []
+    self._unions: list[dict[str, Any]] = []
     self._certifiers: dict[tuple, certificate.Certifier] = {}
     self._certificates: list[dict[str, Any]] = []
     self.evaluator = Evaluator(apply, plan, self.mesh)
@@ -206,14 +208,30 @@ class Evaluations:
       self._records[key] = certifier.measure(variables, kept, logits.shape[1], weights)
     return {'weights': weights, 'split': split} | self._computed_in() | self._records[key]
 
+  def union(self, weights: str, split: str) -> dict[str, Any]:
+    """Attacks one set of weights in the ball of every threat of the plan's union.
+
+    Returns its record. Images stay broken over the threats, which are those of the same choice.
+    """
+    before, found, robust = self.evaluator, [], []
+    for plan in union_lib.plans(before.plan):
+      self.evaluator = Evaluator(self._apply, plan, self.mesh)
+      (attack,) = plan.all_attacks()
+      found.append(self.evaluate(weights, attack, split, plan.num_examples))
+      with load_arrays(self.folder / found[-1]['verified']['file']) as saved:
+        robust.append(saved['robust'])
+      say(f'{weights:<5} {plan.norm}, eps {plan.eps}  {found[-1]["accuracy"]:.1%}')
+    self.evaluator = before
+    return {'weights': weights, 'split': split} | union_lib.record(found, robust)
+
   def evaluate_under(
     self, plans: Sequence[Plan], weights: Sequence[str], split: str
   ) -> list[dict[str, Any]]:
     """Evaluates weights under plan after plan, saying each result.
 
     The plans differ in their radius, so clean images are evaluated once. The last plan is kept.
-    What a plan says of expected robustness, certificates, corruptions and other test sets is
-    measured too, and is in `report`.
+    What a plan says of expected robustness, a union, certificates, corruptions and other test sets
+    is measured too, and is in `report`.
     """
     records = []
     self.natural.check(split)
@@ -234,6 +252,8 @@ class Evaluations:
           )
       for name in weights if plan.expected else ():
         self._expected.append(self.expected_robustness(name, split))
+    for name in weights if self.evaluator.plan.union else ():
+      self._unions.append(self.union(name, split))
     for name in weights if self.evaluator.plan.certify else ():
       self._certificates.append(self.certificate(name, split))
     self.natural.measure(weights, split)
@@ -249,6 +269,7 @@ class Evaluations:
       'threat': {'norm': plan.norm, 'eps': plan.eps, 'eps_value': threat.eps},
       'evaluations': evaluations,
       **({'expected': self._expected} if self._expected else {}),
+      **({'unions': self._unions} if self._unions else {}),
       **({'certificates': self._certificates} if self._certificates else {}),
       **self.natural.records,
       'label_names': list(self.dataset.label_names),

@@ -67,7 +67,7 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
   result = processes.from_primary(finished_report, workdir)
   if result is not None:
     say(f'{workdir} holds a finished run of this config')
-    if any(lacks(config, result) for lacks in (lacks_expected, lacks_certificates, lacks_shifts)):
+    if any(lacks(config, result) for lacks in (lacks_expected, lacks_certificates, lacks_others)):
       result = _add_missing(config, workdir, dataset, result)
   else:
     config = config_lib.copy(config)
@@ -145,12 +145,14 @@ def lacks_certificates(config, result: Mapping[str, Any]) -> bool:
   return not any(asked.items() <= each.items() for each in result.get('certificates', ()))
 
 
-def lacks_shifts(config, result: Mapping[str, Any]) -> bool:
-  """Returns whether a finished run was not asked for corruptions or sets that are asked now."""
+def lacks_others(
+  config, result: Mapping[str, Any], names=('union', 'corruptions', 'shifts')
+) -> bool:
+  """Returns whether a finished run was not asked for the union or the images that are asked now."""
   if 'evaluations' not in result:
     return False
   before = result['config']['eval']
-  asked = ((name, config.eval[name]) for name in ('corruptions', 'shifts'))
+  asked = ((name, config.eval[name]) for name in names)
   return any(text and before.get(name, '') != text for name, text in asked)
 
 
@@ -167,7 +169,10 @@ def _add_missing(config, workdir: Path, dataset, result: dict[str, Any]) -> dict
   if lacks_certificates(config, result):
     result['certificates'] = [run.certificate(name, 'test') for name in weights]
     result['config']['eval']['certify'] = plan.certify
-  if lacks_shifts(config, result):
+  if lacks_others(config, result, ('union',)):
+    result['unions'] = [run.union(name, 'test') for name in weights]
+    result['config']['eval']['union'] = plan.union
+  if lacks_others(config, result, ('corruptions', 'shifts')):
     run.natural.measure(list(weights), 'test')
     result |= run.natural.records
     result['config']['eval'] |= {'corruptions': plan.corruptions, 'shifts': plan.shifts}

@@ -38,6 +38,7 @@ _FREE = (
   'eval.corruptions',
   'eval.expected',
   'eval.shifts',
+  'eval.union',
   'log.tensorboard',
   'mesh.fsdp',
   'mesh.shard_from',

@@ -228,9 +228,9 @@ def test_a_finished_run_gets_them_when_they_are_asked_for(
   assert '| test set | weights | accuracy | n | classes |' in text
   assert 'best: accuracy (%) under each corruption' in (finished_copy / 'corrupted.svg').read_text()
   assert 'One test image under each corruption' in page and 'Other test sets' in page
-  assert not run_lib.lacks_shifts(small_config, result)
+  assert not run_lib.lacks_others(small_config, result)
   small_config.eval.corruptions = 'all'
-  assert run_lib.lacks_shifts(small_config, result)
+  assert run_lib.lacks_others(small_config, result)
 
 
 def test_the_page_shows_the_image_that_is_evaluated(digits):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulllora_jax.core import tables
-from fulllora_jax.reports import certificate, curves, results, shifts
+from fulllora_jax.reports import certificate, curves, results, shifts, union
 from fulllora_jax.reports.drawing import charts, images
 from fulllora_jax.reports.drawing.charts import Bars, Chart
 from fulllora_jax.reports.drawing.markup import Markup, join, limited, tag
@@ -96,6 +96,15 @@ def _with_table(chart: Chart, note: str, table: list[list[str]]) -> Markup:
   whole = document.table(table, chart.title)
   figure = document.figure(chart, note, single=True)
   return join(figure, document.details('The same as a table', whole))
+
+
+def unions(report: Mapping[str, Any]) -> Markup | None:
+  """Shows what withstands several threats, and each."""
+  shown = [
+    join(document.table(table, title), document.note(f'{lines[0][0].upper()}{lines[0][1:]}.'))
+    for title, table, lines in union.parts(report)
+  ]
+  return join(shown) if shown else None
 
 
 def certificates(report: Mapping[str, Any]) -> Markup | None:

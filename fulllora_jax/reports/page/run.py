@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_jax.core.files import as_path, os_errors, replace_file
-from fulllora_jax.reports import certificate, curves, facts, results, shifts
+from fulllora_jax.reports import certificate, curves, facts, results, shifts, union
 from fulllora_jax.reports.drawing.markup import Markup, join, tag
 from fulllora_jax.reports.page import document, layers, robust
 
@@ -56,6 +56,7 @@ def run_page(
     ('results', 'Results', _results(report)),
     ('curves', 'Learning curves', _learning(report, history)),
     ('radii', 'Robust accuracy against eps', robust.radii(report)),
+    ('unions', union.NAME, robust.unions(report)),
     ('certificates', certificate.NAME, robust.certificates(report)),
     ('shifts', shifts.NAME, robust.shifted(report, extreme_examples or {})),
     ('classes', 'Class by class', robust.classes(report)),

@@ -1,0 +1,76 @@
+"""The worst case over several threats: which images withstand the ball of every norm.
+
+A model that is robust in one norm is often not in another (Tramer & Boneh, 2019, arXiv 1904.13000),
+so an image counts where no attack in any of the balls breaks it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fulllora_jax.attacks import Threat
+from fulllora_jax.attacks.threat import NORMS
+from fulllora_jax.core.errors import UserError, choose
+from fulllora_jax.core.statistics import wilson_interval
+from fulllora_jax.evaluation.settings import Plan
+
+_SECOND = 'autoattack-second'
+
+
+def plans(plan: Plan) -> tuple[Plan, ...]:
+  """Reads `plan.union`, such as 'linf:8/255,l2:0.5,l1:12'; returns a plan for each threat.
+
+  Each attacks by AutoAttack, or by `autoattack-second` where the plan does.
+
+  Raises:
+    UserError: no pairs of a norm and a radius, one threat alone, an unknown norm or one twice, a
+      radius that is none, or noise.
+
+  >>> [(p.norm, p.eps, p.attacks) for p in plans(Plan(union='linf:8/255, l2:0.5'))]
+  [('linf', '8/255', ('autoattack',)), ('l2', '0.5', ('autoattack',))]
+  """
+  asked = f'union {plan.union}'
+  if any(attack.stochastic for attack in plan.all_attacks()):
+    raise UserError(f'{asked}: it cannot be measured with autoattack-rand; leave one of them out')
+  attack = _SECOND if _SECOND in plan.attacks else 'autoattack'
+  found: dict[str, Plan] = {}
+  for part in plan.union.split(','):
+    norm, colon, eps = (text.strip() for text in part.partition(':'))
+    if not (norm and colon and eps):
+      raise UserError(f'{asked}: {part.strip()!r} is no norm and radius; write linf:8/255,l2:0.5')
+    choose('union', norm, NORMS)
+    if norm in found:
+      raise UserError(f'{asked}: {norm} stands there twice; its larger ball holds the smaller one')
+    if not Threat(norm, eps).eps:
+      raise UserError(f'{asked}: {norm}:{eps} leaves nothing to attack')
+    found[norm] = replace(plan, norm=norm, eps=eps, attacks=(attack,))
+  if len(found) == 1:
+    raise UserError(f'{asked}: that is one threat; give two or more, or --norm and --eps')
+  return tuple(found.values())
+
+
+def record(each: Sequence[Mapping[str, Any]], robust: Sequence[np.ndarray]) -> dict[str, Any]:
+  """Returns the share of images that withstand all threats, as JSON values.
+
+  Args:
+    each: the records of the threats' evaluations, on the same images.
+    robust: bool [n], of each threat.
+  """
+  withstood = np.stack(robust)
+  whole = withstood.all(axis=0)
+  count, total = int(whole.sum()), len(whole)
+  threats = []
+  for place, one in enumerate(each):
+    alone = ~withstood[place] & np.delete(withstood, place, axis=0).all(axis=0)
+    names = ('norm', 'eps', 'eps_value', 'accuracy', 'num_correct', 'interval', 'verified')
+    threats.append({name: one[name] for name in names} | {'broken_alone': int(alone.sum())})
+  return {
+    'attack': each[0]['attack'],
+    'accuracy': count / total,
+    'num_correct': count,
+    'num_examples': total,
+    'interval': list(wilson_interval(count, total)),
+    'threats': threats,
+  }

@@ -1,0 +1,39 @@
+"""The worst case over several threats, as text."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fulllora_jax.core import tables
+from fulllora_jax.reports import results
+
+NAME = 'The union of several threats'
+
+
+def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], list[str]]]:
+  """Yields the title, the table and the remarks of each union of a report.json."""
+  for found in report.get('unions') or ():
+    low, high = (f'{100 * end:.1f}' for end in found['interval'])
+    title = (
+      f'{NAME} ({found["attack"]}, worst case), {found["weights"]}: {results.percent(found)} '
+      f'[{low}, {high}] of {found["num_examples"]} {found["split"]} images withstand all'
+    )
+    rows = [['threat', 'robust', 'broken in this ball alone']]
+    rows += [
+      [
+        f'{threat["norm"]}, eps {threat["eps"]}',
+        tables.with_interval(threat['accuracy'], threat['interval']),
+        str(threat['broken_alone']),
+      ]
+      for threat in found['threats']
+    ]
+    yield title, rows, [_checked(found)]
+
+
+def _checked(found: Mapping[str, Any]) -> str:
+  files = [threat['verified'] for threat in found['threats']]
+  outside = sum(each['outside'] for each in files)
+  other = sum(each['mismatches'] for each in files)
+  return (
+    f'saved adversarial images, over all threats: {outside} outside their ball or the box, {other} '
+    'that a fresh forward pass takes for something else than the attack saw'
+  )
