@@ -62,6 +62,12 @@ def define_flags() -> None:
     'Other test sets of the classes, or of a part of them: imagenet_a,folder:/path. Default: none '
     'with --attack, else as the run.',
   )
+  flags.DEFINE_string(
+    'verify',
+    None,
+    'A file of adversarial images, .npz or .pt, that is checked against the model, within --norm '
+    'and --eps; by default nothing else is attacked then.',
+  )
   flags.DEFINE_string('norm', None, 'linf, l2 or l1. Default: as the run.')
   flags.DEFINE_list('eps', [], 'In [0, 1] pixels, e.g. 4/255,8/255. Default: as the run.')
   flags.DEFINE_string('step_size', None, 'Of PGD. Default: as the run, in proportion to eps.')
@@ -102,6 +108,8 @@ def main(argv: Sequence[str]) -> None:
     raise errors.UserError(
       '--data, --image_size: they go with --logits; a run is evaluated on the data it was made for'
     )
+  if given.verify and not given.attack:
+    given.attack = ['clean']
   asked = {
     'eval.attacks': tuple(given.attack) or None,
     'eval.expected': '' if given.attack and given.expected is None else given.expected,
@@ -128,6 +136,7 @@ def main(argv: Sequence[str]) -> None:
     eps=given.eps,
     scale_steps=given.step_size is None,
     seed=given.seed,
+    verify=given.verify,
   )
 
 

@@ -13,6 +13,7 @@ from fulllora_jax.core.errors import choose
 from fulllora_jax.core.files import absolute_path, replace_file
 from fulllora_jax.data import of_run
 from fulllora_jax.evaluation import checks, users_function
+from fulllora_jax.evaluation import verify as verify_lib
 from fulllora_jax.evaluation.evaluations import Evaluations
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
 from fulllora_jax.evaluation.of_function import LogitsFunction, next_name
@@ -31,6 +32,7 @@ def evaluate_again(
   eps: Sequence[str] = (),
   scale_steps: bool = True,
   seed: int | None = None,
+  verify: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
   """Evaluates a finished run, or a function, as the config now says.
 
@@ -48,6 +50,7 @@ def evaluate_again(
     eps: radii to evaluate at, one after another; empty: config.threat.eps.
     scale_steps: keeps the attacks' step size in proportion to eps.
     seed: decides the attacks and the choice of images; None: the config's.
+    verify: a file of adversarial images that is checked too (verify.py).
 
   Returns:
     The result, with the keys of report.json.
@@ -74,16 +77,24 @@ def evaluate_again(
       run = FinishedRun(config, path, dataset, plans[0], next_name(path))
     for name in weights:  # a run from scratch has no base
       choose('--weights', name, run.weights())
-    return _finish(run, plans, weights or run.weights(), split)
+    saved = verify and verify_lib.read(absolute_path(verify), getattr(run.dataset, split))
+    return _finish(run, plans, weights or run.weights(), split, saved)
 
 
 def _finish(
-  run: Evaluations, plans: Sequence[Plan], weights: Sequence[str], split: str
+  run: Evaluations,
+  plans: Sequence[Plan],
+  weights: Sequence[str],
+  split: str,
+  saved: verify_lib.Saved | None,
 ) -> dict[str, Any]:
   """Evaluates at every radius; prints the result and writes it."""
   started = time.monotonic()
   evaluations = run.evaluate_under(plans, weights, split)
   result = run.report(evaluations, {'evaluate': time.monotonic() - started})
+  if saved:
+    threat = plans[-1].threat
+    result['verified'] = [verify_lib.check(run, name, split, saved, threat) for name in weights]
   if len(plans) > 1:
     every = ', '.join(plan.eps for plan in plans)
     result['threat'] = {'norm': plans[0].norm, 'eps': every}

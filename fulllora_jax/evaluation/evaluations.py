@@ -15,7 +15,7 @@ import numpy as np
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data
-from fulllora_jax.attacks import Attack, ensemble, fingerprint, inputs
+from fulllora_jax.attacks import Attack, Threat, ensemble, fingerprint, inputs
 from fulllora_jax.core import provenance
 from fulllora_jax.core.console import Pace, say, warn
 from fulllora_jax.core.files import (
@@ -332,31 +332,34 @@ class Evaluations:
     processes.wait_for_all()
     with load_arrays(path) as saved:
       x_adv, robust, labels = (saved[n] for n in ('x_adv', 'robust', 'labels'))
-    outside = self._outside(outcome.x, x_adv)
-    verified = {'file': path.name, 'outside': outside, 'mismatches': None}
+    far = int(outside(self.evaluator.threat, outcome.x, x_adv).sum())
+    verified = {'file': path.name, 'outside': far, 'mismatches': None}
     if not attack.stochastic:
       right = self.evaluator.predict(variables, x_adv) == labels
       verified['mismatches'] = int((right != robust).sum())
-    if outside or verified['mismatches']:
+    if far or verified['mismatches']:
       warn(
         f'{path}: of {len(x_adv)} saved images, a fresh forward pass takes '
         f'{verified["mismatches"]} for something else than the attack saw, and '
-        f'{outside} are outside the ball'
+        f'{far} are outside the ball'
       )
     return verified
 
-  def _outside(self, x: np.ndarray, x_adv: np.ndarray) -> int:
-    """Counts images outside the ball or the box, in double precision."""
-    threat = self.evaluator.threat
-    delta = np.abs(x_adv.astype(float) - x).reshape(len(x), -1)
-    distance = {
-      'linf': delta.max(axis=1),
-      'l2': np.sqrt(np.square(delta).sum(axis=1)),
-      'l1': delta.sum(axis=1),
-    }[threat.norm]
-    pixels = x_adv.reshape(len(x), -1)
-    boxed = (pixels.min(axis=1) >= 0) & (pixels.max(axis=1) <= 1)
-    return int((~boxed | (distance > threat.reach)).sum())
+
+def outside(threat: Threat, x: np.ndarray, x_adv: np.ndarray) -> np.ndarray:
+  """Returns which images x_adv are outside the ball around x or the box, bool [N].
+
+  Both are [N, H, W, C]; distances are in double precision.
+  """
+  delta = np.abs(x_adv.astype(float) - x).reshape(len(x), -1)
+  distance = {
+    'linf': delta.max(axis=1),
+    'l2': np.sqrt(np.square(delta).sum(axis=1)),
+    'l1': delta.sum(axis=1),
+  }[threat.norm]
+  pixels = x_adv.reshape(len(x), -1)
+  boxed = (pixels.min(axis=1) >= 0) & (pixels.max(axis=1) <= 1)
+  return ~boxed | (distance > threat.reach)
 
 
 def _each(attacks: Sequence[Attack]) -> Iterator[tuple[Attack, Attack]]:
