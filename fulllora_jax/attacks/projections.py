@@ -24,7 +24,7 @@ def onto_l1_ball(x: jax.Array, delta: jax.Array, eps: jax.Array | float) -> jax.
   Args:
     x: images [B, ...] in [0, 1].
     delta: what to project, of the same shape.
-    eps: the radius, above 0.
+    eps: the radius, 0 or more.
 
   Returns:
     Of delta's shape: x plus it is in [0, 1], its l1 norm is at most eps.
@@ -51,7 +51,8 @@ def onto_l1_ball(x: jax.Array, delta: jax.Array, eps: jax.Array | float) -> jax.
   full = jnp.where(size - middle >= room, room, 0)
   exact = (_sum(jnp.where(free, size, 0)) + _sum(full) - eps) / jnp.maximum(_sum(free), 1)
   threshold = jnp.where(inside, 0, jnp.clip(exact, low, high))
-  return (jnp.sign(delta) * shrunk(threshold)).reshape(shape)
+  moved = jnp.where(eps > 0, jnp.sign(delta) * shrunk(threshold), 0)
+  return moved.reshape(shape)
 
 
 def farthest_in_l1_ball(x: jax.Array, gradient: jax.Array, eps: jax.Array | float) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 import small_attack
 from jax.tree_util import Partial
 
-from fulllora_jax.attacks import Threat, autoattack, ensemble
+from fulllora_jax.attacks import Threat, autoattack, ensemble, runs
 from fulllora_jax.attacks.apgd import apgd
 from fulllora_jax.attacks.found import Found, nothing
 from fulllora_jax.core.errors import UserError
@@ -356,7 +356,7 @@ def test_an_answer_and_its_opposite_are_attacked_as_any_two_logits(targeted):
 
 
 def test_it_says_what_each_attack_left(monkeypatch):
-  monkeypatch.setattr(module._Clock, 'due', lambda self: True)
+  monkeypatch.setattr(runs.Clock, 'due', lambda self: True)
   lines = []
   result = attack(say=lines.append)
   ends = [line for line in lines if ' robust after ' in line]
@@ -422,7 +422,7 @@ def test_a_cascade_can_be_made_by_hand():
 
 def test_runs_are_packed_stage_after_stage_without_broken_images():
   robust = np.array([True, False, True, True])
-  batches = module._batches(ensemble.Member('fab', restarts=3), robust, 2)
+  batches = runs.batches(ensemble.Member('fab', restarts=3), robust, 2)
   first = next(batches)
   assert first.images.tolist() == [0, 2]
   assert (first.stages.tolist(), first.left) == ([0, 0], 7)

@@ -35,10 +35,10 @@ ATTACKS = {
   'n_fgsm': (n_fgsm, ('linf',)),
   'apgd': (functools.partial(apgd, steps=2), ('linf', 'l2')),
   'apgd_l1': (functools.partial(apgd_l1, steps=3), ('l1',)),
-  'fab': (functools.partial(fab, steps=1, random_start=True), ('linf', 'l2')),
+  'fab': (functools.partial(fab, steps=1, random_start=True), ('linf', 'l2', 'l1')),
   'pma': (functools.partial(pma, steps=2), ('linf', 'l2')),
   'malt': (functools.partial(malt, steps=3), ('linf', 'l2', 'l1')),
-  'square': (functools.partial(square, queries=2), ('linf', 'l2')),
+  'square': (functools.partial(square, queries=2), ('linf', 'l2', 'l1')),
 }
 EVERY = pytest.mark.parametrize('name', ATTACKS)
 

@@ -93,6 +93,7 @@ def stand_in(method, weights, base, best):
     evaluator=types.SimpleNamespace(plan=Plan(), jit=jax.jit),
     weights=lambda: weights,
     variables=lambda name: ((name,), trees[name]),
+    natural=types.SimpleNamespace(examples=dict),
   )
   return run
 

@@ -21,7 +21,7 @@ def trainer(monkeypatch, programs, key_of, config, dataset, base):
     base: the artefact of the base.
   """
   compile_step, step_of = Stepper.compile, Evaluator._step
-  state = {}
+  state = {'steps': 0, 'kill_after': None}
 
   def compile_once(stepper, algorithm, *args):
     key = key_of(algorithm)

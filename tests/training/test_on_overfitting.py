@@ -233,7 +233,6 @@ def test_the_command_ends_with_status_2_and_a_report(
     f'--config.base.source={finished.workdir / "base"}', '--config.attack.name=n_fgsm',
     '--config.attack.on_overfitting=stop',
   )  # fmt: skip
-  train.steps, train.kill_after = iter(range(10**6)), None
   for _ in range(2):
     done = run_here('-m', 'fulllora_jax.main', *flags)
     assert done.returncode == 2
