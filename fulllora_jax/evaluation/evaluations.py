@@ -103,9 +103,8 @@ class Evaluations:
       self._records[key] = record
       if first := attack.within:  # known too, without an attack of its own
         place = len(ensemble.members(first.version, threat.norm))
-        key = (identity, first, split, num_examples, radius)
         own = outcome.until(place).record() | {'version': first.version}
-        self._records.setdefault(key, own)
+        self._records.setdefault((identity, first, split, num_examples, radius), own)
     return self._measured_by(attack, weights, split) | self._records[key]
 
   def _for_classes(self, attack: Attack, split: str, variables) -> Attack:

@@ -6,6 +6,7 @@ import linear_oracle
 import numpy as np
 import pytest
 
+from fulllora_jax.attacks import ensemble
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.evaluation import union
@@ -68,6 +69,21 @@ def test_a_threat_that_was_measured_is_not_attacked_again(linear, capsys):
   assert threat['num_correct'] == measured['num_correct']
   assert threat['verified'] == measured['verified']
   assert capsys.readouterr().err.count('robust after square') == 2
+
+
+def test_each_threat_has_the_second_opinions_own_record(linear, tmp_path, monkeypatch):
+  few = (ensemble.Member('apgd-ce', steps=2),)
+  pma = ensemble.Member('pma', restarts=2, steps=4)
+  monkeypatch.setitem(ensemble.VERSIONS, 'standard', few)
+  monkeypatch.setitem(ensemble.VERSIONS, 'second', (*few, pma))
+  args = ('--attack=autoattack-second', '--eps=0.02', '--num_examples=8')
+  (found,) = linear(*args, '--union=l2:0.2,linf:0.02')['unions']
+  assert found['attack'] == 'autoattack-second'
+  for threat in found['threats']:
+    assert '-autoattack-second-' in threat['verified']['file']
+    with np.load(tmp_path / 'run' / 'evaluations' / threat['verified']['file']) as saved:
+      assert threat['num_correct'] == saved['robust'].sum()
+      assert saved['attacks'].tolist() == ['clean', 'apgd-ce', 'pma']
 
 
 def test_the_second_opinion_is_taken_over():
