@@ -21,6 +21,9 @@ from absl import flags
 from fulllora_jax import command
 from fulllora_jax.core import errors
 
+# What is measured beside the attacks: of a run only where --attack is not given, else if asked for.
+_BESIDE = ('expected', 'certify', 'union', 'corruptions', 'shifts')
+
 
 def define_flags() -> None:
   """Defines what is evaluated, and under what."""
@@ -112,11 +115,10 @@ def main(argv: Sequence[str]) -> None:
     given.attack = ['clean']
   asked = {
     'eval.attacks': tuple(given.attack) or None,
-    'eval.expected': '' if given.attack and given.expected is None else given.expected,
-    'eval.certify': '' if given.attack and given.certify is None else given.certify,
-    'eval.union': '' if given.attack and given.union is None else given.union,
-    'eval.corruptions': '' if given.attack and given.corruptions is None else given.corruptions,
-    'eval.shifts': '' if given.attack and given.shifts is None else given.shifts,
+    **{
+      f'eval.{name}': '' if given.attack and given[name].value is None else given[name].value
+      for name in _BESIDE
+    },
     'eval.step_size': given.step_size,
     'eval.restarts': given.restarts,
     'eval.batch_size': given.batch_size,

@@ -16,7 +16,7 @@ from fulllora_jax.attacks.apgd import start
 from fulllora_jax.attacks.found import Attacking, Found, Met, finite, nothing
 from fulllora_jax.attacks.pgd import LogitsFn, pick
 from fulllora_jax.attacks.scale import power
-from fulllora_jax.attacks.threat import NORMS, Threat
+from fulllora_jax.attacks.threat import DUAL, NORMS, Threat
 
 ALPHA_MAX = 0.1  # the most that a step drifts towards x
 ETA = 1.05  # overshoot past the boundary
@@ -188,4 +188,4 @@ def _levelled(boundary: Boundary) -> tuple[jax.Array, jax.Array]:
 
 def _dual_norm(w: jax.Array, norm: str) -> jax.Array:
   """Returns the norm of the rows of w [B, D] by which a ball of `norm` moves <w, x>, [B]."""
-  return jnp.linalg.norm(w, {'linf': 1, 'l2': 2, 'l1': jnp.inf}[norm], axis=1)
+  return jnp.linalg.norm(w, DUAL[norm], axis=1)

@@ -15,10 +15,9 @@ from fulllora_jax.attacks.apgd_l1 import apgd_l1
 from fulllora_jax.attacks.found import Attacking, Found, finite
 from fulllora_jax.attacks.pgd import LogitsFn
 from fulllora_jax.attacks.scale import power
-from fulllora_jax.attacks.threat import NORMS, Threat
+from fulllora_jax.attacks.threat import DUAL, NORMS, Threat
 
 TARGETS, CANDIDATES = 9, 100
-_DUAL = {'linf': 1, 'l2': 2, 'l1': jnp.inf}  # q of each norm
 
 
 @functools.partial(Attacking, norms=NORMS, steps=2)
@@ -75,7 +74,7 @@ def nearest(
     (gradient,) = pull_back(jax.nn.one_hot(j, classes) - true)
     w = finite(gradient)[0].reshape(len(labels), -1)
     scale = power(w, (1,))  # the quotient is the same, whatever the scale of the logits
-    steepness = jnp.linalg.norm(w * scale, _DUAL[norm], axis=1)
+    steepness = jnp.linalg.norm(w * scale, DUAL[norm], axis=1)
     away = (own - z_j) * scale[:, 0] / jnp.where(steepness > 0, steepness, 1)
     return jnp.where((steepness > 0) & jnp.isfinite(away), away, jnp.inf)
 

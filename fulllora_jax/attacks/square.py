@@ -73,12 +73,12 @@ def square(
   if threat.norm == 'linf':
     sides = window_sides(queries, height, width, smallest=1)
     propose = _propose_linf(keys, sides, x, threat)
-    first = threat.eps * _each(keys, _stripes, x.shape[1:])
+    x_adv = jnp.clip(x + threat.eps * _each(keys, _stripes, x.shape[1:]), 0, 1)
   else:
     sides = window_sides(queries, height, width, smallest=3)
     propose = _propose_heaps(keys, sides, x, threat)
     tiles = _each(keys, functools.partial(_tiles, norm=threat.norm), x.shape[1:])
-    first = _onto_sphere(x, tiles, threat) - x
+    x_adv = _onto_sphere(x, tiles, threat)
   look_ahead = 1
   if threat.norm == 'linf' and skip_idle:
     look_ahead = max(1, min(16, _LOOK_AHEAD // x[0].size))
@@ -103,7 +103,6 @@ def square(
     margin, broken, unknown = asked_at(x_new)
     return keep_better(search, x_new, margin, broken, unknown, asked)
 
-  x_adv = jnp.clip(x + first, 0, 1)
   margin, broken, unknown = asked_at(x_adv)
   search = Search(x_adv, margin, jnp.zeros(x.shape[0], jnp.int32), broken, unknown)
   search = jax.lax.while_loop(go_on, try_once, search)

@@ -18,6 +18,8 @@ from fulllora_jax.attacks.scale import l2_norm, unit_l2
 from fulllora_jax.core.errors import UserError
 
 NORMS = ('linf', 'l2', 'l1')
+# By the norm of this order of its gradient a ball of the norm moves a linear function: its dual.
+DUAL = {'linf': 1, 'l2': 2, 'l1': jnp.inf}
 # What to say where a radius is missing: each norm has another scale.
 EXAMPLES = {'linf': 'such as 8/255', 'l2': 'such as 0.5', 'l1': 'such as 12'}
 _UNSAID = float('nan')  # an object of its own: no number that is given is it

@@ -132,10 +132,11 @@ class Evaluations:
       'norm': plan.norm,
       'eps': plan.eps,
       'eps_value': self.evaluator.threat.eps,
-      **self._computed_in(),
+      **self.computed_in(),
     }
 
-  def _computed_in(self) -> dict[str, Any]:
+  def computed_in(self) -> dict[str, Any]:
+    """Returns what a record says of the arithmetic and the seed."""
     plan = self.evaluator.plan
     dtype = self.config.model.dtype
     return {'dtype': dtype, 'matmul_precision': plan.precision, 'seed': plan.seed}
@@ -205,7 +206,7 @@ class Evaluations:
       certifier = certificate.Certifier(self.evaluator, examples, chosen, asked)
       certifier = self._certifiers.setdefault((plan, split), certifier)
       self._records[key] = certifier.measure(variables, kept, logits.shape[1], weights)
-    return {'weights': weights, 'split': split} | self._computed_in() | self._records[key]
+    return {'weights': weights, 'split': split} | self.computed_in() | self._records[key]
 
   def union(self, weights: str, split: str) -> dict[str, Any]:
     """Attacks one set of weights in the ball of every threat of the plan's union.

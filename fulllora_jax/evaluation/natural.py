@@ -60,7 +60,7 @@ class Natural:
     record = shifts.corruption_record(names, state, source, shifts.is_imagenet(run.dataset))
     total = record['num_examples']
     say(f'{weights:<5} corruptions  {record["mean"]:.1%} of {total} {split} images, mean')
-    return {'weights': weights, 'split': split} | self._computed_in() | record
+    return {'weights': weights, 'split': split} | self._run.computed_in() | record
 
   def _shifts(self, weights: str) -> list[dict[str, Any]]:
     run, names = self._run, shifts.names_of(self._run.evaluator.plan.shifts)
@@ -70,12 +70,7 @@ class Natural:
     for record in records:
       total = record['num_examples']
       say(f'{weights:<5} {record["name"]}  {record["accuracy"]:.1%} of {total} images')
-    return [{'weights': weights} | self._computed_in() | record for record in records]
-
-  def _computed_in(self) -> dict[str, Any]:
-    plan = self._run.evaluator.plan
-    dtype = self._run.config.model.dtype
-    return {'dtype': dtype, 'matmul_precision': plan.precision, 'seed': plan.seed}
+    return [{'weights': weights} | self._run.computed_in() | record for record in records]
 
   def _classified(self, weights: str, cells: list[shifts.Cell], source: str) -> shifts.State:
     """Returns what the images of cells came to; it goes on from what an interruption left."""

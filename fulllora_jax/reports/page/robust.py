@@ -1,6 +1,6 @@
 """Sections on robustness: against eps, by class, image by image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fulllora_jax.core import tables
@@ -98,10 +98,14 @@ def _with_table(chart: Chart, note: str, table: list[list[str]]) -> Markup:
   return join(figure, document.details('The same as a table', whole))
 
 
+def _sentences(lines: Sequence[str]) -> str:
+  return f'{". ".join(line[0].upper() + line[1:] for line in lines)}.'
+
+
 def unions(report: Mapping[str, Any]) -> Markup | None:
   """Shows what withstands several threats, and each."""
   shown = [
-    join(document.table(table, title), document.note(f'{lines[0][0].upper()}{lines[0][1:]}.'))
+    join(document.table(table, title), document.note(_sentences(lines)))
     for title, table, lines in union.parts(report)
   ]
   return join(shown) if shown else None
@@ -110,10 +114,7 @@ def unions(report: Mapping[str, Any]) -> Markup | None:
 def certificates(report: Mapping[str, Any]) -> Markup | None:
   """Draws both bounds on the robust accuracy of each smoothed model."""
   found = zip(certificate.curves(report), certificate.parts(report), strict=True)
-  shown = [
-    _with_table(chart, f'{". ".join(line[0].upper() + line[1:] for line in lines)}.', table)
-    for chart, (_, table, lines) in found
-  ]
+  shown = [_with_table(chart, _sentences(lines), table) for chart, (_, table, lines) in found]
   return join(shown) if shown else None
 
 
@@ -123,7 +124,7 @@ def shifted(report: Mapping[str, Any], examples: Mapping[str, Any]) -> Markup | 
   if examples.get('corrupted'):
     shown.append(document.figure(shifts.gallery(examples['corrupted']), single=True))
   for title, table, lines in shifts.parts(report):
-    note = f'{". ".join(line[0].upper() + line[1:] for line in (title, *lines))}.'
+    note = _sentences((title, *lines))
     chart = next(heat, None)
     shown += (
       [_with_table(chart, note, table)]
