@@ -101,6 +101,20 @@ def z_of_ratio(x: float, n: int, y: float, m: int, ratio: float = 1.0) -> float:
   return (x - ratio * y) / math.sqrt(variance) if variance > 0 else 0.0
 
 
+def share(correct: int, total: int) -> dict[str, Any]:
+  """Returns how many of a total are right, their share and its 95 % Wilson interval, for JSON.
+
+  >>> share(0, 1)['interval']
+  [0.0, 0.7934506856227626]
+  """
+  return {
+    'num_examples': total,
+    'num_correct': correct,
+    'accuracy': correct / total,
+    'interval': list(wilson_interval(correct, total)),
+  }
+
+
 def wilson_interval(correct: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
   """Returns the Wilson score interval of a proportion, both ends in [0, 1].
 

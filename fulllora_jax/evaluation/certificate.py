@@ -22,10 +22,12 @@ from fulllora_jax.attacks.pgd import pgd
 from fulllora_jax.attacks.smoothed import noisy, smoothed
 from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.console import Pace, Progress, say
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import clopper_pearson, wilson_interval
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.evaluator import Evaluator
-from fulllora_jax.evaluation.expected import Kept
+from fulllora_jax.evaluation.kept import Kept
+from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.evaluation.smoothing import Smoothing, verdicts
 
 RADII = (0.5, 1.0, 1.5, 2.0, 3.0)  # at which images are attacked, in units of sigma
@@ -57,6 +59,34 @@ class State(NamedTuple):
     return cls(counts, first, np.zeros(count), 0 * first, done)
 
 
+def asked(plan: Plan) -> Smoothing:
+  """Returns the certificate that a plan asks for; UserError for what cannot be."""
+  if 'autoattack-rand' in plan.attacks:
+    raise UserError(
+      'certify: the noise is added to what a function of images alone is given, and '
+      'autoattack-rand is for one of (images, key); leave one of them out'
+    )
+  return Smoothing.parse(plan.certify)
+
+
+def measure(run: Any, weights: str, split: str) -> list[dict[str, Any]]:
+  """Bounds the robust accuracy of smoothed weights of an `Evaluations`; returns the record."""
+  identity, variables = run.variables(weights)
+  plan, examples = run.evaluator.plan, getattr(run.dataset, split)
+  smoothing = asked(plan)
+  chosen = data.choose_examples(len(examples), plan.num_examples, plan.seed)
+  key = (identity, smoothing, split, chosen.tobytes())
+
+  def certify() -> dict[str, Any]:
+    kept = run.kept(key, variables, State, examples)
+    certifier = run.once(
+      ('certifier', plan, split), lambda: Certifier(run.evaluator, examples, chosen, smoothing)
+    )
+    return certifier.measure(variables, kept, weights)
+
+  return [{'weights': weights, 'split': split} | run.computed_in() | run.once(key, certify)]
+
+
 class Certifier:
   """Bounds the robust accuracy of a smoothed model; each program is compiled once.
 
@@ -75,9 +105,10 @@ class Certifier:
     self._classify = evaluator.jit(self._classes, in_shardings=(None, whole, rows, whole))
     self._attack = evaluator.jit(self._attacked, in_shardings=(None, rows, whole))
 
-  def measure(self, variables: Any, kept: Kept, num_classes: int, title: str) -> dict[str, Any]:
+  def measure(self, variables: Any, kept: Kept, title: str) -> dict[str, Any]:
     """Returns the record; goes on from what is kept, and keeps what is done now and then."""
-    state, pace = kept.read() or State.new(len(self.chosen), num_classes), Pace()
+    num_classes, pace = kept.logits.shape[1], Pace()
+    state = kept.read() or State.new(len(self.chosen), num_classes)
     for _ in self.run(variables, state, title):
       if pace.due(_KEPT_EVERY):
         kept.write(state)

@@ -3,9 +3,8 @@
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.core import ranges as range_lib
 from fulllora_jax.core.errors import UserError
-from fulllora_jax.evaluation import ranges, shifts, union
+from fulllora_jax.evaluation import measurements, ranges
 from fulllora_jax.evaluation.settings import Plan
-from fulllora_jax.evaluation.smoothing import Smoothing
 
 
 def validate_plan(plan: Plan) -> None:
@@ -13,24 +12,8 @@ def validate_plan(plan: Plan) -> None:
   ensembles = any(attack.version for attack in plan.all_attacks())
   if ensembles and not plan.threat.eps:
     raise UserError(f'threat.eps {plan.eps}: leaves nothing to attack; that is the clean accuracy')
-  if plan.expected:
-    plan.expected_attack()
-  if plan.certify:
-    Smoothing.parse(plan.certify)
-    if 'autoattack-rand' in plan.attacks:
-      raise UserError(
-        'certify: the noise is added to what a function of images alone is given, and '
-        'autoattack-rand is for one of (images, key); leave one of them out'
-      )
-  if plan.union:
-    union.plans(plan)
-  if plan.corruptions:
-    shifts.parse(plan.corruptions)
-  if (plan.corruptions or plan.shifts) and 'autoattack-rand' in plan.attacks:
-    raise UserError(
-      'corruptions, shifts: they are classified by a function of images alone, and autoattack-rand '
-      'is for one of (images, key); leave one of them out'
-    )
+  for each in measurements.asked(plan):
+    each.read(plan)
   range_lib.check('seed', plan.seed, range_lib.SEED, whole=True)
 
 

@@ -20,7 +20,7 @@ from fulllora_jax.adapters import COLLECTION, influence, methods
 from fulllora_jax.attacks import Attack, losses
 from fulllora_jax.attacks.threat import parse_fraction
 from fulllora_jax.core.console import say, warn
-from fulllora_jax.evaluation import expected, settings
+from fulllora_jax.evaluation import expected, natural, settings
 from fulllora_jax.evaluation.eps_sweep import Climb, EpsSweep, extremes, radius_text
 from fulllora_jax.evaluation.finished_run import FinishedRun
 
@@ -54,7 +54,7 @@ def look_at(run: FinishedRun) -> CloserLook:
     numbers['radii'], extreme = _robustness(run, sweep, chosen, radii)
   if found := _influence(run, sweep, chosen[:_INFLUENCE_EXAMPLES]):
     numbers['influence'] = found
-  if shown := run.natural.examples():
+  if shown := natural.examples(run):
     extreme = extreme | {'corrupted': shown}
   return CloserLook(numbers, extreme)
 

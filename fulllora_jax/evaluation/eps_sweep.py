@@ -17,7 +17,7 @@ import numpy as np
 
 from fulllora_jax import data
 from fulllora_jax.attacks import Attack, losses
-from fulllora_jax.core.statistics import wilson_interval
+from fulllora_jax.core.statistics import share
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.evaluator import Evaluator
@@ -48,14 +48,7 @@ class Climb(NamedTuple):
     points, total = [0.0, *map(float, self.factors)], len(self.first)
     counts = [int((self.first >= number).sum()) for number in range(len(points))]
     return [
-      {
-        'factor': factor,
-        'eps': text,
-        'eps_value': factor * eps,
-        'num_correct': right,
-        'accuracy': right / total,
-        'interval': list(wilson_interval(right, total)),
-      }
+      {'factor': factor, 'eps': text, 'eps_value': factor * eps, **share(right, total)}
       for factor, text, right in zip(points, ['0', *texts], counts, strict=True)
     ]
 

@@ -12,13 +12,13 @@ from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import choose
 from fulllora_jax.core.files import absolute_path, replace_file
 from fulllora_jax.data import of_run
-from fulllora_jax.evaluation import checks, users_function
+from fulllora_jax.evaluation import checks, natural, users_function
 from fulllora_jax.evaluation import verify as verify_lib
 from fulllora_jax.evaluation.evaluations import Evaluations
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
 from fulllora_jax.evaluation.of_function import LogitsFunction, next_name
 from fulllora_jax.evaluation.settings import Plan
-from fulllora_jax.reports import attack_report, certificate, pictures, report, shifts
+from fulllora_jax.reports import attack_report, beside, pictures, report, shifts
 
 
 def evaluate_again(
@@ -107,14 +107,12 @@ def _finish(
     picture = path.with_suffix('.svg')
     pictures.draw_eps_sweep(evaluations, picture)
     say(f'\ncurves: {picture}')
-  if 'certificates' in result:
-    picture = path.with_name(f'{path.stem}-certified.svg')
-    certificate.draw(result, picture)
-    say(f'\ncertified and attacked: {picture}')
-  if 'corruptions' in result:
-    picture = path.with_name(f'{path.stem}-corrupted.svg')
-    shifts.draw(result, picture, run.natural.examples())
-    say(f'\nunder corruptions: {picture}')
+  shown = natural.examples(run)
+  more = {shifts.PICTURE: shifts.gallery(shown)} if shown else {}
+  for title, picture in beside.draw(
+    result, lambda name: path.with_name(f'{path.stem}-{name}.svg'), more
+  ):
+    say(f'\n{title}: {picture}')
   say(f'\nresult: {path}')
   run.forget_progress()
   return result

@@ -7,7 +7,7 @@ afresh; the record says whether that gives the same result.
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ from fulllora_jax.core.files import (
   replace_arrays,
 )
 from fulllora_jax.distributed import mesh, processes
-from fulllora_jax.evaluation import certificate, expected
-from fulllora_jax.evaluation import union as union_lib
+from fulllora_jax.evaluation import measurements
 from fulllora_jax.evaluation.eps_sweep import Climb, EpsSweep
 from fulllora_jax.evaluation.evaluator import Evaluator
-from fulllora_jax.evaluation.natural import Natural
+from fulllora_jax.evaluation.kept import Kept
 from fulllora_jax.evaluation.settings import Plan
-from fulllora_jax.evaluation.smoothing import Smoothing
 
 _TELLING = 32  # images whose logits tell one model from another
 
@@ -57,18 +55,14 @@ class Evaluations:
     self.config, self.dataset = config, dataset
     self.folder, self.name = folder, name
     self.mesh = mesh.mesh_of(config)
-    self._apply = apply
+    self.apply = apply
     self._records: dict[tuple, dict[str, Any]] = {}
     self._classes: dict[bool, int] = {}  # of logits of (images), or of (images, key)
     self._progress: list[Path] = []
-    self._sweeps: dict[tuple, EpsSweep] = {}
     self._climbs: dict[tuple, Climb] = {}
-    self._expected: list[dict[str, Any]] = []
-    self._unions: list[dict[str, Any]] = []
-    self._certifiers: dict[tuple, certificate.Certifier] = {}
-    self._certificates: list[dict[str, Any]] = []
+    self._made: dict[Hashable, Any] = {}
+    self._measured: dict[str, list[dict[str, Any]]] = {}
     self.evaluator = Evaluator(apply, plan, self.mesh)
-    self.natural = Natural(self, apply, self._progress_dir)
 
   def weights(self) -> tuple[str, ...]:
     """Returns the names of the weights there are."""
@@ -105,7 +99,7 @@ class Evaluations:
         place = len(ensemble.members(first.version, threat.norm))
         own = outcome.until(place).record() | {'version': first.version}
         self._records.setdefault((identity, first, split, num_examples, radius), own)
-    return self._measured_by(attack, weights, split) | self._records[key]
+    return self.measured_by(attack, weights, split) | self._records[key]
 
   def _for_classes(self, attack: Attack, split: str, variables) -> Attack:
     """Returns what an ensemble is with as many classes as the model has."""
@@ -114,12 +108,12 @@ class Evaluations:
     if attack.stochastic not in self._classes:
       x = np.zeros((1, *self.dataset.image_shape), np.float32)  # only its shape counts
       size, labels = self.evaluator.batch_size, getattr(self.dataset, split).labels
-      function = functools.partial(self._apply, variables)
+      function = functools.partial(self.apply, variables)
       found = inputs.num_classes(function, x, size, attack.stochastic, labels)
       self._classes[attack.stochastic] = found
     return attack.for_classes(self._classes[attack.stochastic])
 
-  def _measured_by(self, attack: Attack, weights: str, split: str) -> dict[str, Any]:
+  def measured_by(self, attack: Attack, weights: str, split: str) -> dict[str, Any]:
     """Returns what a record says of how it was measured."""
     plan = self.evaluator.plan
     return {
@@ -143,10 +137,9 @@ class Evaluations:
 
   def sweep(self, attack: Attack, split: str) -> EpsSweep:
     """Returns what attacks a split at multiples of eps, compiled once."""
-    key = (self.evaluator.plan, attack, split)
-    if key not in self._sweeps:
-      self._sweeps[key] = EpsSweep(self.evaluator, getattr(self.dataset, split), attack)
-    return self._sweeps[key]
+    examples = getattr(self.dataset, split)
+    key = ('sweep', self.evaluator.plan, attack, split)
+    return self.once(key, lambda: EpsSweep(self.evaluator, examples, attack))
 
   def climb(
     self,
@@ -166,8 +159,7 @@ class Evaluations:
     key = (identity, attack, split, chosen.tobytes(), plan.norm, plan.eps)
     begun, kept = self._climbs.get(key), None
     if keep and begun is None:
-      x = sweep.split.fetch(chosen[:_TELLING]).astype(np.float32) / 255
-      kept = expected.Kept(self._progress_dir(key), self.evaluator.logits(variables, x))
+      kept = self.kept(key, variables, Climb, sweep.split)
       begun = kept.read()
     done, pace = begun, Pace()
     for done in sweep.climb(variables, chosen, factors, begun):
@@ -183,46 +175,28 @@ class Evaluations:
     self._climbs[key] = done
     return done
 
-  def expected_robustness(self, weights: str, split: str) -> dict[str, Any]:
-    """Measures the expected robustness of one set of weights; returns its record."""
+  def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    """Returns what `make` returned when this key was first asked for."""
+    if key not in self._made:
+      self._made[key] = make()
+    return self._made[key]
+
+  def kept(self, key: tuple, variables: Any, kind: Any, split: data.Split) -> Kept:
+    """Returns where the measurement of a key keeps what it has done, a tuple of a class `kind`."""
     plan = self.evaluator.plan
-    attack, radii = plan.expected_attack(), list(expected.radii(plan))
-    examples = getattr(self.dataset, split)
-    chosen = data.choose_examples(len(examples), plan.num_examples, plan.seed)
-    climb = self.climb(weights, attack, split, chosen, radii, keep=True)
-    return self._measured_by(attack, weights, split) | expected.record(climb, plan)
+    chosen = data.choose_examples(len(split), plan.num_examples, plan.seed)[:_TELLING]
+    x = split.fetch(chosen).astype(np.float32) / 255
+    return Kept(self._progress_dir(key), self.evaluator.logits(variables, x), kind)
 
-  def certificate(self, weights: str, split: str) -> dict[str, Any]:
-    """Bounds the robust accuracy of smoothed weights from both sides; returns the record."""
-    identity, variables = self.variables(weights)
-    plan, examples = self.evaluator.plan, getattr(self.dataset, split)
-    asked = Smoothing.parse(plan.certify)
-    chosen = data.choose_examples(len(examples), plan.num_examples, plan.seed)
-    key = (identity, asked, split, chosen.tobytes())
-    if key not in self._records:
-      x = examples.fetch(chosen[:_TELLING]).astype(np.float32) / 255
-      logits = self.evaluator.logits(variables, x)
-      kept = expected.Kept(self._progress_dir(key), logits, certificate.State)
-      certifier = certificate.Certifier(self.evaluator, examples, chosen, asked)
-      certifier = self._certifiers.setdefault((plan, split), certifier)
-      self._records[key] = certifier.measure(variables, kept, logits.shape[1], weights)
-    return {'weights': weights, 'split': split} | self.computed_in() | self._records[key]
-
-  def union(self, weights: str, split: str) -> dict[str, Any]:
-    """Attacks one set of weights in the ball of every threat of the plan's union.
-
-    Returns its record. Images stay broken over the threats, which are those of the same choice.
-    """
-    before, found, robust = self.evaluator, [], []
-    for plan in union_lib.plans(before.plan):
-      self.evaluator = Evaluator(self._apply, plan, self.mesh)
-      (attack,) = plan.all_attacks()
-      found.append(self.evaluate(weights, attack, split, plan.num_examples))
-      with load_arrays(self.folder / found[-1]['verified']['file']) as saved:
-        robust.append(saved['robust'])
-      say(f'{weights:<5} {plan.norm}, eps {plan.eps}  {found[-1]["accuracy"]:.1%}')
-    self.evaluator = before
-    return {'weights': weights, 'split': split} | union_lib.record(found, robust)
+  @contextlib.contextmanager
+  def under(self, plan: Plan) -> Iterator[None]:
+    """Evaluates under another plan for a while."""
+    before = self.evaluator
+    self.evaluator = Evaluator(self.apply, plan, self.mesh)
+    try:
+      yield
+    finally:
+      self.evaluator = before
 
   def evaluate_under(
     self, plans: Sequence[Plan], weights: Sequence[str], split: str
@@ -230,14 +204,17 @@ class Evaluations:
     """Evaluates weights under plan after plan, saying each result.
 
     The plans differ in their radius, so clean images are evaluated once. The last plan is kept.
-    What a plan says of expected robustness, a union, certificates, corruptions and other test sets
-    is measured too, and is in `report`.
+    What the last plan asks for beside its attacks (measurements.py) is measured too, and is in
+    `report`.
     """
     records = []
-    self.natural.check(split)
+    beside = measurements.asked(plans[-1])
+    with self.under(plans[-1]):
+      for each in beside:
+        each.open(self, split)
     for number, plan in enumerate(plans):
       if plan != self.evaluator.plan:
-        self.evaluator = Evaluator(self._apply, plan, self.mesh)
+        self.evaluator = Evaluator(self.apply, plan, self.mesh)
       if len(plans) > 1:
         say(f'eps {plan.eps}')
       for attack, whole in _each(plan.all_attacks()):
@@ -250,14 +227,21 @@ class Evaluations:
             f'{name:<5} {label:<10}  {record["accuracy"]:.1%} of '
             f'{record["num_examples"]} {split} images'
           )
-      for name in weights if plan.expected else ():
-        self._expected.append(self.expected_robustness(name, split))
-    for name in weights if self.evaluator.plan.union else ():
-      self._unions.append(self.union(name, split))
-    for name in weights if self.evaluator.plan.certify else ():
-      self._certificates.append(self.certificate(name, split))
-    self.natural.measure(weights, split)
+      for each in beside:
+        if each.at_each_eps:
+          self.measure(each, weights, split)
+    for each in beside:
+      if not each.at_each_eps:
+        self.measure(each, weights, split)
     return records
+
+  def measure(
+    self, measurement: measurements.Measurement, weights: Sequence[str], split: str
+  ) -> list[dict[str, Any]]:
+    """Measures weights beside the attacks; returns the records, which `report` has too."""
+    found = [record for name in weights for record in measurement.measure(self, name, split)]
+    self._measured.setdefault(measurement.key, []).extend(found)
+    return found
 
   def report(self, evaluations: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
     """Returns what a result says, as JSON values, beside its `evaluations`."""
@@ -268,10 +252,7 @@ class Evaluations:
       'dataset': self.dataset.name,
       'threat': {'norm': plan.norm, 'eps': plan.eps, 'eps_value': threat.eps},
       'evaluations': evaluations,
-      **({'expected': self._expected} if self._expected else {}),
-      **({'unions': self._unions} if self._unions else {}),
-      **({'certificates': self._certificates} if self._certificates else {}),
-      **self.natural.records,
+      **self._measured,
       'label_names': list(self.dataset.label_names),
       'command': provenance.command(),
       'versions': provenance.versions(),

@@ -22,7 +22,7 @@ from fulllora_jax.attacks.cascade import ROBUST
 from fulllora_jax.attacks.found import Met, lines
 from fulllora_jax.core.batching import fill_up
 from fulllora_jax.core.console import Progress, say, warn
-from fulllora_jax.core.statistics import wilson_interval
+from fulllora_jax.core.statistics import share
 from fulllora_jax.data import augment
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.evaluation.settings import Plan
@@ -62,13 +62,8 @@ class Evaluation(NamedTuple):
 
     `examples` identifies the choice of examples, by hash of their indices.
     """
-    total, right = len(self.robust), int(self.robust.sum())
     indices = np.ascontiguousarray(self.indices, np.int32)
-    record = {
-      'num_examples': total,
-      'num_correct': right,
-      'accuracy': right / total,
-      'interval': list(wilson_interval(right, total)),
+    record = share(int(self.robust.sum()), len(self.robust)) | {
       'examples': hashlib.sha256(indices).hexdigest()[:16],
       'per_class': [
         {

@@ -6,17 +6,13 @@ AutoAttack at eps and never for it; and it is an upper bound, as any accuracy un
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fulllora_jax.attacks import fingerprint
+from fulllora_jax import data
 from fulllora_jax.attacks.losses import NO_CLASS
-from fulllora_jax.attacks.progress import DAMAGED
-from fulllora_jax.core.files import load_arrays, make_directory, replace_arrays
 from fulllora_jax.core.statistics import wilson_interval
-from fulllora_jax.distributed import processes
 from fulllora_jax.evaluation.eps_sweep import Climb, radius_text
 from fulllora_jax.evaluation.settings import Plan
 
@@ -66,31 +62,10 @@ def record(climb: Climb, plan: Plan) -> dict[str, Any]:
   }
 
 
-class Kept:
-  """What an interrupted measurement has done, in a file of `directory`.
-
-  It is a named tuple of arrays. The logits [k, K] of some images tell the model from another.
-  """
-
-  def __init__(self, directory: Path, logits: np.ndarray, kind: Any = Climb):
-    self._path, self._logits, self._kind = directory / 'radii.npz', logits, kind
-
-  def write(self, done: Any) -> None:
-    """Keeps what was done so far."""
-    if processes.is_primary():
-      make_directory(self._path.parent)
-      replace_arrays(self._path, logits=self._logits, **done._asdict())
-
-  def read(self) -> Any | None:
-    """Returns what was done before, the same on every process; None where it is not there whole."""
-    found = processes.from_primary(self._read)
-    return found and self._kind(*map(np.asarray, found))
-
-  def _read(self) -> list[list[float]] | None:
-    try:
-      with load_arrays(self._path) as saved:
-        logits, *parts = (saved[name] for name in ('logits', *self._kind._fields))
-    except (OSError, *DAMAGED):
-      return None
-    other = fingerprint.difference({'logits': logits}, {'logits': self._logits})
-    return None if other else [part.tolist() for part in parts]
+def measure(run: Any, weights: str, split: str) -> list[dict[str, Any]]:
+  """Measures one set of weights of an `Evaluations` at its plan's eps; returns the record."""
+  plan = run.evaluator.plan
+  attack, points = plan.expected_attack(), list(radii(plan))
+  chosen = data.choose_examples(len(getattr(run.dataset, split)), plan.num_examples, plan.seed)
+  climb = run.climb(weights, attack, split, chosen, points, keep=True)
+  return [run.measured_by(attack, weights, split) | record(climb, plan)]

@@ -16,7 +16,7 @@ from fulllora_jax import data
 from fulllora_jax.core import class_names
 from fulllora_jax.core.console import Progress, say
 from fulllora_jax.core.errors import UserError, choose, few
-from fulllora_jax.core.statistics import wilson_interval
+from fulllora_jax.core.statistics import share, wilson_interval
 from fulllora_jax.data import corruptions
 from fulllora_jax.data.corruptions import NAMES, SEVERITIES
 from fulllora_jax.evaluation.evaluator import Evaluator
@@ -223,10 +223,7 @@ def shift_record(name: str, state: State, place: int, known: int) -> dict[str, A
   right, total, classes, unknown = (int(part[place]) for part in state)
   return {
     'name': name,
-    'num_examples': total,
-    'num_correct': right,
-    'accuracy': right / total,
-    'interval': list(wilson_interval(right, total)),
+    **share(right, total),
     'classes': known if classes < 0 else classes,
     'of_classes': known,
     'notes': [_UNKNOWN] if unknown else [],

@@ -12,8 +12,10 @@ import numpy as np
 
 from fulllora_jax.attacks import Threat
 from fulllora_jax.attacks.threat import NORMS
+from fulllora_jax.core.console import say
 from fulllora_jax.core.errors import UserError, choose
-from fulllora_jax.core.statistics import wilson_interval
+from fulllora_jax.core.files import load_arrays
+from fulllora_jax.core.statistics import share
 from fulllora_jax.evaluation.settings import Plan
 
 _SECOND = 'autoattack-second'
@@ -31,24 +33,45 @@ def plans(plan: Plan) -> tuple[Plan, ...]:
   >>> [(p.norm, p.eps, p.attacks) for p in plans(Plan(union='linf:8/255, l2:0.5'))]
   [('linf', '8/255', ('autoattack',)), ('l2', '0.5', ('autoattack',))]
   """
-  asked = f'union {plan.union}'
+  told = f'union {plan.union}'
   if any(attack.stochastic for attack in plan.all_attacks()):
-    raise UserError(f'{asked}: it cannot be measured with autoattack-rand; leave one of them out')
+    raise UserError(f'{told}: it cannot be measured with autoattack-rand; leave one of them out')
   attack = _SECOND if _SECOND in plan.attacks else 'autoattack'
   found: dict[str, Plan] = {}
   for part in plan.union.split(','):
     norm, colon, eps = (text.strip() for text in part.partition(':'))
     if not (norm and colon and eps):
-      raise UserError(f'{asked}: {part.strip()!r} is no norm and radius; write linf:8/255,l2:0.5')
+      raise UserError(f'{told}: {part.strip()!r} is no norm and radius; write linf:8/255,l2:0.5')
     choose('union', norm, NORMS)
     if norm in found:
-      raise UserError(f'{asked}: {norm} stands there twice; its larger ball holds the smaller one')
+      raise UserError(f'{told}: {norm} stands there twice; its larger ball holds the smaller one')
     if not Threat(norm, eps).eps:
-      raise UserError(f'{asked}: {norm}:{eps} leaves nothing to attack')
+      raise UserError(f'{told}: {norm}:{eps} leaves nothing to attack')
     found[norm] = replace(plan, norm=norm, eps=eps, attacks=(attack,))
   if len(found) == 1:
-    raise UserError(f'{asked}: that is one threat; give two or more, or --norm and --eps')
+    raise UserError(f'{told}: that is one threat; give two or more, or --norm and --eps')
   return tuple(found.values())
+
+
+def asked(plan: Plan) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+  """Returns the norm, the radius and the attack of each threat; raises what `plans` raises."""
+  return tuple((each.norm, each.eps, each.attacks) for each in plans(plan))
+
+
+def measure(run: Any, weights: str, split: str) -> list[dict[str, Any]]:
+  """Attacks one set of weights of an `Evaluations` in the ball of every threat of its plan's union.
+
+  Returns the record. Images stay broken over the threats, which are those of the same choice.
+  """
+  found, robust = [], []
+  for plan in plans(run.evaluator.plan):
+    with run.under(plan):
+      (attack,) = plan.all_attacks()
+      found.append(run.evaluate(weights, attack, split, plan.num_examples))
+    with load_arrays(run.folder / found[-1]['verified']['file']) as saved:
+      robust.append(saved['robust'])
+    say(f'{weights:<5} {plan.norm}, eps {plan.eps}  {found[-1]["accuracy"]:.1%}')
+  return [{'weights': weights, 'split': split} | record(found, robust)]
 
 
 def record(each: Sequence[Mapping[str, Any]], robust: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -60,17 +83,9 @@ def record(each: Sequence[Mapping[str, Any]], robust: Sequence[np.ndarray]) -> d
   """
   withstood = np.stack(robust)
   whole = withstood.all(axis=0)
-  count, total = int(whole.sum()), len(whole)
   threats = []
   for place, one in enumerate(each):
     alone = ~withstood[place] & np.delete(withstood, place, axis=0).all(axis=0)
     names = ('norm', 'eps', 'eps_value', 'accuracy', 'num_correct', 'interval', 'verified')
     threats.append({name: one[name] for name in names} | {'broken_alone': int(alone.sum())})
-  return {
-    'attack': each[0]['attack'],
-    'accuracy': count / total,
-    'num_correct': count,
-    'num_examples': total,
-    'interval': list(wilson_interval(count, total)),
-    'threats': threats,
-  }
+  return {'attack': each[0]['attack'], **share(int(whole.sum()), len(whole)), 'threats': threats}

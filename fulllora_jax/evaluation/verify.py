@@ -14,7 +14,7 @@ from fulllora_jax.attacks import Threat
 from fulllora_jax.attacks.progress import DAMAGED
 from fulllora_jax.core.errors import UserError, first_line
 from fulllora_jax.core.files import load_arrays, read_file
-from fulllora_jax.core.statistics import wilson_interval
+from fulllora_jax.core.statistics import share
 from fulllora_jax.evaluation.evaluations import Evaluations, outside
 
 
@@ -134,7 +134,7 @@ def check(
   used = np.where(no_attack[:, None, None, None], saved.x, saved.x_adv)
   clean = run.evaluator.predict(variables, saved.x) == saved.labels
   attacked = run.evaluator.predict(variables, used) == saved.labels
-  right, total = int((clean & attacked).sum()), len(saved.x)
+  right = int((clean & attacked).sum())
   agree = None if saved.robust is None else int((saved.robust == (clean & attacked)).sum())
   return {
     'weights': weights,
@@ -143,10 +143,7 @@ def check(
     'sha256': saved.digest,
     'norm': threat.norm,
     'eps': threat.eps,
-    'num_examples': total,
-    'num_correct': right,
-    'accuracy': right / total,
-    'interval': list(wilson_interval(right, total)),
+    **share(right, len(saved.x)),
     'clean': int(clean.sum()),
     'outside': int((no_attack & known).sum()),
     'no_number': int((~known).sum()),

@@ -5,7 +5,7 @@ from typing import Any
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.console import duration
-from fulllora_jax.reports import certificate, results, shifts, union, verified
+from fulllora_jax.reports import beside, results
 
 
 def sections(report: Mapping[str, Any]) -> Iterator[str]:
@@ -29,9 +29,8 @@ def _found(report: Mapping[str, Any]):
     if evaluation['attack'].startswith('autoattack'):
       found = cascade(evaluation), per_class(evaluation, report['label_names'])
       yield headline(evaluation), found, remarks(evaluation)
-  for part in (verified, union, certificate, shifts):
-    for title, table, lines in part.parts(report):
-      yield title, [table], lines
+  for part in beside.parts(report):
+    yield part.title, [part.table], part.remarks
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:

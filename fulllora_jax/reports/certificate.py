@@ -3,20 +3,22 @@
 Both are of the smoothed model, another than that of the other tables: they are in no headline.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fulllora_jax.core import tables
-from fulllora_jax.reports.drawing import charts, picture
+from fulllora_jax.reports.drawing import charts
 from fulllora_jax.reports.drawing.charts import Chart, Line
+from fulllora_jax.reports.parts import Part
 
 NAME = 'Certified and attacked: the smoothed model'
+PICTURE = 'certified'
+NOTE = 'Of the smoothed model; the shade is the 95 % Wilson interval of the choice of images.'
 _BOUNDS = {'certified': ('at least', 'clean', ''), 'attacked': ('at most', 'robust', 'dashed')}
 
 
-def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], list[str]]]:
-  """Yields the title, the table and the remarks of each certificate of a report.json."""
+def parts(report: Mapping[str, Any]) -> Iterator[Part]:
+  """Yields what is said of each certificate of a report.json."""
   for found in report.get('certificates') or ():
     title = (
       f'{NAME}. {found["weights"]}, sigma {found["sigma"]:g}: bounds on the L2 robust accuracy of '
@@ -31,7 +33,7 @@ def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], lis
       for point in found['curve']
       if 'attacked' in point
     ]
-    yield title, rows, list(_remarks(found))
+    yield Part(title, rows, list(_remarks(found)), _chart(found))
 
 
 def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
@@ -58,20 +60,13 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
   yield from found['notes']
 
 
-def curves(report: Mapping[str, Any]) -> Iterator[Chart]:
-  """Yields a chart of both bounds against the radius for each certificate."""
-  for found in report.get('certificates') or ():
-    lines = []
-    for name, (words, colour, look) in _BOUNDS.items():
-      known = [p for p in found['curve'] if name in p]
-      points = [(p['radius'], 100 * p[name]) for p in known]
-      band = [(100 * low, 100 * high) for low, high in (p[f'{name}_interval'] for p in known)]
-      lines.append(Line(f'{name} ({words})', points, colour, look, name == 'attacked', band))
-    title = f'{found["weights"]}, smoothed with sigma {found["sigma"]:g} (%)'
-    yield charts.line_chart(title, lines, 'L2 radius, pixels in [0, 1]')
-
-
-def draw(report: Mapping[str, Any], path: str | os.PathLike) -> None:
-  """Draws the curves of a report to an SVG file."""
-  note = 'Of the smoothed model; the shade is the 95 % Wilson interval of the choice of images.'
-  picture.save_charts(path, list(curves(report)), note)
+def _chart(found: Mapping[str, Any]) -> Chart:
+  """Returns a chart of both bounds against the radius."""
+  lines = []
+  for name, (words, colour, look) in _BOUNDS.items():
+    known = [p for p in found['curve'] if name in p]
+    points = [(p['radius'], 100 * p[name]) for p in known]
+    band = [(100 * low, 100 * high) for low, high in (p[f'{name}_interval'] for p in known)]
+    lines.append(Line(f'{name} ({words})', points, colour, look, name == 'attacked', band))
+  title = f'{found["weights"]}, smoothed with sigma {found["sigma"]:g} (%)'
+  return charts.line_chart(title, lines, 'L2 radius, pixels in [0, 1]')

@@ -12,10 +12,9 @@ from typing import Any
 
 from fulllora_jax.core import tables
 from fulllora_jax.core.files import as_path, os_errors, replace_file
-from fulllora_jax.reports import attack_report, certificate, facts, pictures, results, shifts
+from fulllora_jax.reports import attack_report, beside, facts, pictures, results
 
 _CURVES, _EXAMPLES = 'curves.svg', 'examples.svg'
-_CERTIFIED, _CORRUPTED = 'certified.svg', 'corrupted.svg'
 _EXAMPLES_NOTE = (
   'Each column is one image with its label; what the attack made of it against the adapted model; '
   'what the base and the adapted model predict when each is attacked itself; and the difference, '
@@ -48,7 +47,8 @@ def write_report(
   directory = as_path(workdir)
   # The numbers first: no fault in a picture can lose them.
   write_numbers(directory, report)
-  for name in (_CURVES, _EXAMPLES, _CERTIFIED, _CORRUPTED):
+  others = [f'{module.PICTURE}.svg' for module in beside.SAID if module.PICTURE]
+  for name in (_CURVES, _EXAMPLES, *others):
     with os_errors(directory):
       (directory / name).unlink(missing_ok=True)
   drawn = []
@@ -59,12 +59,8 @@ def write_report(
   if examples is not None:
     pictures.draw_examples(examples, directory / _EXAMPLES)
     drawn += [f'![Adversarial examples]({_EXAMPLES})', _EXAMPLES_NOTE]
-  if report.get('certificates'):
-    certificate.draw(report, directory / _CERTIFIED)
-    drawn.append(f'![Certified and attacked]({_CERTIFIED})')
-  if report.get('corruptions'):
-    shifts.draw(report, directory / _CORRUPTED)
-    drawn.append(f'![Accuracy under corruptions]({_CORRUPTED})')
+  for title, path in beside.draw(report, lambda name: directory / f'{name}.svg'):
+    drawn.append(f'![{title}]({path.name})')
   path = directory / 'report.md'
   replace_file(path, _markdown(report, drawn).encode())
   return path

@@ -1,6 +1,5 @@
 """Accuracy on corrupted images and on other test sets, as text and pictures."""
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,18 +7,21 @@ import numpy as np
 from PIL import Image
 
 from fulllora_jax.core import tables
-from fulllora_jax.reports.drawing import axes, images, picture
+from fulllora_jax.reports.drawing import axes, images
 from fulllora_jax.reports.drawing.charts import Chart, coloured
 from fulllora_jax.reports.drawing.markup import join, tag
+from fulllora_jax.reports.parts import Part
 
 NAME = 'Corruptions and other test sets'
+PICTURE = 'corrupted'
+NOTE = 'Accuracy without an attack; the corruptions are those of Hendrycks and Dietterich, 2019.'
 _ROW, _CELL, _LEFT, _TOP = 22, 64, 170, 24  # pixels, of the table of colours
 _COLUMNS, _SIDE, _PLACE = 4, 88, 112  # images in a row, an image, and its place with the words
 _THUMBNAIL = 96  # pixels, the most of an image in the page
 
 
-def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], list[str]]]:
-  """Yields the title, the table and the remarks of each set of weights of a report.json."""
+def parts(report: Mapping[str, Any]) -> Iterator[Part]:
+  """Yields what is said of each set of weights of a report.json."""
   for found in report.get('corruptions') or ():
     mean = tables.with_interval(found['mean'], found['interval'])
     title = (
@@ -31,7 +33,7 @@ def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], lis
       [row['name'], *(f'{100 * share:.1f}' for share in (*row['accuracies'], row['mean']))]
       for row in found['corruptions']
     ]
-    yield title, rows, list(_remarks(found))
+    yield Part(title, rows, list(_remarks(found)), _heat(found))
   if sets := report.get('shifts') or ():
     rows = [['test set', 'weights', 'accuracy', 'n', 'classes']]
     rows += [
@@ -46,7 +48,7 @@ def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], lis
     ]
     lines = ['where a set has a part of the classes, the logits of the others are masked']
     lines += [f'{e["weights"]}, {e["name"]}: {note}' for e in sets for note in e['notes']]
-    yield 'Other test sets', rows, lines
+    yield Part('Other test sets', rows, lines)
 
 
 def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
@@ -62,26 +64,25 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
   yield from found['notes']
 
 
-def heat(report: Mapping[str, Any]) -> Iterator[Chart]:
-  """Yields, for each set of weights, the accuracies as squares that are darker where it is high."""
-  for found in report.get('corruptions') or ():
-    content = [
-      axes.text(_LEFT + _CELL * (severity + 0.5), 14, f'severity {severity + 1}', look='small')
-      for severity in range(5)
-    ]
-    for place, row in enumerate(found['corruptions']):
-      top = _TOP + _ROW * place
-      content.append(axes.text(_LEFT - 8, top + 15, row['name'].replace('_', ' '), 'end', 'strong'))
-      for severity, share in enumerate(row['accuracies']):
-        words = f'{row["name"]}, severity {severity + 1}: {100 * share:.1f} %'
-        box = {'x': _LEFT + _CELL * severity, 'y': top, 'width': _CELL - 2, 'height': _ROW - 2}
-        shade = round(0.75 * share, 3)
-        square = tag('rect', tag('title', words), **box, class_='fill', fill_opacity=shade)
-        middle = _LEFT + _CELL * (severity + 0.5) - 1
-        content += [coloured('robust', square), axes.text(middle, top + 15, f'{100 * share:.0f}')]
-    title = f'{found["weights"]}: accuracy (%) under each corruption'
-    label = f'{title}, a row for a corruption, a column for a severity'
-    yield Chart(title, label, _TOP + _ROW * len(found['corruptions']) + 4, join(content))
+def _heat(found: Mapping[str, Any]) -> Chart:
+  """Draws accuracies as squares that are darker where they are high."""
+  content = [
+    axes.text(_LEFT + _CELL * (severity + 0.5), 14, f'severity {severity + 1}', look='small')
+    for severity in range(5)
+  ]
+  for place, row in enumerate(found['corruptions']):
+    top = _TOP + _ROW * place
+    content.append(axes.text(_LEFT - 8, top + 15, row['name'].replace('_', ' '), 'end', 'strong'))
+    for severity, share in enumerate(row['accuracies']):
+      words = f'{row["name"]}, severity {severity + 1}: {100 * share:.1f} %'
+      box = {'x': _LEFT + _CELL * severity, 'y': top, 'width': _CELL - 2, 'height': _ROW - 2}
+      shade = round(0.75 * share, 3)
+      square = tag('rect', tag('title', words), **box, class_='fill', fill_opacity=shade)
+      middle = _LEFT + _CELL * (severity + 0.5) - 1
+      content += [coloured('robust', square), axes.text(middle, top + 15, f'{100 * share:.0f}')]
+  title = f'{found["weights"]}: accuracy (%) under each corruption'
+  label = f'{title}, a row for a corruption, a column for a severity'
+  return Chart(title, label, _TOP + _ROW * len(found['corruptions']) + 4, join(content))
 
 
 def gallery(shown: Mapping[str, np.ndarray]) -> Chart:
@@ -105,11 +106,3 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
   small = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
   small.thumbnail((_THUMBNAIL, _THUMBNAIL))
   return np.asarray(small).reshape(small.height, small.width, -1) / 255
-
-
-def draw(
-  report: Mapping[str, Any], path: str | os.PathLike, shown: Mapping[str, np.ndarray] | None = None
-) -> None:
-  """Draws the accuracies of a report to an SVG file, and one image where it is given."""
-  note = 'Accuracy without an attack; the corruptions are those of Hendrycks and Dietterich, 2019.'
-  picture.save_charts(path, [*heat(report), *([gallery(shown)] if shown else [])], note)

@@ -5,12 +5,13 @@ from typing import Any
 
 from fulllora_jax.core import tables
 from fulllora_jax.reports import results
+from fulllora_jax.reports.parts import Part
 
-NAME = 'The union of several threats'
+NAME, PICTURE, NOTE = 'The union of several threats', '', ''
 
 
-def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], list[str]]]:
-  """Yields the title, the table and the remarks of each union of a report.json."""
+def parts(report: Mapping[str, Any]) -> Iterator[Part]:
+  """Yields what is said of each union of a report.json."""
   for found in report.get('unions') or ():
     low, high = (f'{100 * end:.1f}' for end in found['interval'])
     title = (
@@ -26,7 +27,7 @@ def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], lis
       ]
       for threat in found['threats']
     ]
-    yield title, rows, [_checked(found)]
+    yield Part(title, rows, [_checked(found)])
 
 
 def _checked(found: Mapping[str, Any]) -> str:

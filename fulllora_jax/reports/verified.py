@@ -4,10 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fulllora_jax.reports import results
+from fulllora_jax.reports.parts import Part
+
+NAME, PICTURE, NOTE = 'Saved adversarial images', '', ''
 
 
-def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], list[str]]]:
-  """Yields the title, the table and the remarks for each set of weights of a report.json."""
+def parts(report: Mapping[str, Any]) -> Iterator[Part]:
+  """Yields what is said of each set of weights of a report.json."""
   for found in report.get('verified') or ():
     total, low, high = found['num_examples'], *(f'{100 * end:.1f}' for end in found['interval'])
     title = (
@@ -18,7 +21,7 @@ def parts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]], lis
     rows = [['right without them', 'outside ball or box', 'no number', 'agree with the file']]
     agree = '' if found['agree'] is None else f'{found["agree"]} of {total}'
     rows.append([str(found['clean']), str(found['outside']), str(found['no_number']), agree])
-    yield title, rows, list(_remarks(found))
+    yield Part(title, rows, list(_remarks(found)))
 
 
 def _remarks(found: Mapping[str, Any]) -> Iterator[str]:

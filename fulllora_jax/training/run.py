@@ -1,10 +1,9 @@
 """The whole job: base, adversarial finetuning, evaluation, report."""
 
-import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fulllora_jax.core.console import say, warn
 from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
 from fulllora_jax.evaluation import closer_look, finished_run, settings
-from fulllora_jax.evaluation.smoothing import Smoothing
+from fulllora_jax.evaluation.measurements import Measurement, lacking
 from fulllora_jax.reports import page, report
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import checks, clean_phase, overfitting
@@ -67,8 +66,8 @@ def _run(config, workdir: Path, dataset: data.Dataset | None) -> dict[str, Any]:
   result = processes.from_primary(finished_report, workdir)
   if result is not None:
     say(f'{workdir} holds a finished run of this config')
-    if any(lacks(config, result) for lacks in (lacks_expected, lacks_certificates, lacks_others)):
-      result = _add_missing(config, workdir, dataset, result)
+    if missing := lacking(config, result):
+      result = _add_missing(config, workdir, dataset, result, missing)
   else:
     config = config_lib.copy(config)
     opened = processes.everywhere(base_lib.open_base, config, workdir)
@@ -128,54 +127,21 @@ def _write(run: finished_run.FinishedRun, result: dict[str, Any], examples) -> d
   return result | found
 
 
-def lacks_expected(config, result: Mapping[str, Any]) -> bool:
-  """Returns whether a finished run was not asked for the expected robustness that is asked now."""
-  plan = settings.Plan.of(config)
-  if not plan.expected or 'evaluations' not in result:  # or it diverged
-    return False
-  attack, there = plan.expected_attack(), result.get('expected', ())
-  return (attack.name, attack.steps) not in ((e['attack'], e['steps']) for e in there)
-
-
-def lacks_certificates(config, result: Mapping[str, Any]) -> bool:
-  """Returns whether a finished run was not asked for the certificates that are asked now."""
-  if not config.eval.certify or 'evaluations' not in result:
-    return False
-  asked = dataclasses.asdict(Smoothing.parse(config.eval.certify))
-  return not any(asked.items() <= each.items() for each in result.get('certificates', ()))
-
-
-def lacks_others(
-  config, result: Mapping[str, Any], names=('union', 'corruptions', 'shifts')
-) -> bool:
-  """Returns whether a finished run was not asked for the union or the images that are asked now."""
-  if 'evaluations' not in result:
-    return False
-  before = result['config']['eval']
-  asked = ((name, config.eval[name]) for name in names)
-  return any(text and before.get(name, '') != text for name, text in asked)
-
-
-def _add_missing(config, workdir: Path, dataset, result: dict[str, Any]) -> dict[str, Any]:
+def _add_missing(
+  config, workdir: Path, dataset, result: dict[str, Any], missing: Sequence[Measurement]
+) -> dict[str, Any]:
   """Measures what a finished run was not asked for before, and adds it to its report."""
   dataset = of_run.hold(workdir, dataset or base_lib.open_dataset(config))
   plan = settings.Plan.of(config)
   run = finished_run.FinishedRun(config, workdir, dataset, plan)
-  weights = dict.fromkeys(e['weights'] for e in result['evaluations'])
-  if lacks_expected(config, result):
-    result['expected'] = [run.expected_robustness(name, 'test') for name in weights]
-    result['config']['eval']['expected'] = plan.expected
+  weights = list(dict.fromkeys(e['weights'] for e in result['evaluations']))
+  for each in missing:
+    each.open(run, 'test')
+  for each in missing:
+    result[each.key] = run.measure(each, weights, 'test')
+    result['config']['eval'][each.field] = config.eval[each.field]
+  if any(each.at_each_eps for each in missing):
     result.pop('radii', None)  # of another attack
-  if lacks_certificates(config, result):
-    result['certificates'] = [run.certificate(name, 'test') for name in weights]
-    result['config']['eval']['certify'] = plan.certify
-  if lacks_others(config, result, ('union',)):
-    result['unions'] = [run.union(name, 'test') for name in weights]
-    result['config']['eval']['union'] = plan.union
-  if lacks_others(config, result, ('corruptions', 'shifts')):
-    run.natural.measure(list(weights), 'test')
-    result |= run.natural.records
-    result['config']['eval'] |= {'corruptions': plan.corruptions, 'shifts': plan.shifts}
   return _write(run, result, run.examples(settings.picture_attack(plan.all_attacks())))
 
 

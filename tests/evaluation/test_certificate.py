@@ -14,7 +14,7 @@ from fulllora_jax import data
 from fulllora_jax.core import files
 from fulllora_jax.core.statistics import clopper_pearson
 from fulllora_jax.distributed import mesh
-from fulllora_jax.evaluation import certificate, checks
+from fulllora_jax.evaluation import certificate, checks, measurements
 from fulllora_jax.evaluation.certificate import Certifier, State
 from fulllora_jax.evaluation.diagnosis import examine
 from fulllora_jax.evaluation.evaluator import Evaluator
@@ -262,7 +262,7 @@ def test_the_command_certifies_and_a_killed_one_goes_on(evaluate, tmp_path, caps
   assert 'model, sigma 0.25: bounds on the L2 robust accuracy of 12 test images' in said
   assert 'it is another model than that of the other tables' in said
   folder = tmp_path / 'whole' / 'evaluations'
-  assert f'certified and attacked: {folder}/001-certified.svg' in said
+  assert f'Certified and attacked: the smoothed model: {folder}/001-certified.svg' in said
   assert 'certified (at least)' in (folder / '001-certified.svg').read_text()
   # Killed in the draws, then in the attack.
   monkeypatch.setattr(certificate, '_KEPT_EVERY', 0.0)
@@ -280,7 +280,7 @@ def test_the_command_certifies_and_a_killed_one_goes_on(evaluate, tmp_path, caps
   for _ in range(2):
     with pytest.raises(KeyboardInterrupt):
       evaluate(*ASKED, CERTIFY, f'--workdir={tmp_path}/killed')
-    [kept] = (tmp_path / 'killed').rglob('radii.npz')
+    [kept] = (tmp_path / 'killed').rglob('state.npz')
   with files.load_arrays(kept) as saved:
     assert saved['done'][0] == 2640 and saved['done'][2] > 0
   assert evaluate(*ASKED, CERTIFY, f'--workdir={tmp_path}/killed')['certificates'] == [found]
@@ -339,14 +339,14 @@ def test_a_finished_run_gets_it_when_it_is_asked_for(finished_copy, small_config
   assert [found['weights'] for found in result['certificates']] == ['base', 'best', 'last']
   text, page = ((finished_copy / f'report.{kind}').read_text() for kind in ('md', 'html'))
   assert '| L2 radius | certified (at least) | attacked (at most) |' in text
-  assert '![Certified and attacked](certified.svg)' in text
+  assert '![Certified and attacked: the smoothed model](certified.svg)' in text
   assert 'best, smoothed with sigma 0.1 (%)' in (finished_copy / 'certified.svg').read_text()
   assert 'Certified and attacked: the smoothed model' in page and 'another model than' in page
   assert 'smooth' not in results.headline(result)
   # Once it is there, it is not measured again; with another noise it is.
-  assert not run_lib.lacks_certificates(small_config, result)
+  assert not measurements.lacking(small_config, result)
   small_config.eval.certify = 'sigma=0.2,n0=10,n=20'
-  assert run_lib.lacks_certificates(small_config, result)
+  assert measurements.lacking(small_config, result)
 
 
 @pytest.mark.usefixtures('short')

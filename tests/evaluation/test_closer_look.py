@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fulllora_jax import config
-from fulllora_jax.evaluation import closer_look, eps_sweep, evaluator, finished_run
+from fulllora_jax.evaluation import closer_look, eps_sweep, evaluator, expected, finished_run
 from fulllora_jax.evaluation.settings import Plan
 
 
@@ -61,7 +61,7 @@ def test_what_expected_robustness_attacked_is_not_attacked_again(
   monkeypatch.setattr(eps_sweep.EpsSweep, 'outcome', counted)
   plan = dataclasses.replace(Plan.of(run.config), expected='pgd-3', eps='2.5/255')
   run.evaluator = evaluator.Evaluator(run.evaluator.apply, plan, run.mesh)
-  found = [run.expected_robustness(weights, 'test') for weights in ('base', 'best')]
+  found = [expected.measure(run, weights, 'test')[0] for weights in ('base', 'best')]
   assert attacked == [0.4, 0.8, 1.0] * 2
   attacked.clear()
   run.config.eval.radii = (0.5, 1.0, 2.0)

@@ -11,9 +11,10 @@ from fulllora_jax import data
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.distributed import mesh
-from fulllora_jax.evaluation import checks, eps_sweep, expected
+from fulllora_jax.evaluation import checks, eps_sweep, expected, measurements
 from fulllora_jax.evaluation.eps_sweep import Climb
 from fulllora_jax.evaluation.evaluations import Evaluations
+from fulllora_jax.evaluation.kept import Kept
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.reports import report as report_lib
 from fulllora_jax.reports import results
@@ -59,7 +60,7 @@ class Linear(Evaluations):
 def test_it_is_that_of_the_exact_radii_of_a_linear_model(tmp_path, norm, eps, radii):
   points = np.array([0.0, *radii]) / 255
   plan = Plan(norm=norm, eps=eps, step_size=str(points[-1] / 4), expected='pgd-40', batch_size=32)
-  record = Linear(plan, tmp_path).expected_robustness('model', 'test')
+  record = expected.measure(Linear(plan, tmp_path), 'model', 'test')[0]
   own = np.abs(SIGNED) / np.linalg.norm(WEIGHTS, 1 if norm == 'linf' else 2)
   own = np.where((SIGNED > 0) == LABELS, own, -1.0)  # of what is wrong without an attack
   right = (own[:, None] > points).mean(axis=0)
@@ -156,7 +157,7 @@ def test_the_command_measures_it_and_a_killed_one_goes_on(evaluate, attacked, tm
   attacked.left = 3
   with pytest.raises(KeyboardInterrupt):
     evaluate(*ASKED, f'--workdir={tmp_path}/killed')
-  [kept] = (tmp_path / 'killed').rglob('radii.npz')
+  [kept] = (tmp_path / 'killed').rglob('state.npz')
   attacked.clear()
   attacked.left = -1
   assert evaluate(*ASKED, f'--workdir={tmp_path}/killed')['expected'] == whole['expected']
@@ -166,13 +167,13 @@ def test_the_command_measures_it_and_a_killed_one_goes_on(evaluate, attacked, tm
 
 def test_what_is_kept_of_another_model_is_not_taken_up(tmp_path):
   climb = Climb(np.array([0.5]), *np.ones((3, 2), int), np.ones(2))
-  kept = expected.Kept(tmp_path, np.eye(2, dtype=np.float32))
+  kept = Kept(tmp_path, np.eye(2, dtype=np.float32), Climb)
   assert kept.read() is None
   kept.write(climb)
   for ours, whole in zip(kept.read(), climb, strict=True):
     np.testing.assert_array_equal(ours, whole)
-  assert expected.Kept(tmp_path, 1 - np.eye(2, dtype=np.float32)).read() is None
-  (tmp_path / 'radii.npz').write_bytes(b'torn')
+  assert Kept(tmp_path, 1 - np.eye(2, dtype=np.float32), Climb).read() is None
+  (tmp_path / 'state.npz').write_bytes(b'torn')
   assert kept.read() is None
 
 
@@ -212,6 +213,6 @@ def test_a_finished_run_gets_it_when_it_is_asked_for(finished_copy, small_config
   assert '<dt>Expected robustness</dt>' in page and '25/255' in page
   assert (finished_copy / 'examples.svg').exists()
   # Once it is there, it is not measured again.
-  assert not run_lib.lacks_expected(small_config, result)
+  assert not measurements.lacking(small_config, result)
   report_lib.write_numbers(finished_copy, result | {'seed': 'kept'})
   assert run_lib.train_and_evaluate(small_config, finished_copy, digits)['seed'] == 'kept'

@@ -13,7 +13,7 @@ from fulllora_jax import config as config_lib
 from fulllora_jax import data
 from fulllora_jax.data import corruptions
 from fulllora_jax.distributed import mesh
-from fulllora_jax.evaluation import checks, closer_look, natural, shifts
+from fulllora_jax.evaluation import checks, closer_look, measurements, natural, shifts
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.evaluation.shifts import Cell, State
@@ -224,13 +224,16 @@ def test_a_finished_run_gets_them_when_they_are_asked_for(
   assert [found['weights'] for found in result['corruptions']] == ['base', 'best', 'last']
   assert [found['weights'] for found in result['shifts']] == ['base', 'best', 'last']
   text, page = ((finished_copy / f'report.{kind}').read_text() for kind in ('md', 'html'))
-  assert '| corruption | severity 1 |' in text and '![Accuracy under corruptions]' in text
+  assert (
+    '| corruption | severity 1 |' in text
+    and '![Corruptions and other test sets](corrupted.svg)' in text
+  )
   assert '| test set | weights | accuracy | n | classes |' in text
   assert 'best: accuracy (%) under each corruption' in (finished_copy / 'corrupted.svg').read_text()
   assert 'One test image under each corruption' in page and 'Other test sets' in page
-  assert not run_lib.lacks_others(small_config, result)
+  assert not measurements.lacking(small_config, result)
   small_config.eval.corruptions = 'all'
-  assert run_lib.lacks_others(small_config, result)
+  assert measurements.lacking(small_config, result)
 
 
 def test_the_page_shows_the_image_that_is_evaluated(digits):
@@ -238,7 +241,7 @@ def test_the_page_shows_the_image_that_is_evaluated(digits):
     evaluator = dataclasses.make_dataclass('E', ['plan'])(Plan(corruptions='fog', seed=3))
     dataset = digits
 
-  shown = natural.Natural(Run(), None, None).examples()
+  shown = natural.examples(Run())
   assert list(shown) == ['clean', 'fog']
   made = corruptions.corrupted(digits.test, 'fog', 3, 3).fetch(np.array([0]))[0]
   np.testing.assert_array_equal(np.round(shown['fog'] * 255), made)

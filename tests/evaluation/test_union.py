@@ -9,7 +9,7 @@ import pytest
 from fulllora_jax.attacks import ensemble
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import wilson_interval
-from fulllora_jax.evaluation import union
+from fulllora_jax.evaluation import measurements, union
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.training import run as run_lib
 
@@ -104,9 +104,9 @@ def test_a_finished_run_gets_it(finished_copy, small_config, digits, one_device)
   text, page = ((finished_copy / f'report.{kind}').read_text() for kind in ('md', 'html'))
   assert '### The union of several threats (autoattack, worst case), best: ' in text
   assert '| l2, eps 0.2 |' in text and 'images withstand all' in page
-  assert not run_lib.lacks_others(small_config, result)
+  assert not measurements.lacking(small_config, result)
   small_config.eval.union = 'linf:0.05,l2:0.3'
-  assert run_lib.lacks_others(small_config, result)
+  assert measurements.lacking(small_config, result)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import read_file, replace_file
 from fulllora_jax.data import of_run
 from fulllora_jax.distributed import processes
+from fulllora_jax.evaluation.measurements import lacking
 from fulllora_jax.experiments.compare import passes, plan, table
 from fulllora_jax.reports.page.comparison import comparison_page
 from fulllora_jax.training import base as base_lib
@@ -130,7 +131,7 @@ def _check_base(comparison, workdir: Path, reports: table.Reports) -> None:
 def _execute(runs: Sequence[plan.Run], directory: Path) -> None:
   """Trains and evaluates each run that is not finished; each resumes."""
   found = [(run, report_of(run)) for run in runs]
-  todo = [run for run, r in found if r is None or run_lib.lacks_expected(run.config, r)]
+  todo = [run for run, r in found if r is None or lacking(run.config, r)]
   dataset = None
   if len(todo) < len(runs):
     say(f'{len(runs) - len(todo)} of {len(runs)} runs are finished already')

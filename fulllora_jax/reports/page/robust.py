@@ -1,14 +1,15 @@
 """Sections on robustness: against eps, by class, image by image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fulllora_jax.core import tables
-from fulllora_jax.reports import certificate, curves, results, shifts, union
+from fulllora_jax.reports import curves, results
 from fulllora_jax.reports.drawing import charts, images
 from fulllora_jax.reports.drawing.charts import Bars, Chart
 from fulllora_jax.reports.drawing.markup import Markup, join, limited, tag
 from fulllora_jax.reports.page import document
+from fulllora_jax.reports.parts import Part
 
 _MAX_CLASSES = 20  # drawn; more are in a table alone
 
@@ -102,35 +103,15 @@ def _sentences(lines: Sequence[str]) -> str:
   return f'{". ".join(line[0].upper() + line[1:] for line in lines)}.'
 
 
-def unions(report: Mapping[str, Any]) -> Markup | None:
-  """Shows what withstands several threats, and each."""
-  shown = [
-    join(document.table(table, title), document.note(_sentences(lines)))
-    for title, table, lines in union.parts(report)
-  ]
-  return join(shown) if shown else None
-
-
-def certificates(report: Mapping[str, Any]) -> Markup | None:
-  """Draws both bounds on the robust accuracy of each smoothed model."""
-  found = zip(certificate.curves(report), certificate.parts(report), strict=True)
-  shown = [_with_table(chart, _sentences(lines), table) for chart, (_, table, lines) in found]
-  return join(shown) if shown else None
-
-
-def shifted(report: Mapping[str, Any], examples: Mapping[str, Any]) -> Markup | None:
-  """Draws the accuracy under corruptions, one image of them, and that on other test sets."""
-  shown, heat = [], shifts.heat(report)
-  if examples.get('corrupted'):
-    shown.append(document.figure(shifts.gallery(examples['corrupted']), single=True))
-  for title, table, lines in shifts.parts(report):
-    note = _sentences((title, *lines))
-    chart = next(heat, None)
-    shown += (
-      [_with_table(chart, note, table)]
-      if chart
-      else [document.table(table, title), document.note(note)]
-    )
+def beside(found: Iterable[Part], first: Chart | None = None) -> Markup | None:
+  """Shows what was measured beside the attacks: the `first` chart, then the parts of a module."""
+  shown = [document.figure(first, single=True)] if first else []
+  for part in found:
+    note = _sentences((part.title, *part.remarks))
+    if part.chart:
+      shown.append(_with_table(part.chart, note, part.table))
+    else:
+      shown += [document.table(part.table, part.title), document.note(_sentences(part.remarks))]
   return join(shown) if shown else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_jax.core.files import as_path, os_errors, replace_file
-from fulllora_jax.reports import certificate, curves, facts, results, shifts, union
+from fulllora_jax.reports import beside, curves, facts, results, shifts
 from fulllora_jax.reports.drawing.markup import Markup, join, tag
 from fulllora_jax.reports.page import document, layers, robust
 
@@ -56,9 +56,7 @@ def run_page(
     ('results', 'Results', _results(report)),
     ('curves', 'Learning curves', _learning(report, history)),
     ('radii', 'Robust accuracy against eps', robust.radii(report)),
-    ('unions', union.NAME, robust.unions(report)),
-    ('certificates', certificate.NAME, robust.certificates(report)),
-    ('shifts', shifts.NAME, robust.shifted(report, extreme_examples or {})),
+    *_beside(report, (extreme_examples or {}).get('corrupted')),
     ('classes', 'Class by class', robust.classes(report)),
     ('images', 'The most and the least robust images', examples),
     ('layers', layers.title(report), layers.influence(report)),
@@ -69,6 +67,14 @@ def run_page(
   version = (report.get('versions') or {}).get('fulllora_jax', '')
   footer = f'Made by fulllora_jax {version}. All numbers are in report.json.'
   return document.document(title, results.headline(report), sections, footer)
+
+
+def _beside(report: Mapping[str, Any], corrupted) -> Iterator[tuple[str, str, Markup | None]]:
+  """Yields a section for each kind of measurement beside the attacks."""
+  for module in beside.SAID:
+    first = shifts.gallery(corrupted) if module is shifts and corrupted else None
+    name = module.__name__.rpartition('.')[2]
+    yield name, module.NAME, robust.beside(module.parts(report), first)
 
 
 def _results(report: Mapping[str, Any]) -> Markup:
