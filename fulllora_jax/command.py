@@ -177,7 +177,7 @@ def _crash(error: Exception) -> None:
     processes.leave(1)
 
 
-def start_up(*, every_core: bool = True) -> None:
+def start_up(*, every_core: bool = True, beside_torch: bool = False) -> None:
   """Sets JAX up, before it is used for the first time.
 
   Compiled programs are kept on disk, in the user's cache directory;
@@ -186,10 +186,16 @@ def start_up(*, every_core: bool = True) -> None:
   Args:
     every_core: a CPU counts as one device for each core, 8 at most: small models run faster so than
       with threads inside of each operation. JAX_NUM_CPU_DEVICES decides where it is set.
+    beside_torch: JAX computes on one device, the processor, and leaves GPUs and their memory to a
+      model of PyTorch. JAX_PLATFORMS decides where it is set.
   """
   import jax
 
-  if every_core and 'JAX_NUM_CPU_DEVICES' not in os.environ:
+  if beside_torch:
+    jax.config.update('jax_num_cpu_devices', 1)
+    if not os.environ.get('JAX_PLATFORMS'):
+      jax.config.update('jax_platforms', 'cpu')
+  elif every_core and 'JAX_NUM_CPU_DEVICES' not in os.environ:
     cores = len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count()
     jax.config.update('jax_num_cpu_devices', min(cores or 1, 8))
   default = os.path.join(

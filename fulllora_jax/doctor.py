@@ -3,6 +3,7 @@
   python -m fulllora_jax.doctor --workdir runs/digits
   python -m fulllora_jax.doctor --logits my_model:logits --data cifar10 \\
       --image_size 32 --eps 8/255
+  python -m fulllora_jax.doctor --torch my_model:model --data cifar10 --image_size 32
 
 Says for each check what was seen, why it matters and what to do. Exits with 1
 if something is wrong, with 2 on bad input.
@@ -19,15 +20,21 @@ from fulllora_jax.core import errors
 
 def define_flags() -> None:
   """Defines what is examined, and under which threat."""
-  flags.DEFINE_string('workdir', None, 'Of the run; with --logits, of its evaluations.')
+  flags.DEFINE_string('workdir', None, 'Of the run; with --logits or --torch, of its evaluations.')
   flags.DEFINE_string('weights', 'best', 'base, best or last.')
   flags.DEFINE_string(
     'logits',
     None,
     'module:function of images float32 [B, H, W, C] in [0, 1] to logits [B, K], in place of a run.',
   )
-  flags.DEFINE_string('data', None, 'With --logits: a tfds set, or folder:...')
-  flags.DEFINE_integer('image_size', None, 'With --logits, in pixels.')
+  flags.DEFINE_string(
+    'torch',
+    None,
+    'module:name of a PyTorch model of images float32 [B, C, H, W] in [0, 1] to logits [B, K], or '
+    'of a function that makes it, in place of a run.',
+  )
+  flags.DEFINE_string('data', None, 'With --logits or --torch: a tfds set, or folder:...')
+  flags.DEFINE_integer('image_size', None, 'With --logits or --torch, in pixels.')
   flags.DEFINE_string('data_dir', None, 'Default: as the run.')
   flags.DEFINE_string('norm', None, 'linf or l2. Default: as the run.')
   flags.DEFINE_string('eps', None, 'In [0, 1] pixels. Default: as the run.')
@@ -40,13 +47,15 @@ def main(argv: Sequence[str]) -> None:
   """Examines, prints the findings, and exits with 1 if one is wrong."""
   del argv
   given = flags.FLAGS
+  from fulllora_jax.evaluation import users_function
   from fulllora_jax.evaluation.diagnosis.examine import examine_and_say
   from fulllora_jax.training import workdir
 
-  command.start_up()
+  command.start_up(beside_torch=bool(given.torch))
+  given.logits = users_function.asked(given.logits, given.torch)
   if not given.logits and not given.workdir:
     raise errors.UserError(
-      '--workdir: give the work directory of a run, or --logits=module:function'
+      '--workdir: give the work directory of a run, or --logits or --torch=module:function'
     )
   asked = {'threat.norm': given.norm, 'threat.eps': given.eps}
   config = workdir.config_of(given, asked | {'data.dir': given.data_dir})

@@ -9,6 +9,8 @@
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --union linf:8/255,l2:0.5
   python -m fulllora_jax.evaluate --logits my_model:logits --data cifar10 \\
       --attack autoattack --num_examples 1000 --workdir evaluated/my_model
+  python -m fulllora_jax.evaluate --torch my_model:model --data cifar10 --image_size 32 \\
+      --attack autoattack --num_examples 1000 --workdir evaluated/my_model
 
 The table goes to the terminal, the whole result, the picture of an eps sweep and the adversarial
 images of AutoAttack to WORKDIR/evaluations/. A killed AutoAttack goes on with the same command.
@@ -27,7 +29,9 @@ _BESIDE = ('expected', 'certify', 'union', 'corruptions', 'shifts')
 
 def define_flags() -> None:
   """Defines what is evaluated, and under what."""
-  flags.DEFINE_string('workdir', None, 'Of the run; with --logits, where the result goes.')
+  flags.DEFINE_string(
+    'workdir', None, 'Of the run; with --logits or --torch, where the result goes.'
+  )
   flags.DEFINE_list(
     'attack',
     [],
@@ -90,8 +94,14 @@ def define_flags() -> None:
     'module:function of images float32 [B, H, W, C] in [0, 1] to logits '
     '[B, K], to evaluate in place of a run.',
   )
-  flags.DEFINE_string('data', None, 'With --logits: a tfds set, or folder:...')
-  flags.DEFINE_integer('image_size', None, 'With --logits, in pixels.')
+  flags.DEFINE_string(
+    'torch',
+    None,
+    'module:name of a PyTorch model of images float32 [B, C, H, W] in [0, 1] to logits [B, K], or '
+    'of a function that makes it, to evaluate in place of a run.',
+  )
+  flags.DEFINE_string('data', None, 'With --logits or --torch: a tfds set, or folder:...')
+  flags.DEFINE_integer('image_size', None, 'With --logits or --torch, in pixels.')
   flags.DEFINE_string('data_dir', None, 'Default: as the run.')
   flags.mark_flag_as_required('workdir')
 
@@ -100,16 +110,25 @@ def main(argv: Sequence[str]) -> None:
   """Reads the flags into a config, then evaluates."""
   del argv
   given = flags.FLAGS
+  from fulllora_jax.evaluation import users_function
   from fulllora_jax.evaluation.evaluate import evaluate_again
   from fulllora_jax.training import workdir
 
-  command.start_up()
+  command.start_up(beside_torch=bool(given.torch))
+  given.logits = users_function.asked(given.logits, given.torch)
   for flag in ('weights', 'dtype') if given.logits else ():
     if given[flag].value:
-      raise errors.UserError(f'--{flag}: --logits has its own; leave one out')
+      raise errors.UserError(
+        f'--{flag}: {"--torch" if given.torch else "--logits"} has its own; leave one out'
+      )
+  if given.torch and given.precision != 'highest':
+    raise errors.UserError(
+      '--precision: a PyTorch model computes in its own dtype, with exact products; leave it out'
+    )
   if not given.logits and (given.data or given.image_size):
     raise errors.UserError(
-      '--data, --image_size: they go with --logits; a run is evaluated on the data it was made for'
+      '--data, --image_size: they go with --logits or --torch; a run is evaluated on the data it '
+      'was made for'
     )
   if given.verify and not given.attack:
     given.attack = ['clean']

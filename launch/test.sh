@@ -35,6 +35,7 @@ check tests pytest tests -n 2 --dist loadfile --no-loadscope-reorder \
   -m "$marks" "$@"
 # These need PyTorch, which is an extra.
 check doctests pytest --doctest-modules fulllora_jax -q \
+  --ignore=fulllora_jax/evaluation/of_torch.py \
   --ignore=fulllora_jax/serving/torch_adapter.py \
   --ignore=fulllora_jax/serving/timm_vit.py \
   --ignore=fulllora_jax/experiments/speed/torch/step.py \

@@ -46,7 +46,8 @@ def evaluate_again(
     split: train, validation or test.
     precision: how exact matrix products are, 'highest' or 'default'.
     logits: what is evaluated in place of a run, 'module:function' of images float32 [B, H, W, C]
-      in [0, 1] to logits [B, K]; for autoattack-rand, of (images, key).
+      in [0, 1] to logits [B, K]; for autoattack-rand, of (images, key). 'torch:module:name' is a
+      PyTorch model (of_torch.py).
     eps: radii to evaluate at, one after another; empty: config.threat.eps.
     scale_steps: keeps the attacks' step size in proportion to eps.
     seed: decides the attacks and the choice of images; None: the config's.

@@ -18,7 +18,7 @@ class LogitsFunction(Evaluations):
   """A logits function of the user's.
 
   Args:
-    spec: 'module:function'.
+    spec: 'module:function', or 'torch:module:name'.
     config: its `data` says which images.
     workdir: the result goes to its `evaluations/`.
     plan: what to evaluate under.

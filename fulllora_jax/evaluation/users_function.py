@@ -18,25 +18,66 @@ from fulllora_jax.core.errors import UserError
 # What JAX raises of a function that cannot be traced, differentiated or run, often after the
 # function has returned; other kinds are more likely a fault of ours.
 _OF_A_FUNCTION = (TypeError, ValueError, NotImplementedError, RuntimeError)
+_TORCH = 'torch:'  # before the module:function of a PyTorch model
+
+
+def asked(logits: str | None, torch: str | None) -> str | None:
+  """Returns the model that the flags --logits and --torch name, as `load_function` takes it.
+
+  Raises:
+    UserError: both are given, or --torch is not module:function.
+  """
+  if not torch:
+    return logits
+  if logits:
+    raise UserError('--logits, --torch: each names a model; give one of them')
+  if ':' not in torch:
+    raise UserError(f'--torch: write module:function, not {torch!r}')
+  return _TORCH + torch
+
+
+def _flag(spec: str) -> tuple[str, str]:
+  """Returns the flag that names a model, and what it names."""
+  torch = spec.startswith(_TORCH) and spec.count(':') > 1
+  return ('--torch', spec.removeprefix(_TORCH)) if torch else ('--logits', spec)
 
 
 def load_function(spec: str) -> Callable:
-  """Imports 'module:function', from the current directory too.
+  """Imports 'module:function', from the current directory too, and makes it a function of JAX.
+
+  Args:
+    spec: 'module:function', or 'torch:module:name' of what of_torch.py takes for a PyTorch model.
 
   Raises:
     UserError: there is no such function, or its module cannot be imported: where it fails.
   """
+  found = _named(spec)
+  if _flag(spec)[0] == '--logits':
+    return found
+  from fulllora_jax.evaluation import of_torch
+
+  return of_torch.logits_function(found)
+
+
+def _named(spec: str) -> Callable:
+  """Imports what a spec names."""
+  flag, spec = _flag(spec)
   module, colon, name = spec.partition(':')
   if not (module and colon and name) or module.startswith('.'):
-    raise UserError(f'--logits: write module:function, not {spec!r}')
+    raise UserError(f'{flag}: write module:function, not {spec!r}')
+  if flag == '--torch':
+    try:
+      import torch  # noqa: F401
+    except ImportError:
+      raise UserError('--torch: PyTorch is not installed; pip install torch') from None
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   try:
     function = getattr(importlib.import_module(module), name, None)
   except (Exception, SystemExit) as error:
-    raise UserError(f'--logits: cannot import {module}: {blame.fault(error)}') from None
+    raise UserError(f'{flag}: cannot import {module}: {blame.fault(error)}') from None
   if not callable(function):
-    raise UserError(f'--logits: {module} has no function {name}')
+    raise UserError(f'{flag}: {module} has no function {name}')
   return function
 
 
@@ -50,8 +91,9 @@ def blamed(spec: str | None) -> Iterator[None]:
   if not spec:
     yield
     return
-  code = getattr(blame.unwrapped(load_function(spec)), '__code__', None)
-  place = f'{code.co_filename}, line {code.co_firstlineno}' if code else spec
+  code = getattr(blame.unwrapped(_named(spec)), '__code__', None)
+  flag, name = _flag(spec)
+  place = f'{code.co_filename}, line {code.co_firstlineno}' if code else name
   for module in ('callback', 'debugging'):  # they print the traceback of a callback besides
     logging.getLogger(f'jax._src.{module}').setLevel(logging.CRITICAL)
   try:
@@ -61,14 +103,18 @@ def blamed(spec: str | None) -> Iterator[None]:
       raise
     raise UserError(f'{error} ({place})') from None
   except (Exception, SystemExit) as error:
+    # A callback of ours has said it in a line of its own.
     said, kind = blame.fault(error), type(error).__name__
+    said = said.partition('UserError: ')[2] or said
+    if said.startswith('logits function: '):
+      raise UserError(f'{said} ({place})') from None
     if not blame.is_users(said.partition(', line ')[0]):
       if not isinstance(error, _OF_A_FUNCTION):
         raise
       said = f'{place}: {said}'
     traced = 'Tracer' in kind or 'Concretization' in kind
     hint = '; jax.jit compiles it: write it with jax.numpy, without branches on values' * traced
-    raise UserError(f'--logits {spec}: {said}{hint}') from None
+    raise UserError(f'{flag} {name}: {said}{hint}') from None
 
 
 def try_callbacks(function: Callable, x: np.ndarray, stochastic: bool) -> None:
@@ -87,7 +133,8 @@ def source(spec: str) -> str:
 
   Another source is another model: its gradient may differ where its logits do not.
   """
-  file = getattr(sys.modules[spec.partition(':')[0]], '__file__', None) or ''
+  module = _flag(spec)[1].partition(':')[0]
+  file = getattr(sys.modules[module], '__file__', None) or ''
   files = {getattr(module, '__file__', None) or '' for module in list(sys.modules.values())}
   mine = {f for f in files if blame.is_users(f) and Path(f).is_relative_to(Path(file).parent)}
   content = [Path(f).read_bytes() for f in sorted({file, *mine}) if Path(f).is_file()]

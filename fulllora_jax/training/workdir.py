@@ -160,7 +160,8 @@ def config_of(given, asked: Mapping[str, Any]):
   for flag in ('data', 'image_size') if given.logits else ():
     if not given[flag].value:
       raise UserError(
-        f'--{flag}: say what the images for --logits are, as in --data=cifar10 --image_size=32'
+        f'--{flag}: say what the images for --logits or --torch are, as in --data=cifar10 '
+        '--image_size=32'
       )
   if given.logits:
     config = config_lib.default()

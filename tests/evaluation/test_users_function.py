@@ -233,3 +233,8 @@ def test_a_changed_gradient_begins_afresh(faulty, evaluate, tmp_path, monkeypatc
   faulty(_BLIND)
   assert run('killed') == blind
   assert '1 of 3 batches taken up' in capsys.readouterr().err
+
+
+def test_a_pytorch_model_needs_pytorch(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  refused('^--torch: PyTorch is not installed; pip install torch$', 'torch:no_such:model')

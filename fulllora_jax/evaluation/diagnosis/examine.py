@@ -138,7 +138,7 @@ def examine_and_say(
     config: its `data` and `threat` are read.
     workdir: the work directory of a run, or with logits that of its evaluations; None without one.
     weights: which weights of the run: base, best or last.
-    logits: module:function, in place of the run.
+    logits: module:function, or torch:module:name, in place of the run.
     split: whose images are looked at.
     num_examples: how many; 0 for all.
     seed: decides the attacks and the choice of images.
