@@ -19,6 +19,7 @@ from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
 from fulllora_jax.evaluation.of_function import LogitsFunction, next_name
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.reports import attack_report, beside, pictures, report, shifts
+from fulllora_jax.reports.page import write_evaluation_page
 
 
 def evaluate_again(
@@ -114,6 +115,8 @@ def _finish(
     result, lambda name: path.with_name(f'{path.stem}-{name}.svg'), more
   ):
     say(f'\n{title}: {picture}')
-  say(f'\nresult: {path}')
+  page = path.with_suffix('.html')
+  write_evaluation_page(page, result, shown)
+  say(f'\npage: {page}\nresult: {path}')
   run.forget_progress()
   return result

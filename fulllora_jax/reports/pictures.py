@@ -9,6 +9,7 @@ import numpy as np
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.reports import curves, results
 from fulllora_jax.reports.drawing import axes, charts, images, picture
+from fulllora_jax.reports.drawing.charts import Chart
 from fulllora_jax.reports.drawing.markup import Markup, limited, tag
 
 _MAX_COLUMNS = 8
@@ -31,13 +32,20 @@ def draw_curves(
   picture.save_charts(path, shown, curves.learning_note(best_step, hinges))
 
 
+EPS_SWEEP_NOTE = 'The shade is the 95 % Wilson interval; at eps 0 it is clean accuracy.'
+
+
 def draw_eps_sweep(evaluations: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+  """Draws the chart of `eps_sweep` to an SVG file."""
+  picture.save_charts(path, [eps_sweep(evaluations)], EPS_SWEEP_NOTE)
+
+
+def eps_sweep(evaluations: Sequence[Mapping[str, Any]]) -> Chart:
   """Draws robust accuracy against eps, a line for each attack and weights.
 
   Args:
     evaluations: records with weights, attack, steps, norm, eps_value, eps as
       the config writes it, accuracy and interval. Clean ones are drawn at 0.
-    path: where the SVG goes.
   """
   clean = {e['weights']: e for e in evaluations if e['attack'] == 'clean'}
   groups: dict[tuple, list[Mapping[str, Any]]] = {}
@@ -58,9 +66,7 @@ def draw_eps_sweep(evaluations: Sequence[Mapping[str, Any]], path: str | os.Path
   if clean:
     words[0.0] = '0'
   norm = evaluations[0].get('norm')
-  chart = curves.against_eps('Robust accuracy (%)', lines, words, norm)
-  note = 'The shade is the 95 % Wilson interval; at eps 0 it is clean accuracy.'
-  picture.save_charts(path, [chart], note)
+  return curves.against_eps('Robust accuracy (%)', lines, words, norm)
 
 
 def draw_examples(examples: Mapping[str, Any], path: str | os.PathLike) -> None:

@@ -121,8 +121,7 @@ def headline(report: Mapping[str, Any]) -> str:
     base = same_attack(evaluation, evaluations, 'base')
     return f' (base: {percent(base)})' if base and weights != 'base' else ''
 
-  known = METHODS.get(report['method'])
-  text = f'{known.title if known else report["method"]} on {report["dataset"]}'
+  text = f'{subject(report)} on {report["dataset"]}'
   if clean:
     text += f' gives {percent(clean)} clean accuracy{before(clean)}'
   if worst:
@@ -131,7 +130,15 @@ def headline(report: Mapping[str, Any]) -> str:
     text += before(worst)
   elif clean:
     text += '; no attack was tried, so nothing is known of its robustness'
-  return f'{text}. It trains {parameters(report)}.'
+  trained = f' It trains {parameters(report)}.' if 'parameters' in report else ''
+  return f'{text}.{trained}'
+
+
+def subject(report: Mapping[str, Any]) -> str:
+  """Returns the title of the method of a run, or the name of a model that is not ours."""
+  if not (method := report.get('method')):
+    return report['logits']
+  return METHODS[method].title if method in METHODS else method
 
 
 def parameters(report: Mapping[str, Any]) -> str:

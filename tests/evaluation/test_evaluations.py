@@ -58,6 +58,7 @@ def test_the_images_of_an_ensemble_are_saved(linear, digits, linear_digits):
   assert sorted(p.name for p in linear.folder.iterdir()) == [
     '001-model-apgd-ce-linf-0.05.npz',
     '001-model-square-20-linf-0.05.npz',
+    '001.html',
     '001.json',
   ]
   for record, name in zip(result['evaluations'], ('apgd-ce', 'square-20'), strict=True):
@@ -309,6 +310,7 @@ def test_killed_in_the_middle_of_autoattack_it_goes_on(linear, linear_digits, di
   assert without_seconds(result) == without_seconds(whole)
   assert sorted(path.name for path in folder.iterdir()) == [
     '001-model-autoattack-linf-0.05.npz',
+    '001.html',
     '001.json',
   ]
   assert 'AutoAttack (worst case), model: ' in said

@@ -153,8 +153,8 @@ def test_results_are_numbered_and_the_report_stays(again):
   for _ in range(2):
     result = again(['best'], eval__attacks=('clean',), eval__num_examples=8)
   files = sorted((again.workdir / 'evaluations').iterdir())
-  assert [file.name for file in files] == ['001.json', '002.json']
-  assert json.loads(files[1].read_text()) == result
+  assert [file.name for file in files] == ['001.html', '001.json', '002.html', '002.json']
+  assert json.loads(files[3].read_text()) == result
   assert (again.workdir / 'report.json').read_bytes() == before
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fulllora_jax.core import tables
-from fulllora_jax.reports import curves, results
+from fulllora_jax.reports import attack_report, curves, results
 from fulllora_jax.reports.drawing import charts, images
 from fulllora_jax.reports.drawing.charts import Bars, Chart
 from fulllora_jax.reports.drawing.markup import Markup, join, limited, tag
@@ -103,6 +103,22 @@ def _sentences(lines: Sequence[str]) -> str:
   return f'{". ".join(line[0].upper() + line[1:] for line in lines)}.'
 
 
+def ensembles(report: Mapping[str, Any]) -> Markup | None:
+  """Shows what each attack of an ensemble left, and the accuracy of each class."""
+  shown = []
+  for evaluation in report['evaluations']:
+    if evaluation['attack'].startswith('autoattack'):
+      title, names = attack_report.headline(evaluation), report.get('label_names') or ()
+      classes = document.table(attack_report.per_class(evaluation, names), title)
+      shown += [
+        tag('h3', title),
+        document.table(attack_report.cascade(evaluation), title),
+        document.note(_sentences(list(attack_report.remarks(evaluation)))),
+        document.details('Class by class', classes),
+      ]
+  return join(shown) if shown else None
+
+
 def beside(found: Iterable[Part], first: Chart | None = None) -> Markup | None:
   """Shows what was measured beside the attacks: the `first` chart, then the parts of a module."""
   shown = [document.figure(first, single=True)] if first else []
@@ -111,7 +127,8 @@ def beside(found: Iterable[Part], first: Chart | None = None) -> Markup | None:
     if part.chart:
       shown.append(_with_table(part.chart, note, part.table))
     else:
-      shown += [document.table(part.table, part.title), document.note(_sentences(part.remarks))]
+      shown += [tag('h3', part.title), document.table(part.table, part.title)]
+      shown.append(document.note(_sentences(part.remarks)))
   return join(shown) if shown else None
 
 

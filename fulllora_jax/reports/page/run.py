@@ -56,21 +56,29 @@ def run_page(
     ('results', 'Results', _results(report)),
     ('curves', 'Learning curves', _learning(report, history)),
     ('radii', 'Robust accuracy against eps', robust.radii(report)),
-    *_beside(report, (extreme_examples or {}).get('corrupted')),
+    ('ensembles', 'AutoAttack, attack by attack', robust.ensembles(report)),
+    *beside_sections(report, (extreme_examples or {}).get('corrupted')),
     ('classes', 'Class by class', robust.classes(report)),
     ('images', 'The most and the least robust images', examples),
     ('layers', layers.title(report), layers.influence(report)),
     ('method', 'How it was trained and attacked', method),
     ('limits', 'What these numbers mean', document.facts(limits)),
-    ('provenance', 'Where it comes from', _provenance(report)),
+    ('provenance', 'Where it comes from', provenance(report)),
   )
   version = (report.get('versions') or {}).get('fulllora_jax', '')
   footer = f'Made by fulllora_jax {version}. All numbers are in report.json.'
   return document.document(title, results.headline(report), sections, footer)
 
 
-def _beside(report: Mapping[str, Any], corrupted) -> Iterator[tuple[str, str, Markup | None]]:
-  """Yields a section for each kind of measurement beside the attacks."""
+def beside_sections(
+  report: Mapping[str, Any], corrupted: Mapping[str, Any] | None
+) -> Iterator[tuple[str, str, Markup | None]]:
+  """Yields a section for each kind of measurement beside the attacks.
+
+  Args:
+    report: what `report.write_report` takes.
+    corrupted: one image by the name of its corruption; empty or None where there is none.
+  """
   for module in beside.SAID:
     first = shifts.gallery(corrupted) if module is shifts and corrupted else None
     name = module.__name__.rpartition('.')[2]
@@ -136,7 +144,8 @@ def _learning(report: Mapping[str, Any], history) -> Markup | None:
   return join(tag('div', figures, class_='charts'), note)
 
 
-def _provenance(report: Mapping[str, Any]) -> Markup:
+def provenance(report: Mapping[str, Any]) -> Markup:
+  """Says where the numbers of a report come from, with its whole configuration."""
   found = dict(facts.provenance_facts(report))
   for name in ('command', 'base'):
     found[name] = tag('code', found[name]) if found[name] else None
