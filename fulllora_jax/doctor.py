@@ -2,7 +2,7 @@
 
   python -m fulllora_jax.doctor --workdir runs/digits
   python -m fulllora_jax.doctor --logits my_model:logits --data cifar10 \\
-      --image_size 32 --eps 8/255
+      --image_size 32 --eps 8/255 --deployed my_service:logits
   python -m fulllora_jax.doctor --torch my_model:model --data cifar10 --image_size 32
 
 Says for each check what was seen, why it matters and what to do. Exits with 1
@@ -33,6 +33,12 @@ def define_flags() -> None:
     'module:name of a PyTorch model of images float32 [B, C, H, W] in [0, 1] to logits [B, K], or '
     'of a function that makes it, in place of a run.',
   )
+  flags.DEFINE_string(
+    'deployed',
+    None,
+    'module:function of NumPy images to logits, in any framework, or torch:module:name: what is in '
+    'use, to be compared.',
+  )
   flags.DEFINE_string('data', None, 'With --logits or --torch: a tfds set, or folder:...')
   flags.DEFINE_integer('image_size', None, 'With --logits or --torch, in pixels.')
   flags.DEFINE_string('data_dir', None, 'Default: as the run.')
@@ -59,8 +65,9 @@ def main(argv: Sequence[str]) -> None:
     )
   asked = {'threat.norm': given.norm, 'threat.eps': given.eps}
   config = workdir.config_of(given, asked | {'data.dir': given.data_dir})
+  images = (given.split, given.num_examples, given.seed)
   healthy = examine_and_say(
-    config, given.workdir, given.weights, given.logits, given.split, given.num_examples, given.seed
+    config, given.workdir, given.weights, given.logits, *images, given.deployed
   )
   if not healthy:
     sys.exit(1)

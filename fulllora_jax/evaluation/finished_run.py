@@ -4,23 +4,27 @@ The weights are read back from the published artefacts, so what is evaluated is
 what `fulllora_jax.load` gives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import traverse_util
 from jax.tree_util import Partial
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, models, pretrained
 from fulllora_jax.adapters import AdaptedModel, adapted, artefact
 from fulllora_jax.attacks import Attack
+from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import tree_size
 from fulllora_jax.distributed import mesh
 from fulllora_jax.evaluation.evaluations import Evaluations
 from fulllora_jax.evaluation.settings import Plan
-from fulllora_jax.serving import classifier
+from fulllora_jax.serving import adapter_file, classifier, program
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -81,11 +85,8 @@ class FinishedRun(Evaluations):
     A base classifies nothing where the run began from scratch, or from published weights under a
     head of zeros; a run that was given to others may have its best weights alone.
     """
-    metadata = self.load('best').metadata
-    published = metadata.get('base_source') or {}
-    headless = metadata['base'] is None or published.get('new_head', False)
     last = (self.workdir / 'last').exists()
-    there = {'base': not headless, 'best': True, 'last': last}
+    there = {'base': _classifies(self.load('best').metadata), 'best': True, 'last': last}
     return tuple(name for name in config_lib.WEIGHTS if there[name])
 
   def variables(self, weights: str) -> tuple[tuple, Any]:
@@ -144,29 +145,54 @@ class FinishedRun(Evaluations):
     }
 
 
-def logits_functions(workdir: Path, weights: str) -> tuple[Partial, Partial | None]:
-  """Returns images -> logits of a run, and the same in float32.
+class Functions(NamedTuple):
+  """Functions of images to logits, of one model."""
+
+  logits: Callable  # the model
+  exact: Callable | None = None  # in float32, where the model computes in another dtype
+  base: Callable | None = None  # its base alone, where that classifies
+  exported: Sequence[tuple[str, Callable]] = ()  # paths of what was exported, and what reads it
+
+
+def logits_functions(workdir: Path, weights: str) -> Functions:
+  """Returns what the weights of a run compute, and what can be held against it.
 
   Args:
     workdir: where the run lives.
     weights: base, best or last.
 
-  Returns:
-    The function as the run computes it, and in float32; None for the second
-    where the run computes in float32 itself.
-
   Raises:
     UserError: there is no such artefact, or it is damaged.
   """
-  which = 'last' if weights == 'last' else 'best'
-  loaded = classifier.load(workdir, which=which)
-  base = weights == 'base'
-  variables = loaded.base_variables if base else loaded.variables
-  exact = None
+  loaded = classifier.load(workdir, which='last' if weights == 'last' else 'best')
+  exact, base, exported, variables = None, None, [], loaded.variables
+  if weights == 'base':
+    variables = loaded.base_variables
+  else:
+    exported = _exported(workdir / 'export', loaded)
+    if _classifies(loaded.metadata):
+      base = Partial(loaded.model.apply, loaded.base_variables)
   if loaded.metadata['config']['model']['dtype'] != 'float32':
-    model = _computing_in('float32', loaded.metadata)
-    exact = Partial(model.apply, variables)
-  return Partial(loaded.model.apply, variables), exact
+    exact = Partial(_computing_in('float32', loaded.metadata).apply, variables)
+  return Functions(Partial(loaded.model.apply, variables), exact, base, exported)
+
+
+def _classifies(metadata: Mapping[str, Any]) -> bool:
+  """Whether the base of a run has a head of its own."""
+  published = metadata.get('base_source') or {}
+  return metadata['base'] is not None and not published.get('new_head', False)
+
+
+def _exported(folder: Path, loaded: classifier.RobustClassifier) -> list[tuple[str, Callable]]:
+  """Returns functions that read an export of a run and compute its logits."""
+
+  def weights(path, images):
+    leaves = traverse_util.unflatten_dict(adapter_file.read(path)[0])
+    return jax.jit(loaded.model.apply)(trees.override(loaded.base_variables, leaves), images)
+
+  readers = {'.safetensors': weights, '.stablehlo': lambda path, images: program.read(path)(images)}
+  paths = sorted(folder.iterdir()) if folder.exists() else ()
+  return [(str(p), partial(readers[p.suffix], p)) for p in paths if p.suffix in readers]
 
 
 def _computing_in(dtype: str, metadata: Mapping[str, Any]) -> AdaptedModel:

@@ -42,16 +42,17 @@ def _flag(spec: str) -> tuple[str, str]:
   return ('--torch', spec.removeprefix(_TORCH)) if torch else ('--logits', spec)
 
 
-def load_function(spec: str) -> Callable:
+def load_function(spec: str, flag: str = '') -> Callable:
   """Imports 'module:function', from the current directory too, and makes it a function of JAX.
 
   Args:
     spec: 'module:function', or 'torch:module:name' of what of_torch.py takes for a PyTorch model.
+    flag: the flag that an error names; '': --logits or --torch.
 
   Raises:
     UserError: there is no such function, or its module cannot be imported: where it fails.
   """
-  found = _named(spec)
+  found = _named(spec, flag)
   if _flag(spec)[0] == '--logits':
     return found
   from fulllora_jax.evaluation import of_torch
@@ -59,17 +60,18 @@ def load_function(spec: str) -> Callable:
   return of_torch.logits_function(found)
 
 
-def _named(spec: str) -> Callable:
+def _named(spec: str, asked_by: str = '') -> Callable:
   """Imports what a spec names."""
-  flag, spec = _flag(spec)
+  kind, spec = _flag(spec)
+  flag = asked_by or kind
   module, colon, name = spec.partition(':')
   if not (module and colon and name) or module.startswith('.'):
     raise UserError(f'{flag}: write module:function, not {spec!r}')
-  if flag == '--torch':
+  if kind == '--torch':
     try:
       import torch  # noqa: F401
     except ImportError:
-      raise UserError('--torch: PyTorch is not installed; pip install torch') from None
+      raise UserError(f'{flag}: PyTorch is not installed; pip install torch') from None
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   try:

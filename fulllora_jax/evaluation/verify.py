@@ -16,6 +16,7 @@ from fulllora_jax.core.errors import UserError, first_line
 from fulllora_jax.core.files import load_arrays, read_file
 from fulllora_jax.core.statistics import share
 from fulllora_jax.evaluation.evaluations import Evaluations, outside
+from fulllora_jax.evaluation.rounding import rounded_to
 
 
 class Saved(NamedTuple):
@@ -148,5 +149,6 @@ def check(
     'outside': int((no_attack & known).sum()),
     'no_number': int((~known).sum()),
     'agree': agree,
+    'rounded': rounded_to(used[~no_attack]),
     'assumed': saved.assumed,
   }

@@ -16,7 +16,7 @@ from fulllora_jax.core.statistics import clopper_pearson
 from fulllora_jax.distributed import mesh
 from fulllora_jax.evaluation import certificate, checks, measurements
 from fulllora_jax.evaluation.certificate import Certifier, State
-from fulllora_jax.evaluation.diagnosis import examine
+from fulllora_jax.evaluation.diagnosis import examine, records
 from fulllora_jax.evaluation.evaluator import Evaluator
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.evaluation.smoothing import Smoothing
@@ -225,10 +225,10 @@ def faulty(record, count, inside=0.5):
 
 def test_the_doctor_believes_a_sound_one_and_not_one_that_an_attack_contradicts(linear):
   _, record = linear
-  assert examine.certified([faulty(record, 0)]).level == 'ok'
-  assert examine.certified([faulty(record, 9, inside=1.0)]).level == 'ok'  # not strictly inside
+  assert records.certified([faulty(record, 0)]) is None
+  assert records.certified([faulty(record, 9, inside=1.0)]) is None  # not strictly inside
   # 1 of some 150 certificates and verdicts happens at alpha 0.001; 9 do not.
-  one, nine = (examine.certified([faulty(record, count)]) for count in (1, 9))
+  one, nine = (records.certified([faulty(record, count)]) for count in (1, 9))
   assert (one.level, nine.level) == ('note', 'wrong')
   assert 'breaks 9 of 40 images strictly inside their certified radius, more than' in nine.seen
   assert 'verdicts is false with probability 0.001 at most' in nine.seen
@@ -243,7 +243,7 @@ def test_a_planted_fault_is_found_by_the_attack(monkeypatch, whole):
   monkeypatch.setattr(Smoothing, 'radii', lambda self, counts: 2 * honest(self, counts))
   certifier, _, state, _ = whole
   record = certifier.record(state)
-  assert examine.certified([{'weights': 'model'} | record]).level == 'wrong'
+  assert records.certified([{'weights': 'model'} | record]).level == 'wrong'
 
 
 LINEAR = ('--logits=linear_digits:logits', '--data=digits', '--image_size=8', '--num_examples=12')

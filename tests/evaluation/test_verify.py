@@ -88,6 +88,20 @@ def test_an_attack_that_helps_makes_no_image_robust(linear, attacked, tmp_path):
   assert found['num_correct'] == found['clean'] == right(x).sum()
 
 
+@pytest.mark.parametrize(
+  ('change', 'grid'),
+  [
+    (lambda x: x, ''),
+    (lambda x: np.rint(255 * x) / np.float32(255), '8 bits'),
+    (lambda x: x.astype(np.float16), 'float16'),
+  ],
+)
+def test_images_that_were_rounded_are_told(linear, attacked, tmp_path, change, grid):
+  np.savez(tmp_path / 'x_adv.npz', x_adv=change(attacked[1]))
+  found = verified(linear(f'--verify={tmp_path}/x_adv.npz', '--eps=0.04'))
+  assert found['rounded'] == grid and found['outside'] == 0
+
+
 def test_a_larger_ball_holds_them_all(linear, attacked, tmp_path):
   np.savez(tmp_path / 'x_adv.npz', x_adv=attacked[1])
   args = (f'--verify={tmp_path}/x_adv.npz', '--attack=clean,fgsm')

@@ -81,7 +81,7 @@ def main():
 
 
 def _ours(args, threat, x, labels):
-  logits_fn, _ = finished_run.logits_functions(args.workdir, args.weights)
+  logits_fn = finished_run.logits_functions(args.workdir, args.weights).logits
   started = time.perf_counter()
   result = autoattack(
     jax.random.key(args.seed),

@@ -21,7 +21,7 @@ from fulllora_jax.adapters import adapted, artefact, methods
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.data import open_dataset
-from fulllora_jax.evaluation.diagnosis import examine
+from fulllora_jax.evaluation.diagnosis import records
 from fulllora_jax.serving import export
 from fulllora_jax.training import base as base_lib
 from fulllora_jax.training import checks, contents
@@ -145,7 +145,7 @@ def test_passes_and_seconds_of_both_count(probed):
   assert {e['attack'] for e in head['evaluations']} == {'clean', 'pgd'}
 
 
-def test_the_report_the_page_and_the_doctor_say_how_it_started(probed, monkeypatch):
+def test_the_report_the_page_and_the_doctor_say_how_it_started(probed):
   head = probed.report['head']
   clean, robust = (f'{100 * e["accuracy"]:.1f} %' for e in head['evaluations'])
   said = f'a standard probe, its best at step {head["step"]} of {PROBE_STEPS} ({clean} clean, '
@@ -153,8 +153,8 @@ def test_the_report_the_page_and_the_doctor_say_how_it_started(probed, monkeypat
   text, page = ((probed.workdir / f'report.{x}').read_text() for x in ('md', 'html'))
   assert f'- **head starts as**: {said}\n' in text and said in page
   assert '- **passes**: 288, with those of the head alone\n' in text
-  monkeypatch.setattr(examine, 'examine', lambda _: [])
-  findings = [f.text() for f in examine._findings(None, probed.workdir)]
+  model = types.SimpleNamespace(x=np.zeros((1, 8, 8, 1)))
+  findings = [f.text() for f in records.findings(model, probed.workdir, 'best')]
   assert findings[0] == f'ok     the head started as {said}'
 
 

@@ -3,15 +3,14 @@
 import jax
 import numpy as np
 
-from fulllora_jax.attacks import Threat, losses
-from fulllora_jax.attacks.found import Met, finite
+from fulllora_jax.attacks import Threat
 from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, note, wrong
 
 
 def gradients(model: Examined) -> Finding | None:
   """The gradients of the margin and the cross entropy must be numbers, and not zero."""
-  found = {of: _gradients(model, of) for of in (losses.margin, losses.cross_entropy)}
-  bad = np.any([met.gradient for met in found.values()], axis=0).sum()
+  found = model.gradients
+  bad = np.any([met.gradient for both in found.values() for met in both], axis=0).sum()
   if bad:
     return wrong(
       f'{bad} of {len(model.x)} images have a gradient with NaN or infinite entries, at the image '
@@ -21,7 +20,7 @@ def gradients(model: Examined) -> Finding | None:
       'look for a square root, a norm, a logarithm or a division at 0 in the model or its '
       'preprocessing; put a small number inside, or use jnp.where twice',
     )
-  zero = {of.__name__: int((~met.slope).sum()) for of, met in found.items()}
+  zero = {name: int((~near.slope).sum()) for name, (near, _) in found.items()}
   if zero['margin'] > 0:
     return wrong(
       f'{zero["margin"]} of {len(model.x)} images have no gradient of the '
@@ -34,28 +33,11 @@ def gradients(model: Examined) -> Finding | None:
     return note(
       f'{zero["cross_entropy"]} of {len(model.x)} images have no gradient of the cross '
       'entropy, but one of the margin',
-      'the softmax saturates: elsewhere attacks on the cross entropy stand still here, while ours '
-      'go on along its tangent',
+      'the softmax saturates, as where logits are multiplied (a temperature below 1): elsewhere '
+      'attacks on the cross entropy stand still here, while ours go on along its tangent',
       'compare numbers of apgd-t, cw_linf and AutoAttack, not of pgd or fgsm',
     )
   return None
-
-
-def _gradients(model: Examined, of: losses.Loss) -> Met:
-  """Returns what the gradient of a loss is at the images, or at random points of their balls.
-
-  `slope` is that of the random points alone: at an image itself one may well be zero.
-  """
-
-  def met(logits_fn, x, labels):
-    def at(z):
-      return finite(jax.grad(lambda z: of(logits_fn(z), labels).sum())(z))[1]
-
-    start = model.threat.random_start(jax.random.split(model.key, len(x)), x)
-    there = at(start)
-    return there._replace(gradient=there.gradient | at(x).gradient)
-
-  return model.run(met, model.logits_fn, model.x, model.labels)
 
 
 def noise(model: Examined) -> Finding | None:
@@ -107,9 +89,8 @@ def large_eps(model: Examined) -> Finding | None:
 
 def black_box(model: Examined) -> Finding | None:
   """Square, which sees no gradient, must not break what APGD leaves."""
-  white = model.after('apgd-ce', 'apgd-dlr' if model.classes > 2 else 'apgd-margin')
   black = model.after('square-1000')
-  lost = int((white & ~black).sum())
+  lost = int((model.white_box & ~black).sum())
   if not model.beyond_chance(lost):
     return None
   return wrong(

@@ -7,9 +7,7 @@ looks for one way in which an evaluation is known to flatter.
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -20,10 +18,9 @@ from fulllora_jax.core import files
 from fulllora_jax.core import ranges as range_lib
 from fulllora_jax.core.errors import UserError, choose
 from fulllora_jax.data import of_run
-from fulllora_jax.evaluation import certificate, finished_run, ranges, settings, users_function
-from fulllora_jax.evaluation.diagnosis import attack, model
-from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, note, wrong
-from fulllora_jax.reports import facts
+from fulllora_jax.evaluation import finished_run, ranges, settings, users_function
+from fulllora_jax.evaluation.diagnosis import attack, mistakes, model, records
+from fulllora_jax.evaluation.diagnosis.examined import Examined, Finding, wrong
 
 CHECKS: dict[str, Callable[[Examined], Finding | None]] = {
   'deterministic output': model.randomness,
@@ -40,6 +37,11 @@ CHECKS: dict[str, Callable[[Examined], Finding | None]] = {
   'nothing withstands a large eps': attack.large_eps,
   'white box beats black box': attack.black_box,
   'precision does not matter': attack.precision,
+  'images are not rounded on their way': mistakes.rounding,
+  'logits without a temperature': mistakes.temperature,
+  'a first gradient': mistakes.first_gradient,
+  'white box beats transfer from the base': mistakes.transfer,
+  'the attacked function is the deployed one': mistakes.deployed,
 }
 
 
@@ -68,61 +70,6 @@ def examine(examined: Examined) -> Iterator[Finding]:
     yield dataclasses.replace(found or Finding(name), check=name)
 
 
-def recorded(evaluations: Sequence[dict]) -> Finding:
-  """Looks for contradictions among results that were written down.
-
-  Args:
-    evaluations: the records of report.json and of evaluations/*.json.
-  """
-  name = 'recorded results agree'
-  for e in evaluations:
-    verified = e.get('verified') or {}
-    if verified.get('mismatches') or verified.get('outside'):
-      return Finding(
-        name,
-        'wrong',
-        f'of {verified["file"]}, {verified["mismatches"]} images are classified otherwise when '
-        f'looked at again, and {verified["outside"]} are outside the ball',
-        'the accuracy that was written down is not that of these images',
-        'evaluate again; compare precision and devices',
-      )
-  keys = ('weights', 'split', 'attack', 'steps', 'norm', 'examples')
-  attacked = [e for e in evaluations if e['attack'] != 'clean']
-  for e, other in itertools.permutations(attacked, 2):
-    same = all(e.get(k) == other.get(k) for k in keys)
-    gained = other['num_correct'] - e['num_correct']
-    much = gained >= max(2, 0.01 * e['num_examples'])
-    if same and much and e['eps_value'] < other['eps_value']:
-      return Finding(
-        name,
-        'wrong',
-        f'{e["attack"]} on {e["weights"]} leaves {e["accuracy"]:.1%} at eps {e["eps"]}, but '
-        f'{other["accuracy"]:.1%} at the larger {other["eps"]}',
-        'robust accuracy falls as eps grows; the attack fails at one',
-        'check its step size, or use autoattack, which has none',
-      )
-  return Finding(name)
-
-
-def certified(certificates: Sequence[dict]) -> Finding:
-  """Looks for images that an attack broke inside their certified radius.
-
-  Args:
-    certificates: those of report.json and of evaluations/*.json.
-  """
-  found = Finding('no attack inside a certified radius')
-  for each in certificates:
-    said, beyond = certificate.chance(each)
-    if beyond or (said and found.level == 'ok'):
-      found = (wrong if beyond else note)(
-        f'{each["weights"]}, smoothed with sigma {each["sigma"]:g}: {said}',
-        'a certificate says that no such image exists',
-        'look for noise that is clipped or scaled on the way, a model that is random or depends on '
-        'the batch, and draws that are used twice; certify again with another --seed',
-      )
-  return dataclasses.replace(found, check='no attack inside a certified radius')
-
-
 def examine_and_say(
   config,
   workdir: str | None,
@@ -131,6 +78,7 @@ def examine_and_say(
   split: str = 'test',
   num_examples: int = 128,
   seed: int = 0,
+  deployed: str | None = None,
 ) -> bool:
   """Prints every finding; returns whether nothing is wrong.
 
@@ -142,6 +90,7 @@ def examine_and_say(
     split: whose images are looked at.
     num_examples: how many; 0 for all.
     seed: decides the attacks and the choice of images.
+    deployed: module:function, what is in use and must answer as what is examined.
 
   Raises:
     UserError: bad input.
@@ -152,27 +101,35 @@ def examine_and_say(
   range_lib.check('--seed', seed, range_lib.SEED, whole=True)
   with users_function.blamed(logits):
     threat = settings.threat(config)
+    path, in_use = None, []
+    if deployed:
+      in_use.append((deployed, users_function.load_function(deployed, '--deployed')))
     if logits:
-      path, logits_fn, exact_fn = None, users_function.load_function(logits), None
+      functions = finished_run.Functions(users_function.load_function(logits))
+      weights = 'model'
     else:
       path = files.absolute_path(workdir)
-      logits_fn, exact_fn = finished_run.logits_functions(path, weights)
+      functions = finished_run.logits_functions(path, weights)
     dataset = data.open_dataset(config.data, config.seed)
     if path is not None:
       dataset = of_run.as_in_run(path, dataset)
     examples = getattr(dataset, split)
     chosen = data.choose_examples(len(examples), num_examples, seed)
     examined = Examined(
-      logits_fn,
+      functions.logits,
       examples.fetch(chosen).astype('float32') / 255,
       examples.labels[chosen],
       threat,
       jax.random.key(seed),
-      exact_fn,
+      functions.exact,
+      functions.base,
+      [*in_use, *functions.exported],
     )
-    levels = []
-    path = path or (files.absolute_path(workdir) if workdir else None)
-    for finding in _findings(examined, path):
+    levels, found = [], examine(examined)
+    if workdir:
+      told = records.findings(examined, files.absolute_path(workdir), weights, logits)
+      found = itertools.chain(found, told)
+    for finding in found:
       print(finding.text(), flush=True)
       levels.append(finding.level)
     wrong = levels.count('wrong')
@@ -181,20 +138,3 @@ def examine_and_say(
       f'{len(chosen)} {split} images at {threat.norm}, eps {config.threat.eps}'
     )
     return not wrong
-
-
-def _findings(examined: Examined, workdir: Path | None) -> Iterator[Finding]:
-  yield from examine(examined)
-  if workdir is not None:
-    records, certificates, head = [], [], None
-    for path in (workdir / 'report.json', *workdir.glob('evaluations/*.json')):
-      if path.exists():
-        read = json.loads(files.read_file(path))
-        records += read['evaluations']
-        certificates += read.get('certificates', ())
-        head = head or facts.head_start(read.get('head'))
-    if head:
-      yield Finding(f'the head started as {head}')
-    yield recorded(records)
-    if certificates:
-      yield certified(certificates)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ import scipy.optimize
 from jax.tree_util import Partial
 
 from fulllora_jax.attacks import Threat, autoattack, inputs, losses, pgd
+from fulllora_jax.attacks.found import Met, finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +51,32 @@ class Examined:
     threat: the ball and the box; its norm is linf or l2.
     key: a PRNG key, for the attacks.
     exact_fn: the same model computed in float32, where logits_fn is not.
+    base_fn: the bare base, where the model is an adapted one.
+    deployed: what is in use: names, and functions of NumPy's images to logits.
 
   Raises:
     UserError: arguments that `autoattack` would refuse, or norm l1.
   """
 
-  def __init__(self, logits_fn, x, labels, threat, key, exact_fn=None):
+  def __init__(
+    self,
+    logits_fn: Callable,
+    x: np.ndarray,
+    labels: np.ndarray,
+    threat: Threat,
+    key: jax.Array,
+    exact_fn: Callable | None = None,
+    base_fn: Callable | None = None,
+    deployed: Iterable[tuple[str, Callable]] = (),
+  ):
     self.x, self.labels, _ = inputs.check(x, labels, None, threat, 'the doctor', ('linf', 'l2'))
     self.threat, self.key, self.exact_fn = threat, key, exact_fn
+    self.base_fn, self.deployed = base_fn, deployed
     self.stochastic = _takes_key(logits_fn)
     self.classes = inputs.num_classes(logits_fn, self.x, len(self.x), self.stochastic, self.labels)
-    self.raw_fn = self.logits_fn = logits_fn
+    self.raw_fn = self.logits_fn = _partial(logits_fn)
     if self.stochastic:  # one draw of the noise, the same in every check
-      self.logits_fn = Partial(_with_key, logits_fn, key)
+      self.logits_fn = Partial(_with_key, self.raw_fn, key)
 
   @functools.cached_property
   def logits(self) -> np.ndarray:
@@ -90,19 +104,54 @@ class Examined:
       right += int((order[predicted[rest]] == self.labels[rest]).sum())
     return right / len(self.labels)
 
-  def logits_of(self, x: np.ndarray) -> np.ndarray:
-    """Returns the logits of other images."""
-    return self.run(lambda logits_fn, x: logits_fn(x), self.logits_fn, x)
+  @functools.cached_property
+  def chance(self) -> tuple[float, float]:
+    """What always saying the commonest class gives, and two standard errors above it."""
+    chance = max(np.bincount(self.labels).max() / len(self.labels), 1 / self.classes)
+    return chance, chance + 2 * (chance * (1 - chance) / len(self.labels)) ** 0.5
+
+  @property
+  def knows(self) -> bool:
+    """Whether the model is right more often than chance."""
+    return self.clean.mean() > self.chance[1]
+
+  @functools.cached_property
+  def near(self) -> np.ndarray:
+    """A random point of each image's ball, [n, H, W, C]."""
+    return np.asarray(self.threat.random_start(jax.random.split(self.key, len(self.x)), self.x))
+
+  @functools.cached_property
+  def gradients(self) -> dict[str, tuple[Met, Met]]:
+    """What the gradients of the margin and the cross entropy are, by the name of the loss.
+
+    First at the points of `near`, then at the images.
+    """
+
+    def met(of, logits_fn, x, labels):
+      return finite(jax.grad(lambda z: of(logits_fn(z), labels).sum())(x))[1]
+
+    found = {}
+    for of in (losses.margin, losses.cross_entropy):
+      at = functools.partial(self.run, functools.partial(met, of), self.logits_fn)
+      found[of.__name__] = (at(self.near, self.labels), at(self.x, self.labels))
+    return found
+
+  @functools.cached_property
+  def white_box(self) -> np.ndarray:
+    """Which images APGD leaves right, bool [n]."""
+    return self.after('apgd-ce', 'apgd-dlr' if self.classes > 2 else 'apgd-margin')
+
+  def logits_of(self, x: np.ndarray, logits_fn: Callable | None = None) -> np.ndarray:
+    """Returns the logits of other images, or of another function."""
+    return self.run(_logits, logits_fn or self.logits_fn, x)
 
   def run(self, function: Callable, logits_fn, *args, precision: str = 'highest'):
     """Compiles and runs function(logits_fn, *args); returns numpy.
 
     The weights of a jax.tree_util.Partial are arguments of the program.
     """
-    if not isinstance(logits_fn, Partial):
-      logits_fn = Partial(logits_fn)
     with jax.default_matmul_precision(precision):
-      return jax.device_get(jax.jit(function)(logits_fn, *args))
+      return jax.device_get(jax.jit(function)(_partial(logits_fn), *args))
 
   def right(self, logits: np.ndarray) -> np.ndarray:
     return np.asarray(losses.correct(logits, self.labels))
@@ -115,14 +164,15 @@ class Examined:
     logits_fn: Callable | None = None,
     precision: str = 'highest',
     random_start: bool = True,
+    loss: str = 'margin',
   ) -> np.ndarray:
-    """Returns which images PGD on the margin leaves right, bool [n]."""
+    """Returns which images PGD leaves right, bool [n]."""
     threat = threat or self.threat
     size = threat.eps if steps == 1 else threat.eps / 4
     options = {'steps': steps, 'step_size': size, 'random_start': random_start}
 
     def attack(logits_fn, x, y):
-      x_adv = pgd(self.key, logits_fn, x, y, threat, loss='margin', **options)
+      x_adv = pgd(self.key, logits_fn, x, y, threat, loss=loss, **options)
       return logits_fn(x_adv)
 
     arguments = (logits_fn or self.logits_fn, self.x, self.labels)
@@ -138,7 +188,20 @@ class Examined:
 
   def beyond_chance(self, count: int) -> bool:
     """Whether so many images are more than chance would make."""
-    return count >= max(2, 0.01 * len(self.x))
+    return beyond_chance(count, len(self.x))
+
+
+def beyond_chance(count: int, total: int) -> bool:
+  """Whether so many of `total` images are more than chance would make."""
+  return count >= max(2, 0.01 * total)
+
+
+def _partial(function: Callable) -> Partial:
+  return function if isinstance(function, Partial) else Partial(function)
+
+
+def _logits(logits_fn: Callable, x: jax.Array) -> jax.Array:
+  return logits_fn(x)  # of one name, so that it is compiled once
 
 
 def _with_key(function: Callable, key: jax.Array, x: jax.Array) -> jax.Array:

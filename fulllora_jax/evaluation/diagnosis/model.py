@@ -69,27 +69,20 @@ def classes(model: Examined) -> Finding | None:
 
 def clean_accuracy(model: Examined) -> Finding | None:
   """The model must be right more often than the commonest class."""
-  chance, above_chance = _chance(model)
-  if model.clean.mean() > above_chance:
+  if model.knows:
     return None
   return wrong(
     f'clean accuracy is {model.clean.mean():.1%}; always saying the commonest '
-    f'class gives {chance:.1%}',
+    f'class gives {model.chance[0]:.1%}',
     'a model that knows nothing has nothing to lose to an attack',
     'check labels, their order, the head and the weights that were loaded',
   )
 
 
-def _chance(model: Examined) -> tuple[float, float]:
-  """Returns what always saying the commonest class gives, and two standard errors above it."""
-  chance = max(np.bincount(model.labels).max() / len(model.labels), 1 / model.classes)
-  return chance, chance + 2 * (chance * (1 - chance) / len(model.labels)) ** 0.5
-
-
 def class_order(model: Examined) -> Finding | None:
   """The model must do best with the classes in the order of the labels."""
   best = model.in_best_order
-  if best < max(model.clean.mean() + 0.1, _chance(model)[1]):
+  if best < max(model.clean.mean() + 0.1, model.chance[1]):
     return None
   return wrong(
     f'clean accuracy is {model.clean.mean():.1%}, but {best:.1%} if the classes of the model have '
@@ -134,22 +127,36 @@ def normalisation(model: Examined) -> Finding | None:
 
 def eps(model: Examined) -> Finding | None:
   """eps must be in units of [0, 1] pixels."""
-  eps = model.threat.eps
-  if model.threat.norm != 'linf':
-    return None
-  if eps < 0.5 / 255:
+  return unit(model.threat.norm, model.threat.eps, model.x[0].size)
+
+
+def unit(norm: str, eps: float, size: int) -> Finding | None:
+  """Says whether a radius looks like one of another unit.
+
+  Args:
+    norm: 'linf', 'l2' or 'l1'.
+    eps: the radius in [0, 1] pixels.
+    size: how many numbers an image has.
+  """
+  change = {'linf': eps, 'l2': eps / size**0.5, 'l1': eps / size}[norm]  # of a pixel, on average
+  # Below what radii in use (of l2 up to 5, of l1 up to 0.005 a pixel) are after a division by 255
+  least = {'linf': 0.5 / 255, 'l2': 5 / 255, 'l1': max(0.1, 2e-5 * size)}[norm]
+  if eps < least:
+    small = 'half a grey level of 8 bits' if norm == 'linf' else f'any in use for {norm}'
+    once = 'once' if norm == 'linf' else f'and divide no radius of {norm} by 255'
     return wrong(
-      f'eps is {eps:.3g}, less than half a grey level of 8 bits',
+      f'eps is {eps:.3g}, less than {small}',
       'such a change disappears when the image is stored',
-      f'give eps in [0, 1] pixels, once: {eps * 255:.3g} if that was meant',
+      f'give eps in [0, 1] pixels, {once}: {eps * 255:.3g} if that was meant',
     )
-  if eps > 32 / 255:
+  if change > 32 / 255:
+    mean = '' if norm == 'linf' else f'{eps:.3g} in {norm}: a pixel changes by a mean of '
     return note(
-      f'eps is {255 * eps:.3g}/255, above 32/255',
+      f'eps is {mean}{255 * change:.3g}/255, above 32/255',
       'people see such changes, and may classify otherwise themselves',
       'check the unit: eps is in [0, 1] pixels',
     )
-  if 0.03 <= eps <= 0.032 and abs(eps - 8 / 255) > 1e-7:
+  if norm == 'linf' and 0.03 <= eps <= 0.032 and abs(eps - 8 / 255) > 1e-7:
     return note(
       f'eps is {eps:g}, not 8/255 = {8 / 255:.6f}',
       'published numbers use either, and they differ',
