@@ -10,6 +10,10 @@ and brought to patches of 4 px. Another published model is one word away:
 (experiments/variants.py). No accuracy is promised for this file: it has not
 been run to its end yet.
 
+  python -m fulllora_jax.main --config configs/cifar10.py:union
+
+trains for three threats at once, one of them a batch, and measures their union (not run yet).
+
   python -m fulllora_jax.main --config configs/cifar10.py:cpu
 
 trains a ViT of 0.47 M parameters on CIFAR-10 first and hardens it by PGD-3, in
@@ -30,7 +34,7 @@ from fulllora_jax.experiments import variants
 def get_config(variant: str = ''):
   """Returns the config; variants.py says what may follow the colon."""
   config = config_lib.default()
-  return variants.with_variant(config, variant, 'vit_b', {'cpu': cpu})
+  return variants.with_variant(config, variant, 'vit_b', {'cpu': cpu, 'union': union})
 
 
 def cpu(config) -> None:
@@ -47,3 +51,10 @@ def cpu(config) -> None:
   config.base.augment.mix_probability = 0.0  # too few steps to overfit
   config.base.train.update(steps=5000, batch_size=128, eval_every=1250)
   config.eval.update(num_examples=500, validation_examples=256)
+
+
+def union(config) -> None:
+  """Trains for Linf 8/255, L2 0.5 and L1 12, the radii of Croce & Hein, 2022 (arXiv 2105.12508)."""
+  variants.start_from(config, variants.PUBLISHED['vit_b'])
+  config.name += '-union'
+  config.threat.union = config.eval.union = 'linf:8/255,l2:0.5,l1:12'

@@ -38,11 +38,15 @@ def default() -> ConfigDict:
   config.data = _data()
 
   config.threat = threat = ConfigDict()
-  # The ball around an image: linf | l2; evaluations know l1 too.
+  # The ball around an image: linf | l2 | l1.
   threat.norm = 'linf'
   # The radius of the ball in pixels of [0, 1], a number or a fraction as text;
   # at least 0, for linf at most 1.
   threat.eps = '8/255'
+  # Several threats to train for at once, as linf:8/255,l2:0.5,l1:12, the one above among them: each
+  # batch is attacked in one, the more often the less it is withstood, with steps that are the same
+  # share of its eps (training/turns.py); '': the one above alone.
+  threat.union = ''
 
   config.attack = _attack()
   config.objective = objective = ConfigDict()  # the outer loss
@@ -356,6 +360,7 @@ def base_config(config: ConfigDict) -> ConfigDict:
   for part in ('objective', 'awp', 'ema', 'head'):
     base[part] = ConfigDict(default()[part].to_dict())
   base.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
+  base.threat.union = ''
   base.base.source = 'scratch'
   base.eval.update(attacks=('clean',), expected='', certify='', corruptions='', shifts='', union='')
   base.eval.validation_attack = 'clean'

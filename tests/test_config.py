@@ -144,7 +144,6 @@ def test_base_is_trained_on_clean_images_by_its_own_recipe():
     ('adapter__overrides', ('qeury.rank=2',), 'qeury.*targets are.*query'),
     ('adapter__overrides', ('query.rnak=2',), 'cannot read.*target.field'),
     ('threat__norm', 'l7', 'threat.norm.*l7.*linf, l2'),
-    ('threat__norm', 'l1', 'threat.norm l1: training knows linf and l2 only'),
     ('threat__eps', '8', r'threat.eps: 8 is above 1.*did you mean 8/255'),
     ('threat__eps', '-1/255', 'threat.eps.*negative'),
     ('threat__eps', 'eight', "threat.eps: cannot read 'eight'.*8/255"),
@@ -304,16 +303,18 @@ def test_the_scale_of_linf_is_not_that_of_l2(fields, words):
     checks.validate(changed(**_L2, **fields), num_devices=8)
 
 
-def test_evaluation_knows_l1_where_training_does_not():
-  attacks = ('clean', 'apgd-ce', 'apgd-t')
-  config = changed(threat__norm='l1', threat__eps='12', eval__attacks=attacks)
-  checks_lib.validate_evaluation(config)
+def test_l1_is_a_threat_as_any_other():
+  attacks = ('clean', 'fgsm', 'pgd', 'apgd-t')
+  own = {'threat__norm': 'l1', 'threat__eps': '12', 'eval__attacks': attacks}
+  own |= {'attack__step_size': '3', 'eval__step_size': '3', 'eval__expected': 'pgd-20'}
+  config = changed(**own)
+  checks.validate(config, num_devices=8)
   assert [a.name for a in settings.Plan.of(config).all_attacks()] == [*attacks]
-  with pytest.raises(UserError, match='threat.norm l1: training knows'):
-    checks.validate(config, num_devices=8)
-  config.eval.attacks = ('pgd-20',)
-  with pytest.raises(UserError, match='for l1 give autoattack'):
-    checks_lib.validate_evaluation(config)
+  own['eval__attacks'] = ('cw_linf',)
+  with pytest.raises(UserError, match='cw_linf needs threat.norm linf, but it is l1'):
+    checks_lib.validate_evaluation(changed(**own))
+  with pytest.raises(UserError, match='10 steps of attack.step_size 2/255 do not reach .*as 3'):
+    checks.validate(changed(**own | {'eval__attacks': attacks, 'attack__step_size': '2/255'}), 8)
 
 
 @pytest.mark.parametrize('eps', ['0', '0/255', '0.0'])

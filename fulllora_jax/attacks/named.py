@@ -97,7 +97,7 @@ def parse(text: str, threat: Threat, step_size: float, restarts: int = 1) -> Att
   Args:
     text: the name, and after a dash the number of steps, 20 if unsaid; of
       square the number of queries.
-    threat: `cw_linf` needs the linf ball; l1 is known to APGD alone.
+    threat: `cw_linf` needs the linf ball.
     step_size: the length of a step of pgd and cw_linf, in [0, 1] pixels.
     restarts: the random starts of pgd and cw_linf, at least 1.
 
@@ -119,8 +119,6 @@ def parse(text: str, threat: Threat, step_size: float, restarts: int = 1) -> Att
     raise UserError(
       f'attack: unknown attack {text!r}; known: {", ".join(known)}, with steps as in pgd-20'
     )
-  if name != 'clean' and threat.norm == 'l1':
-    raise UserError(f'attack: {name} knows linf and l2 only; for l1 give autoattack')
   if name in ('clean', 'fgsm'):
     if dash:
       raise UserError(f'attack: {name} takes no steps, but got {text!r}')

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fulllora_jax.attacks import losses
 from fulllora_jax.attacks.found import Attacking, Found, finite, nothing
-from fulllora_jax.attacks.threat import Threat
+from fulllora_jax.attacks.threat import NORMS, Threat
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 Loss = Callable[[jax.Array], jax.Array]  # logits [B, K] -> [B]
@@ -23,7 +23,7 @@ Start = Callable[[jax.Array, jax.Array], jax.Array]  # (keys, x) -> x_adv
 Step = Callable[[jax.Array, jax.Array], Found]  # (x_adv, t) -> the next x_adv, what was met
 
 
-@functools.partial(Attacking, soft=True, steps=0, step_size=0, restarts=1)
+@functools.partial(Attacking, norms=NORMS, soft=True, steps=0, step_size=0, restarts=1)
 def pgd(
   keys: jax.Array,
   logits_fn: LogitsFn,

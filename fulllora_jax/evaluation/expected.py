@@ -24,7 +24,7 @@ def radii(plan: Plan) -> dict[float, str]:
   """Returns the radii above 0 as multiples of eps, rising to 1, and how each is written.
 
   For linf they are 1/255, 2/255, ... below eps, then eps itself, so the last step is shorter where
-  eps is no multiple of 1/255. For l2 they are eighths of eps.
+  eps is no multiple of 1/255. For l2 and l1 they are eighths of eps.
 
   >>> radii(Plan(eps='2.5/255'))
   {0.4: '1/255', 0.8: '2/255', 1.0: '2.5/255'}

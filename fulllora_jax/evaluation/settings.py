@@ -53,9 +53,8 @@ class Plan:
     """Returns the attack that measures expected robustness; UserError where it cannot."""
     asked = f'eval.expected {self.expected}'
     rand = next((attack.label for attack in self.all_attacks() if attack.stochastic), '')
-    if self.norm == 'l1' or rand:
-      why = rand or 'norm l1'
-      raise UserError(f'{asked}: it cannot be measured with {why}; leave one of them out')
+    if rand:
+      raise UserError(f'{asked}: it cannot be measured with {rand}; leave one of them out')
     attack = self.attack(self.expected)
     if attack.version or attack.name == 'clean':
       known = 'give fgsm, pgd-20 or cw_linf-20'
@@ -64,17 +63,18 @@ class Plan:
       raise UserError(f'{asked}: threat.eps {self.eps} leaves nothing to attack')
     return attack
 
-  def at(self, eps: str, *, scale_steps: bool = True) -> 'Plan':
+  def at(self, eps: str, *, scale_steps: bool = True, norm: str = '') -> 'Plan':
     """Returns the plan at another radius.
 
     Args:
       eps: the other radius, as text.
       scale_steps: keeps the step size in proportion to eps.
+      norm: its norm; '': as here.
 
     >>> Plan(eps='8/255', step_size='2/255').at('4/255').attack('pgd').step_size
     0.00392156862745098
     """
-    other = replace(self, eps=eps)
+    other = replace(self, eps=eps, norm=norm or self.norm)
     before, after = self.threat.eps, other.threat.eps
     if not scale_steps or not before or before == after:
       return other

@@ -27,30 +27,46 @@ def plans(plan: Plan) -> tuple[Plan, ...]:
   Each attacks by AutoAttack, or by `autoattack-second` where the plan does.
 
   Raises:
-    UserError: no pairs of a norm and a radius, one threat alone, an unknown norm or one twice, a
-      radius that is none, or noise.
+    UserError: what `threats` raises, or noise.
 
   >>> [(p.norm, p.eps, p.attacks) for p in plans(Plan(union='linf:8/255, l2:0.5'))]
   [('linf', '8/255', ('autoattack',)), ('l2', '0.5', ('autoattack',))]
   """
-  told = f'union {plan.union}'
   if any(attack.stochastic for attack in plan.all_attacks()):
-    raise UserError(f'{told}: it cannot be measured with autoattack-rand; leave one of them out')
+    raise UserError(
+      f'union {plan.union}: it cannot be measured with autoattack-rand; leave one of them out'
+    )
   attack = _SECOND if _SECOND in plan.attacks else 'autoattack'
-  found: dict[str, Plan] = {}
-  for part in plan.union.split(','):
+  found = threats('union', plan.union).items()
+  return tuple(replace(plan, norm=norm, eps=eps, attacks=(attack,)) for norm, eps in found)
+
+
+def threats(field: str, union: str) -> dict[str, str]:
+  """Reads a union, such as 'linf:8/255,l2:0.5,l1:12'; returns each norm's radius as it is written.
+
+  Args:
+    field: what it was given as, for the error.
+    union: the text.
+
+  Raises:
+    UserError: no pairs of a norm and a radius, one threat alone, an unknown norm or one twice, or a
+      radius that is none.
+  """
+  told = f'{field} {union}'
+  found: dict[str, str] = {}
+  for part in union.split(','):
     norm, colon, eps = (text.strip() for text in part.partition(':'))
     if not (norm and colon and eps):
       raise UserError(f'{told}: {part.strip()!r} is no norm and radius; write linf:8/255,l2:0.5')
-    choose('union', norm, NORMS)
+    choose(field, norm, NORMS)
     if norm in found:
       raise UserError(f'{told}: {norm} stands there twice; its larger ball holds the smaller one')
     if not Threat(norm, eps).eps:
       raise UserError(f'{told}: {norm}:{eps} leaves nothing to attack')
-    found[norm] = replace(plan, norm=norm, eps=eps, attacks=(attack,))
+    found[norm] = eps
   if len(found) == 1:
     raise UserError(f'{told}: that is one threat; give two or more, or --norm and --eps')
-  return tuple(found.values())
+  return found
 
 
 def asked(plan: Plan) -> tuple[tuple[str, str, tuple[str, ...]], ...]:

@@ -10,9 +10,9 @@ from fulllora_jax.reports import results
 # What `config.head.start` says, unless it names a place.
 _HEADS = {'zeros': 'zeros', 'rows': "the base's rows", 'probe': 'a standard probe'}
 _HEADS |= {'adversarial_probe': 'an adversarial probe'}
-# Fields that are off at 0, and then not worth a line.
+# Fields that are off at 0 or empty, and then not worth a line.
 _OFF_AT_0 = ('objective.label_smoothing', 'attack.ard', 'attack.prm')
-_OFF_AT_0 += ('awp.gamma', 'awp.warmup', 'ema.decay')
+_OFF_AT_0 += ('awp.gamma', 'awp.warmup', 'ema.decay', 'threat.union')
 
 
 def facts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -151,9 +151,13 @@ def parameters(report: Mapping[str, Any]) -> str:
 
 
 def threat(report: Mapping[str, Any]) -> str:
-  """Says the threat model."""
+  """Says the threat model, and what else was trained for."""
   found = report.get('threat') or {}
-  return f'{found.get("norm", "?")}, eps {found.get("eps", "?")}, pixels in [0, 1]'
+  text = f'{found.get("norm", "?")}, eps {found.get("eps", "?")}, pixels in [0, 1]'
+  if union := ((report.get('config') or {}).get('threat') or {}).get('union'):
+    text += f'; trained for the union {union}, one threat a batch'
+    text += '' if report.get('unions') else ', whose worst case was not measured (--union)'
+  return text
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:

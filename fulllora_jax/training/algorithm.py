@@ -9,7 +9,7 @@ from fulllora_jax.attacks.threat import Threat, parse_fraction
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.data import augment
 from fulllora_jax.evaluation import settings
-from fulllora_jax.training import ard_prm, awp, inner_attack, objectives, optim, train_step
+from fulllora_jax.training import ard_prm, awp, inner_attack, objectives, optim, train_step, turns
 from fulllora_jax.training.hinges import AUTO, LATEST, Hinges
 
 
@@ -83,6 +83,7 @@ def _attack(config, steps: int) -> inner_attack.InnerAttack:
     start=start if attack.random_start else None,
     hinges=hinges(config),
     warmup=_warmup(config, steps),
+    several=turns.several(config),
   )
 
 

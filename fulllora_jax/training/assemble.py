@@ -13,7 +13,7 @@ from fulllora_jax.core import trees
 from fulllora_jax.core.trees import Tree
 from fulllora_jax.distributed import mesh as mesh_lib
 from fulllora_jax.training import algorithm as algorithm_lib
-from fulllora_jax.training import carry, ema
+from fulllora_jax.training import carry, ema, turns
 from fulllora_jax.training import state as state_lib
 from fulllora_jax.training.state import TrainState
 from fulllora_jax.training.train_step import Algorithm
@@ -53,6 +53,7 @@ class Assembly:
       self.algorithm.tx,
       carry.begin(self.config, num_examples, self.image_shape),
       ema.begin(trainable) if self.config.ema.decay else None,
+      turns.begin(self.config),
     )
 
   def place(self, variables: Tree, num_examples: int = 0) -> tuple[TrainState, Tree]:

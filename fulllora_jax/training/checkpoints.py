@@ -113,8 +113,8 @@ class TrainingCheckpoints:
     meta = unsealed(restored.meta)
     arrays = {'adapter': restored.adapter, 'optimizer': restored.optimizer}
     verify(arrays, meta['checksums'])
-    opt_state, deltas, ema = jax.tree.unflatten(
-      jax.tree.structure((like.opt_state, like.deltas, like.ema)),
+    opt_state, deltas, ema, seen = jax.tree.unflatten(
+      jax.tree.structure((like.opt_state, like.deltas, like.ema, like.seen)),
       [restored.optimizer[k] for k in sorted(restored.optimizer)],
     )
     state = TrainState(
@@ -123,6 +123,7 @@ class TrainingCheckpoints:
       opt_state=opt_state,
       deltas=deltas,
       ema=ema,
+      seen=seen,
     )
     return state, meta['notes']
 
@@ -155,7 +156,7 @@ def _arrays(state: TrainState) -> dict[str, Tree]:
 
   The leaves of the optimizer go by number, for its states are nested tuples without names.
   """
-  rest = jax.tree.leaves((state.opt_state, state.deltas, state.ema))
+  rest = jax.tree.leaves((state.opt_state, state.deltas, state.ema, state.seen))
   return {
     'adapter': trees.prune(state.trainable),
     'optimizer': {f'{i:05d}': leaf for i, leaf in enumerate(rest)},

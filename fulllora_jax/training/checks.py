@@ -9,7 +9,7 @@ from fulllora_jax.core.errors import UserError, choose, require
 from fulllora_jax.evaluation import ranges
 from fulllora_jax.evaluation.checks import refuse_rand, validate_evaluation
 from fulllora_jax.evaluation.settings import Plan, threat
-from fulllora_jax.training import carry, objectives, optim
+from fulllora_jax.training import carry, objectives, optim, turns
 from fulllora_jax.training.algorithm import hinges
 from fulllora_jax.training.hinges import AUTO
 from fulllora_jax.training.inner_attack import ATTACKS, FIXED
@@ -29,16 +29,15 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   models.linear_maps(config.model.name)
   if config.base.source in ('train', 'scratch'):  # nothing else settles it
     models.create(config.model, num_classes=2)
-  if config.threat.norm == 'l1':
-    raise UserError('threat.norm l1: training knows linf and l2 only; evaluate knows l1')
   validate_evaluation(config)
   refuse_rand(config)
-  validation = Plan.of(config).attack(config.eval.validation_attack)
-  if validation.version:
-    raise UserError(
-      f'eval.validation_attack {validation.label}: an ensemble takes too long '
-      'to choose among checkpoints; give pgd-10'
-    )
+  for plan in turns.plans(config):
+    validation = plan.attack(config.eval.validation_attack)
+    if validation.version:
+      raise UserError(
+        f'eval.validation_attack {validation.label}: an ensemble takes too long '
+        'to choose among checkpoints; give pgd-10'
+      )
   _check_adapter(config, method)
   if config.base.source == 'scratch' and method.trains_less_than_all():
     raise UserError(
@@ -98,6 +97,7 @@ def _check_attack(config: ConfigDict) -> None:
   if config.attack.name in FIXED:
     _check_fixed(config, FIXED[config.attack.name].norms)
   carry.check(config)
+  turns.check(config)
   start, full = hinges(config)
   if config.attack.eps_start == AUTO and not full:
     raise UserError(
@@ -166,7 +166,8 @@ def _check_objective(config: ConfigDict, method: methods.Method) -> None:
   if not method.adversarial:
     require(
       config,
-      {'objective.name': 'pgd_at', 'awp.gamma': 0.0, 'attack.ard': 0.0, 'attack.prm': 0.0},
+      {'objective.name': 'pgd_at', 'awp.gamma': 0.0, 'attack.ard': 0.0, 'attack.prm': 0.0}
+      | {'threat.union': ''},
       f'method {config.method} trains without an adversary',
       'another method',
     )

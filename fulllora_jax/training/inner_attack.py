@@ -14,6 +14,7 @@ from fulllora_jax.attacks.single_step import STEP, fgsm_rs, n_fgsm
 from fulllora_jax.config import ConfigDict
 from fulllora_jax.training.ard_prm import Warmup
 from fulllora_jax.training.hinges import Hinges
+from fulllora_jax.training.turns import OneOf
 
 # (logits_fn, x, labels) -> (logits [B, K] -> what the attack raises, [B])
 AttackLoss = Callable[..., Loss]
@@ -48,6 +49,7 @@ class InnerAttack:
   hinges: Hinges = Hinges()  # when eps and the step size rise
   name: str = 'pgd'  # one of ATTACKS
   warmup: Warmup | None = None  # holds PGD back in the first steps of the training
+  several: OneOf | None = None  # the threats that a batch meets one of, `threat` the first of them
 
   @property
   def label(self) -> str:
@@ -99,7 +101,8 @@ class InnerAttack:
       counted as zero.
     """
     factor = self.hinges.factor(done, self.total_steps)
-    threat = self.threat.scaled(factor) if self.hinges.full else self.threat
+    threat: Any = self.several or self.threat
+    threat = threat.scaled(factor) if self.hinges.full else threat
     if self.name in FIXED:
       find = FIXED[self.name].attack.find
       x_adv, met = find(keys, logits_fn, x, labels, threat, loss=self.loss)
@@ -110,7 +113,9 @@ class InnerAttack:
       loss = self.loss(logits_fn, x, labels)
 
     def start(keys, x):
-      return x if self.start is None else self.start(threat, keys, x)
+      if self.start is None:
+        return x
+      return threat.begin(self.start, keys, x) if self.several else self.start(threat, keys, x)
 
     def step(x_adv, _):
       size = self.step_size * factor

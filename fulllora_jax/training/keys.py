@@ -11,3 +11,4 @@ class Purpose(enum.IntEnum):
   DROPOUT = 2
   WARMUP = 3  # the attack's ARD and PRM
   NOISE = 4
+  THREAT = 5  # which of a union's a batch is attacked in

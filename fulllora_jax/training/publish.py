@@ -57,7 +57,8 @@ def publish(
     'image_shape': list(dataset.image_shape),
     'num_classes': dataset.num_classes,
     'label_names': list(dataset.label_names),
-    'threat': {'norm': threat.norm, 'eps': config.threat.eps, 'eps_value': threat.eps},
+    'threat': {'norm': threat.norm, 'eps': config.threat.eps, 'eps_value': threat.eps}
+    | ({'union': config.threat.union} if config.threat.union else {}),
     'normalisation': {'mean': list(mean), 'std': list(std)},
     'parameters': parameters,
     'base_fingerprint': origin.fingerprint,

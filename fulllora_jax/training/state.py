@@ -20,6 +20,8 @@ class TrainState(NamedTuple):
   deltas: jax.Array | None = None
   # Like `trainable`, float32: its moving average (ema.py); else no leaf.
   ema: Tree | None = None
+  # float32 [T, 2]: what was seen of each threat of a union (turns.py); else no leaf.
+  seen: jax.Array | None = None
 
 
 def create(
@@ -27,7 +29,8 @@ def create(
   tx: optax.GradientTransformation,
   deltas: jax.Array | None = None,
   ema: Tree | None = None,
+  seen: jax.Array | None = None,
 ) -> TrainState:
   """Returns the state before the first step."""
   step = jnp.zeros((), jnp.int32)
-  return TrainState(step, trainable, tx.init(trainable), deltas, ema)
+  return TrainState(step, trainable, tx.init(trainable), deltas, ema, seen)

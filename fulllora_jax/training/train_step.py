@@ -6,7 +6,7 @@
 
 phi are the trainable leaves (the LNLoRA branches and the head in FullLoRA),
 theta the frozen ones. To read what a step does, read `train_step`;
-`compile_train_step` wraps attack.carry, jit, shardings and donation around it.
+`compile_train_step` wraps attack.carry, threat.union, jit, shardings and donation around it.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from fulllora_jax.training.keys import Purpose
 from fulllora_jax.training.objectives import OuterLoss
 from fulllora_jax.training.overfitting import WATCH
 from fulllora_jax.training.state import TrainState
+from fulllora_jax.training.turns import taking_turns
 
 Metrics = dict[str, jax.Array]
 
@@ -120,7 +121,7 @@ def _updated(algorithm, state: TrainState, gradient: Tree) -> TrainState:
   updates, opt_state = algorithm.tx.update(gradient, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   average = ema.update(state.ema, trainable, algorithm.ema_decay)
-  return TrainState(state.step + 1, trainable, opt_state, state.deltas, average)
+  return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=average)
 
 
 def _guarded(
@@ -236,7 +237,7 @@ def _mean_over_microbatches(function: Callable, batch: Any, accumulate: int) -> 
 
 
 def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> jax.stages.Wrapped:
-  """Wraps `train_step` in `carrying` and in jit.
+  """Wraps `train_step` in `carrying`, `taking_turns` and jit.
 
   The batch is sharded, the state replicated and donated.
 
@@ -252,7 +253,7 @@ def compile_train_step(algorithm: Algorithm, mesh: Mesh) -> jax.stages.Wrapped:
     # it too early to save anything.
     options = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
   return jax.jit(
-    functools.partial(carrying(train_step), algorithm),
+    functools.partial(taking_turns(carrying(train_step)), algorithm),
     compiler_options=options,
     donate_argnums=0,
     # The frozen leaves stay where they are (mesh.shard_frozen).

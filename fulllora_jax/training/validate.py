@@ -1,12 +1,17 @@
-"""Scoring the weights on held-out images while they train."""
+"""Scoring the weights on held-out images while they train.
+
+Of a union of threats the score is the worst case: the share of images that withstand the validation
+attack in the ball of every threat.
+"""
 
 from typing import Any
 
+import numpy as np
+
 from fulllora_jax import data
 from fulllora_jax.core.trees import Tree
-from fulllora_jax.evaluation.evaluator import Evaluator
-from fulllora_jax.evaluation.settings import Plan
-from fulllora_jax.training import overfitting
+from fulllora_jax.evaluation.evaluator import Evaluation, Evaluator
+from fulllora_jax.training import overfitting, turns
 from fulllora_jax.training.assemble import Assembly
 
 
@@ -14,7 +19,7 @@ class Validation:
   """Scores the validation split; the highest score chooses `best`.
 
   Attributes:
-    evaluator: under the threat of the config.
+    evaluator: under the threat of the config, of a union under the first.
     best: the score, step and attack of the best validation so far.
     alarm: tells of catastrophic overfitting; None where there is no attack to overfit to.
     good: whether the last validation had no sign of it.
@@ -22,11 +27,15 @@ class Validation:
 
   def __init__(self, assembly: Assembly, split: data.Split):
     config = assembly.config
-    plan = Plan.of(config)
-    self.evaluator = Evaluator(assembly.built.model.apply, plan, assembly.mesh)
+    apply = assembly.built.model.apply
+    self._evaluators = [Evaluator(apply, plan, assembly.mesh) for plan in turns.plans(config)]
+    self.evaluator = self._evaluators[0]
     self.good = True
     self._split, self._count = split, config.eval.validation_examples
-    self._attack = plan.attack(config.eval.validation_attack)
+    self._attack_name = config.eval.validation_attack
+    self._attack = self.evaluator.plan.attack(self._attack_name)
+    if self._attack.name == 'clean':
+      self._evaluators = self._evaluators[:1]
     self.begin(assembly)
 
   def begin(self, assembly: Assembly) -> None:
@@ -46,19 +55,26 @@ class Validation:
       The scores, for metrics.jsonl; what to say of them; and the sign of catastrophic overfitting
       where one begins, else ''.
     """
-    outcome = self.evaluator.evaluate(variables, self._split, self._attack, self._count)
-    scores = {'clean_accuracy': float(outcome.clean.mean())}
+    outcomes = {e.plan.norm: self._outcome(e, variables) for e in self._evaluators}
+    clean, *_ = (outcome.clean for outcome in outcomes.values())
+    scores = {'clean_accuracy': float(clean.mean())}
     text = f'validation at step {step}: clean {scores["clean_accuracy"]:.1%}'
-    label, score = self._attack.label, float(outcome.robust.mean())
-    attacked = self._attack.name != 'clean'
-    if attacked:
+    label, robust = self._attack.label, None
+    score = float(np.all([outcome.robust for outcome in outcomes.values()], axis=0).mean())
+    if self._attack.name != 'clean':
+      each = {norm: float(outcome.robust.mean()) for norm, outcome in outcomes.items()}
       scores['robust_accuracy'] = score
       text += f', {label} {score:.1%}'
+      if len(each) > 1:
+        scores |= {f'robust_accuracy_{norm}': share for norm, share in each.items()}
+        text += f' of the union ({", ".join(f"{norm} {s:.1%}" for norm, s in each.items())})'
+        label += f', the worst of {", ".join(each)}'
+      # In training each batch meets one threat; the mean over them is what compares with that.
+      robust = float(np.mean(list(each.values())))
     why = ''
     if self.alarm is not None:
-      robust, images = score if attacked else None, len(outcome.clean)
       found, why = self.alarm.validated(
-        label, scores['clean_accuracy'], robust, images, self.best['score']
+        self._attack.label, scores['clean_accuracy'], robust, len(clean), self.best['score']
       )
       scores |= found
     self.good = not scores.get(overfitting.FLAG)
@@ -66,6 +82,10 @@ class Validation:
       self.best = {'score': score, 'step': step, 'attack': label}
       text += ' (best)'
     return scores, text, why
+
+  def _outcome(self, evaluator: Evaluator, variables: Tree) -> Evaluation:
+    attack = evaluator.plan.attack(self._attack_name)
+    return evaluator.evaluate(variables, self._split, attack, self._count)
 
   def notes(self) -> dict[str, Any]:
     """Returns what a checkpoint must keep, as JSON values."""

@@ -163,8 +163,8 @@ def test_l1_knows_the_attacks_of_autoattack(text):
   assert parse(text, Threat('l1', 1.0), 0.02).label == text
 
 
-@pytest.mark.parametrize('text', ['pgd-20', 'fgsm', 'cw_linf'])
-def test_l1_knows_no_other_attack(text):
-  message = '^attack: .* knows linf and l2 only; for l1 give autoattack$'
-  with pytest.raises(UserError, match=message):
-    parse(text, Threat('l1', 1.0), 0.02)
+def test_l1_knows_pgd_but_not_that_of_linf_alone():
+  assert parse('pgd-20', Threat('l1', 1.0), 0.25).step_size == 0.25
+  assert parse('fgsm', Threat('l1', 1.0), 0.25).step_size == 1.0
+  with pytest.raises(UserError, match='^attack: cw_linf needs threat.norm linf, but it is l1$'):
+    parse('cw_linf', Threat('l1', 1.0), 0.02)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fulllora_jax.attacks import Threat, losses, pgd
+from fulllora_jax.attacks import Threat, losses, pgd, projections
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.uniform(size=(8, 4, 4, 3)), jnp.float32)
@@ -18,7 +18,8 @@ HIDDEN = jnp.asarray(RNG.normal(size=(48, 16)), jnp.float32)
 OUT = jnp.asarray(RNG.normal(size=(16, 4)), jnp.float32)
 LINF = Threat('linf', 0.1)
 L2 = Threat('l2', 0.5)
-BALLS = pytest.mark.parametrize('threat', [LINF, L2], ids=['linf', 'l2'])
+L1 = Threat('l1', 1.0)
+BALLS = pytest.mark.parametrize('threat', [LINF, L2, L1], ids=['linf', 'l2', 'l1'])
 
 
 def linear(x):
@@ -67,6 +68,25 @@ def test_l2_on_a_linear_loss_reaches_the_sphere_along_w():
   )
   along = (W / jnp.linalg.norm(W)).reshape(1, 4, 4, 3)
   np.testing.assert_allclose(found, x + 0.5 * along, atol=1e-6)
+
+
+def test_l1_on_a_linear_loss_comes_near_the_worst_point():
+  """In the ten steps of a training; a step of one pixel alone comes half as far."""
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.uniform(size=(4, 32, 32, 3)), jnp.float32)
+  w = jnp.asarray(rng.normal(size=(1, *x.shape[1:])), jnp.float32)
+  threat = Threat('l1', 12.0)
+
+  def logits_fn(z):
+    score = 0.05 * (z * w).sum(axis=(1, 2, 3))
+    return jnp.stack([jnp.zeros_like(score), score], axis=1)
+
+  found = jitted(threat, logits_fn, steps=10, step_size=3.0)(KEYS[:4], x, jnp.zeros(4, jnp.int32))
+  worst = projections.farthest_in_l1_ball(x, jnp.broadcast_to(w, x.shape), 12.0)
+  gained = ((found - x) * w).sum(axis=(1, 2, 3)) / (worst * w).sum(axis=(1, 2, 3))
+  assert (gained > 0.95).all() and (gained <= 1 + 1e-5).all()
+  assert (threat.distance(x, found) <= threat.reach).all()
+  assert found.min() >= 0 and found.max() <= 1
 
 
 @BALLS

@@ -157,6 +157,35 @@ def test_l2_start_is_uniform_in_the_volume_of_the_ball():
   assert np.abs(start.mean(axis=0) - 0.5).max() < 0.01
 
 
+def test_l1_start_is_uniform_in_the_volume_of_the_ball():
+  keys = jax.random.split(jax.random.key(1), 1000)
+  x = jnp.full((1000, 2, 2, 1), 0.5)
+  threat = Threat('l1', 0.1)
+  start = threat.random_start(keys, x)
+  volume = np.sort((threat.distance(x, start) / 0.1) ** 4)
+  np.testing.assert_allclose(volume, (np.arange(1000) + 0.5) / 1000, atol=0.06)
+  # On the sphere the share of one pixel is that of one exponential number among four.
+  share = np.abs(start - 0.5)[:, 0, 0, 0] / threat.distance(x, start)
+  np.testing.assert_allclose((share > 0.5).mean(), 0.5**3, atol=0.04)
+  assert np.abs(start.mean(axis=0) - 0.5).max() < 0.01
+
+
+def test_a_step_in_l1_moves_the_hundredth_that_can_go_farthest():
+  x = jnp.asarray(RNG.uniform(0.3, 0.7, size=(2, 10, 20, 1)), jnp.float32)
+  gradient = jnp.asarray(RNG.normal(size=x.shape), jnp.float32)
+  best = np.argsort(-np.abs(gradient).reshape(2, -1), axis=1)
+  x = x.reshape(2, -1).at[0, best[0, 0]].set(gradient.reshape(2, -1)[0, best[0, 0]] > 0)
+  x = x.reshape(gradient.shape).astype(jnp.float32)  # the box holds the best pixel of the first
+  gradient = gradient.at[1].multiply(1e-30)
+  moved = np.asarray(Threat('l1', 5.0).ascend(x, x, gradient, 0.4) - x).reshape(2, -1)
+  expected = np.zeros((2, 200))
+  for image, places in ((0, best[0, 1:3]), (1, best[1, :2])):  # of 200 pixels
+    expected[image, places] = 0.2 * np.sign(np.asarray(gradient).reshape(2, -1)[image, places])
+  np.testing.assert_allclose(moved, expected, atol=1e-6)
+  still = Threat('l1', 5.0).ascend(x, x, jnp.zeros_like(x), 0.4)
+  np.testing.assert_array_equal(still, x)
+
+
 def test_direction_is_the_steepest_of_unit_norm():
   gradient = DIRECTIONS.at[0].set(0.0)
   linf = Threat('linf', 0.1).direction(gradient)

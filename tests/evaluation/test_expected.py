@@ -101,7 +101,6 @@ def test_the_interval_of_shares_covers_more_than_it_says():
     ({'expected': 'clean'}, 'eval.expected clean: it attacks at many radii'),
     ({'expected': 'best'}, "unknown attack 'best'"),
     ({'eps': '0'}, 'eval.expected pgd-20: threat.eps 0 leaves nothing to attack'),
-    ({'norm': 'l1', 'eps': '12'}, 'it cannot be measured with norm l1; leave one'),
     ({'attacks': ('autoattack-rand',)}, 'it cannot be measured with autoattack-rand; leave'),
   ],
 )

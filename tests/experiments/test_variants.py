@@ -110,7 +110,11 @@ def test_names_and_so_default_work_directories_differ():
   ]
   names += [load('digits').name, load('digits', 'tiny').name]
   names += [load(file, 'fast').name for file in (*FILES, 'digits')]
-  names += [load('cifar10', 'cpu').name, load('cifar10', 'cpu,fast').name]
+  names += [
+    load('cifar10', 'union').name,
+    load('cifar10', 'cpu').name,
+    load('cifar10', 'cpu,fast').name,
+  ]
   names += [load('cifar10', f'{variant},fast').name for variant in ('tiny', 'vit_b')]
   assert len(set(names)) == len(names)
 
@@ -168,6 +172,13 @@ def test_fast_changes_the_attack_alone(file, size):
   assert (fast.attack.steps, fast.attack.carry) == (2, True)
   eps = {'8/255': '5/255', '4/255': '2.5/255', '0.1': '0.0625'}
   assert fast.attack.step_size == eps[fast.threat.eps]
+
+
+def test_the_union_variant_is_the_vit_b_trained_for_what_it_measures():
+  own, plain = load('cifar10', 'union'), load('cifar10')
+  checks.validate(own, 1)
+  assert own.threat.union == own.eval.union == 'linf:8/255,l2:0.5,l1:12'
+  assert (own.model, own.base, own.adapter) == (plain.model, plain.base, plain.adapter)
 
 
 @pytest.mark.parametrize('variant', ['fast,tiny', 'tiny,fast,fast', 'tiny,', ',fast', 'fast,fast'])
