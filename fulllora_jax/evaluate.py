@@ -75,6 +75,12 @@ def define_flags() -> None:
     'A file of adversarial images, .npz or .pt, that is checked against the model, within --norm '
     'and --eps; by default nothing else is attacked then.',
   )
+  flags.DEFINE_string(
+    'robustbench',
+    None,
+    "A FILE.json for the row of RobustBench's leaderboard, and x_adv beside it; what FILE has "
+    'already is kept.',
+  )
   flags.DEFINE_string('norm', None, 'linf, l2 or l1. Default: as the run.')
   flags.DEFINE_list('eps', [], 'In [0, 1] pixels, e.g. 4/255,8/255. Default: as the run.')
   flags.DEFINE_string('step_size', None, 'Of PGD. Default: as the run, in proportion to eps.')
@@ -158,6 +164,7 @@ def main(argv: Sequence[str]) -> None:
     scale_steps=given.step_size is None,
     seed=given.seed,
     verify=given.verify,
+    robustbench=given.robustbench,
   )
 
 

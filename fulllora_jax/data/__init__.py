@@ -1,6 +1,12 @@
 """Data sets as uint8 images in host memory or on disk, batches by step."""
 
-from fulllora_jax.data.opening import is_ready, open_dataset, open_test, shared_examples
+from fulllora_jax.data.opening import (
+  is_ready,
+  open_dataset,
+  open_test,
+  published_order,
+  shared_examples,
+)
 from fulllora_jax.data.pipeline import batch_indices, choose_examples, eval_batches, train_batches
 from fulllora_jax.data.splits import Dataset, Split, identity
 
@@ -14,6 +20,7 @@ __all__ = [
   'is_ready',
   'open_dataset',
   'open_test',
+  'published_order',
   'shared_examples',
   'train_batches',
 ]

@@ -84,6 +84,11 @@ def shared_examples(data: ConfigDict, train_split: str) -> int:
   return _tfds_source(data).shared_examples(data, train_split)
 
 
+def published_order(data: ConfigDict) -> np.ndarray | None:
+  """Returns the places of the test images in their publisher's order, int [N]; None: not known."""
+  return None if data.name.startswith('folder:') else _tfds_source(data).published_order(data)
+
+
 def _tfds_source(data: ConfigDict):
   """Imports what reads sets of tfds, which a folder of images does without."""
   try:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,21 @@ def open_test(data: ConfigDict, channels: int) -> records.Source:
   return records.Source(
     data.name, (data.image_size, data.image_size, channels), names, found, found
   )
+
+
+def published_order(data: ConfigDict) -> np.ndarray | None:
+  """Returns the places of the test images in the order of the publisher's files, int [N].
+
+  CIFAR-10 and CIFAR-100 of tfds, which stores them in another order, name them test_00000, ... by
+  their place in those files. None: this set, or this copy of it, does not.
+  """
+  builder, *_ = _opened(data)
+  if 'id' not in builder.info.features:
+    return None
+  source = builder.as_data_source(_test_split(data, builder), decoders=_undecoded(builder))
+  examples = source.__getitems__(list(range(len(source))))
+  numbers = [re.fullmatch(rb'test_(\d{5})', example['id']) for example in examples]
+  return np.argsort([int(number[1]) for number in numbers]) if all(numbers) else None
 
 
 def _opened(data: ConfigDict) -> tuple[tfds.core.DatasetBuilder, str, str]:
@@ -234,19 +250,25 @@ def _end(part) -> int:
   return part.examples_in_shard if part.take == -1 else part.skip + part.take
 
 
-def _reader(data, builder, split, keys, channels):
-  """Returns the `read` of a split's Records, and the number of examples."""
-  image_key, label_key = keys
-  where = f'data.name={data.name} in {builder.data_dir}, split {split}'
-  # Images are decoded here by Pillow alone, to be the same with or without
-  # OpenCV, and not at all where only labels are asked for.
-  decoders = {
+def _undecoded(builder: tfds.core.DatasetBuilder) -> dict:
+  """Returns what keeps tfds from decoding images.
+
+  Pillow alone does that here, so that they are the same with or without OpenCV; and nobody does
+  where only labels are asked for.
+  """
+  return {
     key: tfds.decode.SkipDecoding()
     for key, feature in builder.info.features.items()
     if isinstance(feature, tfds.features.Image)
   }
+
+
+def _reader(data, builder, split, keys, channels):
+  """Returns the `read` of a split's Records, and the number of examples."""
+  image_key, label_key = keys
+  where = f'data.name={data.name} in {builder.data_dir}, split {split}'
   with _readable(where):
-    source = builder.as_data_source(split, decoders=decoders)
+    source = builder.as_data_source(split, decoders=_undecoded(builder))
 
   def read(indices, with_images):
     with _readable(where):

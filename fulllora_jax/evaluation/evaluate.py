@@ -1,5 +1,6 @@
 """Evaluating again what is finished: a run, or a function of the user."""
 
+import functools
 import json
 import os
 import time
@@ -13,6 +14,7 @@ from fulllora_jax.core.errors import choose
 from fulllora_jax.core.files import absolute_path, replace_file
 from fulllora_jax.data import of_run
 from fulllora_jax.evaluation import checks, natural, users_function
+from fulllora_jax.evaluation import robustbench as robustbench_lib
 from fulllora_jax.evaluation import verify as verify_lib
 from fulllora_jax.evaluation.evaluations import Evaluations
 from fulllora_jax.evaluation.finished_run import SPLITS, FinishedRun
@@ -34,6 +36,7 @@ def evaluate_again(
   scale_steps: bool = True,
   seed: int | None = None,
   verify: str | os.PathLike | None = None,
+  robustbench: str | None = None,
 ) -> dict[str, Any]:
   """Evaluates a finished run, or a function, as the config now says.
 
@@ -53,6 +56,7 @@ def evaluate_again(
     scale_steps: keeps the attacks' step size in proportion to eps.
     seed: decides the attacks and the choice of images; None: the config's.
     verify: a file of adversarial images that is checked too (verify.py).
+    robustbench: a FILE.json for the leaderboard's row, beside which x_adv goes (robustbench.py).
 
   Returns:
     The result, with the keys of report.json.
@@ -79,8 +83,16 @@ def evaluate_again(
       run = FinishedRun(config, path, dataset, plans[0], next_name(path))
     for name in weights:  # a run from scratch has no base
       choose('--weights', name, run.weights())
-    saved = verify and verify_lib.read(absolute_path(verify), getattr(run.dataset, split))
-    return _finish(run, plans, weights or run.weights(), split, saved)
+    weights, saved = weights or run.weights(), None
+    row = robustbench and robustbench_lib.begin(robustbench, config, plans, weights, split)
+    if verify:
+      order = functools.partial(data.published_order, config.data) if split == 'test' else None
+      examples = getattr(run.dataset, split)
+      saved = verify_lib.read(absolute_path(verify), examples, order or (lambda: None))
+    result = _finish(run, plans, weights, split, saved)
+    if robustbench:
+      robustbench_lib.write(robustbench, row, run, result, weights[0])
+    return result
 
 
 def _finish(

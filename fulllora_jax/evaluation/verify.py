@@ -4,6 +4,7 @@ They may be of this model, which checks a claim, or of another, which measures t
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,9 @@ class Saved(NamedTuple):
   assumed: str  # what the file does not say and is taken for granted; '' where it says all
 
 
-def read(path: Path, examples: data.Split) -> Saved:
+def read(
+  path: Path, examples: data.Split, order: Callable[[], np.ndarray | None] = lambda: None
+) -> Saved:
   """Reads an .npz with `x_adv`, or a .pt with one tensor, as RobustBench takes it.
 
   An .npz may also have `indices` (the images' places in the split), `labels` and `robust`, as the
@@ -40,6 +43,8 @@ def read(path: Path, examples: data.Split) -> Saved:
   Args:
     path: the file.
     examples: the split that the images are of.
+    order: returns the places of its images in their publisher's order, int [N], or None. Images
+      without indices are in that order, which is everybody's.
 
   Raises:
     UserError: it cannot be read, or does not fit the split.
@@ -55,7 +60,7 @@ def read(path: Path, examples: data.Split) -> Saved:
     )
   if x_adv.dtype not in (np.float16, np.float32, np.float64):
     raise UserError(f'{asked}: x_adv is {x_adv.dtype}, but must be floats in [0, 1]')
-  indices, assumed = _places(asked, arrays.get('indices'), len(x_adv), len(examples))
+  indices, assumed = _places(asked, arrays.get('indices'), len(x_adv), len(examples), order)
   labels, robust = examples.labels[indices], arrays.get('robust')
   if (own := arrays.get('labels')) is not None and not np.array_equal(own, labels):
     wrong = int((own != labels).sum()) if own.shape == labels.shape else len(labels)
@@ -71,12 +76,14 @@ def read(path: Path, examples: data.Split) -> Saved:
 
 
 def _places(
-  asked: str, indices: np.ndarray | None, count: int, total: int
+  asked: str, indices: np.ndarray | None, count: int, total: int, order: Callable
 ) -> tuple[np.ndarray, str]:
   """Returns of which of the `total` images a file's `count` are, and what of that is assumed."""
   if indices is None:
     if count > total:
       raise UserError(f'{asked}: it has {count} images, but the split has {total}')
+    if (known := order()) is not None and len(known) == total:
+      return known[:count], f'the first {count} images, in the order in which they were published'
     return np.arange(count), f'the first {count} images, in the order of the data'
   if (
     indices.shape != (count,)
