@@ -53,6 +53,7 @@ _LONG = (
   'test_base.py',
   'test_resume.py',
   'test_autoattack.py',
+  'test_autoattack_models.py',
   'test_benchmark.py',
   'test_train.py',
   'test_scaling.py',

@@ -19,6 +19,7 @@ from fulllora_jax.evaluation.diagnosis.model import unit
 from fulllora_jax.serving import adapter_file
 
 DOCTOR = ('-m', 'fulllora_jax.doctor')
+ALWAYS = ('--eps=0.03', '--num_examples=40')  # of `linear`
 
 
 def record(eps, right, **more):
@@ -150,17 +151,15 @@ def test_images_that_were_made_before_are_told_from_an_attack():
 
 
 def test_the_command_reads_saved_images(
-  run_here, evaluate, digits, digits_dir, linear_digits, tmp_path, monkeypatch
+  run_here, linear, digits, digits_dir, linear_digits, tmp_path, monkeypatch
 ):
-  logits = ('--logits=linear_digits:logits', '--data=digits', '--image_size=8', '--eps=0.03')
-  (before,) = evaluate(*logits, f'--workdir={tmp_path}', '--attack=apgd-ce', '--num_examples=40')[
-    'evaluations'
-  ]
+  (before,) = linear('--attack=apgd-ce')['evaluations']
   monkeypatch.setattr(diagnosis, 'CHECKS', {})
-  ask = (*DOCTOR, *logits, f'--data_dir={digits_dir}', f'--workdir={tmp_path}', '--num_examples=40')
+  where = (f'--data_dir={digits_dir}', f'--workdir={tmp_path}/run')
+  ask = (*DOCTOR, *linear.arguments, *where)
   done = run_here(*ask)
   assert done.returncode == 0 and 'ok     saved images break what they broke' in done.stdout
-  path = tmp_path / 'evaluations' / before['verified']['file']
+  path = linear.folder / before['verified']['file']
   with np.load(path) as saved:
     arrays = dict(saved)
   # At the 17 levels that digits have, eps is less than half a step: the clean images come back

@@ -14,7 +14,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import wilson_interval
 
 EVALUATE = ('-m', 'fulllora_jax.evaluate')
-LINEAR = ('--logits=linear_digits:logits', '--data=digits', '--image_size=8')
+ALWAYS = ('--num_examples=40', '--batch_size=20')
 
 
 def test_flags_say_what_is_evaluated(run_python, finished_copy):
@@ -53,18 +53,6 @@ def test_no_run_is_one_line(run_here, tmp_path):
   assert len(done.stderr.splitlines()) == 1
   assert done.stderr.startswith('error: --workdir: ')
   assert 'holds no run' in done.stderr
-
-
-@pytest.fixture
-def linear(evaluate, tmp_path):
-  """Evaluates 40 digits by the linear model, in tmp_path/run."""
-
-  def run(*args):
-    where = f'--workdir={tmp_path / "run"}'
-    return evaluate(*LINEAR, where, '--num_examples=40', '--batch_size=20', *args)
-
-  run.folder = tmp_path / 'run' / 'evaluations'
-  return run
 
 
 SWEEP = ('--attack=clean,pgd-3,apgd-ce', '--eps=2/255,8/255,20/255')
@@ -393,7 +381,7 @@ def test_a_bad_function_is_one_line_of_the_command(
 ):
   monkeypatch.syspath_prepend(linear_digits)
   done = run_here(
-    *EVALUATE, *LINEAR[1:], f'--logits=linear_digits:{function}',
+    *EVALUATE, '--data=digits', '--image_size=8', f'--logits=linear_digits:{function}',
     f'--data_dir={digits_dir}', f'--workdir={tmp_path}/run',
     '--batch_size=128',
   )  # fmt: skip

@@ -18,25 +18,7 @@ from fulllora_jax.evaluation import evaluations, of_function
 # `fulllora_jax.attacks.autoattack` is the function.
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 AUTOATTACK = importlib.import_module('fulllora_jax.attacks.autoattack')
-LINEAR = (
-  '--logits=linear_digits:logits',
-  '--data=digits',
-  '--image_size=8',
-  '--num_examples=20',
-  '--batch_size=8',
-  '--eps=0.05',
-)
-
-
-@pytest.fixture
-def linear(evaluate, tmp_path):
-  """Evaluates 20 digits in 3 batches, in tmp_path/run unless said."""
-
-  def run(*args, workdir='run'):
-    return evaluate(*LINEAR, f'--workdir={tmp_path / workdir}', *args)
-
-  run.folder = tmp_path / 'run' / 'evaluations'
-  return run
+ALWAYS = ('--num_examples=20', '--batch_size=8', '--eps=0.05')  # 3 batches
 
 
 def without_seconds(result):
@@ -276,7 +258,7 @@ def test_killed_in_the_middle_of_autoattack_it_goes_on(linear, linear_digits, di
   def start(workdir):
     return subprocess.Popen(
       [
-        sys.executable, '-m', 'fulllora_jax.evaluate', *LINEAR,
+        sys.executable, '-m', 'fulllora_jax.evaluate', *linear.arguments,
         f'--data_dir={digits_dir}', f'--workdir={workdir}',
         '--attack=autoattack',
       ],

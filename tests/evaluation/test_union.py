@@ -16,15 +16,7 @@ from fulllora_jax.training import run as run_lib
 EPS = {'linf': '0.035', 'l2': '0.15', 'l1': '0.4'}
 TEXT = ', '.join(f'{norm}:{eps}' for norm, eps in EPS.items())
 COUNT = 40
-
-
-@pytest.fixture
-def linear(evaluate, tmp_path):
-  def run(*args):
-    logits = ('--logits=linear_digits:logits', '--data=digits', '--image_size=8')
-    return evaluate(*logits, f'--workdir={tmp_path}/run', f'--num_examples={COUNT}', *args)
-
-  return run
+ALWAYS = (f'--num_examples={COUNT}',)
 
 
 def withstands(folder, digits, indices):

@@ -9,15 +9,7 @@ import pytest
 from fulllora_jax.core.errors import UserError
 
 EPS, COUNT = 0.03, 40
-
-
-@pytest.fixture
-def linear(evaluate, tmp_path):
-  def run(*args):
-    logits = ('--logits=linear_digits:logits', '--data=digits', '--image_size=8')
-    return evaluate(*logits, f'--workdir={tmp_path}/run', f'--eps={EPS}', *args)
-
-  return run
+ALWAYS = (f'--eps={EPS}',)
 
 
 @pytest.fixture

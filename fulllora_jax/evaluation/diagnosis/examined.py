@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -58,17 +58,7 @@ class Examined:
     UserError: arguments that `autoattack` would refuse, or norm l1.
   """
 
-  def __init__(
-    self,
-    logits_fn: Callable,
-    x: np.ndarray,
-    labels: np.ndarray,
-    threat: Threat,
-    key: jax.Array,
-    exact_fn: Callable | None = None,
-    base_fn: Callable | None = None,
-    deployed: Iterable[tuple[str, Callable]] = (),
-  ):
+  def __init__(self, logits_fn, x, labels, threat, key, exact_fn=None, base_fn=None, deployed=()):
     self.x, self.labels, _ = inputs.check(x, labels, None, threat, 'the doctor', ('linf', 'l2'))
     self.threat, self.key, self.exact_fn = threat, key, exact_fn
     self.base_fn, self.deployed = base_fn, deployed
@@ -109,11 +99,6 @@ class Examined:
     """What always saying the commonest class gives, and two standard errors above it."""
     chance = max(np.bincount(self.labels).max() / len(self.labels), 1 / self.classes)
     return chance, chance + 2 * (chance * (1 - chance) / len(self.labels)) ** 0.5
-
-  @property
-  def knows(self) -> bool:
-    """Whether the model is right more often than chance."""
-    return self.clean.mean() > self.chance[1]
 
   @functools.cached_property
   def near(self) -> np.ndarray:

@@ -34,8 +34,9 @@ def rounding(model: Examined) -> Finding | None:
 
 def temperature(model: Examined) -> Finding | None:
   """The softmax must not be flat where the model knows the class."""
-  known = losses.log_softmax(model.logits[model.clean]).max(axis=1)
-  likely = float(np.exp(np.median(known))) if model.knows else 1.0
+  if model.clean.mean() <= model.chance[1]:
+    return None
+  likely = np.exp(np.median(losses.log_softmax(model.logits[model.clean]).max(axis=1)))
   if likely > 1.1 / model.classes:
     return None
   margins = -losses.margin(model.logits, model.labels)[model.clean]
@@ -45,11 +46,10 @@ def temperature(model: Examined) -> Finding | None:
     for by in (1.0, factor)
   )
   lost = int(warm.sum()) - int(natural.sum())
-  said = f'the softmax gives the right class {likely:.3g} where equal odds are '
-  said += f'{1 / model.classes:.3g}; PGD-20 on the cross entropy leaves {warm.mean():.1%} right, '
-  said += f'and {natural.mean():.1%} with logits {factor:.2g} times as large'
   return (wrong if model.beyond_chance(lost) else note)(
-    said,
+    f'the softmax gives the right class {likely:.3g} where equal odds are {1 / model.classes:.3g}; '
+    f'PGD-20 on the cross entropy leaves {warm.mean():.1%} right, and {natural.mean():.1%} with '
+    f'logits {factor:.2g} times as large',
     'the logits look divided by a temperature: the cross entropy then drives towards the mean of '
     'all other classes and not to the nearest, and in 16 bits its gradient vanishes',
     'attack the logits without the temperature; losses of margins (cw_linf, apgd-t, AutoAttack as '

@@ -73,7 +73,8 @@ def recorded(evaluations: Records) -> Finding | None:
         'the accuracy that was written down is not that of these images',
         'evaluate again; compare precision and devices',
       )
-  for e, other in itertools.permutations(_attacked(evaluations), 2):
+  attacked = [e for e in evaluations if e['attack'] != 'clean']
+  for e, other in itertools.permutations(attacked, 2):
     same = all(e.get(k) == other.get(k) for k in _ALIKE)
     much = beyond_chance(other['num_correct'] - e['num_correct'], e['num_examples'])
     if same and much and e['eps_value'] < other['eps_value']:
@@ -84,10 +85,6 @@ def recorded(evaluations: Records) -> Finding | None:
         'check its step size, or use autoattack, which has none',
       )
   return None
-
-
-def _attacked(evaluations: Records) -> Records:
-  return [e for e in evaluations if e['attack'] != 'clean']
 
 
 def units(threats: Records, size: int) -> Finding | None:
@@ -105,7 +102,7 @@ def saved(model: Examined, folder: Path, evaluations: Records) -> Finding | None
   """
   for e in evaluations:
     path = folder / e['verified']['file']
-    exact = (e['dtype'], e['matmul_precision']) == ('float32', 'highest')
+    exact = (e.get('dtype'), e.get('matmul_precision')) == ('float32', 'highest')
     if not exact or e['verified']['mismatches'] is None or not path.exists():  # noise; moved away
       continue
     try:
@@ -119,9 +116,10 @@ def saved(model: Examined, folder: Path, evaluations: Records) -> Finding | None
       return wrong(said, 'what it shows cannot be checked', 'evaluate again')
     moved = int((np.asarray(right) != robust).sum())
     if beyond_chance(moved, len(rows)):
+      grid = rounded_to(x_adv[~robust])
       return wrong(
         f'of {path.name}, {moved} of {len(rows)} images are now classified otherwise than when '
-        f'they were attacked{_whole(rounded_to(x_adv[~robust]))}',
+        'they were attacked' + f', and every pixel is a whole value of {grid}' * bool(grid),
         'the attacked function is not the one that is here now, or the images are not as the '
         'attack left them: rounded, or made for another model',
         'evaluate again what is here now, and keep x_adv in float32',
@@ -129,20 +127,16 @@ def saved(model: Examined, folder: Path, evaluations: Records) -> Finding | None
   return None
 
 
-def _whole(grid: str) -> str:
-  return f', and every pixel is a whole value of {grid}' if grid else ''
-
-
 def made_before(verified: Records, evaluations: Records) -> Finding | None:
   """Looks for numbers that rest on images which were made beforehand (`evaluate --verify`)."""
-  attacked, found = {e['weights'] for e in _attacked(evaluations)}, None
+  attacked, found = {e['weights'] for e in evaluations if e['attack'] != 'clean'}, None
   for each in verified:
     total, file = each['num_examples'], each['file']
     others = 0 if each['agree'] is None else total - each['agree']
     said = f'{others} of {total} images of {file} are not what the file says of them'
     if (much := beyond_chance(others, total)) and each.get('rounded'):
       return wrong(
-        said + _whole(each['rounded']),
+        f'{said}, and every pixel is a whole value of {each["rounded"]}',
         'rounding after the attack undoes small changes, and what it undoes counts as robust',
         'save x_adv as float32 and verify again, or attack this model itself',
       )
