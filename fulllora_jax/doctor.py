@@ -42,7 +42,7 @@ def define_flags() -> None:
   flags.DEFINE_string('data', None, 'With --logits or --torch: a tfds set, or folder:...')
   flags.DEFINE_integer('image_size', None, 'With --logits or --torch, in pixels.')
   flags.DEFINE_string('data_dir', None, 'Default: as the run.')
-  flags.DEFINE_string('norm', None, 'linf or l2. Default: as the run.')
+  flags.DEFINE_string('norm', None, 'linf, l2 or l1. Default: as the run.')
   flags.DEFINE_string('eps', None, 'In [0, 1] pixels. Default: as the run.')
   flags.DEFINE_string('split', 'test', 'train, validation or test.')
   flags.DEFINE_integer('num_examples', 128, 'To look at; 0: all.')

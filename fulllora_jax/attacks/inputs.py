@@ -17,17 +17,15 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.unit_range import check_unit_range
 
 
-def check(
-  x, labels, indices, threat: Threat, what: str = 'autoattack', norms: tuple[str, ...] = NORMS
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def check(x, labels, indices, threat: Threat) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns images, labels and indices as numpy arrays; indices are 0..N-1 where None.
 
   Raises:
     UserError: x is not float32 [N, H, W, C] in [0, 1] with 1, 3 or 4 channels, labels or indices
-      are not ints [N], or the threat has no size, or a norm that `what` does not know.
+      are not ints [N], or the threat has no size.
   """
   x = np.asarray(_images(x))
-  _check_threat(threat, x.shape, what, norms)
+  _check_threat(threat, x.shape, 'autoattack', NORMS)
   if not threat.eps > 0:
     raise UserError('threat.eps: 0 leaves nothing to attack; that is the clean accuracy')
   indices = np.arange(len(x)) if indices is None else indices

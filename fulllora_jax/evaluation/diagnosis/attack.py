@@ -75,7 +75,8 @@ def steps(model: Examined) -> Finding | None:
 
 def large_eps(model: Examined) -> Finding | None:
   """At half of the box every image can become the same grey."""
-  eps = 0.5 if model.threat.norm == 'linf' else 0.5 * model.x[0].size ** 0.5
+  size = model.x[0].size
+  eps = 0.5 * {'linf': 1, 'l2': size**0.5, 'l1': size}[model.threat.norm]
   left = model.after_pgd(50, Threat(model.threat.norm, eps))
   if left.mean() <= 0.05 or not model.beyond_chance(int(left.sum())):
     return None

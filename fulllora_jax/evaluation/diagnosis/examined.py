@@ -48,18 +48,18 @@ class Examined:
     logits_fn: images [B, H, W, C] -> logits [B, K]; a stochastic model takes (images, key).
     x: float32 [n, H, W, C] in [0, 1].
     labels: int [n].
-    threat: the ball and the box; its norm is linf or l2.
+    threat: the ball and the box.
     key: a PRNG key, for the attacks.
     exact_fn: the same model computed in float32, where logits_fn is not.
     base_fn: the bare base, where the model is an adapted one.
     deployed: what is in use: names, and functions of NumPy's images to logits.
 
   Raises:
-    UserError: arguments that `autoattack` would refuse, or norm l1.
+    UserError: arguments that `autoattack` would refuse.
   """
 
   def __init__(self, logits_fn, x, labels, threat, key, exact_fn=None, base_fn=None, deployed=()):
-    self.x, self.labels, _ = inputs.check(x, labels, None, threat, 'the doctor', ('linf', 'l2'))
+    self.x, self.labels, _ = inputs.check(x, labels, None, threat)
     self.threat, self.key, self.exact_fn = threat, key, exact_fn
     self.base_fn, self.deployed = base_fn, deployed
     self.stochastic = _takes_key(logits_fn)
