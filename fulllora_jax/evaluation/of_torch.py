@@ -23,7 +23,7 @@ from fulllora_jax.core.errors import UserError
 from fulllora_jax.distributed import mesh
 
 
-@functools.lru_cache(maxsize=1)  # what is named is made once, and asked for several times
+@functools.lru_cache(maxsize=2)  # what is named is made once, and asked for several times
 def logits_function(target: Any) -> Callable[..., jax.Array]:
   """Returns (images float32 [B, H, W, C], key=None) -> logits float32 [B, K], with gradients.
 

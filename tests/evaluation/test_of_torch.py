@@ -5,6 +5,7 @@ import pathlib
 import sys
 import textwrap
 
+import five_blobs
 import jax
 import jax.numpy as jnp
 import linear_oracle
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from fulllora_jax.attacks import Threat, pgd
+from fulllora_jax.attacks.progress import Progress
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.evaluation import users_function
+from fulllora_jax.evaluation.diagnosis import examine
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed')
 from fulllora_jax.evaluation import of_torch
@@ -220,9 +223,45 @@ def test_the_doctor_finds_a_detached_gradient(module, run_here, digits_dir):
   assert 'ok     deterministic output' in done.stdout
 
 
+def test_a_healthy_model_passes_every_check_of_the_doctor():
+  class Blobs(torch.nn.Module):
+    def forward(self, x):
+      means = torch.from_numpy(five_blobs.MEANS.transpose(0, 3, 1, 2).copy())
+      return -4.0 * (x[:, None] - means[None]).square().sum(dim=(2, 3, 4))
+
+  logits_fn = of_torch.logits_function(Blobs())
+  examined = five_blobs.examined(logits_fn, deployed=[('the twin', five_blobs.healthy)])
+  found = list(examine.examine(examined))
+  assert [f.check for f in found] == ['finite logits', *examine.CHECKS]
+  assert [f for f in found if f.level != 'ok'] == []
+
+
 def test_rounding_has_a_gradient_of_zero():
   zero = jax.grad(lambda x: of_torch.logits_function(lambda z: z.round().flatten(1))(x).sum())(X)
   assert (np.asarray(zero) == 0).all()
+
+
+def test_a_killed_evaluation_goes_on(module, evaluate, tmp_path, monkeypatch, capsys):
+  module('')
+
+  def run(workdir):
+    return evaluate(
+      '--torch=users_torch:Linear', *ASKED, '--num_examples=32', '--batch_size=16',
+      '--attack=apgd-ce', '--eps=0.1', f'--workdir={tmp_path / workdir}',
+    )['evaluations'][0]['per_class']  # fmt: skip
+
+  def stop(*args, write=Progress.write):
+    write(*args)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Progress, 'write', stop)
+    with pytest.raises(KeyboardInterrupt):
+      run('killed')
+  of_torch.logits_function.cache_clear()  # another process makes the model anew
+  capsys.readouterr()
+  assert run('killed') == run('whole')
+  assert '1 of 2 batches taken up' in capsys.readouterr().err
 
 
 @pytest.mark.slow

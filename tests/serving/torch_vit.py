@@ -91,7 +91,7 @@ class TorchViT(nn.Module):
     params, branches = variables['params'], variables.get('lnlora', {})
     model, adapter = config['model'], config['adapter']
     kernel = np.asarray(params['embedding']['kernel'])
-    self.patch, self.pool = model['patch_size'], model['pool']
+    self.patch = model['patch_size']
     self.mean, self.std = (
       _tensor(np.reshape(model[name], (1, -1, 1, 1))) for name in ('mean', 'std')
     )
@@ -100,7 +100,7 @@ class TorchViT(nn.Module):
     )
     encoder = params['Transformer']
     self.position = _tensor(encoder['posembed_input']['pos_embedding'])
-    self.cls = _tensor(params['cls']) if self.pool == 'token' else None
+    self.cls = _tensor(params['cls']) if 'cls' in params else None  # else the mean is read
     beside = branches.get('Transformer', {})
     names = [name for name in encoder if name.startswith('encoderblock_')]
     self.blocks = nn.Sequential(
