@@ -27,12 +27,7 @@ def define_flags() -> None:
     None,
     'module:function of images float32 [B, H, W, C] in [0, 1] to logits [B, K], in place of a run.',
   )
-  flags.DEFINE_string(
-    'torch',
-    None,
-    'module:name of a PyTorch model of images float32 [B, C, H, W] in [0, 1] to logits [B, K], or '
-    'of a function that makes it, in place of a run.',
-  )
+  flags.DEFINE_string('torch', None, 'module:name of a PyTorch model, in place of a run.')
   flags.DEFINE_string(
     'deployed',
     None,

@@ -100,12 +100,7 @@ def define_flags() -> None:
     'module:function of images float32 [B, H, W, C] in [0, 1] to logits '
     '[B, K], to evaluate in place of a run.',
   )
-  flags.DEFINE_string(
-    'torch',
-    None,
-    'module:name of a PyTorch model of images float32 [B, C, H, W] in [0, 1] to logits [B, K], or '
-    'of a function that makes it, to evaluate in place of a run.',
-  )
+  flags.DEFINE_string('torch', None, 'module:name of a PyTorch model, in place of a run.')
   flags.DEFINE_string('data', None, 'With --logits or --torch: a tfds set, or folder:...')
   flags.DEFINE_integer('image_size', None, 'With --logits or --torch, in pixels.')
   flags.DEFINE_string('data_dir', None, 'Default: as the run.')

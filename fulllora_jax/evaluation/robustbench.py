@@ -71,16 +71,10 @@ def begin(
 def write(
   file: str, row: dict[str, Any], run: Evaluations, result: Mapping[str, Any], weights: str
 ) -> None:
-  """Writes the row of a result and the adversarial images, and says what people must fill in.
+  """Writes the row of a result and its adversarial images, and says what people must fill in.
 
-  Args:
-    file, row: where the row goes, and what `begin` returned.
-    run: the model, whose `evaluations/` has the images.
-    result: what was measured.
-    weights: which of its weights.
-
-  Raises:
-    UserError: the saved images are not what the result says.
+  The row goes on from what `begin` returned. Raises UserError where the saved images are not what
+  the result says.
   """
   path, found = files.absolute_path(file), {e['attack']: e for e in result['evaluations']}
   strongest = found.get('autoattack-second') or found.get('autoattack')
