@@ -18,6 +18,8 @@ from fulllora_jax.core.recipe import adamw, augmentation, cosine, loop, sgd, ste
 WEIGHTS = ('base', 'best', 'last')  # the sets of weights that a run leaves
 PROBES = ('probe', 'adversarial_probe')  # the head's own trainings (training/head.py)
 HEAD_STARTS = ('', 'zeros', 'rows', *PROBES)  # what config.head.start says; else it is a place
+# Fields of `eval` that say what is measured beside its attacks (evaluation/measurements.py)
+BESIDE = ('expected', 'certify', 'union', 'dial', 'corruptions', 'shifts')
 # Fields of earlier versions, and the value with which each did nothing. What
 # they did was measured and left out (docs/road.md).
 _REMOVED = {'attack.rise': 0.0, 'attack.early_stop': False}
@@ -259,6 +261,9 @@ def _eval() -> ConfigDict:
   # Several threats whose union is attacked (evaluation/union.py), as linf:8/255,l2:0.5,l1:12; '':
   # none.
   evaluation.union = ''
+  # Strengths of the adapter from 0, the base, to 1, each attacked (evaluation/dial.py), as
+  # 0,0.25,0.5,0.75,1; '': none.
+  evaluation.dial = ''
   evaluation.weights = ()  # of base, best and last; (): all there are
   evaluation.step_size = '2/255'  # of pgd and cw_linf, as attack.step_size
   evaluation.restarts = 1  # random starts of pgd and cw_linf, at least 1
@@ -362,6 +367,6 @@ def base_config(config: ConfigDict) -> ConfigDict:
   base.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
   base.threat.union = ''
   base.base.source = 'scratch'
-  base.eval.update(attacks=('clean',), expected='', certify='', corruptions='', shifts='', union='')
+  base.eval.update(dict.fromkeys(BESIDE, ''), attacks=('clean',))
   base.eval.validation_attack = 'clean'
   return base

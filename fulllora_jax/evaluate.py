@@ -7,6 +7,7 @@
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --certify sigma=0.25,n=10000
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --corruptions all
   python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --union linf:8/255,l2:0.5
+  python -m fulllora_jax.evaluate --workdir runs/cifar10 --attack clean --dial 0,0.25,0.5,0.75,1
   python -m fulllora_jax.evaluate --logits my_model:logits --data cifar10 \\
       --attack autoattack --num_examples 1000 --workdir evaluated/my_model
   python -m fulllora_jax.evaluate --torch my_model:model --data cifar10 --image_size 32 \\
@@ -21,10 +22,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from fulllora_jax import command
+from fulllora_jax.config import BESIDE
 from fulllora_jax.core import errors
-
-# What is measured beside the attacks: of a run only where --attack is not given, else if asked for.
-_BESIDE = ('expected', 'certify', 'union', 'corruptions', 'shifts')
 
 
 def define_flags() -> None:
@@ -56,6 +55,12 @@ def define_flags() -> None:
     None,
     'Several threats, as linf:8/255,l2:0.5,l1:12, each under AutoAttack; worst case per image. '
     'Default: none with --attack, else as the run.',
+  )
+  flags.DEFINE_string(
+    'dial',
+    None,
+    'Strengths of the adapter from 0, the base, to 1, as 0,0.25,0.5,0.75,1, each under AutoAttack; '
+    'for branches. Default: none with --attack, else as the run.',
   )
   flags.DEFINE_string(
     'corruptions',
@@ -137,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
     'eval.attacks': tuple(given.attack) or None,
     **{
       f'eval.{name}': '' if given.attack and given[name].value is None else given[name].value
-      for name in _BESIDE
+      for name in BESIDE  # of a run only where --attack is not given, else if asked for
     },
     'eval.step_size': given.step_size,
     'eval.restarts': given.restarts,

@@ -28,8 +28,8 @@ class Branch(Protocol):
   does not hold for it.
   """
 
-  # Names of the parameters that make it add nothing where they are zero; (): it always changes the
-  # model
+  # Names of the parameters in which all that it adds is linear: zero, it adds nothing; times a
+  # strength, that much of it. (): it always changes the model
   ZERO_MEANS_OFF: ClassVar[tuple[str, ...]] = ()
   # Name of an array that only the result of `fold` has; '': `fold` changes nothing
   FOLDED: ClassVar[str] = ''
@@ -74,11 +74,12 @@ class Branch(Protocol):
     fields.pop('dtype', None)  # which the arrays have
     return fields
 
-  def per_example(self, index: jax.Array) -> 'Branch | None':
+  def per_example(self, index: jax.Array, strength: jax.Array | None) -> 'Branch | None':
     """Returns the branch of a batch whose examples have arrays of their own.
 
     Args:
       index: int [B], which entry of the arrays' first axis each example has.
+      strength: float [B], by what is multiplied what it adds to each example; None: by 1.
 
     Returns:
       A branch whose parameters have that first axis. None: there is none, and

@@ -173,9 +173,9 @@ class LNLoRA(Branch):
     names = ('rank', 'alpha', 'layer_norm', 'epsilon')
     return {name: getattr(self, name) for name in names}
 
-  def per_example(self, index: jax.Array) -> 'LNLoRA':
+  def per_example(self, index: jax.Array, strength: jax.Array | None) -> 'LNLoRA':
     """Returns the branch of a batch whose examples have their own A and B."""
-    return _PerExample(**vars(self), index=index)
+    return _PerExample(**vars(self), index=index, strength=strength)
 
   def common(self, others: Sequence['LNLoRA']) -> 'LNLoRA':
     """Returns the branch of the largest rank, at scale one."""
@@ -200,6 +200,7 @@ class _PerExample(LNLoRA):
   """The branch of a batch whose examples have arrays of their own."""
 
   index: jax.Array  # int [B], which entry of the arrays' first axis each example has
+  strength: jax.Array | None  # float [B], of B; None: 1
 
   def fold(self, parameters: Parameters) -> dict[str, jax.Array]:
     """Folds the parameters of every entry of the first axis."""
@@ -208,6 +209,8 @@ class _PerExample(LNLoRA):
   def fused(self, folded: Parameters, x: jax.Array, moments: 'Moments | None' = None) -> jax.Array:
     """Computes LNLoRA.fused; x holds one example's rows after another's."""
     own = {name: leaf[self.index] for name, leaf in folded.items()}
+    if self.strength is not None:
+      own['b'] *= self.strength[:, None, None]
     x, moments = jax.tree.map(lambda a: a.reshape(len(self.index), -1, a.shape[-1]), (x, moments))
     return jax.vmap(super().fused)(own, x, moments)
 

@@ -18,6 +18,7 @@ from fulllora_jax import data
 from fulllora_jax.attacks import Attack, Threat, ensemble, fingerprint, inputs
 from fulllora_jax.core import provenance
 from fulllora_jax.core.console import Pace, say, warn
+from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.files import (
   is_remote,
   load_arrays,
@@ -71,6 +72,14 @@ class Evaluations:
   def variables(self, weights: str) -> tuple[tuple, Any]:
     """Returns what identifies the weights, and the weights on the mesh."""
     raise NotImplementedError
+
+  def at_strength(self, weights: str, strength: float) -> str:
+    """Returns the name of weights between the base's and these, for a strength in [0, 1].
+
+    Raises:
+      UserError: there is nothing between them.
+    """
+    raise UserError('dial: a function has no branches to scale; leave --dial out')
 
   def evaluate(
     self, weights: str, attack: Attack, split: str, num_examples: int = 0

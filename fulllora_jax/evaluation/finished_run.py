@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from fulllora_jax import config as config_lib
 from fulllora_jax import data, models, pretrained
-from fulllora_jax.adapters import AdaptedModel, adapted, artefact
+from fulllora_jax.adapters import AdaptedModel, adapted, artefact, mixed
 from fulllora_jax.attacks import Attack
 from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
@@ -27,6 +27,7 @@ from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.serving import adapter_file, classifier, program
 
 SPLITS = ('train', 'validation', 'test')
+_AT = '@'  # between the name of weights and their strength
 
 
 class FinishedRun(Evaluations):
@@ -90,7 +91,19 @@ class FinishedRun(Evaluations):
     return tuple(name for name in config_lib.WEIGHTS if there[name])
 
   def variables(self, weights: str) -> tuple[tuple, Any]:
-    """Returns what identifies the weights, and the weights on the mesh."""
+    """Returns what identifies the weights, and the weights on the mesh.
+
+    Args:
+      weights: base, best, last, or what `at_strength` returns.
+    """
+    weights, dialled, strength = weights.partition(_AT)
+    if dialled:  # not kept: there may be many
+      loaded = self.load(weights)
+      head = loaded.base_variables if 'base' in self.weights() else {}
+      leaves = mixed.at_strength(loaded.model, head, loaded.adapter, np.float32(strength))
+      tree = trees.override(loaded.base_variables, leaves)
+      identity = ('step', loaded.metadata['step'], 'strength', strength)
+      return identity, mesh.shard_frozen(tree, self.mesh, self.config.mesh.shard_from)
     if weights == 'base':
       identity, tree = ('base',), self.load('best').base_variables
     else:
@@ -100,6 +113,18 @@ class FinishedRun(Evaluations):
     if identity not in self._variables:
       self._variables[identity] = mesh.shard_frozen(tree, self.mesh, self.config.mesh.shard_from)
     return identity, self._variables[identity]
+
+  def at_strength(self, weights: str, strength: float) -> str:
+    """Returns the name of weights between the base's and these (`mixed.at_strength`).
+
+    Raises:
+      UserError: the method has no branches to scale.
+    """
+    loaded = self.load('best')
+    if why := mixed.no_dial(loaded.model.targets, loaded.metadata['method']):
+      raise UserError(f'dial: {why}; leave it out')
+    ends = {1: weights} | ({0: 'base'} if 'base' in self.weights() else {})
+    return ends.get(strength, f'{weights}{_AT}{strength!r}')
 
   def examples(self, attack: Attack | None, count: int = 8) -> dict[str, Any] | None:
     """Attacks best, and the base if there is one, on a few test images."""

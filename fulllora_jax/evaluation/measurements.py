@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fulllora_jax import config as config_lib
-from fulllora_jax.evaluation import certificate, expected, natural, union
+from fulllora_jax.evaluation import certificate, dial, expected, natural, union
 from fulllora_jax.evaluation.settings import Plan
 
 Records = list[dict[str, Any]]
@@ -39,6 +39,7 @@ class Measurement(NamedTuple):
 MEASUREMENTS = (
   Measurement('expected', 'expected', Plan.expected_attack, expected.measure, at_each_eps=True),
   Measurement('union', 'unions', union.asked, union.measure),
+  Measurement('dial', 'dials', dial.asked, dial.measure, dial.branches),
   Measurement('certify', 'certificates', certificate.asked, certificate.measure),
   Measurement(
     'corruptions',

@@ -20,6 +20,7 @@ class Plan:
   corruptions: str = ''  # 'all', or names after commas; '': none
   shifts: str = ''  # other test sets of the model's classes, after commas
   union: str = ''  # what `union.plans` reads, such as 'linf:8/255,l2:0.5'; '': no union
+  dial: str = ''  # strengths of the adapter in [0, 1], such as '0,0.5,1'; '': none
   step_size: str = '2/255'  # the length of a step of PGD in [0, 1] pixels
   restarts: int = 1  # the number of random starts of PGD
   batch_size: int = 256  # images at once; rounded up for the devices

@@ -36,9 +36,14 @@ def plans(plan: Plan) -> tuple[Plan, ...]:
     raise UserError(
       f'union {plan.union}: it cannot be measured with autoattack-rand; leave one of them out'
     )
-  attack = _SECOND if _SECOND in plan.attacks else 'autoattack'
+  own = replace(plan, attacks=(ensemble(plan),))
   found = threats('union', plan.union).items()
-  return tuple(replace(plan, norm=norm, eps=eps, attacks=(attack,)) for norm, eps in found)
+  return tuple(replace(own, norm=norm, eps=eps) for norm, eps in found)
+
+
+def ensemble(plan: Plan) -> str:
+  """Returns what attacks what is measured beside the plan's attacks: AutoAttack, or the second."""
+  return _SECOND if _SECOND in plan.attacks else 'autoattack'
 
 
 def threats(field: str, union: str) -> dict[str, str]:

@@ -5,14 +5,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fulllora_jax.reports import certificate, shifts, union, verified
+from fulllora_jax.reports import certificate, dial, shifts, union, verified
 from fulllora_jax.reports.drawing import picture
 from fulllora_jax.reports.drawing.charts import Chart
 from fulllora_jax.reports.parts import Part
 
 # Each has NAME, a headline; PICTURE, the name of its picture ('': it has none); NOTE, which stands
 # below that; and `parts` of a report.json.
-SAID = (verified, union, certificate, shifts)
+SAID = (verified, union, dial, certificate, shifts)
 
 
 def parts(report: Mapping[str, Any]) -> Iterator[Part]:

@@ -27,14 +27,16 @@ class OfEach:
 
   apply: Partial  # (which, images) -> logits
   which: np.ndarray | jax.Array  # int [B], the adapter of each image
+  strength: np.ndarray | jax.Array | None = None  # float32 [B], how much of it; None: all
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Returns the logits [B, K]; raises UserError for another number of images."""
-    return self.apply(self.which, images)
+    return self.apply(self.which, images, strength=self.strength)
 
   def for_images(self, rows: np.ndarray) -> 'OfEach':
     """Returns the function of a batch of these images, int [b]."""
-    return dataclasses.replace(self, which=np.asarray(self.which)[rows])
+    which, strength = jax.tree.map(lambda a: np.asarray(a)[rows], (self.which, self.strength))
+    return dataclasses.replace(self, which=which, strength=strength)
 
 
 class ManyAdapters:
@@ -67,34 +69,47 @@ class ManyAdapters:
 
   @functools.cached_property
   def _one(self):
-    return jax.jit(functools.partial(mixed.apply_one, self._model))
+    return jax.jit(functools.partial(mixed.apply_one, self._model, based=BASE in self.names))
 
   @functools.cached_property
   def _mixed(self):
-    return jax.jit(functools.partial(mixed.apply_mixed, self._model))
+    return jax.jit(functools.partial(mixed.apply_mixed, self._model, based=BASE in self.names))
 
   def __getstate__(self) -> dict[str, Any]:
     """Returns what is pickled: all but the compiled programs."""
     return {name: v for name, v in vars(self).items() if name not in ('_one', '_mixed')}
 
-  def logits(self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]) -> jax.Array:
+  def logits(
+    self,
+    images: jax.Array | np.ndarray,
+    adapter: str | Sequence[str],
+    strength: float | Sequence[float] | None = None,
+  ) -> jax.Array:
     """Returns the logits, float32 [B, K].
 
     Args:
       images: float32 [B, H, W, C] in [0, 1].
       adapter: one of `names` for all images, or one of them for each.
+      strength: that of `logits_fn`.
 
     Raises:
-      UserError: an unknown name, another number of names than images, or
-        images of another shape or dtype, or outside [0, 1].
+      UserError: an unknown name, another number of names or strengths than images, a strength that
+        `logits_fn` refuses, or images of another shape or dtype, or outside [0, 1].
     """
-    return classify(self.logits_fn(adapter), images, self.metadata[self.names[0]])
+    return classify(self.logits_fn(adapter, strength), images, self.metadata[self.names[0]])
 
-  def predict(self, images: jax.Array | np.ndarray, adapter: str | Sequence[str]) -> jax.Array:
+  def predict(
+    self,
+    images: jax.Array | np.ndarray,
+    adapter: str | Sequence[str],
+    strength: float | Sequence[float] | None = None,
+  ) -> jax.Array:
     """Returns the classes, int [B]; arguments and errors as `logits`."""
-    return self.logits(images, adapter).argmax(axis=-1)
+    return self.logits(images, adapter, strength).argmax(axis=-1)
 
-  def logits_fn(self, adapter: str | Sequence[str]) -> 'Partial | OfEach':
+  def logits_fn(
+    self, adapter: str | Sequence[str], strength: float | Sequence[float] | None = None
+  ) -> 'Partial | OfEach':
     """Returns images -> logits, for attacks and for programs of one's own.
 
     It is a pytree: given to a jitted function as an argument, it may be
@@ -103,15 +118,44 @@ class ManyAdapters:
 
     Args:
       adapter: one of `names` for all images, or one of them for each.
+      strength: how much of the adapter, in [0, 1], for all images or for each: 0 is the base to the
+        bit, 1 the adapter, and in between what its branches add is multiplied by it, while a head
+        of its own goes from the base's to that in a straight line (where 'base' is not offered it
+        stays as it is). None: all of the adapter, by a program that has no such factor.
 
     Raises:
-      UserError: an unknown name; the function, called with another number of images than names.
+      UserError: an unknown name; a strength outside [0, 1], or of adapters that have no branches to
+        scale; another number of strengths than names; the function, called with another
+        number of images than names or strengths.
     """
+    dial = None if strength is None else self._dial(strength)
     if isinstance(adapter, str):
       index = np.int32(self._index(adapter))
-      return Partial(self._one, self.stack, self.frozen, index)
+      if dial is None or not dial.ndim:
+        return Partial(self._one, self.stack, self.frozen, index, strength=dial)
+      adapter = [adapter] * len(dial)
     index = np.array([self._index(name) for name in adapter], np.int32)
-    return OfEach(Partial(self._mixed, self.stack, self.frozen), index)
+    if dial is not None and dial.ndim and len(dial) != len(index):
+      raise UserError(
+        f'strength has {len(dial)} numbers for {len(index)} names; give one number, or as many'
+      )
+    dial = dial if dial is None else np.broadcast_to(dial, index.shape)
+    return OfEach(Partial(self._mixed, self.stack, self.frozen), index, dial)
+
+  def _dial(self, strength: float | Sequence[float]) -> np.ndarray:
+    """Returns strengths, float32 [] or [B]; raises UserError for what is none."""
+    first = self.metadata[self.names[0]]
+    if why := mixed.no_dial(self._model.targets, first['method']):
+      raise UserError(f'strength: nothing is between these adapters and their base: {why}')
+    try:
+      values = np.asarray(strength, np.float32)
+    except (TypeError, ValueError):
+      values = np.full((), np.nan, np.float32)
+    if values.ndim > 1 or not ((values >= 0) & (values <= 1)).all():
+      raise UserError(
+        f'strength {strength}: give a number in 0..1, or one for each image; 0 is the base'
+      )
+    return values
 
   def put(self, mesh: Mesh) -> None:
     """Copies the arrays to every device of a mesh.

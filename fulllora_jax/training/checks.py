@@ -1,7 +1,7 @@
 """What can be known wrong of a config before data is read or code compiled."""
 
 from fulllora_jax import models
-from fulllora_jax.adapters import methods
+from fulllora_jax.adapters import methods, mixed
 from fulllora_jax.attacks.threat import EXAMPLES, parse_fraction
 from fulllora_jax.config import PROBES, ConfigDict, default
 from fulllora_jax.core.console import warn
@@ -74,7 +74,9 @@ def _check_adapter(config: ConfigDict, method: methods.Method) -> None:
         )
     if adapter.head == 'lnlora' and method.branch is None:
       raise UserError(f'adapter.head lnlora: method {method.name} has no adapter; give train')
-  methods.branches(config, method)
+  branches = methods.branches(config, method)
+  if config.eval.dial and (why := mixed.no_dial(branches, method.name)):
+    raise UserError(f"eval.dial {config.eval.dial}: {why}; give eval.dial ''")
 
 
 def _check_mesh(config: ConfigDict, num_devices: int) -> None:

@@ -60,7 +60,7 @@ def probe_config(config: ConfigDict, base: str | Path) -> ConfigDict:
   probe.attack.update(carry=False, ard=0.0, prm=0.0, on_overfitting='warn')
   probe.attack.update(eps_start=hinge, eps_full=hinge)
   attacks = ('clean', config.eval.validation_attack)
-  probe.eval.update(attacks=tuple(dict.fromkeys(attacks)), expected='')
+  probe.eval.update(dict.fromkeys(config_lib.BESIDE, ''), attacks=tuple(dict.fromkeys(attacks)))
   probe.eval.update(weights=('best',), closer_look=False)
   if clean:
     probe.eval.validation_attack = 'clean'

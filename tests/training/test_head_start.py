@@ -81,6 +81,7 @@ def test_nothing_of_the_main_run_leaks_into_its_probe(small):
   own.attack.update(carry=True, ard=0.5, on_overfitting='stop', eps_start='auto', eps_full='0.5')
   own.objective.update(name='trades', beta=3.0)
   own.awp.gamma, own.ema.decay, own.adapter.head = 0.01, 0.9, 'frozen'
+  own.eval.update(dict.fromkeys(config_lib.BESIDE, 'asked of the main run'))
   own.base.label_map, own.eval.closer_look, own.eval.attacks = (1, 0), True, ('autoattack',)
   assert config_lib.flat(head_lib.probe_config(own, 'the_base')) == plain
   assert (plain['base.source'], plain['attack.eps_full'], plain['head.start']) == (
