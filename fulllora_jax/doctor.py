@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
   from fulllora_jax.evaluation.diagnosis.examine import examine_and_say
   from fulllora_jax.training import workdir
 
-  command.start_up(beside_torch=bool(given.torch))
+  in_torch = given.torch or (given.deployed or '').startswith('torch:')
+  command.start_up(beside_torch=bool(in_torch))
   given.logits = users_function.asked(given.logits, given.torch)
   if not given.logits and not given.workdir:
     raise errors.UserError(
