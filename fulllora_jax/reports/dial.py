@@ -6,7 +6,7 @@ from typing import Any
 from fulllora_jax.core import tables
 from fulllora_jax.reports.drawing import charts
 from fulllora_jax.reports.drawing.charts import Chart, Line
-from fulllora_jax.reports.parts import Part
+from fulllora_jax.reports.parts import Part, saved_images
 
 NAME = 'The dial: from the base to the adapter'
 PICTURE = 'dial'
@@ -40,12 +40,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
       else 'the trained head stays, for the base has none of these classes'
     )
   )
-  files = [point['verified'] for point in found['points']]
-  outside, other = (sum(each[key] for each in files) for key in ('outside', 'mismatches'))
-  yield (
-    f'saved adversarial images, over all strengths: {outside} outside the ball or the box, {other} '
-    'that a fresh forward pass takes for something else than the attack saw'
-  )
+  yield saved_images('strengths', found['points'])
 
 
 def _chart(found: Mapping[str, Any]) -> Chart:

@@ -5,7 +5,7 @@ from typing import Any
 
 from fulllora_jax.core import tables
 from fulllora_jax.reports import results
-from fulllora_jax.reports.parts import Part
+from fulllora_jax.reports.parts import Part, saved_images
 
 NAME, PICTURE, NOTE = 'The union of several threats', '', ''
 
@@ -27,14 +27,4 @@ def parts(report: Mapping[str, Any]) -> Iterator[Part]:
       ]
       for threat in found['threats']
     ]
-    yield Part(title, rows, [_checked(found)])
-
-
-def _checked(found: Mapping[str, Any]) -> str:
-  files = [threat['verified'] for threat in found['threats']]
-  outside = sum(each['outside'] for each in files)
-  other = sum(each['mismatches'] for each in files)
-  return (
-    f'saved adversarial images, over all threats: {outside} outside their ball or the box, {other} '
-    'that a fresh forward pass takes for something else than the attack saw'
-  )
+    yield Part(title, rows, [saved_images('threats', found['threats'])])

@@ -10,6 +10,7 @@ from fulllora_jax.attacks import Threat, ensemble
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.evaluation import dial, measurements
+from fulllora_jax.evaluation.finished_run import FinishedRun
 from fulllora_jax.evaluation.settings import Plan
 from fulllora_jax.serving import classifier
 from fulllora_jax.training import checks
@@ -29,7 +30,9 @@ def right(logits_fn, x, labels):
   return np.asarray(logits_fn(x)).argmax(axis=1) == labels
 
 
-def test_every_point_is_the_model_at_that_strength(evaluate, finished_copy, digits, short, capsys):
+def test_every_point_is_the_model_at_that_strength(
+  evaluate, finished_copy, small_config, digits, short, capsys
+):
   args = (f'--workdir={finished_copy}', f'--num_examples={COUNT}', '--attack=clean,autoattack')
   result = evaluate(*args, '--dial=1,0,1/2', '--weights=base,best')
   (found,) = result['dials']
@@ -48,6 +51,12 @@ def test_every_point_is_the_model_at_that_strength(evaluate, finished_copy, digi
     x_adv, indices, robust = saved['x_adv'], saved['indices'], saved['robust']
   x, labels = digits.test.fetch(indices).astype(np.float32) / 255, digits.test.labels[indices]
   at_half = jax.jit(many.logits_fn('own', 0.5))
+  assert '-best@0.5-autoattack-' in middle['verified']['file']
+  finished = FinishedRun(small_config, finished_copy, digits)
+  _, variables = finished.variables('best@0.5')
+  np.testing.assert_allclose(
+    finished.evaluator.logits(variables, x), at_half(x), rtol=1e-4, atol=1e-5
+  )
   clean = right(at_half, x, labels)
   np.testing.assert_array_equal(clean & right(at_half, x_adv, labels), robust)
   assert middle['clean']['num_correct'] == clean.sum()
