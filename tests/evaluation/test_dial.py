@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from fulllora_jax.attacks import Threat, ensemble
+from fulllora_jax.core import trees
 from fulllora_jax.core.errors import UserError
 from fulllora_jax.core.statistics import wilson_interval
 from fulllora_jax.evaluation import dial, measurements
 from fulllora_jax.evaluation.finished_run import FinishedRun
 from fulllora_jax.evaluation.settings import Plan
+from fulllora_jax.reports import dial as dial_report
 from fulllora_jax.serving import classifier
 from fulllora_jax.training import checks
 from fulllora_jax.training import run as run_lib
@@ -106,6 +108,26 @@ def test_a_finished_run_gets_it_killed_once_on_the_way(
   assert (finished_copy / 'dial.svg').exists()
   small_config.eval.dial = '0,0.25'
   assert measurements.lacking(small_config, result)
+
+
+def test_where_the_base_has_no_head_the_trained_one_stays(
+  finished, small_config, digits, one_device, monkeypatch
+):
+  run = FinishedRun(small_config, finished.workdir, digits)
+  monkeypatch.setattr(run, 'weights', lambda: ('best', 'last'))
+  name = run.at_strength('best', 0)
+  leaves = trees.named_leaves(run.variables(name)[1])
+  for path, leaf in trees.named_leaves(run.load('best').adapter).items():
+    expected = np.zeros_like(leaf) if path.endswith('lora_b') else leaf
+    np.testing.assert_array_equal(leaves[path], expected, err_msg=path)
+  share = {'accuracy': 0.5, 'interval': [0.4, 0.6], 'num_correct': 1}
+  verified = {'outside': 0, 'mismatches': 0}
+  point = {'strength': 0.0, 'clean': share, 'robust': share, 'verified': verified}
+  found = {'weights': 'best', 'attack': 'autoattack', 'norm': 'linf', 'eps': '0.1', 'split': 'test'}
+  found |= {'num_examples': 2, 'base_head': False, 'points': [point]}
+  (part,) = dial_report.parts({'dials': [found]})
+  assert 'the trained head stays, for the base has none' in part.remarks[0]
+  assert part.table[1][0] == '0' and 'so 0 is the base' not in part.remarks[0]
 
 
 @pytest.mark.parametrize(
