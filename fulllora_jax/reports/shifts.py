@@ -66,8 +66,9 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _heat(found: Mapping[str, Any]) -> Chart:
   """Draws accuracies as squares that are darker where they are high."""
-  content = [
-    axes.text(_LEFT + _CELL * (severity + 0.5), 14, f'severity {severity + 1}', look='small')
+  content = [axes.text(_LEFT - 8, 14, 'severity', 'end', 'small')]
+  content += [
+    axes.text(_LEFT + _CELL * (severity + 0.5) - 1, 14, str(severity + 1), look='small')
     for severity in range(5)
   ]
   for place, row in enumerate(found['corruptions']):
