@@ -33,10 +33,10 @@ def evaluation_page(result: Mapping[str, Any], corrupted: Mapping[str, np.ndarra
   if len({e['eps'] for e in evaluations if e['attack'] != 'clean'}) > 1:
     sweep = document.figure(pictures.eps_sweep(evaluations), pictures.EPS_SWEEP_NOTE, single=True)
   table = document.table(results.table(result), 'Accuracy of each weights under each attack')
-  said = [
-    'Accuracy in % [95 % Wilson interval]; n is the number of images.',
-    *results.notes(result),
-  ]
+  said = ['Accuracy in % [95 % Wilson interval]; n is the number of images.']
+  if results.attacks(result):
+    said.append(f'Threat: {results.threat(result)}.')
+  said += results.notes(result)
   sections = (
     ('results', 'Results', [table, tag('div', map(document.note, said))]),
     ('radii', 'Robust accuracy against eps', sweep),

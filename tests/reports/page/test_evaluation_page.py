@@ -43,7 +43,7 @@ def test_an_ensemble_is_shown_attack_by_attack_with_a_model_that_is_not_ours():
   text = text_of(page)
   assert '<h1>mine:logits on pets, evaluated</h1>' in page
   assert 'mine:logits on pets gives 90.0 % clean accuracy and 40.0 % under autoattack' in text
-  assert 'It trains' not in text
+  assert 'It trains' not in text and 'Threat: linf, eps 8/255, pixels in [0, 1].' in text
   assert 'AutoAttack (worst case), model: 40.0 % [16.8, 68.7] of 10 test images' in text
   assert 'apgd-ce 40.0 % 5 2s' in text and '&lt;cat&gt; 10 90.0 % 40.0 %' in text
   assert 'href="#union"' not in page and 'Robust accuracy against eps' not in page
