@@ -15,6 +15,7 @@ from fulllora_jax.attacks.malt import malt
 from fulllora_jax.attacks.pma import pma
 from fulllora_jax.attacks.single_step import fgsm_rs, n_fgsm
 from fulllora_jax.attacks.square import square
+from fulllora_jax.attacks.threat import NORMS
 from fulllora_jax.core.errors import UserError
 
 COUNT = 3
@@ -29,8 +30,8 @@ def linear(x):
 
 
 ATTACKS = {
-  'pgd': (functools.partial(pgd, steps=1, step_size=0.02), ('linf', 'l2')),
-  'named': (Attack('pgd', 1, 0.02, 1), ('linf', 'l2')),
+  'pgd': (functools.partial(pgd, steps=1, step_size=0.02), NORMS),
+  'named': (Attack('pgd', 1, 0.02, 1), NORMS),
   'fgsm_rs': (fgsm_rs, ('linf',)),
   'n_fgsm': (n_fgsm, ('linf',)),
   'apgd': (functools.partial(apgd, steps=2), ('linf', 'l2')),
